@@ -1,0 +1,891 @@
+"""core.py: the models, and what every stage must agree on. Plain modules and functions; nothing runs on import.
+
+Reading order (building blocks first, the whole last):
+  masks            padding_mask, unimodal_mask, unilm_mask
+  Q-Former         QFormer, TextEmbeddings, lavis_to_hf, qformer_weights
+  gates            KVGate, PromptMapper, GatedFusionModule
+  style classifier EfficientNet28, load_foreign
+  style terms      style_vocabulary, style_hit, style_kl
+  prompts          encode_prompts, encode_training
+  the system       Blip2OPTGated, load_blip2
+  accounting       parts_table, trainable_state, load_trainable, fingerprint
+
+Capitals in shape comments: B batch, Q queries, L text tokens, S = Q + L, P image patches (with CLS), H Q-Former width,
+W vision width, D language model width, V vocabulary, T control tokens, M answer positions of the whole batch.
+"""
+
+import hashlib
+import pathlib
+import pickle
+import warnings
+from argparse import Namespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD, DataError
+
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
+PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
+
+
+# --- masks: additive, float, 0 where a row may look and the lowest float where it may not -------------------------------
+
+def _additive(allowed):
+    """bool [B,1,R,S] (True = may look) -> float mask that is added to attention logits."""
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, torch.finfo(torch.float32).min)
+
+
+def padding_mask(text_mask, queries=0):
+    """Everything sees everything but pads (BLIP-2's bidirectional mask, for ITM).
+
+    text_mask [B,L] (1 = real token) -> [B,1,1,queries+L].
+    """
+    seen = F.pad(text_mask.bool(), (queries, 0), value=True)  # [B,S]
+    return _additive(seen[:, None, None, :])
+
+
+def unimodal_mask(text_mask, queries):
+    """Queries see only queries, text sees only real text (BLIP-2's mask for ITC). text_mask [B,L] -> [B,1,S,S]."""
+    B, L = text_mask.shape
+    allowed = torch.zeros(B, queries + L, queries + L, dtype=torch.bool, device=text_mask.device)
+    allowed[:, :queries, :queries] = True
+    allowed[:, queries:, queries:] = text_mask.bool()[:, None, :]
+    return _additive(allowed[:, None])
+
+
+def unilm_mask(text_mask, queries):
+    """Queries see only queries; text sees all queries and the real text up to itself (UniLM, for ITG).
+
+    text_mask [B,L] -> [B,1,S,S]. One pass under this mask equals LAVIS's two passes with cached keys.
+    """
+    B, L = text_mask.shape
+    allowed = torch.zeros(B, queries + L, queries + L, dtype=torch.bool, device=text_mask.device)
+    allowed[:, :, :queries] = True
+    causal = torch.ones(L, L, dtype=torch.bool, device=text_mask.device).tril()
+    allowed[:, queries:, queries:] = causal & text_mask.bool()[:, None, :]
+    return _additive(allowed[:, None])
+
+
+# --- Q-Former (Li et al. 2023, BLIP-2), with HuggingFace's parameter names ------------------------------------------------
+
+class QFormerAttention(nn.Module):
+    """Self- or cross-attention with its residual and LayerNorm (post-norm, as in BERT)."""
+
+    def __init__(self, config, source_width):
+        super().__init__()
+        H = config.hidden_size
+        if H % config.num_attention_heads:
+            raise ValueError(f"hidden_size {H} is not a multiple of num_attention_heads {config.num_attention_heads}")
+        self.heads, self.attention_dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        # ModuleDict, since the published names are attention.query, ..., output.LayerNorm
+        self.attention = nn.ModuleDict(
+            {"query": nn.Linear(H, H), "key": nn.Linear(source_width, H), "value": nn.Linear(source_width, H)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(H, H), "LayerNorm": nn.LayerNorm(H, eps=config.layer_norm_eps)})
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x, source=None, mask=None, gate=None):
+        """x [B,R,H]; source [B,N,width] (x itself when None); mask additive; gate a Gate or None -> [B,R,H]."""
+        source = x if source is None else source
+        q, k, v = (self.attention[name](s).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,heads,R or N,H/heads]
+                   for name, s in (("query", x), ("key", source), ("value", source)))
+        if gate is not None:
+            k, v = k * gate.key, v * gate.value + gate.shift
+        if mask is not None:
+            mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)  # float32's lowest is -inf in half precision
+        dropout = self.attention_dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        out = out.transpose(1, 2).flatten(2)  # [B,R,H]
+        return self.output.LayerNorm(self.dropout(self.output.dense(out)) + x)
+
+
+class QFormerLayer(nn.Module):
+    """Self-attention over [queries; text]; queries also look at the image. Queries and text have a feed-forward each."""
+
+    def __init__(self, config, cross):
+        super().__init__()
+        self.attention = QFormerAttention(config, config.hidden_size)
+        if cross:
+            self.crossattention = QFormerAttention(config, config.encoder_hidden_size)
+        self.has_cross = cross
+        branches = ["_query"] + ([""] if config.use_qformer_text_input else [])
+        for branch in branches:
+            self.add_module("intermediate" + branch,
+                            nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)}))
+            self.add_module("output" + branch, nn.ModuleDict(
+                {"dense": nn.Linear(config.intermediate_size, config.hidden_size),
+                 "LayerNorm": nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)}))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def feed_forward(self, x, branch):
+        up, down = getattr(self, "intermediate" + branch), getattr(self, "output" + branch)
+        return down.LayerNorm(self.dropout(down.dense(F.gelu(up.dense(x)))) + x)
+
+    def forward(self, x, image_embeds, mask, query_length, gate):
+        x = self.attention(x, mask=mask)  # [B,S,H]
+        queries, text = x[:, :query_length], x[:, query_length:]
+        if query_length and self.has_cross:
+            queries = self.crossattention(queries, image_embeds, gate=gate)
+        parts = []
+        if query_length:
+            parts.append(self.feed_forward(queries, "_query"))
+        if text.shape[1]:
+            parts.append(self.feed_forward(text, ""))
+        return torch.cat(parts, 1)
+
+
+class QFormer(nn.Module):
+    """BLIP-2's Querying Transformer: query path and text path. Names as in transformers' Blip2QFormerModel.
+
+    config: transformers' Blip2QFormerConfig (use_qformer_text_input=True builds the text feed-forwards too).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        if config.hidden_act != "gelu":
+            raise ValueError(f"only gelu is known here, the config asks for {config.hidden_act}")
+        self.config = config
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        layers = [QFormerLayer(config, cross=i % config.cross_attention_frequency == 0)
+                  for i in range(config.num_hidden_layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+
+    @property
+    def cross_layers(self):
+        """Indices of the layers that look at the image, in order."""
+        return [i for i, layer in enumerate(self.encoder.layer) if layer.has_cross]
+
+    def forward(self, embeds, image_embeds=None, mask=None, query_length=None, gates=None):
+        """One pass over [queries; text].
+
+        embeds [B,S,H]: queries, text embeddings or both, queries first. image_embeds [B,P,W] or None.
+        mask: additive, [B,1,1,S] or [B,1,S,S] (see the mask functions), None = all see all.
+        query_length: how many leading positions take the query branch (cross-attention and query feed-forward). Default:
+        all of them with an image, none without (SPRC's second pass: everything through the text feed-forward).
+        gates: one Gate for each cross-attention layer, or None.
+        Returns [B,S,H].
+        """
+        if query_length is None:
+            query_length = 0 if image_embeds is None else embeds.shape[1]
+        if query_length and image_embeds is None:
+            raise ValueError("queries need image_embeds: pass query_length=0 to run everything through the text path")
+        if query_length < embeds.shape[1] and not self.config.use_qformer_text_input:
+            raise ValueError("this Q-Former has no text path (use_qformer_text_input is False)")
+        by_layer = dict(zip(self.cross_layers, gates)) if gates is not None else {}
+        x = self.dropout(self.layernorm(embeds))
+        for i, layer in enumerate(self.encoder.layer):
+            x = layer(x, image_embeds, mask, query_length, by_layer.get(i))
+        return x
+
+
+class TextEmbeddings(nn.Module):
+    """Word plus position embeddings of the Q-Former's text path (transformers' Blip2TextEmbeddings).
+
+    The LayerNorm that BERT has here lives in QFormer.layernorm, since it acts on [queries; text].
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, input_ids):
+        """input_ids [B,L] -> [B,L,H]; positions start at 0 whatever stands before the text."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self.word_embeddings(input_ids) + self.position_embeddings(positions)
+
+
+# LAVIS name -> HuggingFace name, applied in this order. Not covered: LAVIS's EVA vision tower ("visual_encoder."), which is
+# frozen and comes from the BLIP-2 folder, and the ITG head ("Qformer.cls."), which HuggingFace does not have.
+LAVIS_KEYS = (
+    ("Qformer.bert.embeddings.LayerNorm.", "qformer.layernorm."),
+    ("Qformer.bert.embeddings.", "embeddings."),
+    ("Qformer.bert.", "qformer."),
+    ("attention.self.", "attention.attention."),  # also inside "crossattention.self."
+    ("ln_vision.", "vision_model.post_layernorm."),
+    ("vision_proj.", "vision_projection."),
+    ("text_proj.", "text_projection."),
+    ("opt_proj.", "language_projection."),
+)
+
+
+def lavis_to_hf(state):
+    """LAVIS BLIP-2 state dict -> the same tensors under HuggingFace names (position_ids buffers are dropped)."""
+    renamed = {}
+    for name, tensor in state.items():
+        for old, new in LAVIS_KEYS:
+            name = name.replace(old, new)
+        if not name.endswith("position_ids"):
+            renamed[name] = tensor
+    return renamed
+
+
+def qformer_weights(state, text_path):
+    """Pick the Q-Former out of an HF BLIP-2, HF image-text-retrieval or LAVIS state dict.
+
+    Returns {"qformer": ..., "embeddings": ..., "query_tokens": ..., "language_projection": ...}, each a state dict, those
+    that the source holds. Without text_path the text feed-forwards are left out: stage 2 has no text in the Q-Former.
+    """
+    if any(name.startswith("Qformer.") for name in state):
+        state = lavis_to_hf(state)
+    parts = {}
+    for name, tensor in state.items():
+        part, _, rest = name.partition(".")
+        is_text = ".intermediate.dense." in name or (".output." in name and "attention.output." not in name)
+        if part in ("qformer", "embeddings", "query_tokens", "language_projection") and (text_path or not is_text):
+            parts.setdefault(part, {})[rest] = tensor
+    if "qformer" not in parts:
+        raise DataError(f"no Q-Former in these weights: found {sorted({n.split('.')[0] for n in state})[:8]}")
+    return parts
+
+
+def read_weights(source):
+    """All tensors but the towers of an HF folder (safetensors), or of a .pth / .bin file: {name: tensor}."""
+    path = pathlib.Path(source)
+    if not path.is_dir():
+        return unwrap_state(load_foreign(path, safe=True))[0]
+    from safetensors import safe_open
+    state = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            state |= {n: tensors.get_tensor(n) for n in tensors.keys() if not n.startswith(("vision_model.", "language_model."))}
+    if not state:
+        raise DataError(f"{path}: no .safetensors file with a Q-Former in this folder")
+    return state
+
+
+# --- gates -----------------------------------------------------------------------------------------------------------------
+
+class Gate(NamedTuple):
+    """What one gate does to a cross-attention layer: key * K, value * V + shift; each [B,heads,1,1 or H/heads]."""
+    key: torch.Tensor
+    value: torch.Tensor
+    shift: torch.Tensor | float
+
+
+class KVGate(nn.Module):
+    """Gate of one cross-attention layer: control vector -> scale on K, scale (and shift) on V.
+
+    kind "film" (Perez et al. 2018): K (1 + g_k), V (1 + g_v) + b_v; no shift on K, since it would cancel in the softmax.
+    kind "gate": K 2 sigmoid(g_k), V 2 sigmoid(g_v); the factor 2 makes it start at 1 and not at a half.
+    per "head" or "channel". K and V have their own parameters. The last layers start at zero, so a fresh gate is the
+    identity to the bit; they get a gradient in the first step and everything below them in the second. scale is a learned
+    factor on g and b: its start value sets how fast the gate opens.
+    """
+
+    def __init__(self, control_width, heads, head_width, kind="film", per="head", hidden=512, scale=1.0):
+        super().__init__()
+        if kind not in ("film", "gate") or per not in ("head", "channel"):
+            raise ValueError(f"gating must be film or gate, per head or channel; got {kind!r}, {per!r}")
+        if scale == 0:
+            raise ValueError("a gate scale of 0 never opens: the zero last layer would get no gradient")
+        self.kind, self.heads = kind, heads
+        width = heads * (head_width if per == "channel" else 1)
+        self.norm = nn.LayerNorm(control_width)
+        self.mlp = nn.Sequential(nn.Linear(control_width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU())
+        self.key, self.value = nn.Linear(hidden, width), nn.Linear(hidden, width)
+        self.shift = nn.Linear(hidden, width) if kind == "film" else None
+        for last in (self.key, self.value, self.shift):
+            if last is not None:
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+        self.scale = nn.Parameter(torch.tensor(float(scale)))
+
+    def forward(self, control):
+        """control [B,C] -> Gate."""
+        h = self.mlp(self.norm(control))  # [B,hidden]
+
+        def spread(linear):  # [B,hidden] -> [B,heads,1,1 or H/heads]
+            return (self.scale * linear(h)).unflatten(-1, (self.heads, 1, -1))
+
+        if self.kind == "gate":
+            return Gate(2 * torch.sigmoid(spread(self.key)), 2 * torch.sigmoid(spread(self.value)), 0.0)
+        return Gate(1 + spread(self.key), 1 + spread(self.value), spread(self.shift))
+
+
+def masked_mean(x, mask):
+    """Mean over real tokens. x [B,L,C], mask [B,L] (1 = real) -> [B,C]; 0 where a row has none."""
+    mask = mask.to(x.dtype)[..., None]
+    return (x * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+class PromptMapper(nn.Module):
+    """EfficientNet's pooled feature and the prompt's token embeddings -> control tokens [B,T,C].
+
+    The T tokens come from one Linear to T*C, so that they differ from each other (the original repeated one vector T
+    times). The text joins as its mean over real tokens, so padding changes nothing and long questions do not drown the
+    image.
+    """
+
+    def __init__(self, image_width, text_width, width=768, tokens=4, hidden=1024, dropout=0.1):
+        super().__init__()
+        self.tokens = tokens
+        # both inputs are normalised first: word embeddings are so small (OPT's about 0.05) that biases would drown them
+        self.image_norm, self.text_norm = nn.LayerNorm(image_width), nn.LayerNorm(text_width)
+        self.image_proj = nn.Linear(image_width, width)
+        self.image_mlp = nn.Sequential(nn.GELU(), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout),
+                                       nn.Linear(hidden, tokens * width))
+        self.text_proj = nn.Linear(text_width, width)
+        self.text_mlp = nn.Sequential(nn.GELU(), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout),
+                                      nn.Linear(hidden, width))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, image_feature, text_embeds, text_mask):
+        """image_feature [B,F], text_embeds [B,L,D], text_mask [B,L] -> [B,T,C]."""
+        image = self.image_mlp(self.image_proj(self.image_norm(image_feature))).unflatten(-1, (self.tokens, -1))  # [B,T,C]
+        text = masked_mean(self.text_mlp(self.text_proj(self.text_norm(text_embeds))), text_mask)  # [B,C]
+        return self.norm(image + text[:, None])
+
+
+class GatedFusionModule(nn.Module):
+    """Residual fusion of a text into image tokens: out = image + alpha * gate * delta.
+
+    gate = sigmoid(MLP([image; t])), delta = tanh(MLP(t)), t = mean of the real text tokens. 2,952,193 parameters at
+    hidden_size 768. The biases of delta start at zero, so a zero text changes nothing at all.
+    """
+
+    def __init__(self, hidden_size=768, alpha=0.5, dropout=0.1):
+        super().__init__()
+        H = hidden_size
+        self.gate = nn.Sequential(nn.Linear(2 * H, H), nn.ReLU(), nn.Dropout(dropout), nn.Linear(H, H))
+        self.delta = nn.Sequential(nn.Linear(H, H), nn.ReLU(), nn.Dropout(dropout), nn.Linear(H, H))
+        nn.init.zeros_(self.delta[0].bias)
+        nn.init.zeros_(self.delta[3].bias)
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+
+    def forward(self, image, text, text_mask=None):
+        """image [B,N,H], text [B,M,H], text_mask [B,M] (None: all real) -> [B,N,H]."""
+        if text_mask is None:
+            text_mask = torch.ones(text.shape[:2], device=text.device)
+        t = masked_mean(text, text_mask)[:, None]  # [B,1,H]
+        gate = torch.sigmoid(self.gate(torch.cat([image, t.expand_as(image)], -1)))  # [B,N,H]
+        return image + self.alpha * gate * torch.tanh(self.delta(t))
+
+
+# --- the style classifier ------------------------------------------------------------------------------------------------
+
+def _harmless_globals():
+    """Classes that training scripts leave in checkpoints and that run nothing when they are rebuilt."""
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [getattr(np.dtypes, n) for n in ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")]
+    paths = [(getattr(pathlib, n), f"{module}.{n}") for n in ("PosixPath", "PurePosixPath")
+             for module in ("pathlib", "pathlib._local")]  # Python 3.13 writes the second name
+    return [Namespace, np.dtype, *dtypes, *paths,
+            (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+
+
+def load_foreign(path, safe):
+    """Load a checkpoint that somebody else wrote, without running anything in it where that is possible.
+
+    Tries torch's weights-only loader with argparse.Namespace, PosixPath and numpy scalars allowed. Only when the file needs
+    another class: with safe=True a DataError; else a warning and weights_only=False, WHICH RUNS WHATEVER THE FILE HOLDS.
+    A damaged file is a DataError and never reaches the second way.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such checkpoint")
+    head = path.open("rb").read(2)
+    if head[:2] != b"PK" and head[:1] != b"\x80":
+        raise DataError(f"{path}: not a PyTorch file ({path.stat().st_size} bytes; a web page or a git-lfs pointer saved "
+                        "under this name?): download it again")
+    try:
+        with torch.serialization.safe_globals(_harmless_globals()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())
+        name = reason.split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in reason else "an object that is not allowed"
+    except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: damaged or incomplete ({type(error).__name__}): download it again") from None
+    if safe:
+        raise DataError(f"{path}: holds {name}, which only the unsafe loader can rebuild; drop --safe-load if you trust "
+                        "whoever made the file")
+    warnings.warn(f"{path} holds {name}: loading it with weights_only=False, which runs whatever code the file holds. "
+                  "--safe-load refuses this.", stacklevel=2)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # unpickling foreign code may raise anything
+        raise DataError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from None
+
+
+def unwrap_state(loaded):
+    """Find the state dict in a checkpoint: bare, or under ema / model / state_dict (EMA weights first); strip
+    `module.` and `_orig_mod.` prefixes. Returns ({name: tensor}, where it stood)."""
+    where = "the file itself"
+    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict"):
+        inner = loaded.get(key) if isinstance(loaded, dict) else None
+        if inner is not None and (isinstance(inner, (dict, nn.Module))):
+            loaded, where = inner, f"key {key!r}"
+            break
+    if isinstance(loaded, nn.Module):
+        loaded = loaded.state_dict()
+    state = {}
+    for name, tensor in (loaded.items() if isinstance(loaded, dict) else ()):
+        if isinstance(tensor, torch.Tensor):
+            while name.startswith(("module.", "_orig_mod.")):
+                name = name.split(".", 1)[1]
+            state[name] = tensor
+    return state, where
+
+
+class EfficientNet28(nn.Module):
+    """Style classifier: timm's EfficientNet-B3 with a head of 28 classes (27 WikiArt styles and photographs).
+
+    forward takes images in BLIP's normalisation and at BLIP-2's size; the bridge to ImageNet's normalisation is inside.
+    """
+
+    def __init__(self, num_classes=28, arch="efficientnet_b3", classes=None):
+        super().__init__()
+        import timm
+        self.net = timm.create_model(arch, num_classes=num_classes, pretrained=False)
+        self.arch, self.num_classes, self.classes = arch, num_classes, classes
+        for name, values in (("blip_mean", BLIP_MEAN), ("blip_std", BLIP_STD),
+                             ("net_mean", IMAGENET_MEAN), ("net_std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def width(self):
+        """Length of the pooled feature (1536 for B3)."""
+        return self.net.num_features
+
+    @classmethod
+    def from_checkpoint(cls, path, safe=False):
+        """Build the net with as many classes as the checkpoint holds, and load it strictly. `arch` and `classes` are
+        taken from the file where it has them (ours do); other files are taken for an EfficientNet-B3."""
+        loaded = load_foreign(path, safe)
+        state, where = unwrap_state(loaded)
+        if "classifier.weight" not in state:
+            raise DataError(f"{path}: no timm EfficientNet in {where} (no classifier.weight among {len(state)} tensors, "
+                            f"first {list(state)[:3]})")
+        extra = loaded if isinstance(loaded, dict) else {}
+        arch = extra.get("arch") if isinstance(extra.get("arch"), str) else "efficientnet_b3"
+        net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"))
+        load_strictly(net.net, state, f"{path} ({where}) as {arch}")
+        return net
+
+    def forward(self, images):
+        """images [B,3,h,w] in BLIP's normalisation -> pooled feature [B,width]."""
+        pixels = (images.float() * self.blip_std + self.blip_mean).clamp(0, 1)
+        return self.net.forward_head(self.net.forward_features((pixels - self.net_mean) / self.net_std), pre_logits=True)
+
+    def logits(self, feature):
+        """Pooled feature [B,width] -> class scores [B,num_classes]."""
+        return self.net.get_classifier()(feature)
+
+
+def load_strictly(module, state, source):
+    """load_state_dict that says in one line what does not fit."""
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in own.keys() & state.keys()
+              if own[n].shape != state[n].shape]
+    if missing or unexpected or shapes:
+        raise DataError(f"{source} does not fit: missing {missing[:5]} ({len(missing)}), unexpected {unexpected[:5]} "
+                        f"({len(unexpected)}), other shapes {shapes[:5]} ({len(shapes)})")
+    module.load_state_dict(state)
+
+
+# --- style terms -----------------------------------------------------------------------------------------------------------
+
+def style_vocabulary(styles, tokenizer):
+    """Distinct styles -> (their names sorted, pieces [S,V]: each row holds 1/n at the n word pieces of that style).
+
+    A piece that several styles share counts for each of them. Names are tokenised as in an answer: after a space.
+    """
+    names = sorted({s.strip() for s in styles if s.strip()})
+    pieces = torch.zeros(len(names), len(tokenizer))
+    for row, name in enumerate(names):
+        ids = sorted(set(tokenizer(" " + name, add_special_tokens=False).input_ids))
+        pieces[row, ids] = 1 / len(ids)
+    return names, pieces
+
+
+def style_hit(logits, rows, pieces):
+    """Expected mass on style tokens at answer positions (differentiable), and the share of hard hits.
+
+    logits [M,V]; rows [B,M] averages the positions of each sample; pieces [S,V] -> two tensors [B] in 0..1.
+    """
+    ids = pieces.any(0).nonzero()[:, 0]  # [U] tokens of any style
+    mass = logits.float().softmax(-1)[:, ids].sum(-1)  # [M]
+    hard = torch.isin(logits.argmax(-1), ids).float()  # [M]
+    return rows @ mass, rows @ hard
+
+
+def style_kl(image_logits, logits, rows, pieces):
+    """Symmetric KL between the image's style distribution and the answer's, 0.5 (KL(p|q) + KL(q|p)) -> [B].
+
+    p = softmax of image_logits [B,S]. q: every style is scored by the mean log-probability of its word pieces over the
+    sample's answer positions, then a softmax over styles. logits [M,V], rows [B,M], pieces [S,V].
+    """
+    ids = pieces.any(0).nonzero()[:, 0]  # [U]
+    word = rows @ logits.float().log_softmax(-1)[:, ids]  # [B,U]
+    log_q = (word @ pieces[:, ids].T).log_softmax(-1)  # [B,S]
+    log_p = image_logits.float().log_softmax(-1)
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------------
+
+def newline_id(tokenizer):
+    """The token that ends an answer (BLIP-2's stage 2 trains "text + newline")."""
+    return tokenizer("\n", add_special_tokens=False).input_ids[-1]
+
+
+def prompt_ids(tokenizer, question, max_tokens=64):
+    """Token ids of BOS and the prompt; a long question is cut so that "Answer:" always stands at the end."""
+    head, tail = PROMPT.split("{}")
+    ids = [tokenizer.bos_token_id] + tokenizer(head + question.strip(), add_special_tokens=False).input_ids
+    tail = tokenizer(tail, add_special_tokens=False).input_ids
+    return ids[:max_tokens - len(tail)] + tail
+
+
+def answer_ids(tokenizer, answer, max_tokens=16):
+    """Token ids of " answer" and the newline; cut to max_tokens, the newline stays."""
+    ids = tokenizer(" " + answer.strip(), add_special_tokens=False).input_ids
+    return ids[:max_tokens - 1] + [newline_id(tokenizer)]
+
+
+def pad_ids(rows, value, left=False):
+    """Lists of ids -> LongTensor [B,L], padded with value on the right, or on the left for generation."""
+    L = max(map(len, rows))
+    return torch.tensor([[value] * (L - len(r)) + r if left else r + [value] * (L - len(r)) for r in rows])
+
+
+def encode_training(tokenizer, questions, answers, max_answer=16):
+    """Questions and answers -> dict of [B,L] tensors, right-padded: input_ids, attention_mask, prompt_mask, labels.
+
+    labels are -100 on the prompt and on pads, so the loss sees the answer alone. prompt_mask marks the prompt: the gates
+    read the question there and never the answer.
+    """
+    prompts = [prompt_ids(tokenizer, q) for q in questions]
+    targets = [answer_ids(tokenizer, a, max_answer) for a in answers]
+    return {"input_ids": pad_ids([p + t for p, t in zip(prompts, targets)], tokenizer.pad_token_id),
+            "attention_mask": pad_ids([[1] * len(p + t) for p, t in zip(prompts, targets)], 0),
+            "prompt_mask": pad_ids([[1] * len(p) + [0] * len(t) for p, t in zip(prompts, targets)], 0),
+            "labels": pad_ids([[-100] * len(p) + t for p, t in zip(prompts, targets)], -100)}
+
+
+def encode_prompts(tokenizer, questions):
+    """Questions -> dict of [B,L] tensors for generation: input_ids, attention_mask; left-padded, as OPT needs it."""
+    prompts = [prompt_ids(tokenizer, q) for q in questions]
+    return {"input_ids": pad_ids(prompts, tokenizer.pad_token_id, left=True),
+            "attention_mask": pad_ids([[1] * len(p) for p in prompts], 0, left=True)}
+
+
+# --- the system ------------------------------------------------------------------------------------------------------------
+
+def load_blip2(name, dtype=torch.float32):
+    """HuggingFace id or local folder -> (Blip2ForConditionalGeneration, tokenizer). Local files are tried first."""
+    from transformers import AutoTokenizer, Blip2ForConditionalGeneration
+    if pathlib.Path(name).is_dir() and not (pathlib.Path(name) / "config.json").is_file():
+        raise DataError(f"{name}: not a BLIP-2 folder (no config.json); give the folder that save_pretrained wrote")
+    errors = []
+    for local in (True, False):
+        try:
+            model = Blip2ForConditionalGeneration.from_pretrained(name, dtype=dtype, local_files_only=local)
+            return model, AutoTokenizer.from_pretrained(name, local_files_only=local)
+        except (OSError, ValueError, RuntimeError) as error:
+            errors.append(" ".join(str(error).split())[:200])
+        if pathlib.Path(name).exists():
+            raise DataError(f"{name}: cannot be loaded as BLIP-2: {errors[0]}")
+    raise DataError(f"no BLIP-2 called {name!r} on this machine and none could be fetched: pass --blip2 with a local folder "
+                    f"in HuggingFace's format, or --blip2 tiny ({errors[-1]})")
+
+
+class Blip2OPTGated(nn.Module):
+    """BLIP-2 (frozen vision tower, Q-Former, frozen OPT) whose cross-attention is gated by art style.
+
+    blip2: a transformers Blip2ForConditionalGeneration; its parts are taken over, its Q-Former's weights go into core's.
+    efficientnet: an EfficientNet28 or None (only with gating "none"). styles: the style vocabulary ([] = no style terms).
+    Trained: gates, mapper, language_projection, style_head; with train_qformer the Q-Former and its queries too; with
+    lora_rank LoRA on the cross-attention's key and value. Everything else is frozen and stays in eval mode.
+    """
+
+    def __init__(self, blip2, tokenizer, efficientnet=None, styles=(), gating="film", per="head", gate_hidden=512,
+                 gate_scale=1.0, control_tokens=4, mapper_hidden=1024, train_qformer=False, lora_rank=0):
+        super().__init__()
+        config = blip2.config
+        if config.text_config.model_type != "opt":
+            raise DataError(f"this BLIP-2 answers with {config.text_config.model_type}; only OPT is built in here")
+        self.tokenizer, self.image_size = tokenizer, config.vision_config.image_size
+        self.vision_model, self.language_model = blip2.vision_model, blip2.language_model
+        self.query_tokens = nn.Parameter(blip2.query_tokens.detach().float())
+        self.language_projection = blip2.language_projection.float()
+        with torch.device(self.query_tokens.device):
+            self.qformer = QFormer(config.qformer_config)
+        weights = {n: p.float() for n, p in blip2.qformer.state_dict().items()}
+        self.qformer.load_state_dict(weights, strict=True, assign=True)  # assign: works on the meta device as well
+        self._build_gates(config.qformer_config, efficientnet, gating, per, gate_hidden, gate_scale, control_tokens,
+                          mapper_hidden)
+        self._build_style_terms(styles)
+        if lora_rank:
+            from peft import LoraConfig, inject_adapter_in_model
+            lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank,
+                              target_modules=r".*crossattention\.attention\.(key|value)")
+            inject_adapter_in_model(lora, self.qformer)
+        self._freeze(train_qformer)
+
+    @classmethod
+    def build(cls, blip2, efficientnet, styles, gating="film", qformer=None, dtype=torch.float32, safe=False, **settings):
+        """From names and plain values (best.pt's model_args): blip2 an id or folder, efficientnet a checkpoint, qformer the
+        folder or file of another Q-Former. dtype is that of the frozen towers."""
+        net = EfficientNet28.from_checkpoint(efficientnet, safe) if gating != "none" else None
+        blip2, tokenizer = load_blip2(blip2, dtype)
+        model = cls(blip2, tokenizer, net, styles, gating, **settings)
+        if qformer:
+            model.take_qformer(qformer)
+        return model
+
+    def take_qformer(self, source):
+        """Put the Q-Former of another checkpoint in (its queries and projection too, where it holds them of this width)."""
+        parts = qformer_weights(read_weights(source), text_path=False)
+        load_strictly(self.qformer, parts["qformer"], f"Q-Former of {source}")
+        queries = parts.get("query_tokens", {}).get("")
+        if queries is None or queries.shape != self.query_tokens.shape:
+            raise DataError(f"{source}: query tokens {None if queries is None else tuple(queries.shape)} for "
+                            f"{tuple(self.query_tokens.shape)}")
+        self.query_tokens.data.copy_(queries)
+        if "language_projection" in parts:
+            load_strictly(self.language_projection, parts["language_projection"], f"language projection of {source}")
+
+    def _build_gates(self, qconfig, efficientnet, gating, per, hidden, scale, tokens, mapper_hidden):
+        self.efficientnet = efficientnet
+        self.gates = self.mapper = None
+        if gating == "none":
+            return
+        if efficientnet is None:
+            raise DataError("gating needs an EfficientNet style checkpoint (--efficientnet), or use --gating none")
+        H, heads = qconfig.hidden_size, qconfig.num_attention_heads
+        text_width = self.language_model.get_input_embeddings().embedding_dim
+        with torch.device(self.query_tokens.device):
+            self.mapper = PromptMapper(efficientnet.width, text_width, H, tokens, mapper_hidden)
+            self.gates = nn.ModuleList([KVGate(H, heads, H // heads, gating, per, hidden, scale)
+                                        for _ in self.qformer.cross_layers])
+
+    def _build_style_terms(self, styles):
+        self.styles, self.style_head = list(styles), None
+        if self.styles:
+            names, pieces = style_vocabulary(styles, self.tokenizer)
+            if names != self.styles:
+                raise ValueError("styles must be sorted and distinct, as style_vocabulary gives them")
+            self.register_buffer("style_pieces", pieces, persistent=False)  # [S,V]
+            if self.efficientnet is not None:
+                self.style_head = nn.Linear(self.efficientnet.width, len(self.styles))
+
+    def _freeze(self, train_qformer):
+        self.requires_grad_(False)
+        trained = [self.gates, self.mapper, self.style_head, self.language_projection]
+        if train_qformer:
+            trained.append(self.qformer)
+            self.query_tokens.requires_grad_(True)
+        for part in trained:
+            if part is not None:
+                part.requires_grad_(True)
+        for name, parameter in self.qformer.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(True)
+        self.frozen_parts = ["vision_model", "language_model", "efficientnet"] + ([] if train_qformer else ["qformer"])
+        self.train(self.training)
+
+    def train(self, mode=True):
+        """Frozen parts stay in eval mode: a frozen BatchNorm in train mode would still move, and dropout would add noise."""
+        super().train(mode)
+        for name in self.frozen_parts:
+            if getattr(self, name) is not None:
+                getattr(self, name).eval()
+        return self
+
+    # -- features of the frozen towers; both may be computed before and passed in
+
+    @torch.no_grad()
+    def image_features(self, images):
+        """images [B,3,h,w] in BLIP's normalisation -> dict image_embeds [B,P,W], style_feature [B,F] or None."""
+        dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
+        embeds = self.vision_model(pixel_values=images.to(dtype)).last_hidden_state
+        return {"image_embeds": embeds, "style_feature": self.efficientnet(images) if self.efficientnet else None}
+
+    def control(self, style_feature, input_ids, prompt_mask):
+        """Style and question -> control vector [B,H]: the mean of the mapper's control tokens."""
+        with torch.no_grad():
+            words = self.language_model.get_input_embeddings()(input_ids)  # [B,L,D]
+        return self.mapper(style_feature.float(), words.float(), prompt_mask).mean(1)
+
+    def visual_prompt(self, image_embeds, style_feature, input_ids, prompt_mask, gated=True):
+        """Q-Former and projection -> what the language model sees of the image, [B,Q,D]."""
+        gates = None
+        if gated and self.gates is not None:
+            control = self.control(style_feature, input_ids, prompt_mask)
+            gates = [gate(control) for gate in self.gates]
+        queries = self.query_tokens.expand(len(image_embeds), -1, -1)  # [B,Q,H]
+        out = self.qformer(queries, image_embeds.to(self.query_tokens.dtype), gates=gates)
+        return self.language_projection(out)
+
+    def lm_inputs(self, visual, input_ids, attention_mask):
+        """[visual | tokens] as the language model takes them: the one place where dtype and device are settled.
+
+        visual [B,Q,D], input_ids and attention_mask [B,L] -> inputs_embeds [B,Q+L,D], attention_mask [B,Q+L].
+        """
+        words = self.language_model.get_input_embeddings()(input_ids)  # [B,L,D]
+        embeds = torch.cat([visual.to(words.dtype), words], 1)
+        ones = attention_mask.new_ones(visual.shape[:2])
+        return {"inputs_embeds": embeds, "attention_mask": torch.cat([ones, attention_mask], 1)}
+
+    def forward(self, input_ids, attention_mask, prompt_mask, labels, images=None, image_embeds=None, style_feature=None,
+                style=None, hit_rows=None, hit_weight=0.0, kl_weight=0.0, gated=True):
+        """Loss and its parts for a batch of encode_training.
+
+        images [B,3,h,w], or image_embeds [B,P,W] and style_feature [B,F] computed before. style [B]: index into the style
+        vocabulary, -1 = unknown. hit_rows [B]: 1 where the answer names a style; the hit term asks only those for style
+        words (asking a colour question for a style word would fight the answer).
+        Returns {"loss": scalar, parts: [B]}: lm is the mean over a sample's answer tokens; loss is the mean over samples of
+        lm + hit_weight (1 - hit) on hit_rows + kl_weight (kl + cross-entropy of the style head). A mean over samples, so
+        that accumulation and several processes add up to exactly the large batch.
+        """
+        features = {"image_embeds": image_embeds, "style_feature": style_feature}
+        if image_embeds is None:
+            features = self.image_features(images)
+        visual = self.visual_prompt(**features, input_ids=input_ids, prompt_mask=prompt_mask, gated=gated)
+        logits, targets, owner = self._answer_logits(visual, input_ids, attention_mask, labels)
+        rows = F.one_hot(owner, len(labels)).T.float()  # [B,M]
+        nll = F.cross_entropy(logits.float(), targets, reduction="none")  # [M]
+        parts = {"lm": _row_mean(rows) @ nll}
+        total = parts["lm"]
+        if hit_weight or kl_weight:
+            words = _row_mean(rows * (targets != newline_id(self.tokenizer)))  # without the newline: no style ends in one
+        if hit_weight:
+            parts["hit"], parts["hard_hit"] = style_hit(logits, words, self.style_pieces)
+            parts["hit_rows"] = hit_rows.float()
+            total = total + hit_weight * (1 - parts["hit"]) * parts["hit_rows"]
+        if kl_weight:
+            style_logits = self.style_head(features["style_feature"].float())  # [B,S]
+            parts["kl"] = style_kl(style_logits, logits, words, self.style_pieces)
+            # the head is anchored on the style column; without it, p could simply follow the text
+            parts["style_ce"] = F.cross_entropy(style_logits, style, ignore_index=-1, reduction="none")
+            total = total + kl_weight * (parts["kl"] + parts["style_ce"])
+        parts["total"] = total
+        return {"loss": total.mean(), **{name: part.detach() for name, part in parts.items()}}
+
+    def _answer_logits(self, visual, input_ids, attention_mask, labels):
+        """Logits at answer positions only: the vocabulary is wide and all other rows would be thrown away.
+
+        -> logits [M,V], targets [M], owner [M] (row of the batch).
+        """
+        states = self.language_model.model(**self.lm_inputs(visual, input_ids, attention_mask)).last_hidden_state
+        states = states[:, visual.shape[1] - 1:-1]  # [B,L,D]: the state before each token predicts it
+        owner, position = (labels != -100).nonzero(as_tuple=True)
+        return self.language_model.lm_head(states[owner, position]), labels[owner, position], owner
+
+    # -- answering
+
+    @torch.no_grad()
+    def predict_answers(self, questions, images=None, image_embeds=None, style_feature=None, method="generate",
+                        answers=None, beams=5, max_new_tokens=10, length_penalty=0.0, gated=True):
+        """Answers as strings, one a question; prompt never repeated, cut at the newline.
+
+        images [B,3,h,w], or image_embeds [B,P,W] with style_feature [B,F] computed before. method "generate": beam search
+        (BLIP-2's VQA settings as defaults). method "rank": the likeliest of the given list `answers`.
+        """
+        if self.training:
+            raise RuntimeError("call model.eval() before predict_answers: dropout would change the answers")
+        features = {"image_embeds": image_embeds, "style_feature": style_feature}
+        if image_embeds is None:
+            features = self.image_features(images)
+        if method == "rank":
+            scores = self.score_answers(questions, answers, **features, gated=gated)
+            return [answers[i] for i in scores.argmax(-1).tolist()]
+        if method != "generate":
+            raise ValueError(f"method must be generate or rank, got {method!r}")
+        batch = to_device(encode_prompts(self.tokenizer, questions), features["image_embeds"].device)
+        visual = self.visual_prompt(**features, input_ids=batch["input_ids"], prompt_mask=batch["attention_mask"],
+                                    gated=gated)
+        inputs = self.lm_inputs(visual, **batch)
+        settings = {"num_beams": beams, **({"length_penalty": length_penalty} if beams > 1 else {})}
+        ids = self.language_model.generate(
+            **self.lm_inputs(visual, **batch), **settings, do_sample=False, max_new_tokens=max_new_tokens, min_new_tokens=1,
+            eos_token_id=newline_id(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)  # only new tokens: the prompt went in as embeddings
+        return [text.split("\n")[0].strip() for text in texts]
+
+    @torch.no_grad()
+    def score_answers(self, questions, answers, image_embeds, style_feature=None, gated=True, chunk=64):
+        """Log-likelihood of every candidate answer (with its newline) for every question -> float [B,A].
+
+        image_embeds [B,P,W], style_feature [B,F]. Candidates are scored in chunks of `chunk` question-answer pairs.
+        """
+        device = image_embeds.device
+        prompts = to_device(encode_prompts(self.tokenizer, questions), device)
+        visual = self.visual_prompt(image_embeds, style_feature, prompts["input_ids"], prompts["attention_mask"], gated)
+        pairs = [(b, a) for b in range(len(questions)) for a in range(len(answers))]
+        scores = []
+        for start in range(0, len(pairs), chunk):
+            part = pairs[start:start + chunk]
+            batch = to_device(encode_training(self.tokenizer, [questions[b] for b, _ in part],
+                                              [answers[a] for _, a in part], max_answer=64), device)
+            logits, targets, owner = self._answer_logits(visual[[b for b, _ in part]], batch["input_ids"],
+                                                         batch["attention_mask"], batch["labels"])
+            nll = F.cross_entropy(logits.float(), targets, reduction="none")  # [M]
+            scores.append(-(F.one_hot(owner, len(part)).T.float() @ nll))  # [pairs of this chunk]
+        return torch.cat(scores).view(len(questions), len(answers))
+
+
+def _row_mean(rows):
+    """0/1 [B,M] -> the matrix that averages each row's positions (rows without any give 0)."""
+    return rows / rows.sum(1, keepdim=True).clamp(min=1)
+
+
+def to_device(batch, device):
+    """Move the tensors of a dict; other values stay."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+# --- accounting -------------------------------------------------------------------------------------------------------------
+
+def parts_table(model):
+    """Parameters by top-level part: list of (part, trainable, frozen), and the sum as the last row."""
+    rows = []
+    for name, part in [*model.named_children(), *model.named_parameters(recurse=False)]:
+        parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+        counts = [sum(p.numel() for p in parameters if p.requires_grad is wanted) for wanted in (True, False)]
+        if sum(counts):
+            rows.append((name, *counts))
+    return rows + [("sum", sum(r[1] for r in rows), sum(r[2] for r in rows))]
+
+
+def print_parts(model):
+    """Print parts_table, one line a part."""
+    print(f"{'part':22}{'trainable':>15}{'frozen':>17}")
+    for name, trainable, frozen in parts_table(model):
+        print(f"{name:22}{trainable:>15,}{frozen:>17,}")
+
+
+def trainable_state(model):
+    """{name: tensor on the CPU} of everything that is trained: what best.pt holds."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable(model, state, source):
+    """Put trainable_state back, strictly: the same names and shapes, or a DataError that names the first that differ."""
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = [n for n in own.keys() ^ state.keys()] + [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+    if wrong:
+        raise DataError(f"{source} does not fit this model: {len(wrong)} of {len(own)} tensors are missing, unknown or of "
+                        f"another shape, first {sorted(wrong)[:3]}: was it trained with other --gating, --per or BLIP-2?")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def fingerprint(model):
+    """Short hash of the frozen parts: shapes and a few values of every tensor, rounded to bf16 so that it does not depend
+    on the dtype of loading. Tells the BLIP-2 a run was trained on from another one; it is not a checksum of all bytes."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in trained:
+            flat = tensor.detach().flatten()
+            values = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).float().cpu().numpy()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]

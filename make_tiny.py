@@ -1,0 +1,296 @@
+"""make_tiny.py: a BLIP-2 and a style classifier so small that every stage runs for real on a laptop, without a download.
+
+    python make_tiny.py                      # models/tiny-blip2/ and models/tiny-efficientnet-28.pt, two minutes on 2 cores
+    python train_gated.py --blip2 tiny       # calls this when the files are not there
+
+The folder is in the published format (Blip2ForConditionalGeneration.save_pretrained, tokenizer, processor), so the code that
+loads it is the code that loads Salesforce/blip2-opt-2.7b. Its parts are trained here on freshly drawn scenes (other seeds
+than the sample's own pictures) so that frozen parts are worth freezing: the vision tower on what, colour and count; then
+Q-Former, projection and OPT on content questions, with style words only in text without a picture, so that the language
+model knows the words but never saw a style; then the style classifier on the eight manners.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import core
+import runfolder
+
+ROOT = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "data"))
+import make_sample  # noqa: E402  (data/ is a folder of data and its maker, not a package)
+
+SIZE, PATCH, WIDTH, QUERIES = 112, 14, 128, 8
+ARCH = "test_efficientnet"  # timm's smallest EfficientNet; 28 classes as the real one
+# WikiArt's classes in ArtGAN's order, then photographs; the drawn manners carry eight of these names
+CLASSES = ["Abstract Expressionism", "Action Painting", "Analytical Cubism", "Art Nouveau", "Baroque", "Color Field Painting",
+           "Contemporary Realism", "Cubism", "Early Renaissance", "Expressionism", "Fauvism", "High Renaissance",
+           "Impressionism", "Mannerism Late Renaissance", "Minimalism", "Naive Art Primitivism", "New Realism",
+           "Northern Renaissance", "Pointillism", "Pop Art", "Post Impressionism", "Realism", "Rococo", "Romanticism",
+           "Symbolism", "Synthetic Cubism", "Ukiyo-e", "Photograph"]
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", default=str(ROOT / "models"), help="folder for tiny-blip2/ and tiny-efficientnet-28.pt")
+    parser.add_argument("--pictures", type=int, default=2400, help="scenes drawn for pre-training")
+    parser.add_argument("--vision-steps", type=int, default=600, help="steps of 32 for the vision tower")
+    parser.add_argument("--language-steps", type=int, default=500, help="steps of 32 for Q-Former and language model")
+    parser.add_argument("--style-steps", type=int, default=200, help="steps of 32 for the style classifier")
+    parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and batches")
+    return parser.parse_args(argv)
+
+
+# --- data: scenes in memory ---------------------------------------------------------------------------------------------------
+
+def draw_one(index, seed):
+    """Scene `index` of the pre-training set -> (scene, style, pixels uint8 [SIZE,SIZE,3]). Never one of the sample's."""
+    rng = np.random.default_rng([seed, 77_000_000 + index])
+    scene = make_sample.random_scene(rng)
+    style = list(make_sample.STYLES)[index % len(make_sample.STYLES)]
+    return scene, style, np.asarray(make_sample.draw_scene(scene, style, SIZE, seed=77_000_000 + index))
+
+
+def draw_scenes(count, seed):
+    """-> scenes, styles (lists), pixels uint8 [N,3,SIZE,SIZE]."""
+    with ProcessPoolExecutor() as pool:
+        drawn = list(tqdm(pool.map(functools.partial(draw_one, seed=seed), range(count), chunksize=32), total=count,
+                          desc="drawing scenes", mininterval=2))
+    scenes, styles, pixels = zip(*drawn)
+    return scenes, styles, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+
+
+def normalised(pixels):
+    """uint8 [B,3,s,s] -> float in BLIP's normalisation."""
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (core.BLIP_MEAN, core.BLIP_STD))
+    return (pixels.float() / 255 - mean) / std
+
+
+def mirrored(pixels, labels, generator):
+    """The batch and its patch labels [B,8,8], mirrored half of the time: a cheap guard against learning pictures by heart."""
+    return (pixels.flip(3), labels.flip(2)) if torch.rand((), generator=generator) < 0.5 else (pixels, labels)
+
+
+def patch_kinds(scenes):
+    """What each patch of the tower shows, [N,8,8]: 0 ground, else 1 + index of the kind (a circle for each thing)."""
+    n = SIZE // PATCH
+    centre = (torch.arange(n) + 0.5) / n
+    labels = torch.zeros(len(scenes), n, n, dtype=torch.long)
+    for label, scene in zip(labels, scenes):
+        for thing in scene["things"]:
+            inside = (centre[None] - thing["x"]) ** 2 + (centre[:, None] - thing["y"]) ** 2 < (0.8 * thing["radius"]) ** 2
+            label[inside] = 1 + list(make_sample.KINDS).index(scene["kind"])
+    return labels
+
+
+# --- the parts ----------------------------------------------------------------------------------------------------------------
+
+def style_sentences():
+    """Texts without a picture that hold the style words: all the language model ever hears of style."""
+    lines = []
+    for style, technique in make_sample.TECHNIQUES.items():
+        lines += [(q, style) for q in make_sample.WORDINGS["style"]]
+        lines += [(q, technique) for q in make_sample.WORDINGS["technique"]]
+    return lines
+
+
+def make_tokenizer(texts, folder):
+    """Byte-level BPE (as OPT's) of a few hundred pieces, trained on the sample's texts; any text can be encoded."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import AutoTokenizer
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=480, min_frequency=2, show_progress=False,
+                            special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<image>"])
+    bpe.save_model(str(folder))  # vocab.json and merges.txt, as OPT publishes them
+    bpe.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>",
+                "unk_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def make_model(tokenizer):
+    """Random Blip2ForConditionalGeneration of the tiny sizes."""
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
+    vision = Blip2VisionConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
+                               image_size=SIZE, patch_size=PATCH)
+    qformer = Blip2QFormerConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=4,
+                                 intermediate_size=2 * WIDTH, encoder_hidden_size=WIDTH, max_position_embeddings=64)
+    text = OPTConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=4 * WIDTH,
+                     num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=256, dropout=0.0,
+                     bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+                     pad_token_id=tokenizer.pad_token_id)
+    config = Blip2Config(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), text_config=text.to_dict(),
+                         num_query_tokens=QUERIES, image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
+    model = Blip2ForConditionalGeneration(config)
+    for module in model.modules():  # the library's std of 0.02 sits on a plateau at such widths
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    nn.init.normal_(model.query_tokens, std=1.0)
+    nn.init.normal_(model.vision_model.embeddings.position_embedding, std=0.2)
+    model.language_model.tie_weights()
+    return model
+
+
+def fit(parameters, step_loss, steps, lr, name):
+    """Plain AdamW with warm-up and cosine; step_loss(step) -> loss."""
+    optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=lr, weight_decay=0.05)
+    bar = tqdm(range(steps), desc=name, mininterval=5)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = runfolder.cosine_lr(step, steps, steps // 20, lr)
+        loss = step_loss(step)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def train_vision(tower, scenes, pixels, steps, generator):
+    """Vision tower on what, colour and count, read off the mean of its states, and on what each patch shows."""
+    facts = [("kind", list(make_sample.KINDS)), ("colour", list(make_sample.COLOURS)), ("count", list(make_sample.COUNTS))]
+    labels = torch.tensor([[values.index(s[key]) for key, values in facts] for s in scenes])  # [N,3]
+    patches = patch_kinds(scenes)
+    heads = nn.ModuleList([nn.Linear(WIDTH, len(values)) for _, values in facts] + [nn.Linear(WIDTH, 1 + len(make_sample.KINDS))])
+
+    def step_loss(step):
+        rows = torch.randint(len(pixels), (32,), generator=generator)
+        batch, shown = mirrored(pixels[rows], patches[rows], generator)
+        states = tower(pixel_values=normalised(batch)).last_hidden_state  # [32,1+64,WIDTH]
+        whole = sum(F.cross_entropy(heads[i](states.mean(1)), labels[rows, i]) for i in range(len(facts)))
+        return whole + 4 * F.cross_entropy(heads[-1](states[:, 1:]).flatten(0, 1), shown.flatten())
+
+    fit([*tower.parameters(), *heads.parameters()], step_loss, steps, 2e-3, "vision tower")
+
+
+def train_language(gated, scenes, styles, pixels, steps, generator, rng):
+    """Q-Former, projection and language model on content questions over kept vision states; style only as text."""
+    with torch.no_grad():
+        states = torch.cat([gated.image_features(normalised(p))["image_embeds"] for p in pixels.split(64)])  # [N,P,WIDTH]
+    sentences = style_sentences()
+    content = [[(q, a) for q, a, kind in make_sample.questions(scene, style, rng) if kind in ("what", "count", "colour")]
+               for scene, style in zip(scenes, styles)]
+
+    def step_loss(step):
+        rows = torch.randint(len(states), (32,), generator=generator).tolist()
+        pairs = [content[i][rng.integers(len(content[i]))] for i in rows]
+        batch = core.encode_training(gated.tokenizer, *zip(*pairs))
+        loss = gated(**batch, image_embeds=states[rows], gated=False)["loss"]
+        if step % 4 == 0:
+            texts = [sentences[i] for i in rng.integers(len(sentences), size=16)]
+            loss = loss + text_loss(gated, core.encode_training(gated.tokenizer, *zip(*texts)))
+        return loss
+
+    trained = [gated.query_tokens, *gated.qformer.parameters(), *gated.language_projection.parameters(),
+               *gated.language_model.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    gated.train()
+    fit(trained, step_loss, steps, 1e-3, "Q-Former and OPT")
+
+
+def text_loss(gated, batch):
+    """Language modelling on whole texts, no picture in front."""
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    logits = gated.language_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+
+
+def train_style(net, styles, pixels, steps, generator):
+    """The style classifier on the drawn manners."""
+    labels = torch.tensor([CLASSES.index(s) for s in styles])
+
+    def step_loss(step):
+        rows = torch.randint(len(pixels), (32,), generator=generator)
+        return F.cross_entropy(net.logits(net(normalised(pixels[rows]))), labels[rows])
+
+    net.train()
+    fit(list(net.parameters()), step_loss, steps, 2e-3, "style classifier")
+    net.eval()
+
+
+# --- assembly -----------------------------------------------------------------------------------------------------------------
+
+def save_folder(blip2, tokenizer, folder):
+    """Model, tokenizer and processor as the published folder has them."""
+    from transformers import Blip2Processor, BlipImageProcessor
+    blip2.save_pretrained(folder)
+    image_processor = BlipImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=core.BLIP_MEAN, image_std=core.BLIP_STD)
+    Blip2Processor(image_processor, tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
+
+
+def save_random(folder, texts=("Question: What style is this? Answer: Cubism, three\n",)):
+    """Untrained tiny parts in the published formats, for tests -> (BLIP-2 folder, EfficientNet checkpoint)."""
+    folder = pathlib.Path(folder) / "blip2"
+    folder.mkdir(parents=True)
+    tokenizer = make_tokenizer([*texts] * 2, folder)
+    save_folder(make_model(tokenizer), tokenizer, folder)
+    net = core.EfficientNet28(28, ARCH, CLASSES)
+    runfolder.save_checkpoint(folder.parent / "efficientnet.pt", {"model": net.net.state_dict(), "arch": ARCH, "classes": CLASSES})
+    return str(folder), str(folder.parent / "efficientnet.pt")
+
+
+def make_blip2(folder, scenes, styles, pixels, args):
+    """Train the parts and write the folder: under a temporary name first, so that a folder that stands is complete."""
+    generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    lines = [core.PROMPT.format(q) + f" {a}\n" for q, a in style_sentences()]
+    lines += [make_sample.caption(s, rng) for s in scenes]
+    lines += [core.PROMPT.format(q) + f" {a}\n" for s, t in zip(scenes, styles) for q, a, _ in make_sample.questions(s, t, rng)]
+    tokenizer = make_tokenizer(lines, part)
+    blip2 = make_model(tokenizer)
+    train_vision(blip2.vision_model, scenes, pixels, args.vision_steps, generator)
+    gated = core.Blip2OPTGated(blip2.eval(), tokenizer, gating="none", train_qformer=True)
+    train_language(gated, scenes, styles, pixels, args.language_steps, generator, rng)
+    blip2.qformer.load_state_dict(gated.qformer.state_dict())
+    blip2.query_tokens.data.copy_(gated.query_tokens.data)
+    save_folder(blip2, tokenizer, part)
+    part.rename(folder)
+
+
+def make_efficientnet(path, styles, pixels, args):
+    """Train and save the tiny EfficientNet-28."""
+    net = core.EfficientNet28(28, ARCH, CLASSES)
+    train_style(net, styles, pixels, args.style_steps, torch.Generator().manual_seed(args.seed))
+    runfolder.save_checkpoint(path, {"model": net.net.state_dict(), "arch": ARCH, "classes": CLASSES})
+
+
+def ensure(argv=()):
+    """Make what is missing; -> (BLIP-2 folder, EfficientNet checkpoint)."""
+    args = get_args(argv)
+    folder, checkpoint = pathlib.Path(args.out) / "tiny-blip2", pathlib.Path(args.out) / "tiny-efficientnet-28.pt"
+    if not (folder.is_dir() and checkpoint.is_file()):
+        print(f"making the tiny BLIP-2 and EfficientNet in {args.out} (once, about two minutes) ...", flush=True)
+        start = time.monotonic()
+        runfolder.seed_everything(args.seed)
+        scenes, styles, pixels = draw_scenes(args.pictures, args.seed)
+        if not folder.is_dir():
+            make_blip2(folder, scenes, styles, pixels, args)
+        if not checkpoint.is_file():
+            make_efficientnet(checkpoint, styles, pixels, args)
+        print(f"made in {time.monotonic() - start:.0f} s")
+    return str(folder), str(checkpoint)
+
+
+def main(argv=None):
+    folder, checkpoint = ensure(argv)
+    print(f"BLIP-2: {folder}\nEfficientNet-28: {checkpoint}")
+
+
+if __name__ == "__main__":
+    main()

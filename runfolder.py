@@ -1,0 +1,288 @@
+"""runfolder.py: what a run leaves behind, and how it is written so that nothing is lost.
+
+    runs/<name>/best.pt            trained tensors and plain values; loads with weights_only=True
+    runs/<name>/last.pt            the same plus the optimizer, only with --save-last or after an interruption
+    runs/<name>/args.yaml          the settings; serves as --config of another run
+    runs/<name>/training_log.csv   a row every few steps and a row every epoch
+    runs/<name>/events.out.*       the same numbers for TensorBoard
+    runs/<name>/curves.png
+
+Also here, since two scripts must not disagree on it: config files, stopping on a signal, exit codes, learning rate, seeds.
+"""
+
+import argparse
+import contextlib
+import csv
+import math
+import os
+import pathlib
+import pickle
+import random
+import signal
+import sys
+import tempfile
+
+import numpy as np
+import torch
+import yaml
+
+from rows import DataError
+
+# --- files written whole ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="w"):
+    """Open a temporary file beside `path`; when the block ends well it is flushed to disk and renamed to `path`."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's 0600 would stay
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # else a power cut may undo the rename
+    finally:
+        os.close(folder)
+
+
+def save_checkpoint(path, content):
+    """torch.save of tensors and plain values, whole or not at all. A failed write (disk full) is a DataError."""
+    try:
+        with whole_file(path, "wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{path}: could not be saved ({' '.join(str(error).split())}); what stood there before is "
+                        "untouched: free some space and use --resume") from None
+
+
+def load_checkpoint(path, needs=()):
+    """Load one of our own checkpoints with weights_only=True: code in the file never runs. needs: keys it must hold."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{path}: damaged, incomplete or not one of this project's checkpoints ({reason})") from None
+    missing = [key for key in needs if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise DataError(f"{path}: not a checkpoint of this stage (no {', '.join(missing)})")
+    return content
+
+
+# --- settings -------------------------------------------------------------------------------------------------------------------
+
+def parse_args(parser, argv=None):
+    """argparse with --config FILE.yaml: the file gives defaults, the command line wins, an unknown key is an error."""
+    path = _config_path(argv)
+    if path:
+        try:
+            settings = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8")) or {}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise DataError(f"--config {path}: {' '.join(str(error).split())}") from None
+        if not isinstance(settings, dict):
+            raise DataError(f"--config {path}: must hold `name: value` lines")
+        actions = {action.dest: action for action in parser._actions}
+        unknown = sorted(set(settings) - set(actions))
+        if unknown:
+            raise DataError(f"--config {path}: unknown settings {', '.join(map(str, unknown))}")
+        parser.set_defaults(**{name: _checked(actions[name], value, path) for name, value in settings.items()})
+        for name in settings:
+            actions[name].required = False
+    return parser.parse_args(argv)
+
+
+def _config_path(argv):
+    finder = argparse.ArgumentParser(add_help=False)
+    finder.add_argument("--config")
+    return finder.parse_known_args(argv)[0].config
+
+
+def _checked(action, value, path):
+    """A YAML value as the flag's type (YAML reads 1e-4 as text)."""
+    try:
+        if value is not None and action.type is not None and not isinstance(value, list):
+            value = action.type(value)
+    except (TypeError, ValueError):
+        raise DataError(f"--config {path}: {action.dest}: {value!r} is not a {action.type.__name__}") from None
+    if isinstance(action.default, bool) and not isinstance(value, bool):
+        raise DataError(f"--config {path}: {action.dest}: {value!r} is not true or false")
+    if action.choices and value not in action.choices:
+        raise DataError(f"--config {path}: {action.dest}: {value!r} is none of {', '.join(map(str, action.choices))}")
+    return value
+
+
+def start_run(out, args, resume):
+    """Make the run folder and write args.yaml. A folder that holds results is refused unless the run goes on in it."""
+    out = pathlib.Path(out)
+    held = [name for name in ("best.pt", "last.pt") if (out / name).exists()]
+    if held and not resume:
+        raise DataError(f"{out} already holds {' and '.join(held)}: choose another --out, or --resume")
+    try:
+        with whole_file(out / "args.yaml") as file:
+            yaml.safe_dump(vars(args), file, sort_keys=False, allow_unicode=True)
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
+    return out
+
+
+# --- log ------------------------------------------------------------------------------------------------------------------------
+
+class RunLog:
+    """training_log.csv and TensorBoard. Every row has all `columns`, empty where it has no value."""
+
+    def __init__(self, folder, columns, keep_until=None):
+        """keep_until: on resume, drop the rows after this optimizer step (they are trained again)."""
+        from torch.utils.tensorboard import SummaryWriter
+        self.path, self.columns = pathlib.Path(folder) / "training_log.csv", columns
+        kept = []
+        if keep_until is not None and self.path.exists():
+            kept = [row for row in read_log(self.path) if int(row["step"]) <= keep_until]
+        with whole_file(self.path) as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(kept)
+        self.board = SummaryWriter(str(folder), purge_step=None if keep_until is None else keep_until + 1)
+
+    def write(self, kind, step, **values):
+        """Append a row; kind is "step" or "epoch"."""
+        row = {"kind": kind, "step": step, **{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}}
+        with self.path.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self):
+        self.board.close()
+
+
+def read_log(path):
+    """Rows of a training_log.csv as dicts of text."""
+    with pathlib.Path(path).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def draw_curves(log_path, png_path, panels, title):
+    """curves.png from training_log.csv. panels: [(heading, [(kind, column, label)])]; columns without values are left out."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    rows = read_log(log_path)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False)
+    for axis, (heading, lines) in zip(axes[0], panels):
+        for kind, column, label in lines:
+            points = [(int(r["step"]), float(r[column])) for r in rows if r["kind"] == kind and r.get(column)]
+            if points:
+                marker = "o" if kind == "epoch" else None
+                axis.plot(*zip(*points), label=label, marker=marker, markersize=4, linewidth=1.6,
+                          alpha=1.0 if marker else 0.75)
+        axis.set_title(heading, fontsize=11, loc="left")
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.lines:
+            axis.legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
+    with whole_file(png_path, "wb") as file:
+        figure.savefig(file, format="png", dpi=130)
+    plt.close(figure)
+
+
+# --- stopping -------------------------------------------------------------------------------------------------------------------
+
+class StopSignal:
+    """Ctrl-C or SIGTERM: the first sets .number, which the loop looks at between two steps; the second leaves at once."""
+
+    def __enter__(self):
+        self.number = 0
+        self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _handle(self, number, frame):
+        if self.number:
+            os._exit(128 + number)
+        self.number = number
+        print("\nstopping after this step; once more to leave at once", file=sys.stderr)
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(worker):
+    """worker_init_fn: the main process decides when to stop, loaders go on until it does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def exit_code(main, argv=None):
+    """Run main(argv) and turn what a user can mend into one line and an exit code: 2 bad input, 130 Ctrl-C."""
+    try:
+        return main(argv) or 0
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        need = str(error).split(".")[0]
+        print(f"error: out of GPU memory ({need}): lower --batch-size and raise --accumulation by the same factor, or use "
+              "--precision bf16", file=sys.stderr)
+        return 2
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------------------
+
+def cosine_lr(step, total, warmup, peak, floor=0.0):
+    """Learning rate of optimizer step `step` (from 0): linear to peak over `warmup` steps, then cosine to floor at total.
+
+    The first step already moves (peak / warmup); a warm-up longer than the run is cut to the run.
+    """
+    warmup = min(warmup, total)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def seed_everything(*numbers):
+    """Seed Python, numpy and torch from whole numbers, e.g. (seed, epoch, step): a pure function of them, so that a resumed
+    run draws what the undisturbed one would have drawn."""
+    state = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1):
+    """Who sees which row when: a pure function of its arguments.
+
+    Returns for every optimizer step (group, micro-batches): group = row numbers of the whole effective batch
+    (batch_size * accumulation * processes), micro-batches = this process's share in lists of at most batch_size. An
+    incomplete last group is left out, unless it is the only one.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    size = batch_size * accumulation * processes
+    groups = [order[i:i + size] for i in range(0, count, size)]
+    if len(groups) > 1 and len(groups[-1]) < size:
+        groups.pop()
+    if groups and len(groups[0]) < processes:
+        raise DataError(f"{count} training rows are fewer than the {processes} processes")
+    plan = []
+    for group in groups:
+        mine = group[rank::processes]
+        plan.append((group, [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]))
+    return plan

@@ -1,0 +1,56 @@
+"""Shared by all tests: random tiny weights in the published formats, a small drawn data set, all of it offline."""
+
+import os
+import pathlib
+import sys
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests")]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import core  # noqa: E402
+import make_sample  # noqa: E402
+import make_tiny  # noqa: E402
+import runfolder  # noqa: E402
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """A drawn ArtQuest-like folder of 64 pictures."""
+    folder = tmp_path_factory.mktemp("sample") / "artquest"
+    make_sample.main(["--out", str(folder), "--pictures", "64"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(BLIP-2 folder, EfficientNet checkpoint) with random weights."""
+    runfolder.seed_everything(0)
+    texts = [core.PROMPT.format(q) + f" {a}\n" for q, a in make_tiny.style_sentences()]
+    return make_tiny.save_random(tmp_path_factory.mktemp("tiny"), texts)
+
+
+@pytest.fixture
+def build(tiny):
+    """Function that builds a Blip2OPTGated from the random tiny weights, in eval mode."""
+    def build_model(styles=("Cubism", "Pointillism", "Pop Art"), **settings):
+        runfolder.seed_everything(1)
+        return core.Blip2OPTGated.build(*tiny, sorted(styles), **settings).eval()
+    return build_model
+
+
+@pytest.fixture
+def batch(build):
+    """Three questions of different length with random images, ready for forward."""
+    generator = torch.Generator().manual_seed(3)
+    tokenizer = build(gating="none").tokenizer
+    encoded = core.encode_training(tokenizer, ["Which style is this painting?", "How many boats can be seen in the water?", "Colour?"],
+                                   ["Pop Art", "three", "red"])
+    return {**encoded, "images": torch.randn(3, 3, make_tiny.SIZE, make_tiny.SIZE, generator=generator),
+            "style": torch.tensor([2, 0, -1]), "hit_rows": torch.tensor([True, False, False])}
