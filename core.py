@@ -4,29 +4,24 @@ Reading order (building blocks first, the whole last):
   masks            padding_mask, unimodal_mask, unilm_mask
   Q-Former         QFormer, TextEmbeddings, lavis_to_hf, qformer_weights
   gates            KVGate, PromptMapper, GatedFusionModule
-  style classifier EfficientNet28, load_foreign
   style terms      style_vocabulary, style_hit, style_kl
   prompts          encode_prompts, encode_training
   the system       Blip2OPTGated, load_blip2
-  accounting       parts_table, trainable_state, load_trainable, fingerprint
+The style classifier is in efficientnet.py, checkpoints and run folders in runfolder.py, tables and images in rows.py.
 
 Capitals in shape comments: B batch, Q queries, L text tokens, S = Q + L, P image patches (with CLS), H Q-Former width,
 W vision width, D language model width, V vocabulary, T control tokens, M answer positions of the whole batch.
 """
 
-import hashlib
 import pathlib
-import pickle
-import warnings
-from argparse import Namespace
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD, DataError
+from efficientnet import EfficientNet28, load_foreign, load_strictly, unwrap_state
+from rows import DataError
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
 PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
@@ -366,128 +361,6 @@ class GatedFusionModule(nn.Module):
         return image + self.alpha * gate * torch.tanh(self.delta(t))
 
 
-# --- the style classifier ------------------------------------------------------------------------------------------------
-
-def _harmless_globals():
-    """Classes that training scripts leave in checkpoints and that run nothing when they are rebuilt."""
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = [getattr(np.dtypes, n) for n in ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")]
-    paths = [(getattr(pathlib, n), f"{module}.{n}") for n in ("PosixPath", "PurePosixPath")
-             for module in ("pathlib", "pathlib._local")]  # Python 3.13 writes the second name
-    return [Namespace, np.dtype, *dtypes, *paths,
-            (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
-
-
-def load_foreign(path, safe):
-    """Load a checkpoint that somebody else wrote, without running anything in it where that is possible.
-
-    Tries torch's weights-only loader with argparse.Namespace, PosixPath and numpy scalars allowed. Only when the file needs
-    another class: with safe=True a DataError; else a warning and weights_only=False, WHICH RUNS WHATEVER THE FILE HOLDS.
-    A damaged file is a DataError and never reaches the second way.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: no such checkpoint")
-    head = path.open("rb").read(2)
-    if head[:2] != b"PK" and head[:1] != b"\x80":
-        raise DataError(f"{path}: not a PyTorch file ({path.stat().st_size} bytes; a web page or a git-lfs pointer saved "
-                        "under this name?): download it again")
-    try:
-        with torch.serialization.safe_globals(_harmless_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())
-        name = reason.split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in reason else "an object that is not allowed"
-    except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: damaged or incomplete ({type(error).__name__}): download it again") from None
-    if safe:
-        raise DataError(f"{path}: holds {name}, which only the unsafe loader can rebuild; drop --safe-load if you trust "
-                        "whoever made the file")
-    warnings.warn(f"{path} holds {name}: loading it with weights_only=False, which runs whatever code the file holds. "
-                  "--safe-load refuses this.", stacklevel=2)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # unpickling foreign code may raise anything
-        raise DataError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from None
-
-
-def unwrap_state(loaded):
-    """Find the state dict in a checkpoint: bare, or under ema / model / state_dict (EMA weights first); strip
-    `module.` and `_orig_mod.` prefixes. Returns ({name: tensor}, where it stood)."""
-    where = "the file itself"
-    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict"):
-        inner = loaded.get(key) if isinstance(loaded, dict) else None
-        if inner is not None and (isinstance(inner, (dict, nn.Module))):
-            loaded, where = inner, f"key {key!r}"
-            break
-    if isinstance(loaded, nn.Module):
-        loaded = loaded.state_dict()
-    state = {}
-    for name, tensor in (loaded.items() if isinstance(loaded, dict) else ()):
-        if isinstance(tensor, torch.Tensor):
-            while name.startswith(("module.", "_orig_mod.")):
-                name = name.split(".", 1)[1]
-            state[name] = tensor
-    return state, where
-
-
-class EfficientNet28(nn.Module):
-    """Style classifier: timm's EfficientNet-B3 with a head of 28 classes (27 WikiArt styles and photographs).
-
-    forward takes images in BLIP's normalisation and at BLIP-2's size; the bridge to ImageNet's normalisation is inside.
-    """
-
-    def __init__(self, num_classes=28, arch="efficientnet_b3", classes=None):
-        super().__init__()
-        import timm
-        self.net = timm.create_model(arch, num_classes=num_classes, pretrained=False)
-        self.arch, self.num_classes, self.classes = arch, num_classes, classes
-        for name, values in (("blip_mean", BLIP_MEAN), ("blip_std", BLIP_STD),
-                             ("net_mean", IMAGENET_MEAN), ("net_std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
-
-    @property
-    def width(self):
-        """Length of the pooled feature (1536 for B3)."""
-        return self.net.num_features
-
-    @classmethod
-    def from_checkpoint(cls, path, safe=False):
-        """Build the net with as many classes as the checkpoint holds, and load it strictly. `arch` and `classes` are
-        taken from the file where it has them (ours do); other files are taken for an EfficientNet-B3."""
-        loaded = load_foreign(path, safe)
-        state, where = unwrap_state(loaded)
-        if "classifier.weight" not in state:
-            raise DataError(f"{path}: no timm EfficientNet in {where} (no classifier.weight among {len(state)} tensors, "
-                            f"first {list(state)[:3]})")
-        extra = loaded if isinstance(loaded, dict) else {}
-        arch = extra.get("arch") if isinstance(extra.get("arch"), str) else "efficientnet_b3"
-        net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"))
-        load_strictly(net.net, state, f"{path} ({where}) as {arch}")
-        return net
-
-    def forward(self, images):
-        """images [B,3,h,w] in BLIP's normalisation -> pooled feature [B,width]."""
-        pixels = (images.float() * self.blip_std + self.blip_mean).clamp(0, 1)
-        return self.net.forward_head(self.net.forward_features((pixels - self.net_mean) / self.net_std), pre_logits=True)
-
-    def logits(self, feature):
-        """Pooled feature [B,width] -> class scores [B,num_classes]."""
-        return self.net.get_classifier()(feature)
-
-
-def load_strictly(module, state, source):
-    """load_state_dict that says in one line what does not fit."""
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in own.keys() & state.keys()
-              if own[n].shape != state[n].shape]
-    if missing or unexpected or shapes:
-        raise DataError(f"{source} does not fit: missing {missing[:5]} ({len(missing)}), unexpected {unexpected[:5]} "
-                        f"({len(unexpected)}), other shapes {shapes[:5]} ({len(shapes)})")
-    module.load_state_dict(state)
-
-
 # --- style terms -----------------------------------------------------------------------------------------------------------
 
 def style_vocabulary(styles, tokenizer):
@@ -761,8 +634,8 @@ class Blip2OPTGated(nn.Module):
             total = total + hit_weight * (1 - parts["hit"]) * parts["hit_rows"]
         if kl_weight:
             style_logits = self.style_head(features["style_feature"].float())  # [B,S]
-            parts["kl"] = style_kl(style_logits, logits, words, self.style_pieces)
-            # the head is anchored on the style column; without it, p could simply follow the text
+            # the head learns from the style column alone: if the KL reached it, p would follow the text halfway
+            parts["kl"] = style_kl(style_logits.detach(), logits, words, self.style_pieces)
             parts["style_ce"] = F.cross_entropy(style_logits, style, ignore_index=-1, reduction="none")
             total = total + kl_weight * (parts["kl"] + parts["style_ce"])
         parts["total"] = total
@@ -801,7 +674,6 @@ class Blip2OPTGated(nn.Module):
         batch = to_device(encode_prompts(self.tokenizer, questions), features["image_embeds"].device)
         visual = self.visual_prompt(**features, input_ids=batch["input_ids"], prompt_mask=batch["attention_mask"],
                                     gated=gated)
-        inputs = self.lm_inputs(visual, **batch)
         settings = {"num_beams": beams, **({"length_penalty": length_penalty} if beams > 1 else {})}
         ids = self.language_model.generate(
             **self.lm_inputs(visual, **batch), **settings, do_sample=False, max_new_tokens=max_new_tokens, min_new_tokens=1,
@@ -839,53 +711,3 @@ def _row_mean(rows):
 def to_device(batch, device):
     """Move the tensors of a dict; other values stay."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-
-
-# --- accounting -------------------------------------------------------------------------------------------------------------
-
-def parts_table(model):
-    """Parameters by top-level part: list of (part, trainable, frozen), and the sum as the last row."""
-    rows = []
-    for name, part in [*model.named_children(), *model.named_parameters(recurse=False)]:
-        parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-        counts = [sum(p.numel() for p in parameters if p.requires_grad is wanted) for wanted in (True, False)]
-        if sum(counts):
-            rows.append((name, *counts))
-    return rows + [("sum", sum(r[1] for r in rows), sum(r[2] for r in rows))]
-
-
-def print_parts(model):
-    """Print parts_table, one line a part."""
-    print(f"{'part':22}{'trainable':>15}{'frozen':>17}")
-    for name, trainable, frozen in parts_table(model):
-        print(f"{name:22}{trainable:>15,}{frozen:>17,}")
-
-
-def trainable_state(model):
-    """{name: tensor on the CPU} of everything that is trained: what best.pt holds."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load_trainable(model, state, source):
-    """Put trainable_state back, strictly: the same names and shapes, or a DataError that names the first that differ."""
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wrong = [n for n in own.keys() ^ state.keys()] + [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
-    if wrong:
-        raise DataError(f"{source} does not fit this model: {len(wrong)} of {len(own)} tensors are missing, unknown or of "
-                        f"another shape, first {sorted(wrong)[:3]}: was it trained with other --gating, --per or BLIP-2?")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
-
-
-def fingerprint(model):
-    """Short hash of the frozen parts: shapes and a few values of every tensor, rounded to bf16 so that it does not depend
-    on the dtype of loading. Tells the BLIP-2 a run was trained on from another one; it is not a checksum of all bytes."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name not in trained:
-            flat = tensor.detach().flatten()
-            values = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).float().cpu().numpy()
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]

@@ -12,7 +12,6 @@ import csv
 import json
 import pathlib
 import sys
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -58,7 +57,7 @@ def load_model(args, checkpoint, dtype):
     built_from["blip2"] = args.blip2 or built_from["blip2"]
     built_from["efficientnet"] = args.efficientnet or built_from["efficientnet"]
     model = core.Blip2OPTGated.build(**built_from, safe=args.safe_load, dtype=dtype)
-    if core.fingerprint(model) != checkpoint["frozen"]:
+    if runfolder.fingerprint(model) != checkpoint["frozen"]:
         raise DataError(f"{args.checkpoint} was trained on another BLIP-2 or style classifier than {built_from['blip2']} and "
                         f"{built_from['efficientnet']}: pass --blip2 and --efficientnet of the training")
     return model
@@ -147,7 +146,7 @@ def main(argv=None):
     if not args.no_baselines:
         systems["majority answer"] = [majority.get(r.question_type, majority[""]) for r in questions]
         systems["BLIP-2, no gates"] = run("BLIP-2, no gates", gated=False)
-    core.load_trainable(model, checkpoint["state"], args.checkpoint)
+    runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
     if not args.no_baselines and model.gates is not None:
         systems["gates closed"] = run("gates closed", gated=False)
     systems["gated"] = run("gated", gated=True)

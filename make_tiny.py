@@ -6,8 +6,8 @@
 The folder is in the published format (Blip2ForConditionalGeneration.save_pretrained, tokenizer, processor), so the code that
 loads it is the code that loads Salesforce/blip2-opt-2.7b. Its parts are trained here on freshly drawn scenes (other seeds
 than the sample's own pictures) so that frozen parts are worth freezing: the vision tower on what, colour and count; then
-Q-Former, projection and OPT on content questions, with style words only in text without a picture, so that the language
-model knows the words but never saw a style; then the style classifier on the eight manners.
+Q-Former, projection and OPT on content questions, with style only as words that have nothing to do with the picture, so that
+the language model knows the words but never saw a style; then the style classifier on the eight manners.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from torch import nn
 from tqdm import tqdm
 
 import core
+import efficientnet
+import rows
 import runfolder
 
 ROOT = pathlib.Path(__file__).resolve().parent
@@ -46,9 +48,9 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default=str(ROOT / "models"), help="folder for tiny-blip2/ and tiny-efficientnet-28.pt")
     parser.add_argument("--pictures", type=int, default=2400, help="scenes drawn for pre-training")
-    parser.add_argument("--vision-steps", type=int, default=600, help="steps of 32 for the vision tower")
-    parser.add_argument("--language-steps", type=int, default=500, help="steps of 32 for Q-Former and language model")
-    parser.add_argument("--style-steps", type=int, default=200, help="steps of 32 for the style classifier")
+    parser.add_argument("--vision-steps", type=int, default=500, help="steps of 32 for the vision tower")
+    parser.add_argument("--language-steps", type=int, default=360, help="steps of 32 for Q-Former and language model")
+    parser.add_argument("--style-steps", type=int, default=160, help="steps of 32 for the style classifier")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and batches")
     return parser.parse_args(argv)
 
@@ -67,14 +69,14 @@ def draw_scenes(count, seed):
     """-> scenes, styles (lists), pixels uint8 [N,3,SIZE,SIZE]."""
     with ProcessPoolExecutor() as pool:
         drawn = list(tqdm(pool.map(functools.partial(draw_one, seed=seed), range(count), chunksize=32), total=count,
-                          desc="drawing scenes", mininterval=2))
+                          desc="drawing scenes", disable=None))
     scenes, styles, pixels = zip(*drawn)
     return scenes, styles, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
 def normalised(pixels):
     """uint8 [B,3,s,s] -> float in BLIP's normalisation."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (core.BLIP_MEAN, core.BLIP_STD))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (rows.BLIP_MEAN, rows.BLIP_STD))
     return (pixels.float() / 255 - mean) / std
 
 
@@ -98,12 +100,13 @@ def patch_kinds(scenes):
 # --- the parts ----------------------------------------------------------------------------------------------------------------
 
 def style_sentences():
-    """Texts without a picture that hold the style words: all the language model ever hears of style."""
-    lines = []
-    for style, technique in make_sample.TECHNIQUES.items():
-        lines += [(q, style) for q in make_sample.WORDINGS["style"]]
-        lines += [(q, technique) for q in make_sample.WORDINGS["technique"]]
-    return lines
+    """(words, question, answer) on style without a picture: all that the language model ever hears of style.
+
+    The words name the style or its technique, so the model learns to find it in what stands before the question, and which
+    technique belongs to which style; it never learns what a style looks like.
+    """
+    return [(words, question, answer) for style, technique in make_sample.TECHNIQUES.items() for words in (style, technique)
+            for kind, answer in (("style", style), ("technique", technique)) for question in make_sample.WORDINGS[kind]]
 
 
 def make_tokenizer(texts, folder):
@@ -126,7 +129,7 @@ def make_model(tokenizer):
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
     vision = Blip2VisionConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
                                image_size=SIZE, patch_size=PATCH)
-    qformer = Blip2QFormerConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=4,
+    qformer = Blip2QFormerConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, num_hidden_layers=6, num_attention_heads=8,
                                  intermediate_size=2 * WIDTH, encoder_hidden_size=WIDTH, max_position_embeddings=64)
     text = OPTConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=4 * WIDTH,
                      num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=256, dropout=0.0,
@@ -147,7 +150,7 @@ def make_model(tokenizer):
 def fit(parameters, step_loss, steps, lr, name):
     """Plain AdamW with warm-up and cosine; step_loss(step) -> loss."""
     optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=lr, weight_decay=0.05)
-    bar = tqdm(range(steps), desc=name, mininterval=5)
+    bar = tqdm(range(steps), desc=name, mininterval=1, disable=None)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = runfolder.cosine_lr(step, steps, steps // 20, lr)
@@ -167,10 +170,10 @@ def train_vision(tower, scenes, pixels, steps, generator):
     heads = nn.ModuleList([nn.Linear(WIDTH, len(values)) for _, values in facts] + [nn.Linear(WIDTH, 1 + len(make_sample.KINDS))])
 
     def step_loss(step):
-        rows = torch.randint(len(pixels), (32,), generator=generator)
-        batch, shown = mirrored(pixels[rows], patches[rows], generator)
+        picked = torch.randint(len(pixels), (32,), generator=generator)
+        batch, shown = mirrored(pixels[picked], patches[picked], generator)
         states = tower(pixel_values=normalised(batch)).last_hidden_state  # [32,1+64,WIDTH]
-        whole = sum(F.cross_entropy(heads[i](states.mean(1)), labels[rows, i]) for i in range(len(facts)))
+        whole = sum(F.cross_entropy(heads[i](states.mean(1)), labels[picked, i]) for i in range(len(facts)))
         return whole + 4 * F.cross_entropy(heads[-1](states[:, 1:]).flatten(0, 1), shown.flatten())
 
     fit([*tower.parameters(), *heads.parameters()], step_loss, steps, 2e-3, "vision tower")
@@ -185,14 +188,12 @@ def train_language(gated, scenes, styles, pixels, steps, generator, rng):
                for scene, style in zip(scenes, styles)]
 
     def step_loss(step):
-        rows = torch.randint(len(states), (32,), generator=generator).tolist()
-        pairs = [content[i][rng.integers(len(content[i]))] for i in rows]
+        picked = torch.randint(len(states), (32,), generator=generator).tolist()
+        pairs = [content[i][rng.integers(len(content[i]))] for i in picked]
         batch = core.encode_training(gated.tokenizer, *zip(*pairs))
-        loss = gated(**batch, image_embeds=states[rows], gated=False)["loss"]
-        if step % 4 == 0:
-            texts = [sentences[i] for i in rng.integers(len(sentences), size=16)]
-            loss = loss + text_loss(gated, core.encode_training(gated.tokenizer, *zip(*texts)))
-        return loss
+        loss = gated(**batch, image_embeds=states[picked], gated=False)["loss"]
+        texts = [sentences[i] for i in rng.integers(len(sentences), size=16)]
+        return loss + words_loss(gated, texts, states[picked[:16]], rng)
 
     trained = [gated.query_tokens, *gated.qformer.parameters(), *gated.language_projection.parameters(),
                *gated.language_model.parameters()]
@@ -202,11 +203,19 @@ def train_language(gated, scenes, styles, pixels, steps, generator, rng):
     fit(trained, step_loss, steps, 1e-3, "Q-Former and OPT")
 
 
-def text_loss(gated, batch):
-    """Language modelling on whole texts, no picture in front."""
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    logits = gated.language_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+def words_loss(gated, texts, states, rng):
+    """Answers on style from words alone: the embeddings of a style's name, or of its technique's, laid over what stands for
+    some picture. The words are drawn at random and have nothing to do with that picture."""
+    words, questions, answers = zip(*texts)
+    ids = [(gated.tokenizer(" " + line, add_special_tokens=False).input_ids * QUERIES)[:QUERIES] for line in words]
+    embeds = gated.language_model.get_input_embeddings()(torch.tensor(ids))  # [16,Q,D]
+    with torch.no_grad():
+        visual = gated.visual_prompt(states, None, None, None, gated=False)  # [16,Q,D]
+        loudness = torch.from_numpy(rng.uniform(0.3, 1.0, (len(ids), QUERIES, 1))).float() * visual.std() / embeds.std()
+    batch = core.encode_training(gated.tokenizer, questions, answers)
+    inputs = gated.lm_inputs(visual + loudness * embeds, batch["input_ids"], batch["attention_mask"])
+    logits = gated.language_model(**inputs).logits[:, QUERIES - 1:-1]  # [16,L,V]
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
 
 
 def train_style(net, styles, pixels, steps, generator):
@@ -214,8 +223,8 @@ def train_style(net, styles, pixels, steps, generator):
     labels = torch.tensor([CLASSES.index(s) for s in styles])
 
     def step_loss(step):
-        rows = torch.randint(len(pixels), (32,), generator=generator)
-        return F.cross_entropy(net.logits(net(normalised(pixels[rows]))), labels[rows])
+        picked = torch.randint(len(pixels), (32,), generator=generator)
+        return F.cross_entropy(net.logits(net(normalised(pixels[picked]))), labels[picked])
 
     net.train()
     fit(list(net.parameters()), step_loss, steps, 2e-3, "style classifier")
@@ -228,7 +237,7 @@ def save_folder(blip2, tokenizer, folder):
     """Model, tokenizer and processor as the published folder has them."""
     from transformers import Blip2Processor, BlipImageProcessor
     blip2.save_pretrained(folder)
-    image_processor = BlipImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=core.BLIP_MEAN, image_std=core.BLIP_STD)
+    image_processor = BlipImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD)
     Blip2Processor(image_processor, tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
 
 
@@ -238,7 +247,7 @@ def save_random(folder, texts=("Question: What style is this? Answer: Cubism, th
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer([*texts] * 2, folder)
     save_folder(make_model(tokenizer), tokenizer, folder)
-    net = core.EfficientNet28(28, ARCH, CLASSES)
+    net = efficientnet.EfficientNet28(28, ARCH, CLASSES)
     runfolder.save_checkpoint(folder.parent / "efficientnet.pt", {"model": net.net.state_dict(), "arch": ARCH, "classes": CLASSES})
     return str(folder), str(folder.parent / "efficientnet.pt")
 
@@ -249,7 +258,7 @@ def make_blip2(folder, scenes, styles, pixels, args):
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    lines = [core.PROMPT.format(q) + f" {a}\n" for q, a in style_sentences()]
+    lines = [core.PROMPT.format(q) + f" {a}\n" for _, q, a in style_sentences()]
     lines += [make_sample.caption(s, rng) for s in scenes]
     lines += [core.PROMPT.format(q) + f" {a}\n" for s, t in zip(scenes, styles) for q, a, _ in make_sample.questions(s, t, rng)]
     tokenizer = make_tokenizer(lines, part)
@@ -265,7 +274,7 @@ def make_blip2(folder, scenes, styles, pixels, args):
 
 def make_efficientnet(path, styles, pixels, args):
     """Train and save the tiny EfficientNet-28."""
-    net = core.EfficientNet28(28, ARCH, CLASSES)
+    net = efficientnet.EfficientNet28(28, ARCH, CLASSES)
     train_style(net, styles, pixels, args.style_steps, torch.Generator().manual_seed(args.seed))
     runfolder.save_checkpoint(path, {"model": net.net.state_dict(), "arch": ARCH, "classes": CLASSES})
 

@@ -13,6 +13,7 @@ Also here, since two scripts must not disagree on it: config files, stopping on 
 import argparse
 import contextlib
 import csv
+import hashlib
 import math
 import os
 import pathlib
@@ -25,6 +26,7 @@ import tempfile
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 from rows import DataError
 
@@ -79,6 +81,56 @@ def load_checkpoint(path, needs=()):
     if missing:
         raise DataError(f"{path}: not a checkpoint of this stage (no {', '.join(missing)})")
     return content
+
+
+# --- what a checkpoint holds of a model -----------------------------------------------------------------------------------------------------
+
+def parts_table(model):
+    """Parameters by top-level part: list of (part, trainable, frozen), and the sum as the last row."""
+    rows = []
+    for name, part in [*model.named_children(), *model.named_parameters(recurse=False)]:
+        parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+        counts = [sum(p.numel() for p in parameters if p.requires_grad is wanted) for wanted in (True, False)]
+        if sum(counts):
+            rows.append((name, *counts))
+    return rows + [("sum", sum(r[1] for r in rows), sum(r[2] for r in rows))]
+
+
+def print_parts(model):
+    """Print parts_table, one line a part."""
+    print(f"{'part':22}{'trainable':>15}{'frozen':>17}")
+    for name, trainable, frozen in parts_table(model):
+        print(f"{name:22}{trainable:>15,}{frozen:>17,}")
+
+
+def trainable_state(model):
+    """{name: tensor on the CPU} of everything that is trained: what best.pt holds."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable(model, state, source):
+    """Put trainable_state back, strictly: the same names and shapes, or a DataError that names the first that differ."""
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = [n for n in own.keys() ^ state.keys()] + [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+    if wrong:
+        raise DataError(f"{source} does not fit this model: {len(wrong)} of {len(own)} tensors are missing, unknown or of "
+                        f"another shape, first {sorted(wrong)[:3]}: was it trained with other --gating, --per or BLIP-2?")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def fingerprint(model):
+    """Short hash of the frozen parts: shapes and a few values of every tensor, rounded to bf16 so that it does not depend
+    on the dtype of loading. Tells the BLIP-2 a run was trained on from another one; it is not a checksum of all bytes."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in trained:
+            flat = tensor.detach().flatten()
+            values = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).float().cpu().numpy()
+            digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
+    return digest.hexdigest()[:16]
 
 
 # --- settings -------------------------------------------------------------------------------------------------------------------

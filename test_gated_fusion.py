@@ -87,7 +87,7 @@ def test_5_gating(fusion, inputs):
 )
 
 def test_6_model_load(gated):
-    *parts, total = core.parts_table(gated)
+    *parts, total = runfolder.parts_table(gated)
     assert {"vision_model", "language_model", "gates", "mapper"} <= {name for name, *_ in parts} and total[1] > 0
     print(f"tiny Gated BLIP-2: {total[1]:,} trainable, {total[2]:,} frozen parameters"
 )

@@ -15,6 +15,7 @@ import pathlib
 import sys
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -170,7 +171,7 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     found = []
     bar = tqdm(load_batches(data, collate, batches, workers), desc="evaluating", leave=False, mininterval=1,
-               disable=not accelerator.is_main_process)
+               disable=None if accelerator.is_main_process else True)
     for numbers, batch in zip(batches, bar):
         batch = core.to_device(batch, accelerator.device)
         features = model.image_features(batch.pop("images"))
@@ -228,14 +229,14 @@ def model_args(args, train_rows):
             "lora_rank": args.lora_rank, "styles": styles}
 
 
-def loss_weights(args, model):
+def loss_weights(args, model, say):
     """Weights of the style terms that this model and data can have; what is off is said."""
     weights = {"hit_weight": args.hit_weight, "kl_weight": args.kl_weight}
     if not model.styles:
-        print("no style column in the training rows: both style terms are off")
+        say("no style in the training rows: both style terms are off")
         return {"hit_weight": 0.0, "kl_weight": 0.0}
     if model.style_head is None and args.kl_weight:
-        print("no EfficientNet with --gating none: the KL term is off")
+        say("no EfficientNet with --gating none: the KL term is off")
         weights["kl_weight"] = 0.0
     return weights
 
@@ -252,9 +253,9 @@ def make_optimizer(model, lr, weight_decay):
 def best_content(model, args, built_from, weights, marks, train_rows):
     """What best.pt holds: trained tensors and plain values only."""
     import transformers
-    return {"stage": "gated", "state": core.trainable_state(model), "model_args": built_from, "args": vars(args), **marks,
+    return {"stage": "gated", "state": runfolder.trainable_state(model), "model_args": built_from, "args": vars(args), **marks,
             "loss_weights": weights, "majority": majority_answers(train_rows),
-            "answers": sorted({r.answer.strip() for r in train_rows}), "frozen": core.fingerprint(model), "torch": torch.__version__.split("+")[0],
+            "answers": sorted({r.answer.strip() for r in train_rows}), "frozen": runfolder.fingerprint(model), "torch": torch.__version__.split("+")[0],
             "transformers": transformers.__version__}
 
 
@@ -266,25 +267,51 @@ def majority_answers(train_rows):
     return {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
 
 
+def save_last(out, model, optimizer, accelerator, args, step, marks):
+    """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
+    runfolder.save_checkpoint(out / "last.pt", {"stage": "gated", "state": runfolder.trainable_state(model), "step": step,
+                                                "optimizer": optimizer.state_dict(), "scaler": scaler, "marks": marks,
+                                                "frozen": runfolder.fingerprint(model), "args": vars(args)})
+
+
 def load_last(args):
     """last.pt of --out for --resume, or None where there is none; settings that would change the result are refused."""
     path = pathlib.Path(args.out) / "last.pt"
     if not args.resume or not path.exists():
         return None
-    last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "args"))
+    last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "args"))
     free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "safe_load")
-    other = [f"--{k.replace('_', '-')} {v!r} was {last['args'].get(k)!r}" for k, v in vars(args).items()
+    other = [f"--{k.replace('_', '-')} is {v!r}, was {last['args'].get(k)!r}" for k, v in vars(args).items()
              if k not in free and v != last["args"].get(k)]
     if other:
         raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}")
     return last
 
 
-def bad_loss(value, step, group):
-    """The message for a loss that is not finite."""
+def restore(last, path, model, optimizer, accelerator):
+    """Put last.pt back -> (step, marks)."""
+    if last["frozen"] != runfolder.fingerprint(model):
+        raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now")
+    runfolder.load_trainable(model, last["state"], path)
+    optimizer.load_state_dict(last["optimizer"])
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(last["scaler"])
+    return last["step"], last["marks"]
+
+
+def bad_loss(what, step, group):
+    """The message for a loss or gradient that is not finite."""
     names = ", ".join(f"{r.name} (line {r.line})" for r in group)
-    return (f"loss is {value} at step {step}; best.pt and last.pt are as they were; rows of this batch: {names}: look at them, "
-            "lower --lr, or use --precision bf16 or no")
+    return (f"{what} at step {step}; best.pt and last.pt are as they were; look at these rows, lower --lr, or use --precision "
+            f"bf16 or no: {names}")
+
+
+def is_better(value, marks):
+    """Is this validation value better than the best so far? Never true of NaN."""
+    if marks["value"] is None:
+        return math.isfinite(value)
+    return value > marks["value"] if marks["metric"] == "em" else value < marks["value"]
 
 
 def stopped(accelerator, stop):
@@ -294,135 +321,141 @@ def stopped(accelerator, stop):
     return bool(accelerator.reduce(torch.tensor(stop.number, device=accelerator.device)).item())
 
 
-# --- main -------------------------------------------------------------------------------------------------------------------------
+# --- the loop ---------------------------------------------------------------------------------------------------------------------
+
+def train_step(wrapped, batches, group, share, args, weights, accelerator, step):
+    """Forward and backward of one optimizer step: this process's share of the group, in micro-batches.
+
+    Returns this process's part of the mean losses. The gradient is that of the mean over the whole group, however it is
+    split into micro-batches and processes.
+    """
+    sums = dict.fromkeys(("loss", "lm"), 0.0)
+    for i, numbers in enumerate(share):
+        # dropout is a pure function of (seed, step, micro-batch, process): exact resume depends on it
+        runfolder.seed_everything(args.seed, step, i, accelerator.process_index)
+        batch = core.to_device(next(batches), accelerator.device)
+        with nullcontext() if i == len(share) - 1 else accelerator.no_sync(wrapped), accelerator.autocast():
+            parts = wrapped(**batch, **weights)
+        if not torch.isfinite(parts["loss"]):
+            raise FloatingPointError(f"loss is {parts['loss'].item()}", numbers)
+        portion = len(numbers) * accelerator.num_processes / len(group)
+        accelerator.backward(parts["loss"] * portion)
+        for name in sums:
+            sums[name] += parts[name].mean().item() * portion
+    return sums
+
+
+def train_epoch(wrapped, optimizer, data, collate, plan, args, weights, accelerator, schedule, step, log, stop):
+    """The optimizer steps of `plan`; returns the number of the next step. Stops early when a signal has come."""
+    batches = iter(load_batches(data, collate, [numbers for _, share in plan for numbers in share], args.workers))
+    bar = tqdm(plan, desc=f"steps from {step}", mininterval=1, disable=None if log else True)  # None: only on a terminal
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    wrapped.train()
+    for group, share in bar:
+        lr = schedule(step)
+        for settings in optimizer.param_groups:
+            settings["lr"] = lr
+        try:
+            sums = train_step(wrapped, batches, group, share, args, weights, accelerator, step)
+        except FloatingPointError as error:
+            raise DataError(bad_loss(error.args[0], step, [data.rows[n] for n in error.args[1]])) from None
+        norm = float(accelerator.clip_grad_norm_(trained, CLIP))
+        if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+            raise DataError(bad_loss(f"gradient is {norm}", step, [data.rows[n] for n in group]))
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{lr:.1e}")
+        if step % LOG_EVERY == 0:
+            sums = {name: accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean").item() for name, value in sums.items()}
+            if log:
+                log.write("step", step, lr=lr, grad_norm=norm, **sums)
+        if stopped(accelerator, stop):
+            break
+    return step
+
+
+def validate(model, data, collate, args, weights, accelerator):
+    """The numbers of an epoch; exact match (greedy) only where best.pt is chosen by it."""
+    answer = greedy_answers if args.select == "em" else None
+    found = evaluate(model, data, collate, accelerator, args.batch_size, args.workers, weights, answer=answer)
+    numbers = loss_summary(found)
+    if answer:
+        hits = [metrics.exact_match(one["prediction"], data.rows[one["row"]].answer.strip()) for one in found]
+        numbers["em"] = sum(hits) / len(hits)
+    return numbers
+
 
 def main(argv=None):
     args = get_args(argv)
     if args.check_data:
         return check_data(args)
     accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
-    main_process, say = accelerator.is_main_process, accelerator.print
+    leader, say = accelerator.is_main_process, accelerator.print
     train_rows, val_rows = read_data(args, "train"), read_data(args, "val")
-    last = load_last(args)
-    out = pathlib.Path(args.out)
-    if main_process:
+    out, last = pathlib.Path(args.out), load_last(args)
+    if leader:
         runfolder.start_run(out, args, bool(last))
 
-    # model: frozen towers in the compute precision, everything trained in float32
+    # model: frozen towers in the compute precision, everything that is trained in float32
     with accelerator.main_process_first():  # one process makes the tiny model, the others find it
         built_from = model_args(args, train_rows)
     runfolder.seed_everything(args.seed)
     model = core.Blip2OPTGated.build(**built_from, safe=args.safe_load, dtype=core.DTYPES[accelerator.mixed_precision])
-    weights = loss_weights(args, model)
-    if last:
-        core.load_trainable(model, last["state"], out / "last.pt")
-    if main_process:
-        core.print_parts(model)
-    optimizer = make_optimizer(model, args.lr, args.weight_decay)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = loss_weights(args, model, say)
+    if leader:
+        runfolder.print_parts(model)
+    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
 
     # data and schedule
     collate = Collate(model.tokenizer, model.styles, args.max_answer)
     train, val = Questions(train_rows, model.image_size), Questions(val_rows, model.image_size)
-    plan = runfolder.epoch_plan(len(train), args.batch_size, args.accumulation, args.seed, 0,
-                                accelerator.process_index, accelerator.num_processes)
-    steps_an_epoch, step = len(plan), 0
-    total_steps = args.epochs * steps_an_epoch
-    warmup = round(args.warmup * total_steps)
-    marks = {"metric": args.select, "value": None, "epoch": None, "stale": 0}
+    plan_of = partial(runfolder.epoch_plan, len(train), args.batch_size, args.accumulation, args.seed,
+                      rank=accelerator.process_index, processes=accelerator.num_processes)
+    per_epoch, step = len(plan_of(0)), 0
+    total = args.epochs * per_epoch
+    schedule = partial(runfolder.cosine_lr, total=total, warmup=round(args.warmup * total), peak=args.lr)
+    marks = {"metric": args.select, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
     if last:
-        optimizer.load_state_dict(last["optimizer"])
-        step, marks = last["step"], last["marks"]
-        if accelerator.scaler is not None:
-            accelerator.scaler.load_state_dict(last["scaler"])
-        say(f"resuming at step {step} of {total_steps}")
-    log = runfolder.RunLog(out, LOG_COLUMNS, step if last else None) if main_process else None
-    say(f"{len(train)} training and {len(val)} validation questions, {len(model.styles)} styles, {total_steps} steps of "
-        f"{len(plan[0][0])} questions, lr {args.lr:g}, precision {accelerator.mixed_precision}, {accelerator.device}")
-
-    def save_last():
-        if main_process:
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            runfolder.save_checkpoint(out / "last.pt", {"stage": "gated", "state": core.trainable_state(model), "step": step,
-                                                        "optimizer": optimizer.state_dict(), "scaler": scaler, "marks": marks,
-                                                        "args": vars(args)})
+        step, marks = restore(last, out / "last.pt", model, optimizer, accelerator)
+        say(f"resuming after step {step} of {total}")
+    log = runfolder.RunLog(out, LOG_COLUMNS, step if last else None) if leader else None
+    say(f"{len(train)} training and {len(val)} validation questions, {len(model.styles)} styles; {total} steps of "
+        f"{len(plan_of(0)[0][0])} questions, lr {args.lr:g}, precision {accelerator.mixed_precision}, {accelerator.device}")
 
     with runfolder.StopSignal() as stop:
-        for epoch in range(step // steps_an_epoch, args.epochs):
+        for epoch in range(marks["done"], args.epochs):
             if args.patience and marks["stale"] >= args.patience:
+                say(f"no better {args.select} for {args.patience} epochs: stopping")
                 break
-            plan = runfolder.epoch_plan(len(train), args.batch_size, args.accumulation, args.seed, epoch,
-                                        accelerator.process_index, accelerator.num_processes)[step % steps_an_epoch:]
-            batches = iter(load_batches(train, collate, [micro for _, share in plan for micro in share], args.workers))
-            bar = tqdm(plan, desc=f"epoch {epoch + 1}/{args.epochs}", mininterval=1, disable=not main_process)
-            wrapped.train()
-            for group, share in bar:
-                lr = runfolder.cosine_lr(step, total_steps, warmup, args.lr)
-                for settings in optimizer.param_groups:
-                    settings["lr"] = lr
-                sums = dict.fromkeys(("loss", "lm"), 0.0)  # of this process
-                for i, numbers in enumerate(share):
-                    # dropout is a pure function of (seed, step, micro-batch, process): exact resume depends on it
-                    runfolder.seed_everything(args.seed, step, i, accelerator.process_index)
-                    batch = core.to_device(next(batches), accelerator.device)
-                    last_share = i == len(share) - 1
-                    with nullcontext() if last_share else accelerator.no_sync(wrapped):
-                        with accelerator.autocast():
-                            parts = wrapped(**batch, **weights)
-                        # the mean over the whole group, however it is split into micro-batches and processes
-                        share_of_group = len(numbers) * accelerator.num_processes / len(group)
-                        if not torch.isfinite(parts["loss"]):
-                            raise DataError(bad_loss(parts["loss"].item(), step, [train.rows[n] for n in numbers]))
-                        accelerator.backward(parts["loss"] * share_of_group)
-                    for name in sums:
-                        sums[name] += parts[name].mean().item() * share_of_group
-                norm = float(accelerator.clip_grad_norm_(trained, CLIP))
-                if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-                    raise DataError(f"gradient is {norm} at step {step}: lower --lr; best.pt and last.pt are as they were")
-                optimizer.step()
-                optimizer.zero_grad()
-                step += 1
-                bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{lr:.1e}")
-                if main_process and (step % LOG_EVERY == 0 or step == 1):
-                    log.write("step", step, epoch=epoch + 1, lr=lr, grad_norm=norm, **sums)
-                if stopped(accelerator, stop):
-                    break
-            if stopped(accelerator, stop) and step % steps_an_epoch:
-                break
-
-            # validation, best.pt, log
-            answer = greedy_answers if args.select == "em" else None
-            found = evaluate(model, val, collate, accelerator, args.batch_size, args.workers, weights, answer=answer)
-            numbers = loss_summary(found)
-            if answer:
-                numbers["em"] = sum(metrics.exact_match(one["prediction"], val.rows[one["row"]].answer.strip())
-                                    for one in found) / len(found)
-            value = numbers[args.select]
-            better = marks["value"] is None or (value > marks["value"] if args.select == "em" else value < marks["value"])
-            marks = {**marks, "stale": 0 if better else marks["stale"] + 1}
-            if better:
-                marks |= {"value": value, "epoch": epoch + 1}
-            if main_process:
-                if better:
-                    runfolder.save_checkpoint(out / "best.pt", best_content(model, args, built_from, weights, marks, train_rows))
-                log.write("epoch", step, epoch=epoch + 1, lr=lr, **numbers)
-                runfolder.draw_curves(log.path, out / "curves.png", PANELS, f"{out.name}: {args.gating} gates per {args.per}")
-            say(f"epoch {epoch + 1}: validation " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items())
-                + (f"  -> {out / 'best.pt'}" if better else ""))
-            if args.save_last:
-                save_last()
+            plan = plan_of(epoch)[step - epoch * per_epoch:]
+            step = train_epoch(wrapped, optimizer, train, collate, plan, args, weights, accelerator, schedule, step, log, stop)
             if stopped(accelerator, stop):
                 break
-        if stop.number:
-            save_last()
-            say(f"stopped at step {step}; go on with --resume")
-    if main_process:
+            numbers = validate(model, val, collate, args, weights, accelerator)
+            value, better = numbers[args.select], is_better(numbers[args.select], marks)
+            marks |= {"done": epoch + 1, "stale": marks["stale"] + 1}
+            if better:
+                marks |= {"value": value, "epoch": epoch + 1, "stale": 0}
+            say(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()) + (" *" if better else ""))
+            if leader:
+                if better:
+                    runfolder.save_checkpoint(out / "best.pt", best_content(model, args, built_from, weights, marks, train_rows))
+                log.write("epoch", step, epoch=epoch + 1, lr=schedule(step - 1), **numbers)
+                runfolder.draw_curves(log.path, out / "curves.png", PANELS, f"{out.name}: gating {args.gating}, per {args.per}")
+                if args.save_last:
+                    save_last(out, model, optimizer, accelerator, args, step, marks)
+        if stop.number and leader:
+            save_last(out, model, optimizer, accelerator, args, step, marks)
+            print(f"stopped after step {step}; {out / 'last.pt'} is there for --resume")
+    if leader:
         log.close()
     accelerator.end_training()
-    if not stop.number:
-        say(f"best {args.select} {marks['value']:.4f} in epoch {marks['epoch']}: {out / 'best.pt'}")
-    return 128 + stop.number if stop.number else 0
+    if stop.number:
+        return 128 + stop.number
+    if marks["value"] is None:
+        raise DataError(f"the validation {args.select} was never finite: there is no best.pt; lower --lr")
+    say(f"best {args.select} {marks['value']:.4f} in epoch {marks['epoch']}: {out / 'best.pt'}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python data/make_sample.py
     python data/make_sample.py --out data/artquest --seed 0 --pictures 480
+    python data/make_sample.py --sheet data/manners.jpg       # the same scenes in all eight manners
 
 Every picture shows one to four things of one kind and one colour on a ground.
 The manners differ in TEXTURE only: what is shown, where, and the mean and spread
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 VERSION = 1  # raise it whenever the same seed would give other pictures or questions
 PICTURE_SIZE = 224
@@ -698,6 +699,22 @@ def make_set(out, seed, pictures):
     return Counter(row["split"] for row in design)
 
 
+def draw_sheet(path, seed, size=150, gap=6, head=22):
+    """A picture of three scenes (rows), each in all eight manners (columns), with the manners' names on top."""
+    wanted = [("boat", 3, "red", "water"), ("flower", 2, "orange", "night"), ("house", 1, "blue", "sand")]
+    rng = np.random.default_rng(seed)
+    scenes = [fill_scene(rng, *content) for content in wanted]
+    step = size + gap
+    sheet = Image.new("RGB", (gap + step * len(STYLES), head + step * len(scenes)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for column, style in enumerate(STYLES):
+        pen.text((gap + step * column, 5), style, "black", ImageFont.load_default(12))
+        for row, scene in enumerate(scenes):
+            picture = draw_scene(scene, style, PICTURE_SIZE, seed).resize((size, size), Image.Resampling.LANCZOS)
+            sheet.paste(picture, (gap + step * column, head + step * row))
+    write_then_rename(Path(path), lambda p: sheet.save(p, "JPEG", quality=90))
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data/artquest"),
@@ -706,7 +723,12 @@ def main(argv=None):
                         help="another seed gives another set (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=480,
                         help="number of pictures, at least 64 (default: %(default)s)")
+    parser.add_argument("--sheet", metavar="FILE.jpg",
+                        help="only draw one picture that shows the same scenes in all manners")
     args = parser.parse_args(argv)
+    if args.sheet:
+        draw_sheet(args.sheet, args.seed)
+        return
     if args.pictures < 64 or args.seed < 0:
         parser.error("--pictures must be at least 64 and --seed at least 0")
     stamp = {"version": VERSION, "seed": args.seed, "pictures": args.pictures}

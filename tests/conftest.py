@@ -32,8 +32,15 @@ def sample(tmp_path_factory):
 def tiny(tmp_path_factory):
     """(BLIP-2 folder, EfficientNet checkpoint) with random weights."""
     runfolder.seed_everything(0)
-    texts = [core.PROMPT.format(q) + f" {a}\n" for q, a in make_tiny.style_sentences()]
+    texts = [core.PROMPT.format(q) + f" {a}\n" for _, q, a in make_tiny.style_sentences()]
     return make_tiny.save_random(tmp_path_factory.mktemp("tiny"), texts)
+
+
+@pytest.fixture(scope="session")
+def trained_tiny(tmp_path_factory):
+    """(BLIP-2 folder, EfficientNet checkpoint) of make_tiny, with a third of its steps."""
+    return make_tiny.ensure(["--out", str(tmp_path_factory.mktemp("models")), "--pictures", "800", "--vision-steps", "120",
+                             "--language-steps", "160", "--style-steps", "60"])
 
 
 @pytest.fixture

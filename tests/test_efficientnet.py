@@ -1,0 +1,137 @@
+"""pytest tests/test_efficientnet.py: style checkpoints of every shape that is around, and hostile ones. Behaviour-checked."""
+
+import argparse
+import pathlib
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import efficientnet
+import make_tiny
+import rows
+from rows import DataError
+
+ARCH = make_tiny.ARCH
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(0)
+    return timm.create_model(ARCH, num_classes=27).state_dict()
+
+
+def shapes(state):
+    """Name -> content of the kinds of file that people have."""
+    prefixed = {f"module.{n}": t for n, t in state.items()}
+    compiled = {f"_orig_mod.{n}": t for n, t in state.items()}
+    args = argparse.Namespace(lr=1e-3, out=pathlib.PosixPath("runs/x"), data="wikiart")
+    return {"bare": state, "model": {"model": state}, "state_dict": {"state_dict": state, "epoch": 3}, "ema": {"ema": state, "model": {}},
+            "module": {"state_dict": prefixed}, "compiled": {"model": compiled},
+            "both prefixes": {f"module._orig_mod.{n}": t for n, t in state.items()},
+            "namespace": {"model": state, "args": args}, "path": {"model": state, "best": pathlib.PosixPath("runs/best.pt")},
+            "numpy": {"model": state, "acc": np.float64(0.61), "epoch": np.int64(3), "flag": np.bool_(True)}}
+
+
+@pytest.mark.parametrize("kind", ["bare", "model", "state_dict", "ema", "module", "compiled", "both prefixes", "namespace", "path", "numpy"])
+def test_known_shapes_load_without_running_anything(state, tmp_path, kind):
+    file = tmp_path / "best.pt"
+    torch.save(shapes(state)[kind] if kind != "bare" else dict(state, arch_free=torch.zeros(1)), file)
+    if kind == "bare":  # a stray tensor is named, not ignored
+        with pytest.raises(DataError, match="arch_free"):
+            load(file)
+        torch.save(state, file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = load(file)
+    assert net.num_classes == 27
+    assert all(torch.equal(t, state[n]) for n, t in net.net.state_dict().items())
+
+
+def load(file, safe=True):
+    """from_checkpoint for the tests' small architecture: foreign files do not name theirs."""
+    content = efficientnet.load_foreign(file, safe)
+    if "arch" not in content:
+        inner = content if any(isinstance(v, torch.Tensor) for v in content.values()) else {**content}
+        torch.save({**({"model": inner} if inner is content else inner), "arch": ARCH}, file)
+    return efficientnet.EfficientNet28.from_checkpoint(file, safe)
+
+
+def test_real_b3_in_its_default_form(tmp_path):
+    torch.manual_seed(0)
+    torch.save(timm.create_model("efficientnet_b3", num_classes=28).state_dict(), tmp_path / "b3.pt")
+    net = efficientnet.EfficientNet28.from_checkpoint(tmp_path / "b3.pt", safe=True).eval()
+    assert net.num_classes == 28 and net.width == 1536
+    with torch.no_grad():
+        assert net(torch.randn(1, 3, 64, 64)).shape == (1, 1536)
+
+
+class Marker:
+    """Unpickling this writes a file: stands for hostile code."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (pathlib.Path.write_text, (pathlib.Path(self.path), "code ran"))
+
+
+class Config:
+    """A harmless class of somebody's training script, unknown to torch's safe loader."""
+
+
+def test_unknown_class_needs_the_unsafe_loader_and_says_so(state, tmp_path):
+    torch.save({"model": state, "arch": ARCH, "config": Config()}, tmp_path / "best.pt")
+    with pytest.raises(DataError, match="Config.*--safe-load"):
+        efficientnet.EfficientNet28.from_checkpoint(tmp_path / "best.pt", safe=True)
+    with pytest.warns(UserWarning, match=r"best.pt.*Config.*weights_only=False"):
+        net = efficientnet.EfficientNet28.from_checkpoint(tmp_path / "best.pt", safe=False)
+    assert torch.equal(net.net.classifier.weight, state["classifier.weight"])
+
+
+def test_hostile_code_does_not_run_with_safe_load(state, tmp_path):
+    mark = tmp_path / "mark"
+    torch.save({"model": state, "arch": ARCH, "x": Marker(str(mark))}, tmp_path / "best.pt")
+    with pytest.raises(DataError):
+        efficientnet.EfficientNet28.from_checkpoint(tmp_path / "best.pt", safe=True)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\n", b"PK\x03\x04cut"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_damaged_files_never_reach_the_unsafe_loader(tmp_path, content, safe):
+    (tmp_path / "best.pt").write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DataError, match="download it again"):
+            efficientnet.load_foreign(tmp_path / "best.pt", safe)
+
+
+def test_cut_file_is_named(state, tmp_path):
+    torch.save(state, tmp_path / "best.pt")
+    whole = (tmp_path / "best.pt").read_bytes()
+    (tmp_path / "best.pt").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(DataError, match="best.pt.*incomplete"):
+        efficientnet.load_foreign(tmp_path / "best.pt", safe=False)
+
+
+def test_other_networks_are_refused(tmp_path):
+    torch.save({"fc.weight": torch.zeros(3, 4)}, tmp_path / "resnet.pt")
+    with pytest.raises(DataError, match="no timm EfficientNet"):
+        efficientnet.EfficientNet28.from_checkpoint(tmp_path / "resnet.pt", safe=True)
+
+
+@torch.no_grad()
+def test_normalisation_bridge(state):
+    net = efficientnet.EfficientNet28(27, ARCH).eval()
+    net.net.load_state_dict(state)
+    pixels = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (rows.BLIP_MEAN, rows.BLIP_STD))
+    net_mean, net_std = (torch.tensor(v).view(1, 3, 1, 1) for v in (rows.IMAGENET_MEAN, rows.IMAGENET_STD))
+    expected = net.net((pixels - net_mean) / net_std)
+    assert torch.allclose(net.logits(net((pixels - mean) / std)), expected, atol=1e-4)
+    outside = (torch.full((1, 3, 32, 32), 1.7) - mean) / std  # beyond white: clamped
+    white = (torch.ones(1, 3, 32, 32) - mean) / std
+    assert torch.allclose(net(outside), net(white), atol=1e-5)

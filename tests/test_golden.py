@@ -1,0 +1,142 @@
+"""GOLDEN=folder pytest tests/test_golden.py   (default ../shared/golden)
+
+Everything here is reference-checked: the Q-Former's passes against outputs of the original public code, for whatever cases
+the folder holds. test_golden_metrics.py does the same for the metrics.
+"""
+
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import Blip2QFormerConfig
+
+import core
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+GOLDEN = pathlib.Path(os.environ.get("GOLDEN") or ROOT / "../shared/golden")
+pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no folder {GOLDEN} (set GOLDEN)")
+
+
+def cases(kind):
+    return sorted(p.parent for p in GOLDEN.glob(f"{kind}/*/config.json"))
+
+
+def named(kind):
+    return pytest.mark.parametrize("case", cases(kind), ids=lambda p: f"{kind}-{p.name}")
+
+
+class Stage1:
+    """Q-Former, embeddings and heads of a case, loaded from the LAVIS or the HF file."""
+
+    def __init__(self, weights_folder, source):
+        self.config = json.loads((weights_folder / "config.json").read_text())
+        state = load_file(weights_folder / f"weights_{source}.safetensors")
+        parts = core.qformer_weights(state, text_path=True)
+        c = self.config
+        config = Blip2QFormerConfig(vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], layer_norm_eps=c["layer_norm_eps"],
+                                    num_hidden_layers=c["num_hidden_layers"], num_attention_heads=c["num_attention_heads"],
+                                    intermediate_size=c["intermediate_size"], cross_attention_frequency=c["cross_attention_freq"],
+                                    encoder_hidden_size=c["encoder_width"], max_position_embeddings=c["max_position_embeddings"],
+                                    pad_token_id=c["pad_token_id"], use_qformer_text_input=True)
+        self.qformer, self.embeddings = core.QFormer(config).eval(), core.TextEmbeddings(config).eval()
+        self.qformer.load_state_dict(parts["qformer"], strict=True)
+        self.embeddings.load_state_dict(parts["embeddings"], strict=True)
+        self.queries, self.Q = parts["query_tokens"][""], c["num_query_tokens"]
+        self.state = core.lavis_to_hf(state)
+
+    def head(self, name, x):
+        return F.linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
+
+    def image(self, image_embeds):
+        return self.qformer(self.queries.expand(len(image_embeds), -1, -1), image_embeds)
+
+    def text(self, ids, mask):
+        return self.qformer(self.embeddings(ids), mask=core.padding_mask(mask))
+
+    def both(self, image_embeds, ids, mask, mask_function=core.padding_mask):
+        embeds = torch.cat([self.queries.expand(len(ids), -1, -1), self.embeddings(ids)], 1)
+        return self.qformer(embeds, image_embeds, mask_function(mask, self.Q), query_length=self.Q)
+
+
+def close(found, expected, atol=1e-5):
+    """Equal to atol, relative to the size of values above 1 (hidden states reach about 10)."""
+    scale = expected.abs().clamp(min=1)
+    error = ((found - expected).abs() / scale).max().item()
+    assert error <= atol, f"largest error {error:.2e}"
+
+
+@pytest.mark.parametrize("source", ["lavis", "hf"])
+@named("qformer_stage1")
+@torch.no_grad()
+def test_stage1_passes(case, source):
+    model, x, expected = Stage1(case, source), load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors")
+    ids, mask, image = x["input_ids"], x["attention_mask"], x["image_embeds"]
+    real = mask.bool()
+    queries, text = model.image(image), model.text(ids, mask)
+    close(queries, expected["query_output"])
+    close(text[real], expected["text_output"][real])
+    close(F.normalize(model.head("vision_projection", queries), dim=-1), expected["image_feats"])
+    close(F.normalize(model.head("text_projection", text[:, 0]), dim=-1), expected["text_feat"])
+    joint = model.both(image, ids, mask, core.unimodal_mask)  # one pass for both sides of ITC
+    close(joint[:, :model.Q], expected["query_output"])
+    close(joint[:, model.Q:][real], expected["text_output"][real])
+    negative_images, negative_texts = expected["neg_image_idx"].long(), expected["neg_text_idx"].long()
+    itm = model.both(torch.cat([image, image[negative_images], image]), torch.cat([ids, ids, ids[negative_texts]]),
+                     torch.cat([mask, mask, mask[negative_texts]]))[:, :model.Q]
+    close(itm, expected["itm_query_hidden"])
+    close(model.head("itm_head", itm).mean(1), expected["itm_logits"])
+    lm = model.both(image, expected["lm_decoder_input_ids"].long(), mask, core.unilm_mask)
+    close(lm[:, :model.Q], expected["query_output"])
+    close(lm[:, model.Q:][real], expected["lm_hidden"][real])
+
+
+@named("qformer_stage1")
+def test_unilm_mask_is_the_stored_one(case):
+    x, expected = load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors")
+    Q = json.loads((case / "config.json").read_text())["num_query_tokens"]
+    found = core.unilm_mask(x["attention_mask"], Q)[:, 0] == 0
+    assert torch.equal(found, expected["itg_mask_3d"].bool())
+
+
+@named("qformer_tasks")
+@torch.no_grad()
+def test_tasks(case):
+    model = Stage1(GOLDEN / "qformer_stage1" / case.name, "hf")
+    x, expected = load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors")
+    ids, mask, image = x["input_ids"], x["attention_mask"], x["image_embeds"]
+    queries, text = model.image(image), model.text(ids, mask)
+    close(queries, expected["forward_image"])
+    close(text[:, 0], expected["forward_text"])
+    pairs = x["pair_image_idx"].long(), x["pair_text_idx"].long()
+    multimodal = model.both(image[pairs[0]], ids[pairs[1]], mask[pairs[1]])[:, :model.Q]
+    close(model.head("itm_head", multimodal).mean(1), expected["itm_head_logits"])
+    close(model.head("itm_head", multimodal).mean(1)[:, 1], expected["compute_itm"].flatten())
+    images = F.normalize(model.head("vision_projection", queries), dim=-1)
+    texts = F.normalize(model.head("text_projection", text[:, 0]), dim=-1)
+    similarity = (images[pairs[0]] @ texts[pairs[1]][..., None]).amax(1)
+    close(similarity, expected["itc_head_sim"].view_as(similarity))
+
+
+@pytest.mark.parametrize("source", ["lavis", "hf"])
+@named("sprc")
+@torch.no_grad()
+def test_sprc_passes(case, source):
+    model, x, expected = Stage1(case, source), load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors")
+    ids, mask = x["input_ids"], x["attention_mask"]
+    first = model.both(x["reference_embeds"], ids, mask)
+    seen = core.padding_mask(mask, model.Q)
+    second = model.qformer(torch.cat([first[:, :model.Q], model.embeddings(ids)], 1), mask=seen)
+    feats = F.normalize(model.head("text_projection", second[:, model.Q]), dim=-1)
+    close(feats, expected["fusion_feats"])
+    close(F.normalize(model.head("vision_projection", model.image(x["target_embeds"])), dim=-1), expected["target_feats"])
+    # the prompt pass: [CLS], prompts, rest of the text; positions are added to the whole sequence
+    words = model.embeddings.word_embeddings(ids)
+    prompts = model.state["prompt_tokens"].expand(len(ids), -1, -1)
+    whole = torch.cat([words[:, :1], prompts, words[:, 1:]], 1)
+    whole = whole + model.embeddings.position_embeddings(torch.arange(whole.shape[1]))
+    out = model.qformer(whole, mask=seen)
+    close(F.normalize(model.head("text_projection", out[:, 0]), dim=-1), expected["text_only_feat"])

@@ -1,0 +1,354 @@
+"""pytest tests/test_scripts.py: train_gated.py and eval_gated.py end to end on random tiny weights. Behaviour-checked."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+
+import conftest
+import core
+import eval_gated
+import runfolder
+import train_gated
+
+ROOT = conftest.ROOT
+
+
+@pytest.fixture
+def flags(sample, tiny, tmp_path):
+    """Command line of a short run; add your own after it."""
+    def make(*more, out="run"):
+        return ["--data", str(sample), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "2", "--batch-size", "16",
+                "--accumulation", "2", "--lr", "1e-3", "--workers", "0", "--precision", "no", "--out", str(tmp_path / out), *more]
+    return make
+
+
+@pytest.fixture(scope="module")
+def trained(sample, tiny, tmp_path_factory):
+    """Folder of a finished run."""
+    out = tmp_path_factory.mktemp("runs") / "gated"
+    assert train_gated.main(["--data", str(sample), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "2", "--lr", "1e-3",
+                             "--workers", "0", "--precision", "no", "--out", str(out), "--save-last"]) is None
+    return out
+
+
+def state_of(path):
+    return runfolder.load_checkpoint(path)["state"]
+
+
+def same_state(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------------------
+
+def test_run_folder(trained):
+    held = {p.name for p in trained.iterdir()}
+    assert {"best.pt", "last.pt", "args.yaml", "training_log.csv", "curves.png"} <= held
+    assert any(name.startswith("events.out") for name in held) and not any(name.startswith(".") for name in held)
+    best = torch.load(trained / "best.pt", weights_only=True)
+    assert {name.split(".")[0] for name in best["state"]} == {"gates", "mapper", "style_head", "language_projection"}
+    assert best["metric"] == "loss" and best["epoch"] in (1, 2) and len(best["model_args"]["styles"]) == 8
+    rows = runfolder.read_log(trained / "training_log.csv")
+    assert [r["epoch"] for r in rows if r["kind"] == "epoch"] == ["1", "2"]
+    losses = [float(r["loss"]) for r in rows if r["kind"] == "epoch"]
+    assert losses[1] < losses[0] and best["value"] == pytest.approx(min(losses), rel=1e-4)
+    assert (trained / "curves.png").stat().st_size > 10_000
+
+
+def test_two_runs_are_equal_to_the_bit(flags, tmp_path):
+    for out in ("a", "b"):
+        train_gated.main(flags("--epochs", "1", out=out))
+    assert same_state(state_of(tmp_path / "a/best.pt"), state_of(tmp_path / "b/best.pt"))
+    assert (tmp_path / "a/training_log.csv").read_bytes() == (tmp_path / "b/training_log.csv").read_bytes()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch, number, code):
+    more = ("--save-last", "--train-qformer", "--accumulation", "3")  # dropout on
+    train_gated.main(flags(*more, out="whole"))
+    step, calls = train_gated.train_step, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(train_gated, "train_step", interrupt)
+    assert train_gated.main(flags(*more, out="cut")) == code
+    assert runfolder.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 3
+    monkeypatch.setattr(train_gated, "train_step", step)
+    train_gated.main(flags(*more, "--resume", out="cut"))
+    for name in ("best.pt", "last.pt"):
+        assert same_state(state_of(tmp_path / "whole" / name), state_of(tmp_path / "cut" / name)), name
+    assert (tmp_path / "whole/training_log.csv").read_bytes() == (tmp_path / "cut/training_log.csv").read_bytes()
+
+
+def test_resume_starts_anew_where_there_is_nothing_and_refuses_other_settings(flags, capsys):
+    assert train_gated.main(flags("--resume", "--save-last", "--epochs", "1")) is None
+    assert runfolder.exit_code(train_gated.main, flags("--resume", "--save-last", "--epochs", "1", "--lr", "5e-3")) == 2
+    assert "--lr is 0.005, was 0.001" in capsys.readouterr().err
+
+
+def micro_batches(sizes):
+    """Split 12 rows into one optimizer step of micro-batches."""
+    numbers = iter(range(12))
+    return list(range(12)), [[next(numbers) for _ in range(size)] for size in sizes]
+
+
+@pytest.mark.parametrize("sizes", [(6, 6), (5, 5, 2), (4, 4, 4)])
+def test_accumulation_equals_the_large_batch(build, sample, flags, sizes):
+    args = train_gated.get_args(flags())
+    data = train_gated.Questions(train_gated.read_data(args, "train"), 112)
+
+    def gradients(sizes):
+        model = build(styles=sorted({r.style for r in data.rows}), train_qformer=True)  # eval mode: no dropout
+        torch.nn.init.normal_(model.gates[0].value.weight, std=0.1)
+        group, share = micro_batches(sizes)
+        collate = train_gated.Collate(model.tokenizer, model.styles, 16)
+        batches = iter(train_gated.load_batches(data, collate, share, 0))
+        sums = train_gated.train_step(model, batches, group, share, args, {"hit_weight": 0.1, "kl_weight": 0.05}, Accelerator(cpu=True), 0)
+        return sums, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+
+    (whole_sums, whole), (split_sums, split) = gradients((12,)), gradients(sizes)
+    assert split_sums["loss"] == pytest.approx(whole_sums["loss"], rel=1e-5)
+    for name, gradient in whole.items():
+        assert torch.allclose(split[name], gradient, atol=1e-5, rtol=1e-3), name
+
+
+def test_epoch_plan_is_pure_and_complete():
+    for epoch in range(3):
+        plans = [runfolder.epoch_plan(50, 4, 2, 7, epoch, rank, 2) for rank in (0, 1)]
+        assert plans[0] == runfolder.epoch_plan(50, 4, 2, 7, epoch, 0, 2)
+        for (group, first), (other, second) in zip(*plans):
+            assert group == other and len(group) == 16
+            assert sorted(sum(first + second, [])) == sorted(group)
+        seen = sum((group for group, _ in plans[0]), [])
+        assert len(seen) == len(set(seen)) == 48
+    assert runfolder.epoch_plan(50, 4, 2, 7, 0) != runfolder.epoch_plan(50, 4, 2, 7, 1) != runfolder.epoch_plan(50, 4, 2, 8, 1)
+    assert [g for g, _ in runfolder.epoch_plan(5, 8, 2, 0, 0)] and len(runfolder.epoch_plan(5, 8, 2, 0, 0)) == 1
+
+
+def test_cosine_lr_values():
+    lr = [runfolder.cosine_lr(step, 100, 10, 1.0) for step in range(101)]
+    assert lr[0] == 0.1 and lr[9] == 1.0 and lr[10] == 1.0
+    assert lr[55] == pytest.approx(0.5) and lr[100] == pytest.approx(0)
+    assert runfolder.cosine_lr(4, 5, 100, 1.0) == 1.0  # a warm-up longer than the run reaches the peak all the same
+
+
+def test_no_decay_on_biases_and_norms(build):
+    model = build(train_qformer=True)
+    optimizer = train_gated.make_optimizer(model, 1e-3, 0.01)
+    decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert (id(parameter) in decayed) is (parameter.ndim > 1), name
+
+
+def test_select_em_and_early_stopping(flags, tmp_path, capsys):
+    train_gated.main(flags("--select", "em", "--epochs", "4", "--patience", "1", "--lr", "1e-9"))
+    best = runfolder.load_checkpoint(tmp_path / "run/best.pt")
+    assert best["metric"] == "em" and 0 <= best["value"] <= 1
+    assert "stopping" in capsys.readouterr().out
+
+
+def test_terms_that_cannot_be_are_said_to_be_off(flags, capsys, tmp_path):
+    train_gated.main(flags("--gating", "none", "--epochs", "1"))
+    assert "KL term is off" in capsys.readouterr().out
+    assert set(n.split(".")[0] for n in state_of(tmp_path / "run/best.pt")) == {"language_projection"}
+
+
+def test_non_finite_loss_stops_with_the_rows(flags, tmp_path, capsys):
+    assert runfolder.exit_code(train_gated.main, flags("--hit-weight", "nan")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") <= 2 and "loss is nan at step 0" in error and re.search(r"\.jpg \(line \d+\)", error)
+    assert not (tmp_path / "run/best.pt").exists()
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------------------
+
+def test_eval_needs_only_the_checkpoint(trained, tmp_path, capsys):
+    out = tmp_path / "p.json"
+    assert eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--predictions", str(out), "--workers", "0", "--beams", "2"]) is None
+    printed = capsys.readouterr().out
+    for system in ("majority answer", "BLIP-2, no gates", "gates closed", "gated"):
+        assert system in printed
+    questions = list(csv.DictReader((trained.parent.parent / "x").open())) if False else list(csv.DictReader((tmp_path / "p.csv").open()))
+    answers = json.loads(out.read_text())
+    assert len(answers) == len(questions) and [set(a) for a in answers] == [{"question_id", "answer"}] * len(answers)
+    assert [a["answer"] for a in answers] == [q["prediction"] for q in questions]
+
+
+def test_evaluation_scores_every_row_once_whatever_the_batch(build, sample, flags):
+    args = train_gated.get_args(flags())
+    data = train_gated.Questions(train_gated.read_data(args, "val"), 112)
+    model = build(styles=sorted({r.style for r in data.rows}))
+    torch.nn.init.normal_(model.gates[0].value.weight, std=0.1)
+    collate = train_gated.Collate(model.tokenizer, model.styles, 16)
+    weights = {"hit_weight": 0.1, "kl_weight": 0.05}
+    found = [train_gated.evaluate(model, data, collate, Accelerator(cpu=True), size, 0, weights, answer=train_gated.greedy_answers)
+             for size in (3, len(data))]
+    for rows in found:
+        assert [one["row"] for one in rows] == list(range(len(data)))
+    assert [one["prediction"] for one in found[0]] == [one["prediction"] for one in found[1]]
+    for name, value in train_gated.loss_summary(found[0]).items():
+        assert value == pytest.approx(train_gated.loss_summary(found[1])[name], rel=1e-4, abs=1e-6), name
+
+
+def test_checkpoint_gives_the_same_numbers_after_loading(trained, capsys):
+    eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--workers", "0", "--no-baselines", "--beams", "1"])
+    loss = float(re.search(r"gated: loss ([\d.]+)", capsys.readouterr().out).group(1))
+    assert loss == pytest.approx(runfolder.load_checkpoint(trained / "best.pt")["value"], abs=2e-4)
+
+
+def test_other_frozen_weights_are_refused(trained, tmp_path, capsys):
+    import make_tiny
+    runfolder.seed_everything(99)
+    other = make_tiny.save_random(tmp_path / "other", ["Question: What style is this? Answer: Cubism\n"])
+    code = runfolder.exit_code(eval_gated.main, ["--checkpoint", str(trained / "best.pt"), "--efficientnet", other[1], "--workers", "0"])
+    assert code == 2 and "another BLIP-2 or style classifier" in capsys.readouterr().err
+
+
+def test_majority_answers():
+    row = lambda kind, answer: type("Row", (), {"question_type": kind, "answer": answer})()  # noqa: E731
+    found = train_gated.majority_answers([row("style", "a"), row("style", "b"), row("style", "b"), row("what", "c"), row("", "b")])
+    assert found == {"": "b", "style": "b", "what": "c"}
+
+
+def test_score_table_by_hand():
+    row = lambda kind, answer: type("Row", (), {"question_type": kind, "answer": answer})()  # noqa: E731
+    table = eval_gated.score_table([row("a", "Red"), row("a", "two"), row("b", "dog")], {"x": ["red", "2", "cat"]})
+    assert [(r["type"], r["n"], r["EM"], r["VQA"]) for r in table] == [
+        ("a", 2, 50, 100), ("b", 1, 0, 0), ("all", 3, pytest.approx(100 / 3), pytest.approx(200 / 3))]
+
+
+# --- what a user gets wrong -----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("more, message", [
+    (("--data", "/no/such/folder"), "/no/such/folder"),
+    (("--columns", "answer=label"), "answer=label"),
+    (("--images", "/no/such/images"), "/no/such/images"),
+    (("--efficientnet", "nothing.pt"), "nothing.pt"),
+    (("--qformer", "nothing.pth"), "nothing.pth"),
+    (("--blip2", "no-such/model"), "--blip2 tiny"),
+    (("--config", "nothing.yaml"), "nothing.yaml"),
+])
+def test_wrong_input_is_one_line_and_nothing_is_written(flags, tmp_path, capsys, more, message):
+    assert runfolder.exit_code(train_gated.main, flags(*more)) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1 and message in error[0]
+    assert not (tmp_path / "run/best.pt").exists()
+
+
+def test_a_folder_that_is_not_blip2(flags, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert runfolder.exit_code(train_gated.main, flags("--blip2", str(tmp_path / "empty"))) == 2
+    assert "not a BLIP-2 folder" in capsys.readouterr().err
+
+
+def test_results_are_not_overwritten(flags, tmp_path, capsys):
+    train_gated.main(flags("--epochs", "1"))
+    before = (tmp_path / "run/best.pt").read_bytes()
+    assert runfolder.exit_code(train_gated.main, flags("--epochs", "1")) == 2
+    assert "already holds best.pt" in capsys.readouterr().err
+    assert (tmp_path / "run/best.pt").read_bytes() == before
+
+
+def test_missing_image_and_skip_bad(sample, flags, tmp_path, capsys):
+    data = shutil.copytree(sample, tmp_path / "data")
+    name = next(csv.DictReader((data / "train.csv").open()))["image"]
+    (data / "images" / name).unlink()
+    assert runfolder.exit_code(train_gated.main, flags("--data", str(data))) == 2
+    assert name in capsys.readouterr().err
+    assert train_gated.main(flags("--data", str(data), "--skip-bad", "--epochs", "1")) is None
+    assert f"left out: {data / 'train.csv'}" in capsys.readouterr().out
+
+
+def test_check_data(sample, flags, tmp_path, capsys):
+    assert train_gated.main(flags("--check-data")) == 0
+    printed = capsys.readouterr().out
+    assert "training can start" in printed and "constant" in printed
+    data = shutil.copytree(sample, tmp_path / "data")
+    picture = next((data / "images").iterdir())
+    picture.write_bytes(picture.read_bytes()[:200])
+    assert train_gated.main(flags("--check-data", "--data", str(data))) == 1
+    assert picture.name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04"])
+def test_damaged_checkpoints(tmp_path, capsys, content):
+    (tmp_path / "best.pt").write_bytes(content)
+    assert runfolder.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "best.pt")]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_foreign_checkpoint_is_not_run(tmp_path, capsys):
+    class Hostile:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+    torch.save({"state": Hostile()}, tmp_path / "best.pt")
+    assert runfolder.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "best.pt")]) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+# --- settings and files -----------------------------------------------------------------------------------------------------------------
+
+def test_config_file(flags, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("lr: 1e-5\ntrain_qformer: true\nepochs: 7\n")
+    args = train_gated.get_args(["--data", "d", "--config", str(config), "--epochs", "3"])
+    assert (args.lr, args.train_qformer, args.epochs) == (1e-5, True, 3)
+
+
+@pytest.mark.parametrize("text, message", [("learning_rate: 1", "unknown settings learning_rate"), ("gating: tanh", "none of film"),
+                                           ("epochs: many", "epochs"), ("train_qformer: perhaps", "true or false"), ("[1, 2]", "name: value")])
+def test_config_mistakes(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(runfolder.DataError, match=message):
+        train_gated.get_args(["--data", "d", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_args_yaml_serves_as_config(trained):
+    args = train_gated.get_args(["--config", str(trained / "args.yaml")])
+    saved = yaml.safe_load((trained / "args.yaml").read_text())
+    assert {k: v for k, v in vars(args).items() if k != "config"} == {k: v for k, v in saved.items() if k != "config"}
+
+
+def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    runfolder.save_checkpoint(tmp_path / "best.pt", {"value": 1})
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(runfolder.DataError, match="No space left"):
+        runfolder.save_checkpoint(tmp_path / "best.pt", {"value": 2})
+    assert runfolder.load_checkpoint(tmp_path / "best.pt") == {"value": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
+
+
+def test_help_reads_well():
+    for script in ("train_gated.py", "eval_gated.py", "make_tiny.py", "data/make_sample.py"):
+        done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and "usage:" in done.stdout and done.stderr == "", script
+
+
+def test_readme_commands_parse():
+    """Every command line of our scripts in the READMEs and docstrings names flags that exist."""
+    texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md", "train_gated.py", "eval_gated.py")]
+    parsers = {"train_gated.py": train_gated.get_args, "eval_gated.py": eval_gated.get_args}
+    commands = re.findall(r"(?:python|launch|--nproc_per_node \d) (train_gated|eval_gated)\.py ([^\n#`|]*)", "\n".join(texts))
+    assert len(commands) >= 8
+    for script, line in commands:
+        parsers[script + ".py"](shlex.split(line))
