@@ -14,6 +14,9 @@ W vision width, D language model width, V vocabulary, T control tokens, M answer
 """
 
 import pathlib
+import socket
+import urllib.parse
+import urllib.request
 from typing import NamedTuple
 
 import torch
@@ -464,8 +467,22 @@ def load_blip2(name, dtype=torch.float32):
             errors.append(" ".join(str(error).split())[:200])
         if pathlib.Path(name).exists():
             raise DataError(f"{name}: cannot be loaded as BLIP-2: {errors[0]}")
+        if not hub_answers():
+            break
     raise DataError(f"no BLIP-2 called {name!r} on this machine and none could be fetched: pass --blip2 with a local folder "
                     f"in HuggingFace's format, or --blip2 tiny ({errors[-1]})")
+
+
+def hub_answers():
+    """Can the hub be reached? Asked first, since the library would try again for a minute. A proxy is taken at its word."""
+    from huggingface_hub import constants
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies().get("https"):
+        return not constants.HF_HUB_OFFLINE
+    try:
+        socket.create_connection((urllib.parse.urlparse(constants.ENDPOINT).hostname, 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 class Blip2OPTGated(nn.Module):

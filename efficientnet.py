@@ -32,7 +32,8 @@ def load_foreign(path, safe):
     path = pathlib.Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint")
-    head = path.open("rb").read(2)
+    with path.open("rb") as file:
+        head = file.read(2)
     if head[:2] != b"PK" and head[:1] != b"\x80":
         raise DataError(f"{path}: not a PyTorch file ({path.stat().st_size} bytes; a web page or a git-lfs pointer saved "
                         "under this name?): download it again")

@@ -175,18 +175,20 @@ def _checked(action, value, path):
     return value
 
 
-def start_run(out, args, resume):
-    """Make the run folder and write args.yaml. A folder that holds results is refused unless the run goes on in it."""
-    out = pathlib.Path(out)
-    held = [name for name in ("best.pt", "last.pt") if (out / name).exists()]
+def refuse_overwrite(out, resume):
+    """A folder that holds results is refused, unless the run goes on in it."""
+    held = [name for name in ("best.pt", "last.pt") if (pathlib.Path(out) / name).exists()]
     if held and not resume:
         raise DataError(f"{out} already holds {' and '.join(held)}: choose another --out, or --resume")
+
+
+def start_run(out, args):
+    """Make the run folder and write args.yaml."""
     try:
-        with whole_file(out / "args.yaml") as file:
+        with whole_file(pathlib.Path(out) / "args.yaml") as file:
             yaml.safe_dump(vars(args), file, sort_keys=False, allow_unicode=True)
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
-    return out
 
 
 # --- log ------------------------------------------------------------------------------------------------------------------------

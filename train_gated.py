@@ -394,8 +394,7 @@ def main(argv=None):
     leader, say = accelerator.is_main_process, accelerator.print
     train_rows, val_rows = read_data(args, "train"), read_data(args, "val")
     out, last = pathlib.Path(args.out), load_last(args)
-    if leader:
-        runfolder.start_run(out, args, bool(last))
+    runfolder.refuse_overwrite(out, bool(last))
 
     # model: frozen towers in the compute precision, everything that is trained in float32
     with accelerator.main_process_first():  # one process makes the tiny model, the others find it
@@ -419,6 +418,8 @@ def main(argv=None):
     if last:
         step, marks = restore(last, out / "last.pt", model, optimizer, accelerator)
         say(f"resuming after step {step} of {total}")
+    if leader:
+        runfolder.start_run(out, args)
     log = runfolder.RunLog(out, LOG_COLUMNS, step if last else None) if leader else None
     say(f"{len(train)} training and {len(val)} validation questions, {len(model.styles)} styles; {total} steps of "
         f"{len(plan_of(0)[0][0])} questions, lr {args.lr:g}, precision {accelerator.mixed_precision}, {accelerator.device}")

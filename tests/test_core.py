@@ -518,11 +518,20 @@ def test_full_size_counts_and_file_size():
     assert parts["efficientnet"] == (0, 10_737_731)
     # a gate: LN 1,536 + MLP 393,728 + 262,656 as in the original, three heads of 6,156 (K scale, V scale, V shift), one scale
     assert parts["gates"] == (6 * (1_536 + 393_728 + 262_656 + 3 * 6_156 + 1), 0)
-    # mapper: EfficientNet projection 1,180,416 as in the original; image MLP to 4 distinct tokens, text projection and MLP, LN
-    assert parts["mapper"] == (1_180_416 + 3_936_256 + 1_966_848 + 1_574_656 + 1_536, 0)
-    assert 4 * parts["sum"][0] < 60e6  # bytes of best.pt, gates alone
-    assert 4 * runfolder.parts_table(full_size(train_qformer=True))[-1][1] < 500e6
+    # mapper: EfficientNet projection 1,180,416 as in the original; image MLP to 4 distinct tokens, text projection and MLP,
+    # LN at the end, and LN on both inputs
+    assert parts["mapper"] == (1_180_416 + 3_936_256 + 1_966_848 + 1_574_656 + 1_536 + 2 * (1_536 + 2_560), 0)
     assert efficientnet.EfficientNet28(28, "efficientnet_b3").width == 1536
+
+
+@pytest.mark.parametrize("train_qformer, limit", [(False, 60e6), (True, 500e6)])
+def test_full_size_best_pt(tmp_path, train_qformer, limit):
+    model = full_size(train_qformer=train_qformer)
+    model.style_head = nn.Linear(1536, 27)  # a vocabulary of 27 styles
+    state = {n: torch.zeros(p.shape) for n, p in model.named_parameters() if p.requires_grad}
+    runfolder.save_checkpoint(tmp_path / "best.pt", {"state": state})
+    assert 0.9 * limit < (tmp_path / "best.pt").stat().st_size < limit
+    assert runfolder.load_checkpoint(tmp_path / "best.pt")["state"].keys() == state.keys()
 
 
 def test_full_size_other_gates():
