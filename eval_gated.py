@@ -20,7 +20,7 @@ import core
 import metrics
 import runfolder
 from rows import DataError
-from train_gated import Collate, Questions, evaluate, loss_summary, precision_of, read_data
+from train_gated import Collate, Questions, evaluate, loss_summary, precision_of, read_data, resolved
 
 SCORES = ("EM", "VQA", "BLEU", "ROUGE-L")
 
@@ -54,12 +54,13 @@ def get_args(argv=None):
 def load_model(args, checkpoint, dtype):
     """The model of a checkpoint before its trained tensors are put in: the same BLIP-2, untrained and with open gates."""
     built_from = dict(checkpoint["model_args"])
-    built_from["blip2"] = args.blip2 or built_from["blip2"]
-    built_from["efficientnet"] = args.efficientnet or built_from["efficientnet"]
-    model = core.Blip2OPTGated.build(**built_from, safe=args.safe_load, dtype=dtype)
+    for name in ("blip2", "efficientnet"):
+        built_from[name] = getattr(args, name) or built_from[name]
+    places = resolved(built_from)
+    model = core.Blip2OPTGated.build(**places, safe=args.safe_load, dtype=dtype)
     if runfolder.fingerprint(model) != checkpoint["frozen"]:
-        raise DataError(f"{args.checkpoint} was trained on another BLIP-2 or style classifier than {built_from['blip2']} and "
-                        f"{built_from['efficientnet']}: pass --blip2 and --efficientnet of the training")
+        raise DataError(f"{args.checkpoint} was trained on another BLIP-2 or style classifier than {places['blip2']} and "
+                        f"{places['efficientnet']}: pass --blip2 and --efficientnet of the training")
     return model
 
 
@@ -149,11 +150,12 @@ def main(argv=None):
     runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
     if not args.no_baselines and model.gates is not None:
         systems["gates closed"] = run("gates closed", gated=False)
-    systems["gated"] = run("gated", gated=True)
+    name = "gated" if model.gates is not None else "trained, no gates"
+    systems[name] = run(name, gated=True)
     if accelerator.is_main_process:
         print_table(score_table(questions, systems))
         if args.predictions:
-            readable = write_predictions(args.predictions, questions, systems["gated"])
+            readable = write_predictions(args.predictions, questions, systems[name])
             print(f"\npredictions: {args.predictions} and {readable}")
 
 

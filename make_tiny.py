@@ -1,6 +1,6 @@
 """make_tiny.py: a BLIP-2 and a style classifier so small that every stage runs for real on a laptop, without a download.
 
-    python make_tiny.py                      # models/tiny-blip2/ and models/tiny-efficientnet-28.pt, two minutes on 2 cores
+    python make_tiny.py                      # models/tiny-blip2/ and models/tiny-efficientnet-28.pt, three minutes on 2 cores
     python train_gated.py --blip2 tiny       # calls this when the files are not there
 
 The folder is in the published format (Blip2ForConditionalGeneration.save_pretrained, tokenizer, processor), so the code that
@@ -284,7 +284,7 @@ def ensure(argv=()):
     args = get_args(argv)
     folder, checkpoint = pathlib.Path(args.out) / "tiny-blip2", pathlib.Path(args.out) / "tiny-efficientnet-28.pt"
     if not (folder.is_dir() and checkpoint.is_file()):
-        print(f"making the tiny BLIP-2 and EfficientNet in {args.out} (once, about two minutes) ...", flush=True)
+        print(f"making the tiny BLIP-2 and EfficientNet in {args.out} (once, about three minutes) ...", flush=True)
         start = time.monotonic()
         runfolder.seed_everything(args.seed)
         scenes, styles, pixels = draw_scenes(args.pictures, args.seed)

@@ -286,7 +286,8 @@ def exit_code(main, argv=None):
     try:
         return main(argv) or 0
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # a loader process sends its traceback along; the message is what follows the class name on the last line
+        print(f"error: {str(error).strip().splitlines()[-1].split('DataError: ')[-1]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)

@@ -1,7 +1,7 @@
 """train_gated.py: gates that let art style steer BLIP-2's Q-Former, trained on questions about paintings.
 
     python train_gated.py --data data/artquest                                    # BLIP-2 OPT-2.7B, one GPU of 24-80 GB
-    python train_gated.py --data data/artquest --blip2 tiny --lr 2e-3 --epochs 8  # laptop CPU, two minutes
+    python train_gated.py --data data/artquest --blip2 tiny --lr 1e-3 --epochs 5  # laptop CPU
     python eval_gated.py --checkpoint runs/gated/best.pt                          # then look at the numbers
     accelerate launch train_gated.py --data data/artquest                         # several GPUs
 
@@ -29,7 +29,7 @@ import rows
 import runfolder
 from rows import DataError
 
-LOG_EVERY = 20  # optimizer steps between two rows of training_log.csv
+LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")
 CLIP = 1.0  # gradient norm
 PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation")]),
@@ -45,7 +45,7 @@ def get_args(argv=None):
     data.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN",
                       help="names of your columns, e.g. answer=label; names: image question answer question_type style")
     data.add_argument("--encoding", default="utf-8", help="of the CSV files (default: utf-8)")
-    data.add_argument("--skip-bad", action="store_true", help="leave bad rows and missing images out, counted and listed")
+    data.add_argument("--skip-bad", action="store_true", help="leave bad rows and broken or missing images out, and list them")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
     data.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
@@ -90,12 +90,17 @@ def get_args(argv=None):
 # --- data: your own data set goes here ------------------------------------------------------------------------------------------
 
 def read_data(args, split):
-    """Rows of a split, bad ones refused or left out."""
+    """Rows of a split, bad ones refused; with --skip-bad left out and listed, after every picture has been decoded once."""
     columns = dict(pair.partition("=")[::2] for pair in args.columns)
-    read = rows.read_split(args.data, split, {**rows.COLUMNS, **columns}, args.images, args.encoding)
+    read = rows.read_split(args.data, split, columns, args.images, args.encoding)
     good, bad = rows.usable_rows(read, args.skip_bad)
+    broken = dict(rows.verify_images(good, max(1, args.workers))) if args.skip_bad else {}
+    bad += [(row, broken[row.image]) for row in good if row.image in broken]
     for row, reason in bad:
         print(f"left out: {row.file}, line {row.line}: {reason}")
+    good = [row for row in good if row.image not in broken]
+    if not good:
+        raise DataError(f"{args.data}: no row of {split} can be used")
     return good
 
 
@@ -216,17 +221,21 @@ def precision_of(args):
 
 def model_args(args, train_rows):
     """Everything that is needed to build the model again without a command line; stored in best.pt."""
-    blip2, efficientnet = args.blip2, args.efficientnet
+    styles = sorted({r.style.strip() for r in train_rows if r.style.strip()})
+    return {"blip2": args.blip2, "qformer": args.qformer, "efficientnet": args.efficientnet, "gating": args.gating, "per": args.per,
+            "gate_scale": args.gate_scale, "train_qformer": args.train_qformer, "lora_rank": args.lora_rank, "styles": styles}
+
+
+def resolved(built_from):
+    """model_args with names made into places: tiny is drawn and trained on first use, the default looks in models/ first."""
+    blip2, efficientnet = built_from["blip2"], built_from["efficientnet"] or "runs/efficientnet-28/best.pt"
     if blip2 == "tiny":
-        import make_tiny  # draws and trains it on first use
+        import make_tiny
         blip2, own = make_tiny.ensure()
-        efficientnet = efficientnet or own
+        efficientnet = built_from["efficientnet"] or own
     elif blip2 == "Salesforce/blip2-opt-2.7b" and pathlib.Path("models/blip2-opt-2.7b").is_dir():
         blip2 = "models/blip2-opt-2.7b"
-    styles = sorted({r.style.strip() for r in train_rows if r.style.strip()})
-    return {"blip2": blip2, "qformer": args.qformer, "efficientnet": efficientnet or "runs/efficientnet-28/best.pt",
-            "gating": args.gating, "per": args.per, "gate_scale": args.gate_scale, "train_qformer": args.train_qformer,
-            "lora_rank": args.lora_rank, "styles": styles}
+    return {**built_from, "blip2": blip2, "efficientnet": efficientnet}
 
 
 def loss_weights(args, model, say):
@@ -397,10 +406,11 @@ def main(argv=None):
     runfolder.refuse_overwrite(out, bool(last))
 
     # model: frozen towers in the compute precision, everything that is trained in float32
+    built_from = model_args(args, train_rows)
     with accelerator.main_process_first():  # one process makes the tiny model, the others find it
-        built_from = model_args(args, train_rows)
+        places = resolved(built_from)
     runfolder.seed_everything(args.seed)
-    model = core.Blip2OPTGated.build(**built_from, safe=args.safe_load, dtype=core.DTYPES[accelerator.mixed_precision])
+    model = core.Blip2OPTGated.build(**places, safe=args.safe_load, dtype=core.DTYPES[accelerator.mixed_precision])
     weights = loss_weights(args, model, say)
     if leader:
         runfolder.print_parts(model)

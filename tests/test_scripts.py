@@ -16,7 +16,6 @@ import yaml
 from accelerate import Accelerator
 
 import conftest
-import core
 import eval_gated
 import runfolder
 import train_gated
@@ -274,6 +273,20 @@ def test_missing_image_and_skip_bad(sample, flags, tmp_path, capsys):
     assert name in capsys.readouterr().err
     assert train_gated.main(flags("--data", str(data), "--skip-bad", "--epochs", "1")) is None
     assert f"left out: {data / 'train.csv'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_broken_image_is_one_line_or_skipped(sample, flags, tmp_path, capsys, workers):
+    data = shutil.copytree(sample, tmp_path / "data")
+    name = next(csv.DictReader((data / "train.csv").open()))["image"]
+    picture = data / "images" / name
+    picture.write_bytes(picture.read_bytes()[:300])
+    more = ("--data", str(data), "--workers", workers, "--epochs", "1")
+    assert runfolder.exit_code(train_gated.main, flags(*more)) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and name in errors[0]
+    assert train_gated.main(flags(*more, "--skip-bad", out="second")) is None
+    assert capsys.readouterr().out.count("left out") == 5  # the picture's five questions
 
 
 def test_check_data(sample, flags, tmp_path, capsys):
