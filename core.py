@@ -455,22 +455,30 @@ def encode_prompts(tokenizer, questions):
 
 def load_blip2(name, dtype=torch.float32):
     """HuggingFace id or local folder -> (Blip2ForConditionalGeneration, tokenizer). Local files are tried first."""
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer, Blip2ForConditionalGeneration
     if pathlib.Path(name).is_dir() and not (pathlib.Path(name) / "config.json").is_file():
         raise DataError(f"{name}: not a BLIP-2 folder (no config.json); give the folder that save_pretrained wrote")
     errors = []
     for local in (True, False):
         try:
-            model = Blip2ForConditionalGeneration.from_pretrained(name, dtype=dtype, local_files_only=local)
-            return model, AutoTokenizer.from_pretrained(name, local_files_only=local)
-        except (OSError, ValueError, RuntimeError) as error:
+            model, found = Blip2ForConditionalGeneration.from_pretrained(name, dtype=dtype, local_files_only=local,
+                                                                         output_loading_info=True)
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+            break
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             errors.append(" ".join(str(error).split())[:200])
         if pathlib.Path(name).exists():
             raise DataError(f"{name}: cannot be loaded as BLIP-2: {errors[0]}")
-        if not hub_answers():
-            break
-    raise DataError(f"no BLIP-2 called {name!r} on this machine and none could be fetched: pass --blip2 with a local folder "
-                    f"in HuggingFace's format, or --blip2 tiny ({errors[-1]})")
+        if not local or not hub_answers():
+            raise DataError(f"no BLIP-2 called {name!r} on this machine and none could be fetched: pass --blip2 with a local "
+                            f"folder in HuggingFace's format, or --blip2 tiny ({errors[-1]})")
+    if found["missing_keys"]:  # transformers would leave them random
+        raise DataError(f"{name}: {len(found['missing_keys'])} tensors are missing, first {sorted(found['missing_keys'])[:3]}")
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        raise DataError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the language model "
+                        f"{model.config.text_config.vocab_size}: they do not belong together")
+    return model, tokenizer
 
 
 def hub_answers():
@@ -483,6 +491,19 @@ def hub_answers():
     except OSError:
         return False
     return True
+
+
+def replace_qformer(blip2, source):
+    """Put another checkpoint's Q-Former and queries (and projection, where it holds one) into a transformers BLIP-2."""
+    parts = qformer_weights(read_weights(source), text_path=False)
+    load_strictly(blip2.qformer, parts["qformer"], f"Q-Former of {source}")
+    queries = parts.get("query_tokens", {}).get("")
+    if queries is None or queries.shape != blip2.query_tokens.shape:
+        raise DataError(f"{source}: query tokens {None if queries is None else tuple(queries.shape)} for "
+                        f"{tuple(blip2.query_tokens.shape)}")
+    blip2.query_tokens.data.copy_(queries)
+    if "language_projection" in parts:
+        load_strictly(blip2.language_projection, parts["language_projection"], f"language projection of {source}")
 
 
 class Blip2OPTGated(nn.Module):
@@ -524,22 +545,9 @@ class Blip2OPTGated(nn.Module):
         folder or file of another Q-Former. dtype is that of the frozen towers."""
         net = EfficientNet28.from_checkpoint(efficientnet, safe) if gating != "none" else None
         blip2, tokenizer = load_blip2(blip2, dtype)
-        model = cls(blip2, tokenizer, net, styles, gating, **settings)
         if qformer:
-            model.take_qformer(qformer)
-        return model
-
-    def take_qformer(self, source):
-        """Put the Q-Former of another checkpoint in (its queries and projection too, where it holds them of this width)."""
-        parts = qformer_weights(read_weights(source), text_path=False)
-        load_strictly(self.qformer, parts["qformer"], f"Q-Former of {source}")
-        queries = parts.get("query_tokens", {}).get("")
-        if queries is None or queries.shape != self.query_tokens.shape:
-            raise DataError(f"{source}: query tokens {None if queries is None else tuple(queries.shape)} for "
-                            f"{tuple(self.query_tokens.shape)}")
-        self.query_tokens.data.copy_(queries)
-        if "language_projection" in parts:
-            load_strictly(self.language_projection, parts["language_projection"], f"language projection of {source}")
+            replace_qformer(blip2, qformer)
+        return cls(blip2, tokenizer, net, styles, gating, **settings)
 
     def _build_gates(self, qconfig, efficientnet, gating, per, hidden, scale, tokens, mapper_hidden):
         self.efficientnet = efficientnet
