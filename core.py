@@ -30,7 +30,7 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  #
 PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
 
 
-# --- masks: additive, float, 0 where a row may look and the lowest float where it may not -------------------------------
+# --- masks: additive, float, 0 where a row may look and the lowest float where it may not ------------
 
 def _additive(allowed):
     """bool [B,1,R,S] (True = may look) -> float mask that is added to attention logits."""
@@ -68,7 +68,7 @@ def unilm_mask(text_mask, queries):
     return _additive(allowed[:, None])
 
 
-# --- Q-Former (Li et al. 2023, BLIP-2), with HuggingFace's parameter names ------------------------------------------------
+# --- Q-Former (Li et al. 2023, BLIP-2), with HuggingFace's parameter names ------------
 
 class QFormerAttention(nn.Module):
     """Self- or cross-attention with its residual and LayerNorm (post-norm, as in BERT)."""
@@ -256,7 +256,7 @@ def read_weights(source):
     return state
 
 
-# --- gates -----------------------------------------------------------------------------------------------------------------
+# --- gates ------------
 
 class Gate(NamedTuple):
     """What one gate does to a cross-attention layer: key * K, value * V + shift; each [B,heads,1,1 or H/heads]."""
@@ -364,7 +364,7 @@ class GatedFusionModule(nn.Module):
         return image + self.alpha * gate * torch.tanh(self.delta(t))
 
 
-# --- style terms -----------------------------------------------------------------------------------------------------------
+# --- style terms ------------
 
 def style_vocabulary(styles, tokenizer):
     """Distinct styles -> (their names sorted, pieces [S,V]: each row holds 1/n at the n word pieces of that style).
@@ -403,7 +403,7 @@ def style_kl(image_logits, logits, rows, pieces):
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
-# --- prompts ---------------------------------------------------------------------------------------------------------------
+# --- prompts ------------
 
 def newline_id(tokenizer):
     """The token that ends an answer (BLIP-2's stage 2 trains "text + newline")."""
@@ -451,7 +451,7 @@ def encode_prompts(tokenizer, questions):
             "attention_mask": pad_ids([[1] * len(p) for p in prompts], 0, left=True)}
 
 
-# --- the system ------------------------------------------------------------------------------------------------------------
+# --- the system ------------
 
 def load_blip2(name, dtype=torch.float32):
     """HuggingFace id or local folder -> (Blip2ForConditionalGeneration, tokenizer). Local files are tried first."""
@@ -679,11 +679,11 @@ class Blip2OPTGated(nn.Module):
     # -- answering
 
     @torch.no_grad()
-    def predict_answers(self, questions, images=None, image_embeds=None, style_feature=None, method="generate",
-                        answers=None, beams=5, max_new_tokens=10, length_penalty=0.0, gated=True):
+    def predict_answers(self, images, questions, image_embeds=None, style_feature=None, method="generate", answers=None,
+                        beams=5, max_new_tokens=10, length_penalty=0.0, gated=True):
         """Answers as strings, one a question; prompt never repeated, cut at the newline.
 
-        images [B,3,h,w], or image_embeds [B,P,W] with style_feature [B,F] computed before. method "generate": beam search
+        images [B,3,h,w], or None with image_embeds [B,P,W] and style_feature [B,F] computed before. method "generate": beam search
         (BLIP-2's VQA settings as defaults). method "rank": the likeliest of the given list `answers`.
         """
         if self.training:

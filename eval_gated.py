@@ -3,8 +3,9 @@
     python eval_gated.py --checkpoint runs/gated/best.pt                      # data and models as in training
     python eval_gated.py --checkpoint runs/gated/best.pt --split test --predictions runs/gated/test.json
 
-One table: per question type and overall, exact match, VQA accuracy, BLEU and ROUGE-L of (1) the commonest training answer of
-the type, (2) the same BLIP-2 without gates and untrained, (3) the trained model with its gates closed, (4) the trained model.
+One table: per question type and overall, loss, style hit, KL, exact match, VQA accuracy, BLEU and ROUGE-L of (1) the commonest
+training answer of the type, (2) the same BLIP-2 without gates and untrained, (3) the trained model with its gates closed,
+(4) the trained model.
 """
 
 import argparse
@@ -22,7 +23,8 @@ import runfolder
 from rows import DataError
 from train_gated import Collate, Questions, evaluate, loss_summary, precision_of, read_data, resolved
 
-SCORES = ("EM", "VQA", "BLEU", "ROUGE-L")
+LOSSES = ("loss", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
+SCORES = ("EM", "VQA", "BLEU", "ROUGE-L")  # percent
 
 
 def get_args(argv=None):
@@ -38,13 +40,13 @@ def get_args(argv=None):
                                                                    "image, question, answer, prediction")
     parser.add_argument("--method", choices=("generate", "rank"), default="generate",
                         help="generate: beam search; rank: the likeliest of all training answers (default: generate)")
-    parser.add_argument("--beams", type=int, default=5, help="beams of generate (default: 5)")
-    parser.add_argument("--max-new-tokens", type=int, default=16, help="longest answer of generate (default: 16)")
+    parser.add_argument("--beams", type=runfolder.positive, default=5, help="beams of generate (default: 5)")
+    parser.add_argument("--max-new-tokens", type=runfolder.positive, default=16, help="longest answer of generate (default: 16)")
     parser.add_argument("--no-baselines", action="store_true", help="only the trained model: a third of the time")
     parser.add_argument("--blip2", metavar="ID|DIR", help="where the BLIP-2 of training lies now, if it moved")
     parser.add_argument("--efficientnet", metavar="FILE", help="where the style classifier of training lies now, if it moved")
     parser.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
-    parser.add_argument("--batch-size", type=int, default=16, help="questions at a time (default: 16)")
+    parser.add_argument("--batch-size", type=runfolder.positive, default=16, help="questions at a time (default: 16)")
     parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                         help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
@@ -72,7 +74,7 @@ def data_args(args, trained_with):
     args.encoding = args.encoding or trained_with["encoding"]
 
 
-# --- scores: one row of the table is (question type, system) ----------------------------------------------------------------------
+# --- scores: one row of the table is (question type, system) ------------
 
 def score(predictions, answers):
     """Mean EM, VQA accuracy, sentence BLEU (prediction as hypothesis) and ROUGE-L, all in percent."""
@@ -85,26 +87,31 @@ def score(predictions, answers):
 
 
 def score_table(questions, systems):
-    """questions: list of Row; systems: {name: predictions}. -> rows {type, system, n, EM, ...}, types sorted, "all" last."""
+    """questions: list of Row; systems: {name: what evaluate returns, at least [{"prediction"}]}.
+
+    -> rows {type, system, n, loss, hit, kl (those that the system has), EM, ...}; types sorted, "all" last.
+    """
     kinds = sorted({r.question_type for r in questions if r.question_type})
     table = []
     for kind in [*kinds, "all"]:
         chosen = [i for i, r in enumerate(questions) if kind in (r.question_type, "all")]
-        for system, predictions in systems.items():
-            scores = score([predictions[i] for i in chosen], [questions[i].answer.strip() for i in chosen])
-            table.append({"type": kind, "system": system, "n": len(chosen), **scores})
+        for system, found in systems.items():
+            here = [found[i] for i in chosen]
+            scores = score([one["prediction"] for one in here], [questions[i].answer.strip() for i in chosen])
+            table.append({"type": kind, "system": system, "n": len(chosen), **loss_summary(here), **scores})
     return table
 
 
 def print_table(table):
-    """The rows of score_table as text."""
+    """The rows of score_table as text; "-" where a system has no such value."""
     width = max(len(r["system"]) for r in table)
-    print(f"\n{'type':12} {'system':{width}} {'n':>6}" + "".join(f"{name:>9}" for name in SCORES))
+    print(f"\n{'type':12} {'system':{width}} {'n':>6}" + "".join(f"{name:>9}" for name in (*LOSSES, *SCORES)))
     previous = None
     for row in table:
         kind = row["type"] if row["type"] != previous else ""
         previous = row["type"]
-        print(f"{kind:12} {row['system']:{width}} {row['n']:>6}" + "".join(f"{row[name]:9.1f}" for name in SCORES))
+        losses = "".join(f"{row[name]:9.3f}" if name in row else f"{'-':>9}" for name in LOSSES)
+        print(f"{kind:12} {row['system']:{width}} {row['n']:>6}" + losses + "".join(f"{row[name]:9.1f}" for name in SCORES))
 
 
 def write_predictions(path, questions, predictions):
@@ -124,7 +131,8 @@ def main(argv=None):
     args = get_args(argv)
     if args.predictions and not args.predictions.endswith(".json"):
         raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
-    checkpoint = runfolder.load_checkpoint(args.checkpoint, ("model_args", "state", "args", "majority", "frozen"))
+    checkpoint = runfolder.load_checkpoint(
+        args.checkpoint, ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen"))
     data_args(args, checkpoint["args"])
     questions = read_data(args, args.split)
     accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
@@ -134,28 +142,26 @@ def main(argv=None):
     weights = checkpoint["loss_weights"]
     candidates = sorted(checkpoint["answers"])
 
-    def run(name, gated):
+    def run(gated):
         def answer(model, questions, features):
-            return model.predict_answers(questions, **features, method=args.method, answers=candidates, beams=args.beams,
+            return model.predict_answers(None, questions, **features, method=args.method, answers=candidates, beams=args.beams,
                                          max_new_tokens=args.max_new_tokens, gated=gated)
-        found = evaluate(model, data, collate, accelerator, args.batch_size, args.workers, weights, gated, answer)
-        accelerator.print(f"{name}: " + ", ".join(f"{k} {v:.4f}" for k, v in loss_summary(found).items()))
-        return [one["prediction"] for one in found]
+        return evaluate(model, data, collate, accelerator, args.batch_size, args.workers, weights, gated, answer)
 
     majority = checkpoint["majority"]
     systems = {}
     if not args.no_baselines:
-        systems["majority answer"] = [majority.get(r.question_type, majority[""]) for r in questions]
-        systems["BLIP-2, no gates"] = run("BLIP-2, no gates", gated=False)
+        systems["majority answer"] = [{"prediction": majority.get(r.question_type, majority[""])} for r in questions]
+        systems["BLIP-2, no gates"] = run(gated=False)
     runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
     if not args.no_baselines and model.gates is not None:
-        systems["gates closed"] = run("gates closed", gated=False)
+        systems["gates closed"] = run(gated=False)
     name = "gated" if model.gates is not None else "trained, no gates"
-    systems[name] = run(name, gated=True)
+    systems[name] = run(gated=True)
     if accelerator.is_main_process:
         print_table(score_table(questions, systems))
         if args.predictions:
-            readable = write_predictions(args.predictions, questions, systems[name])
+            readable = write_predictions(args.predictions, questions, [one["prediction"] for one in systems[name]])
             print(f"\npredictions: {args.predictions} and {readable}")
 
 

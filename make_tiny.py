@@ -55,7 +55,7 @@ def get_args(argv=None):
     return parser.parse_args(argv)
 
 
-# --- data: scenes in memory ---------------------------------------------------------------------------------------------------
+# --- data: scenes in memory ------------
 
 def draw_one(index, seed):
     """Scene `index` of the pre-training set -> (scene, style, pixels uint8 [SIZE,SIZE,3]). Never one of the sample's."""
@@ -97,7 +97,7 @@ def patch_kinds(scenes):
     return labels
 
 
-# --- the parts ----------------------------------------------------------------------------------------------------------------
+# --- the parts ------------
 
 def style_sentences():
     """(words, question, answer) on style without a picture: all that the language model ever hears of style.
@@ -231,7 +231,7 @@ def train_style(net, styles, pixels, steps, generator):
     net.eval()
 
 
-# --- assembly -----------------------------------------------------------------------------------------------------------------
+# --- assembly ------------
 
 def save_folder(blip2, tokenizer, folder):
     """Model, tokenizer and processor as the published folder has them."""

@@ -55,7 +55,7 @@ class Row:
     fault: str = ""
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------
+# --- tables ------------
 
 def shown(text, limit=100):
     """`text` quoted for a one-line message: line breaks, NUL and the like escaped, a long one cut in the middle."""
@@ -237,7 +237,7 @@ def read_split(folder_or_file, split, columns=None, images=None, encoding="utf-8
     return rows
 
 
-# --- paths ----------------------------------------------------------------------------------------------------------
+# --- paths ------------
 
 def folded(name):
     """`name` without what differs between systems: letter case, Unicode form (NFC/NFD), outer spaces."""
@@ -288,7 +288,7 @@ def resolve_image(root, name, listings=None, nearest=True):
     return real
 
 
-# --- pixels ---------------------------------------------------------------------------------------------------------
+# --- pixels ------------
 
 def deep_to_grey(image):
     """16-bit, 32-bit or float grey -> 8-bit grey. 16-bit is divided by 257, so that white stays white.
@@ -354,7 +354,7 @@ def image_tensor(image, size, mean=BLIP_MEAN, std=BLIP_STD):
     return pixels.permute(2, 0, 1).contiguous()  # [3, size, size]
 
 
-# --- checks ---------------------------------------------------------------------------------------------------------
+# --- checks ------------
 
 def check_rows(rows):
     """[(row, reason)] for the rows that cannot be trained on. Each picture is looked up once and none is decoded."""

@@ -30,7 +30,7 @@ from torch import nn
 
 from rows import DataError
 
-# --- files written whole ------------------------------------------------------------------------------------------------------
+# --- files written whole ------------
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def load_checkpoint(path, needs=()):
     return content
 
 
-# --- what a checkpoint holds of a model -----------------------------------------------------------------------------------------------------
+# --- what a checkpoint holds of a model ------------
 
 def parts_table(model):
     """Parameters by top-level part: list of (part, trainable, frozen), and the sum as the last row."""
@@ -133,7 +133,7 @@ def fingerprint(model):
     return digest.hexdigest()[:16]
 
 
-# --- settings -------------------------------------------------------------------------------------------------------------------
+# --- settings ------------
 
 def parse_args(parser, argv=None):
     """argparse with --config FILE.yaml: the file gives defaults, the command line wins, an unknown key is an error."""
@@ -155,6 +155,14 @@ def parse_args(parser, argv=None):
     return parser.parse_args(argv)
 
 
+def positive(text):
+    """argparse type: a whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
 def _config_path(argv):
     finder = argparse.ArgumentParser(add_help=False)
     finder.add_argument("--config")
@@ -166,8 +174,8 @@ def _checked(action, value, path):
     try:
         if value is not None and action.type is not None and not isinstance(value, list):
             value = action.type(value)
-    except (TypeError, ValueError):
-        raise DataError(f"--config {path}: {action.dest}: {value!r} is not a {action.type.__name__}") from None
+    except (TypeError, ValueError, argparse.ArgumentTypeError):
+        raise DataError(f"--config {path}: {action.dest}: {value!r} will not do as {action.type.__name__}") from None
     if isinstance(action.default, bool) and not isinstance(value, bool):
         raise DataError(f"--config {path}: {action.dest}: {value!r} is not true or false")
     if action.choices and value not in action.choices:
@@ -191,7 +199,7 @@ def start_run(out, args):
         raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
 
 
-# --- log ------------------------------------------------------------------------------------------------------------------------
+# --- log ------------
 
 class RunLog:
     """training_log.csv and TensorBoard. Every row has all `columns`, empty where it has no value."""
@@ -254,7 +262,7 @@ def draw_curves(log_path, png_path, panels, title):
     plt.close(figure)
 
 
-# --- stopping -------------------------------------------------------------------------------------------------------------------
+# --- stopping ------------
 
 class StopSignal:
     """Ctrl-C or SIGTERM: the first sets .number, which the loop looks at between two steps; the second leaves at once."""
@@ -299,7 +307,7 @@ def exit_code(main, argv=None):
         return 2
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------------------
+# --- numbers ------------
 
 def cosine_lr(step, total, warmup, peak, floor=0.0):
     """Learning rate of optimizer step `step` (from 0): linear to peak over `warmup` steps, then cosine to floor at total.

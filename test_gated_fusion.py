@@ -107,9 +107,9 @@ def test_7_forward_batch_2(gated):
 
 def test_8_generation_batch_1(gated):
     image = two_samples(gated)["images"][:1]
-    answers = gated.predict_answers(["What style is this?"], images=image)
+    answers = gated.predict_answers(image, ["What style is this?"])
     assert len(answers) == 1 and "Question" not in answers[0]
-    ranked = gated.predict_answers(["What style is this?"], images=image, method="rank", answers=["Cubism", "three"])
+    ranked = gated.predict_answers(image, ["What style is this?"], method="rank", answers=["Cubism", "three"])
     print(f"untrained answer {answers[0]!r}, likeliest of two {ranked[0]!r}"
 )
 

@@ -33,7 +33,8 @@ LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")
 CLIP = 1.0  # gradient norm
 PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation")]),
-          ("style", [("epoch", "hit", "mass on style words"), ("epoch", "hard_hit", "style word first"), ("epoch", "kl", "symmetric KL")]),
+          ("style", [("epoch", "hit", "mass on style words"), ("epoch", "hard_hit", "style word first"),
+                     ("epoch", "kl", "symmetric KL")]),
           ("learning", [("step", "grad_norm", "gradient norm"), ("epoch", "em", "exact match")])]
 
 
@@ -59,7 +60,8 @@ def get_args(argv=None):
     model.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
     model.add_argument("--gating", choices=("film", "gate", "none"), default="film",
                        help="film: scale K, scale and shift V; gate: 2 sigmoid on K and V; none: BLIP-2 as it is (default: film)")
-    model.add_argument("--per", choices=("head", "channel"), default="head", help="one gate value a head or a channel (default: head)")
+    model.add_argument("--per", choices=("head", "channel"), default="head",
+                       help="one gate value a head or a channel (default: head)")
     model.add_argument("--gate-scale", type=float, default=1.0, help="start value of the learned gate scale (default: 1)")
     model.add_argument("--train-qformer", action="store_true", help="train the Q-Former and its queries too")
     model.add_argument("--lora-rank", type=int, default=0, help="LoRA on the cross-attention's W_K and W_V (default: 0 = off)")
@@ -67,18 +69,20 @@ def get_args(argv=None):
     loss.add_argument("--hit-weight", type=float, default=0.1, help="style words where the answer is a style (default: 0.1)")
     loss.add_argument("--kl-weight", type=float, default=0.05, help="image style against answer style (default: 0.05)")
     run = parser.add_argument_group("training")
-    run.add_argument("--epochs", type=int, default=10, help="(default: 10)")
-    run.add_argument("--batch-size", type=int, default=16, help="questions a step and process (default: 16)")
-    run.add_argument("--accumulation", type=int, default=2, help="batches an optimizer step (default: 2)")
+    run.add_argument("--epochs", type=runfolder.positive, default=10, help="(default: 10)")
+    run.add_argument("--batch-size", type=runfolder.positive, default=16, help="questions a step and process (default: 16)")
+    run.add_argument("--accumulation", type=runfolder.positive, default=2, help="batches an optimizer step (default: 2)")
     run.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default: 1e-4)")
     run.add_argument("--warmup", type=float, default=0.05, help="share of all steps spent warming up (default: 0.05)")
     run.add_argument("--weight-decay", type=float, default=0.01, help="not on biases and norms (default: 0.01)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                      help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
-    run.add_argument("--max-answer", type=int, default=16, help="answer tokens kept, with the end of line (default: 16)")
+    run.add_argument("--max-answer", type=runfolder.positive, default=16,
+                     help="answer tokens kept, with the end of line (default: 16)")
     run.add_argument("--select", choices=("loss", "em"), default="loss",
                      help="best.pt by lowest validation loss or highest exact match (default: loss)")
-    run.add_argument("--patience", type=int, default=3, help="epochs without a better value before stopping; 0 = never (default: 3)")
+    run.add_argument("--patience", type=int, default=3,
+                     help="epochs without a better value before stopping; 0 = never (default: 3)")
     run.add_argument("--seed", type=int, default=42, help="(default: 42)")
     run.add_argument("--out", default="runs/gated", metavar="DIR", help="run folder (default: runs/gated)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
@@ -87,7 +91,7 @@ def get_args(argv=None):
     return runfolder.parse_args(parser, argv)
 
 
-# --- data: your own data set goes here ------------------------------------------------------------------------------------------
+# --- data: your own data set goes here ------------
 
 def read_data(args, split):
     """Rows of a split, bad ones refused; with --skip-bad left out and listed, after every picture has been decoded once."""
@@ -162,7 +166,7 @@ def check_data(args):
     return int(failed)
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------------------
+# --- evaluation ------------
 
 @torch.no_grad()
 def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weights, gated=True, answer=None):
@@ -198,7 +202,7 @@ def mean(found, name, where=None):
 
 def greedy_answers(model, questions, features):
     """The answers of --select em: no beams, since they are asked for in every epoch."""
-    return model.predict_answers(questions, **features, beams=1)
+    return model.predict_answers(None, questions, **features, beams=1)
 
 
 def loss_summary(found):
@@ -208,7 +212,7 @@ def loss_summary(found):
     return {name: value for name, value in numbers.items() if value is not None}
 
 
-# --- model ------------------------------------------------------------------------------------------------------------------------
+# --- model ------------
 
 def precision_of(args):
     """--precision -> accelerate's word for it."""
@@ -257,15 +261,15 @@ def make_optimizer(model, lr, weight_decay):
                               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr)
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------
 
 def best_content(model, args, built_from, weights, marks, train_rows):
     """What best.pt holds: trained tensors and plain values only."""
     import transformers
     return {"stage": "gated", "state": runfolder.trainable_state(model), "model_args": built_from, "args": vars(args), **marks,
             "loss_weights": weights, "majority": majority_answers(train_rows),
-            "answers": sorted({r.answer.strip() for r in train_rows}), "frozen": runfolder.fingerprint(model), "torch": torch.__version__.split("+")[0],
-            "transformers": transformers.__version__}
+            "answers": sorted({r.answer.strip() for r in train_rows}), "frozen": runfolder.fingerprint(model),
+            "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
 
 
 def majority_answers(train_rows):
@@ -330,7 +334,7 @@ def stopped(accelerator, stop):
     return bool(accelerator.reduce(torch.tensor(stop.number, device=accelerator.device)).item())
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------------------
+# --- the loop ------------
 
 def train_step(wrapped, batches, group, share, args, weights, accelerator, step):
     """Forward and backward of one optimizer step: this process's share of the group, in micro-batches.
@@ -376,7 +380,8 @@ def train_epoch(wrapped, optimizer, data, collate, plan, args, weights, accelera
         step += 1
         bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{lr:.1e}")
         if step % LOG_EVERY == 0:
-            sums = {name: accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean").item() for name, value in sums.items()}
+            together = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
+            sums = dict(zip(sums, together.tolist()))
             if log:
                 log.write("step", step, lr=lr, grad_norm=norm, **sums)
         if stopped(accelerator, stop):

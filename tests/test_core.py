@@ -40,7 +40,7 @@ def twins(config):
     return theirs, ours
 
 
-# --- Q-Former against transformers -----------------------------------------------------------------------------------------------
+# --- Q-Former against transformers ------------
 
 def test_query_path_equals_transformers():
     theirs, ours = twins(small_config(use_qformer_text_input=False))
@@ -114,7 +114,7 @@ def test_masks_work_in_half_precision(dtype):
     assert torch.allclose(ours.to(dtype)(embeds.to(dtype), mask=mask).float(), expected, atol=0.15)
 
 
-# --- weights by name -------------------------------------------------------------------------------------------------------------
+# --- weights by name ------------
 
 def as_lavis(state):
     """HF names back to LAVIS names (the inverse of core's map, written independently)."""
@@ -185,7 +185,7 @@ def test_qformer_of_another_shape_is_refused(build, tmp_path):
         build(gating="none", qformer=str(tmp_path / "other.pth"))
 
 
-# --- gates: identity at start ------------------------------------------------------------------------------------------------------
+# --- gates: identity at start ------------
 
 def all_logits(model, batch, gated):
     """Logits at every text position [B,L,V]."""
@@ -234,7 +234,7 @@ def test_key_shift_would_cancel():
     assert torch.allclose(attention(x, source), before, atol=1e-5)
 
 
-# --- gradients: no dead gate ---------------------------------------------------------------------------------------------------------
+# --- gradients: no dead gate ------------
 
 def dead_after_two_steps(model, batch):
     """Names of trainable tensors that got no gradient in either of two steps."""
@@ -309,11 +309,11 @@ def test_one_batch_is_overfitted(trained_tiny, sample):
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     assert loss.item() < 0.1
-    answers = model.eval().predict_answers([r.question for r in chosen], **features)
+    answers = model.eval().predict_answers(None, [r.question for r in chosen], **features)
     assert answers == [r.answer for r in chosen]
 
 
-# --- mapper and fusion -----------------------------------------------------------------------------------------------------------
+# --- mapper and fusion ------------
 
 @torch.no_grad()
 def test_mapper_tokens_are_distinct_and_pads_change_nothing():
@@ -339,7 +339,7 @@ def test_gated_fusion_is_exact():
     assert small.alpha.grad.abs() > 0
 
 
-# --- padding, batches, leaks -------------------------------------------------------------------------------------------------------
+# --- padding, batches, leaks ------------
 
 @torch.no_grad()
 def test_loss_does_not_depend_on_the_batch(build, batch):
@@ -378,7 +378,7 @@ def test_the_loss_sees_the_answer_and_only_the_answer(build, batch):
     assert not torch.equal(*model(**other, images=batch["images"][[0, 0]])["lm"])
 
 
-# --- style terms -------------------------------------------------------------------------------------------------------------------
+# --- style terms ------------
 
 class Words:
     """A tokenizer of single letters, for arithmetic by hand: id of "a" is 0; spaces vanish."""
@@ -427,7 +427,7 @@ def test_zero_weights_switch_the_terms_off(build, batch):
     assert set(build()(**batch)) == {"loss", "lm", "total"}
 
 
-# --- prompts and answers -------------------------------------------------------------------------------------------------------------
+# --- prompts and answers ------------
 
 def test_long_questions_keep_the_end_of_the_prompt(build):
     tokenizer = build(gating="none").tokenizer
@@ -456,8 +456,8 @@ QUESTIONS = ["Which style is this painting?", "How many?", "What colour are the 
 def test_batched_answers_equal_one_at_a_time(build, batch, beams):
     model = build()
     nn.init.normal_(model.gates[0].value.weight, std=0.5)
-    together = model.predict_answers(QUESTIONS, images=batch["images"], beams=beams)
-    alone = [model.predict_answers([q], images=batch["images"][i:i + 1], beams=beams)[0] for i, q in enumerate(QUESTIONS)]
+    together = model.predict_answers(batch["images"], QUESTIONS, beams=beams)
+    alone = [model.predict_answers(batch["images"][i:i + 1], [q], beams=beams)[0] for i, q in enumerate(QUESTIONS)]
     assert together == alone
     assert not any("Question" in a or "\n" in a for a in together)
 
@@ -468,7 +468,7 @@ def test_generation_equals_transformers_generate(build, batch, tiny):
     expected = theirs.generate(batch["images"][:1], ids, max_new_tokens=10, num_beams=1, do_sample=False,
                                eos_token_id=core.newline_id(model.tokenizer))
     text = model.tokenizer.batch_decode(expected, skip_special_tokens=True)[0].split("Answer:")[-1].split("\n")[0].strip()
-    assert model.predict_answers(QUESTIONS[:1], images=batch["images"][:1], beams=1) == [text]
+    assert model.predict_answers(batch["images"][:1], QUESTIONS[:1], beams=1) == [text]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -479,9 +479,9 @@ def test_half_precision_towers_with_float32_gates(build, batch, dtype):
     out = model(**batch, hit_weight=0.1, kl_weight=0.1)
     out["loss"].backward()
     assert torch.isfinite(out["loss"]) and torch.isfinite(model.gates[0].value.weight.grad).all()
-    assert len(model.predict_answers(QUESTIONS, images=batch["images"])) == 3
+    assert len(model.predict_answers(batch["images"], QUESTIONS)) == 3
     with torch.autocast("cpu", dtype):
-        assert len(model.predict_answers(QUESTIONS, images=batch["images"], beams=2)) == 3
+        assert len(model.predict_answers(batch["images"], QUESTIONS, beams=2)) == 3
 
 
 @torch.no_grad()
@@ -495,16 +495,16 @@ def test_rank_takes_the_likeliest_answer(build, batch):
     lm = model(**one, images=batch["images"][1:2])["lm"].item()
     tokens = int((one["labels"] != -100).sum())
     assert scores[1, 2].item() == pytest.approx(-lm * tokens, rel=1e-4)
-    picked = model.predict_answers(QUESTIONS, images=batch["images"], method="rank", answers=answers)
+    picked = model.predict_answers(batch["images"], QUESTIONS, method="rank", answers=answers)
     assert picked == [answers[i] for i in scores.argmax(1)]
 
 
 def test_prediction_in_training_mode_is_refused(build, batch):
     with pytest.raises(RuntimeError, match="eval"):
-        build().train().predict_answers(QUESTIONS, images=batch["images"])
+        build().train().predict_answers(batch["images"], QUESTIONS)
 
 
-# --- saving, accounting --------------------------------------------------------------------------------------------------------------
+# --- saving, accounting ------------
 
 def test_trained_tensors_round_trip_and_misfits_are_named(build, tmp_path):
     model, other = build(), build()
