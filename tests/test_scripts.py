@@ -149,6 +149,7 @@ def test_cosine_lr_values():
 def test_no_decay_on_biases_and_norms(build):
     model = build(train_qformer=True)
     optimizer = train_gated.make_optimizer(model, 1e-3, 0.01)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
     decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
