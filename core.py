@@ -601,8 +601,7 @@ class Blip2OPTGated(nn.Module):
     @torch.no_grad()
     def image_features(self, images):
         """images [B,3,h,w] in BLIP's normalisation -> dict image_embeds [B,P,W], style_feature [B,F] or None."""
-        dtype = self.vision_model.embeddings.patch_embedding.weight.dtype
-        embeds = self.vision_model(pixel_values=images.to(dtype)).last_hidden_state
+        embeds = self.vision_model(pixel_values=images).last_hidden_state  # casts to its own dtype
         return {"image_embeds": embeds, "style_feature": self.efficientnet(images) if self.efficientnet else None}
 
     def control(self, style_feature, input_ids, prompt_mask):

@@ -1,6 +1,6 @@
 """python -m pytest tests/test_metrics.py   (seconds; needs no data)
 
-Values worked out by hand, and edge cases. The comparison with the reference code's output is in test_golden_metrics.py.
+Values worked out by hand, and edge cases. The comparison with the reference code's output is in test_golden.py.
 """
 
 import math
