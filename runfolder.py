@@ -283,10 +283,12 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def ignore_signals(worker):
-    """worker_init_fn: the main process decides when to stop, loaders go on until it does."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(worker):
+    """worker_init_fn: the main process decides when to stop. Loaders do not hear Ctrl-C; after a SIGTERM, which a job
+    scheduler sends to all, they go on for 30 s, so that the main process can finish its step. They must not ignore it for
+    good: Python itself ends leftover loaders with SIGTERM at exit, and would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
 
 
 def exit_code(main, argv=None):
@@ -294,17 +296,14 @@ def exit_code(main, argv=None):
     try:
         return main(argv) or 0
     except DataError as error:
-        # a loader process sends its traceback along; the message is what follows the class name on the last line
-        print(f"error: {str(error).strip().splitlines()[-1].split('DataError: ')[-1]}", file=sys.stderr)
-        return 2
+        message, code = str(error), 2
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+        message, code = "interrupted", 130
     except torch.OutOfMemoryError as error:
-        need = str(error).split(".")[0]
-        print(f"error: out of GPU memory ({need}): lower --batch-size and raise --accumulation by the same factor, or use "
-              "--precision bf16", file=sys.stderr)
-        return 2
+        message, code = (f"out of GPU memory ({str(error).split('.')[0]}): lower --batch-size and raise --accumulation by the "
+                         "same factor, or use --precision bf16"), 2
+    print(f"error: {message}", file=sys.stderr)
+    return code
 
 
 # --- numbers ------------

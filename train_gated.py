@@ -109,7 +109,10 @@ def read_data(args, split):
 
 
 class Questions(Dataset):
-    """Row number -> (image tensor [3,s,s] in BLIP's normalisation, Row)."""
+    """Row number -> (image tensor [3,s,s] in BLIP's normalisation, or the DataError of a broken picture; Row).
+
+    The error is handed on and not raised: one that comes out of a loader process would keep the others from ending.
+    """
 
     def __init__(self, questions, image_size):
         self.rows, self.image_size = questions, image_size
@@ -118,7 +121,10 @@ class Questions(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return rows.image_tensor(rows.load_image(self.rows[index].image), self.image_size), self.rows[index]
+        try:
+            return rows.image_tensor(rows.load_image(self.rows[index].image), self.image_size), self.rows[index]
+        except DataError as error:
+            return error, self.rows[index]
 
 
 class Collate:
@@ -129,6 +135,9 @@ class Collate:
 
     def __call__(self, samples):
         images, group = zip(*samples)
+        for image, row in samples:
+            if isinstance(image, DataError):
+                return {"fault": f"{row.file}, line {row.line}: {image}"}
         batch = core.encode_training(self.tokenizer, [r.question for r in group], [r.answer for r in group], self.max_answer)
         batch["images"] = torch.stack(images)  # [B,3,s,s]
         batch["style"] = torch.tensor([self._index(r.style) for r in group])  # [B], -1 = unknown
@@ -143,7 +152,15 @@ class Collate:
 def load_batches(data, collate, batches, workers):
     """A DataLoader over given lists of row numbers."""
     return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=runfolder.ignore_signals if workers else None)
+                      worker_init_fn=runfolder.outlive_signals if workers else None)
+
+
+def next_batch(batches, device):
+    """The next batch on its device; a DataError where one of its pictures is broken."""
+    batch = next(batches)
+    if "fault" in batch:
+        raise DataError(batch["fault"])
+    return core.to_device(batch, device)
 
 
 def check_data(args):
@@ -179,10 +196,10 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
     mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     found = []
-    bar = tqdm(load_batches(data, collate, batches, workers), desc="evaluating", leave=False, mininterval=1,
-               disable=None if accelerator.is_main_process else True)
-    for numbers, batch in zip(batches, bar):
-        batch = core.to_device(batch, accelerator.device)
+    loaded = iter(load_batches(data, collate, batches, workers))
+    for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
+                        disable=None if accelerator.is_main_process else True):
+        batch = next_batch(loaded, accelerator.device)
         features = model.image_features(batch.pop("images"))
         with accelerator.autocast():
             parts = model(**batch, **features, **loss_weights, gated=gated)
@@ -346,7 +363,7 @@ def train_step(wrapped, batches, group, share, args, weights, accelerator, step)
     for i, numbers in enumerate(share):
         # dropout is a pure function of (seed, step, micro-batch, process): exact resume depends on it
         runfolder.seed_everything(args.seed, step, i, accelerator.process_index)
-        batch = core.to_device(next(batches), accelerator.device)
+        batch = next_batch(batches, accelerator.device)
         with nullcontext() if i == len(share) - 1 else accelerator.no_sync(wrapped), accelerator.autocast():
             parts = wrapped(**batch, **weights)
         if not torch.isfinite(parts["loss"]):

@@ -290,6 +290,15 @@ def test_broken_image_is_one_line_or_skipped(sample, flags, tmp_path, capsys, wo
     assert capsys.readouterr().out.count("left out") == 5  # the picture's five questions
 
 
+def test_loader_processes_do_not_keep_a_failed_run_from_ending(sample, flags, tmp_path):
+    data = shutil.copytree(sample, tmp_path / "data")
+    name = next(csv.DictReader((data / "train.csv").open()))["image"]
+    (data / "images" / name).write_bytes(b"no picture")
+    command = [sys.executable, str(ROOT / "train_gated.py"), *flags("--data", str(data), "--workers", "2", "--epochs", "1")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and name in done.stderr.splitlines()[-1]
+
+
 def test_check_data(sample, flags, tmp_path, capsys):
     assert train_gated.main(flags("--check-data")) == 0
     printed = capsys.readouterr().out
