@@ -2,7 +2,9 @@
 
 What the training and evaluation scripts must agree on, as plain functions:
 
-    read_table, read_split                  a CSV or TSV file -> rows, every value kept as text
+    read_split, describe_layout             a split in any of LAYOUTS -> rows; what it was understood as
+    read_layout                             both of these from one reading; tables.py reads the files
+    join_semart                             styles from a column of SemArt's table
     resolve_image, load_image, image_tensor a name in a table -> a path -> RGB pixels -> [3, size, size]
     check_rows, usable_rows, verify_images  which rows cannot be used, and why
     summary, shared_images                  what --check-data prints
@@ -10,35 +12,34 @@ What the training and evaluation scripts must agree on, as plain functions:
 Bad input raises DataError, whose text is one line that names the file, the row and what to do about it.
 """
 
-import csv
 import difflib
-import io
 import os
 import re
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from tables import DataError, cell, locate, read_json, read_table, shown, unfold
+
 BLIP_MEAN, BLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 COLUMNS = {name: name for name in ("image", "question", "answer", "question_type", "style")}  # our name: the file's
 OPTIONAL = ("question_type", "style")
+LAYOUTS = (("AQUA-like", "image question answer need_external_knowledge"),  # the first whose columns are all there
+           ("ArtQuest-like", "image question answer question_type"), ("plain", "image question answer"),
+           ("LLaVA conversations", "conversations"), ("messages and images", "messages"), ("ImageFolder", "file_name"))
+TURNS_IN = {"LLaVA conversations": "conversations", "messages and images": "messages"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-SEPARATORS = {"tab": "\t", "\\t": "\t"}  # a real tab is hard to type in a shell
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # EXIF orientation (tag 0x0112): what brings the picture upright
-
-
-class DataError(Exception):
-    """Bad input. Scripts print it as `error: <text>` and exit with code 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +51,12 @@ class Row:
     answer: str
     question_type: str
     style: str
-    line: int  # line of the file on which the row starts, 1 = the header
+    line: int  # line of the file on which the row starts, 1 = the header; in a .json file the row's number
     file: str
     fault: str = ""
 
 
-# --- tables ------------
-
-def shown(text, limit=100):
-    """`text` quoted for a one-line message: line breaks, NUL and the like escaped, a long one cut in the middle."""
-    quoted = repr(str(text))
-    return quoted if len(quoted) <= limit else f"{quoted[:limit - 20]}...{quoted[-17:]}"
-
+# --- splits ------------
 
 def entries(folder):
     """The names in `folder`, none where it cannot be listed."""
@@ -71,120 +66,18 @@ def entries(folder):
         return []
 
 
-def likely_encoding(data):
-    """The encoding that the bytes `data` are probably in, or None where they are no text."""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data.count(0) > len(data) // 4:
-        return "utf-16"
-    if b"\0" in data:
-        return None
-    try:
-        data.decode("utf-8")
-        return "utf-8"
-    except UnicodeDecodeError:  # cp1252 is latin-1 with curly quotes and dashes at 80-9f, five of them undefined
-        windows = re.search(rb"[\x80-\x9f]", data) and not re.search(rb"[\x81\x8d\x8f\x90\x9d]", data)
-        return "cp1252" if windows else "latin-1"
-
-
-def read_text(path, encoding):
-    """The whole file as text without its byte-order mark. DataError: not a file, not `encoding`, NUL, empty."""
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: there is no such file: give a CSV or TSV file")
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-        text = data.decode(encoding).removeprefix("\ufeff")
-        place = data.find(b"\0") if "\0" in text else -1
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): check its rights") from error
-    except LookupError as error:
-        raise DataError(f"{path}: unknown encoding {shown(encoding)}: try utf-8, cp1252, latin-1 or utf-16") from error
-    except UnicodeDecodeError as error:
-        place = error.start
-    if place >= 0:
-        likely = likely_encoding(data)
-        advice = f"the file looks like {likely}: pass --encoding {likely}"
-        if likely is None:
-            advice = "NUL bytes do not belong in text: save the table as CSV in UTF-8"
-        elif likely == encoding or (encoding.startswith("utf-8") and not data[:place].isascii()):
-            advice = f"the text before it is good {encoding}: mend that line"
-        line = data.count(b"\n", 0, place) + 1
-        raise DataError(f"{path}, line {line}: byte {place} is not {encoding} text: {advice}")
-    if not text.strip():
-        raise DataError(f"{path}: the file is empty: it needs a header line and rows")
-    return text
-
-
-def pick_separator(path, text, separator):
-    """The separator: the one given, else a tab for .tsv, else whichever of , ; and tab cuts the header most often."""
-    separator = SEPARATORS.get(separator, separator)
-    if separator is None:
-        header = next(line for line in io.StringIO(text, newline=None) if line.strip())
-        cuts = {mark: len(next(csv.reader([header], delimiter=mark))) for mark in ",;\t"}
-        return "\t" if path.lower().endswith(".tsv") else max(cuts, key=cuts.get)
-    if len(separator) != 1 or separator in '"\r\n':
-        raise DataError(f"{path}: --separator {shown(separator)} is not one character: pass , ; | or tab")
-    return separator
-
-
-def split_lines(path, text, separator):
-    """Yield (line, values) for every row that is not blank; `line` is the one on which the row starts."""
-    reader, line = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1
-    try:
-        for values in reader:
-            if len(values) > 1 or any(value.strip() for value in values):
-                yield line, values
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}, line {line}: a quote opened in this row is not closed properly (noticed on line "
-                        f"{reader.line_num}: {error}): remove it or double it") from error
-
-
-def swallowed_row(values, separator):
-    """Whether a value holds a whole further row: as many fields, with a file name like .jpg where this row has one.
-
-    That is what a forgotten quote leaves behind when a later quote happens to close it."""
-    def ending(value):
-        return re.search(r"\.\w{2,5}$|$", value.strip()).group().lower()
-
-    inner = (line.split(separator) for value in values for line in value.splitlines()[1:])
-    return any(len(cells) == len(values) and any(ending(a) and ending(a) == ending(b) for a, b in zip(values, cells))
-               for cells in inner)
-
-
-def read_table(path, encoding="utf-8", separator=None):
-    """Read a CSV or TSV file with a header as a list of (line, {column: text}); no value is converted or dropped.
-
-    DataError: unreadable, wrong encoding, NUL, empty, no rows, a column named twice, a row with too many or too few
-    fields, an open quote."""
-    path = str(path)
-    text = read_text(path, encoding)
-    separator = pick_separator(path, text, separator)
-    lines = split_lines(path, text, separator)
-    header = [name.strip() for name in next(lines)[1]]
-    twice = [name for name, count in Counter(header).items() if count > 1]
-    if twice:
-        raise DataError(f"{path}, line 1: column {shown(twice[0])} stands there twice: rename one of them")
-    table = []
-    for line, values in lines:
-        if len(values) != len(header):
-            raise DataError(f"{path}, line {line}: expected {len(header)} fields as in the header, found {len(values)} "
-                            f"(separator {separator!r}): quote values that hold the separator, or pass --separator")
-        if swallowed_row(values, separator):
-            raise DataError(f"{path}, line {line}: a quote opened in this row swallows the next row: close it")
-        table.append((line, dict(zip(header, values))))
-    if not table:
-        raise DataError(f"{path}: a header but no rows: nothing to read")
-    return table
-
-
 def find_table(folder_or_file, split):
-    """The table of a split: the file itself, or <split>.csv, <split>.tsv or artquest_<split>.csv in the folder."""
+    """The file of a split: the one given, else the first of `wanted` in the folder.
+
+    A metadata file in the folder itself holds the training split, as Hugging Face's ImageFolder has it."""
     place = str(folder_or_file)
     if not os.path.isdir(place):
         if not os.path.exists(place):
             raise DataError(f"{place}: there is no such file or folder: check --data")
         return place
-    wanted = [f"{split}.csv", f"{split}.tsv", f"artquest_{split}.csv"]
+    wanted = [f"{split}.csv", f"{split}.tsv", f"artquest_{split}.csv", f"{split}.json", f"{split}.jsonl",
+              f"{split}/metadata.csv", f"{split}/metadata.jsonl"]
+    wanted += ["metadata.csv", "metadata.jsonl"] if split == "train" else []
     for name in wanted:
         if os.path.isfile(os.path.join(place, name)):
             return os.path.join(place, name)
@@ -195,7 +88,7 @@ def find_table(folder_or_file, split):
 
 def map_columns(path, there, columns):
     """Our column names -> the file's, None for an optional column that the file lacks."""
-    mapped = {**COLUMNS, **(columns or {})}
+    mapped = {**COLUMNS, **columns}
     unknown = sorted(set(mapped) - set(COLUMNS))
     if unknown:
         raise DataError(f"{path}: --columns {unknown[0]}=... is unknown: the names are {', '.join(COLUMNS)}")
@@ -210,22 +103,50 @@ def map_columns(path, there, columns):
     return mapped
 
 
-def read_split(folder_or_file, split, columns=None, images=None, encoding="utf-8", separator=None):
-    """Read one split as a list of Row. `columns` maps our names to the file's where they differ.
+def recognise(there):
+    """The first of LAYOUTS whose keys are all among `there`, those of a first row and those renamed; else "plain"."""
+    return next((name for name, needed in LAYOUTS if set(needed.split()) <= set(there)), "plain")
 
-    Pictures are looked for under `images`, else <folder>/images, else the folder; a path that is refused or not found
-    becomes the row's `fault`, which check_rows reports. DataError: as read_table, and a missing split, column, root."""
-    path = find_table(folder_or_file, split)
+
+def image_root(path, images, layout, first):
+    """The folder that pictures are named from: `images`, else images/ beside the file, else the file's own folder.
+
+    The last also in ImageFolder, and where the `first` name has images/ in it already."""
     folder = os.path.dirname(path) or "."
     inner = os.path.join(folder, "images")
-    root = str(images) if images else inner if os.path.isdir(inner) else folder
+    named_so = first.startswith("images/") and not os.path.isdir(os.path.join(inner, "images"))
+    beside = layout == "ImageFolder" or named_so or not os.path.isdir(inner)
+    root = str(images) if images else folder if beside else inner
     if not os.path.isdir(root):
         raise DataError(f"{root}: there is no such image folder: check --images")
-    table = read_table(path, encoding, separator)
-    mapped = map_columns(path, list(table[0][1]), columns)
+    return root
+
+
+def read_cells(path, columns, encoding, separator):
+    """(layout, the kind of file, [(line, {our name: text})], [optional names that the file lacks])."""
+    if path.lower().endswith((".json", ".jsonl")):
+        kind, table = read_json(path, encoding)
+    else:
+        kind, table = "TSV" if path.lower().endswith(".tsv") else "CSV", read_table(path, encoding, separator)
+    table = [(f"{path}, {locate(path, line)}", line, cells) for line, cells in table]
+    layout = recognise([*columns, *table[0][2]])
+    if layout in TURNS_IN:
+        table = [(where, line, flat) for where, line, cells in table for flat in unfold(where, cells, TURNS_IN[layout])]
+    if layout == "ImageFolder":
+        columns = {"image": "file_name", **columns}
+    mapped = map_columns(path, dict.fromkeys(key for _, _, cells in table for key in cells), columns)
+    filled = [(line, {name: cell(where, cells, column, name, needed=name not in OPTIONAL)
+                      for name, column in mapped.items()}) for where, line, cells in table]
+    return layout, kind, filled, [name for name in OPTIONAL if mapped[name] is None]
+
+
+def read_layout(folder_or_file, split, columns=None, images=None, encoding="utf-8", separator=None):
+    """(read_split's rows, describe_layout's line) from one reading."""
+    path = find_table(folder_or_file, split)
+    layout, kind, table, lacking = read_cells(path, columns or {}, encoding, separator)
+    root = image_root(path, images, layout, table[0][1]["image"])
     found, listings, missed, rows = {}, {}, 0, []
-    for line, cells in table:
-        values = {ours: cells[column] if column else "" for ours, column in mapped.items()}
+    for line, values in table:
         name = values.pop("image")
         if name not in found:
             try:  # the search for the nearest name is slow in a big folder, and five are shown
@@ -234,7 +155,44 @@ def read_split(folder_or_file, split, columns=None, images=None, encoding="utf-8
                 found[name], missed = ("", str(error)), missed + 1
         image, fault = found[name]
         rows.append(Row(image=image, name=name, line=line, file=path, fault=fault, **values))
-    return rows
+    without = "".join(f", no {name}" for name in lacking)
+    return rows, f"{path}: {layout} {kind}, {len(rows)} rows{without}, images in {root}"
+
+
+def read_split(folder_or_file, split, columns=None, images=None, encoding="utf-8", separator=None):
+    """Read one split as a list of Row. `columns` maps our names to the file's where they differ.
+
+    Pictures are looked for under image_root; a path that is refused or not found becomes the row's `fault`, which
+    check_rows reports. DataError: as read_table and read_json, and a missing split, column, key, root."""
+    return read_layout(folder_or_file, split, columns, images, encoding, separator)[0]
+
+
+def describe_layout(folder_or_file, split, columns=None, images=None, encoding="utf-8", separator=None):
+    """What a split is understood as, in one line. DataError: as read_split."""
+    return read_layout(folder_or_file, split, columns, images, encoding, separator)[1]
+
+
+def join_semart(rows, path, fields=None, encoding="latin-1"):
+    """(rows with `fields` (our name: SemArt's column; default style: SCHOOL) filled by image name, rows matched).
+
+    Unmatched rows get "" there. DataError: as read_table, a column or field that is not one, no match at all."""
+    fields, path = fields or {"style": "SCHOOL"}, str(path)
+    catalogue = read_table(path, encoding)
+    for name, column in [("image", "IMAGE_FILE"), *fields.items()]:
+        if name not in ("image", *OPTIONAL):
+            raise DataError(f"{path}: {shown(name)} cannot be filled from it: choose from {', '.join(OPTIONAL)}")
+        if column not in catalogue[0][1]:
+            raise DataError(f"{path}: no column {shown(column)} for the {name}: choose from "
+                            f"{shown(', '.join(catalogue[0][1]), 300)}")
+    known = {folded(cells["IMAGE_FILE"]): cells for _, cells in catalogue}
+    found = [known.get(folded(re.split(r"[\\/]", row.name)[-1])) for row in rows]
+    matches = sum(cells is not None for cells in found)
+    if not matches:
+        ours, theirs = [row.name for row in rows[:3]], [cells["IMAGE_FILE"] for _, cells in catalogue[:3]]
+        raise DataError(f"{path}: no picture of the rows ({shown(', '.join(ours), 200)} ...) is in its IMAGE_FILE "
+                        f"({shown(', '.join(theirs), 200)} ...): give SemArt's table of the same split")
+    return [replace(row, **{name: cells[column].strip() if cells else "" for name, column in fields.items()})
+            for row, cells in zip(rows, found)], matches
 
 
 # --- paths ------------
@@ -384,8 +342,8 @@ def usable_rows(rows, skip_bad=False):
     if bad and not (skip_bad and good):
         firsts = {}  # one row for each different reason: a missing picture often has five questions
         for row, reason in bad:
-            firsts.setdefault(reason, row.line)
-        listed = " | ".join(f"line {line}: {reason}" for reason, line in list(firsts.items())[:5])
+            firsts.setdefault(reason, locate(row.file, row.line))
+        listed = " | ".join(f"{where}: {reason}" for reason, where in list(firsts.items())[:5])
         advice = "mend them, check --images, or leave them out with --skip-bad" if good else "check --data and --images"
         raise DataError(f"{bad[0][0].file}: {len(bad)} of {len(rows)} rows cannot be used: {listed}: {advice}")
     return good, bad

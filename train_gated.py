@@ -96,12 +96,13 @@ def get_args(argv=None):
 def read_data(args, split):
     """Rows of a split, bad ones refused; with --skip-bad left out and listed, after every picture has been decoded once."""
     columns = dict(pair.partition("=")[::2] for pair in args.columns)
-    read = rows.read_split(args.data, split, columns, args.images, args.encoding)
+    read, understood = rows.read_layout(args.data, split, columns, args.images, args.encoding)
+    print(f"{split}: {understood}")
     good, bad = rows.usable_rows(read, args.skip_bad)
     broken = dict(rows.verify_images(good, max(1, args.workers))) if args.skip_bad else {}
     bad += [(row, broken[row.image]) for row in good if row.image in broken]
     for row, reason in bad:
-        print(f"left out: {row.file}, line {row.line}: {reason}")
+        print(f"left out: {row.file}, {rows.locate(row.file, row.line)}: {reason}")
     good = [row for row in good if row.image not in broken]
     if not good:
         raise DataError(f"{args.data}: no row of {split} can be used")
@@ -137,7 +138,7 @@ class Collate:
         images, group = zip(*samples)
         for image, row in samples:
             if isinstance(image, DataError):
-                return {"fault": f"{row.file}, line {row.line}: {image}"}
+                return {"fault": f"{row.file}, {rows.locate(row.file, row.line)}: {image}"}
         batch = core.encode_training(self.tokenizer, [r.question for r in group], [r.answer for r in group], self.max_answer)
         batch["images"] = torch.stack(images)  # [B,3,s,s]
         batch["style"] = torch.tensor([self._index(r.style) for r in group])  # [B], -1 = unknown
@@ -332,7 +333,7 @@ def restore(last, path, model, optimizer, accelerator):
 
 def bad_loss(what, step, group):
     """The message for a loss or gradient that is not finite."""
-    names = ", ".join(f"{r.name} (line {r.line})" for r in group)
+    names = ", ".join(f"{r.name} ({rows.locate(r.file, r.line)})" for r in group)
     return (f"{what} at step {step}; best.pt and last.pt are as they were; look at these rows, lower --lr, or use --precision "
             f"bf16 or no: {names}")
 

@@ -1,0 +1,237 @@
+"""Files of rows as people keep them: CSV, TSV, a JSON list, JSON Lines, talks about a picture.
+
+    read_table            a CSV or TSV file -> [(line, {column: text})], no value converted or dropped
+    read_json             a JSON list or JSON Lines file -> [(row or line, object)], numbers as they are written
+    unfold                an object with LLaVA's conversations, or messages and images -> flat rows
+
+Bad input raises DataError, whose text is one line that names the file, the row and what to do about it.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+from collections import Counter
+
+SEPARATORS = {"tab": "\t", "\\t": "\t"}  # a real tab is hard to type in a shell
+SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": ""}
+
+
+class DataError(Exception):
+    """Bad input. Scripts print it as `error: <text>` and exit with code 2."""
+
+
+def shown(text, limit=100):
+    """`text` quoted for a one-line message: line breaks, NUL and the like escaped, a long one cut in the middle."""
+    quoted = repr(str(text))
+    return quoted if len(quoted) <= limit else f"{quoted[:limit - 20]}...{quoted[-17:]}"
+
+
+# --- CSV and TSV ------------
+
+def likely_encoding(data):
+    """The encoding that the bytes `data` are probably in, or None where they are no text."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") or data.count(0) > len(data) // 4:
+        return "utf-16"
+    if b"\0" in data:
+        return None
+    try:
+        data.decode("utf-8")
+        return "utf-8"
+    except UnicodeDecodeError:  # cp1252 is latin-1 with curly quotes and dashes at 80-9f, five of them undefined
+        windows = re.search(rb"[\x80-\x9f]", data) and not re.search(rb"[\x81\x8d\x8f\x90\x9d]", data)
+        return "cp1252" if windows else "latin-1"
+
+
+def read_text(path, encoding):
+    """The whole file as text without its byte-order mark. DataError: not a file, not `encoding`, NUL, empty."""
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: there is no such file: give a CSV, TSV, JSON or JSON Lines file")
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        text = data.decode(encoding).removeprefix("\ufeff")
+        place = data.find(b"\0") if "\0" in text else -1
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check its rights") from error
+    except LookupError as error:
+        raise DataError(f"{path}: unknown encoding {shown(encoding)}: try utf-8, cp1252, latin-1 or utf-16") from error
+    except UnicodeDecodeError as error:
+        place = error.start
+    if place >= 0:
+        likely = likely_encoding(data)
+        advice = f"the file looks like {likely}: pass --encoding {likely}"
+        if likely is None:
+            advice = "NUL bytes do not belong in text: save the table as CSV or JSON in UTF-8"
+        elif likely == encoding or (encoding.startswith("utf-8") and not data[:place].isascii()):
+            advice = f"the text before it is good {encoding}: mend that line"
+        line = data.count(b"\n", 0, place) + 1
+        raise DataError(f"{path}, line {line}: byte {place} is not {encoding} text: {advice}")
+    if not text.strip():
+        raise DataError(f"{path}: the file is empty: it needs rows, and as a CSV or TSV a header line")
+    return text
+
+
+def pick_separator(path, text, separator):
+    """The separator: the one given, else a tab for .tsv, else whichever of , ; and tab cuts the header most often."""
+    separator = SEPARATORS.get(separator, separator)
+    if separator is None:
+        header = next(line for line in io.StringIO(text, newline=None) if line.strip())
+        cuts = {mark: len(next(csv.reader([header], delimiter=mark))) for mark in ",;\t"}
+        return "\t" if path.lower().endswith(".tsv") else max(cuts, key=cuts.get)
+    if len(separator) != 1 or separator in '"\r\n':
+        raise DataError(f"{path}: --separator {shown(separator)} is not one character: pass , ; | or tab")
+    return separator
+
+
+def split_lines(path, text, separator):
+    """Yield (line, values) for every row that is not blank; `line` is the one on which the row starts."""
+    reader, line = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), 1
+    try:
+        for values in reader:
+            if len(values) > 1 or any(value.strip() for value in values):
+                yield line, values
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}, line {line}: a quote opened in this row is not closed properly (noticed on line "
+                        f"{reader.line_num}: {error}): remove it or double it") from error
+
+
+def swallowed_row(values, separator):
+    """Whether a value holds a whole further row: as many fields, with a file name like .jpg where this row has one.
+
+    That is what a forgotten quote leaves behind when a later quote happens to close it."""
+    def ending(value):
+        return re.search(r"\.\w{2,5}$|$", value.strip()).group().lower()
+
+    inner = (line.split(separator) for value in values for line in value.splitlines()[1:])
+    return any(len(cells) == len(values) and any(ending(a) and ending(a) == ending(b) for a, b in zip(values, cells))
+               for cells in inner)
+
+
+def read_table(path, encoding="utf-8", separator=None):
+    """Read a CSV or TSV file with a header as a list of (line, {column: text}); no value is converted or dropped.
+
+    DataError: unreadable, wrong encoding, NUL, empty, no rows, a column named twice, a row with too many or too few
+    fields, an open quote."""
+    path = str(path)
+    text = read_text(path, encoding)
+    separator = pick_separator(path, text, separator)
+    lines = split_lines(path, text, separator)
+    header = [name.strip() for name in next(lines)[1]]
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}, line 1: column {shown(twice[0])} stands there twice: rename one of them")
+    table = []
+    for line, values in lines:
+        if len(values) != len(header):
+            raise DataError(f"{path}, line {line}: expected {len(header)} fields as in the header, found {len(values)} "
+                            f"(separator {separator!r}): quote values that hold the separator, or pass --separator")
+        if swallowed_row(values, separator):
+            raise DataError(f"{path}, line {line}: a quote opened in this row swallows the next row: close it")
+        table.append((line, dict(zip(header, values))))
+    if not table:
+        raise DataError(f"{path}: a header but no rows: nothing to read")
+    return table
+
+
+# --- JSON ------------
+
+def locate(path, number):
+    """Where a row stands, for messages: 'line 7'; in a .json file, often one long line, 'row 7', counted from 1."""
+    return f"{'row' if path.lower().endswith('.json') else 'line'} {number}"
+
+
+def parse_json(path, text, line=1):
+    """One JSON value that starts on `line` of the file; numbers become text as they are written."""
+    def without_twins(pairs):
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        if twice:
+            raise DataError(f"{path}: key {shown(twice[0])} stands twice in {shown(pairs)}: rename one of them")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, parse_int=str, parse_float=str, parse_constant=str, object_pairs_hook=without_twins)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {line + error.lineno - 1}, character {error.colno}: not JSON ({error.msg}): "
+                        "mend that place, or save or download the file again") from error
+    except RecursionError as error:
+        raise DataError(f"{path}, line {line}: brackets nested too deeply: give a list of objects") from error
+
+
+def parse_list(path, text):
+    """The values of a JSON list."""
+    found = parse_json(path, text)
+    if not isinstance(found, list):
+        keys = f" but an object with {shown(', '.join(found))}" if isinstance(found, dict) else ""
+        raise DataError(f"{path}: the top level is no list{keys}: save the list of rows by itself")
+    if not found:
+        raise DataError(f"{path}: the list is empty: it needs rows")
+    return found
+
+
+def read_json(path, encoding="utf-8"):
+    """A .json file (a list, or one object per line) or a .jsonl file -> (its kind, [(number for locate, object)]).
+
+    DataError: as read_text, no JSON, a key twice, neither a list nor one object per line, no rows."""
+    text, by_line = read_text(path, encoding), not path.lower().endswith(".json")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if by_line and text.lstrip().startswith("["):
+        raise DataError(f"{path}: a JSON list and not one object per line: let the file's name end in .json")
+    if by_line or (len(lines) > 1 and re.fullmatch(r"\s*\{.*\}\s*", lines[0][1])):
+        kind, table = "JSON Lines", [(number, parse_json(path, line, number)) for number, line in lines]
+    else:
+        kind, table = "JSON list", list(enumerate(parse_list(path, text), 1))
+    table = table if by_line else [(count, value) for count, (_, value) in enumerate(table, 1)]
+    for number, value in table:
+        if not isinstance(value, dict):
+            raise DataError(f"{path}, {locate(path, number)}: {shown(json.dumps(value))} where an object {{...}} "
+                            "belongs: mend the row")
+    return kind, table
+
+
+def cell(where, cells, column, name, needed=True):
+    """The text of `column`, our `name`, in a row; "" where it is absent and not needed. DataError: absent, not text."""
+    if column not in cells and not needed:
+        return ""
+    if column not in cells:
+        raise DataError(f"{where}: no {shown(column)} for the {name}: add it or leave the row out")
+    value = cells[column]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {shown(column)} is {shown(json.dumps(value))} and not text: give the {name} as text")
+    if re.search("[\0\ud800-\udfff]", value):  # JSON can write \u0000 and halves of a character
+        raise DataError(f"{where}: {shown(column)} holds a NUL or half a character: mend {shown(value)}")
+    return value
+
+
+# --- talks ------------
+
+def spoken(where, turn):
+    """(what SPEAKERS says, text without <image>) of one turn in LLaVA's form or that of messages."""
+    keys = turn if isinstance(turn, dict) else {}
+    speaker, text = str(keys.get("from", keys.get("role"))), keys.get("value", keys.get("content"))
+    if isinstance(text, list):  # [{"type": "image"}, {"type": "text", "text": "..."}]
+        parts = [part.get("text", "") if isinstance(part, dict) else None for part in text]
+        text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if speaker not in SPEAKERS or not isinstance(text, str):
+        raise DataError(f"{where}: {shown(json.dumps(turn))} is no turn: it needs from and value, or role and content, "
+                        f"as text, the speaker being one of {', '.join(SPEAKERS)}")
+    return SPEAKERS[speaker], text.replace("<image>", "").strip()
+
+
+def unfold(where, cells, key):
+    """A talk about one picture, its turns under `key` -> one flat row for every question with its answer."""
+    if not isinstance(cells.get(key), list):
+        raise DataError(f"{where}: no list of turns for {shown(key)}: add it or leave the row out")
+    if "image" not in cells and "images" in cells:
+        images = cells["images"] if isinstance(cells["images"], list) else [cells["images"]]
+        if len(images) != 1:
+            raise DataError(f"{where}: {len(images)} images where one belongs: leave the row out")
+        cells = {**cells, "image": images[0]}
+    turns = [(role, text) for role, text in (spoken(where, turn) for turn in cells[key]) if role]
+    if not turns or [role for role, _ in turns] != ["question", "answer"] * (len(turns) // 2):
+        raise DataError(f"{where}: {shown(key)} is not question, answer, question, answer ...: mend the row")
+    return [{**cells, "question": asked, "answer": told} for (_, asked), (_, told) in zip(turns[::2], turns[1::2])]
