@@ -35,6 +35,7 @@ def get_args(argv=None):
     parser.add_argument("--split", default="val", help="which CSV file: train, val or test (default: val)")
     parser.add_argument("--columns", nargs="+", metavar="NAME=COLUMN", help="names of your columns (default: as in training)")
     parser.add_argument("--encoding", help="of the CSV file (default: as in training)")
+    parser.add_argument("--separator", help="of the CSV file (default: as in training)")
     parser.add_argument("--skip-bad", action="store_true", help="leave bad rows and missing images out, counted and listed")
     parser.add_argument("--predictions", metavar="FILE.json", help="answers in VQAv2's result format, and beside it FILE.csv with "
                                                                    "image, question, answer, prediction")
@@ -67,11 +68,12 @@ def load_model(args, checkpoint, dtype):
 
 
 def data_args(args, trained_with):
-    """--data, --images, --columns and --encoding: the flag, else what the training used."""
+    """--data, --images, --columns, --encoding and --separator: the flag, else what the training used."""
     if args.data is None:
         args.data, args.images = trained_with["data"], args.images or trained_with["images"]
     args.columns = trained_with["columns"] if args.columns is None else args.columns
     args.encoding = args.encoding or trained_with["encoding"]
+    args.separator = args.separator or trained_with["separator"]
 
 
 # --- scores: one row of the table is (question type, system) ------------

@@ -46,6 +46,7 @@ def get_args(argv=None):
     data.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN",
                       help="names of your columns, e.g. answer=label; names: image question answer question_type style")
     data.add_argument("--encoding", default="utf-8", help="of the CSV files (default: utf-8)")
+    data.add_argument("--separator", help="of the CSV files, tab spelled out (default: told from the header)")
     data.add_argument("--skip-bad", action="store_true", help="leave bad rows and broken or missing images out, and list them")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
     data.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
@@ -96,7 +97,7 @@ def get_args(argv=None):
 def read_data(args, split):
     """Rows of a split, bad ones refused; with --skip-bad left out and listed, after every picture has been decoded once."""
     columns = dict(pair.partition("=")[::2] for pair in args.columns)
-    read, understood = rows.read_layout(args.data, split, columns, args.images, args.encoding)
+    read, understood = rows.read_layout(args.data, split, columns, args.images, args.encoding, args.separator)
     print(f"{split}: {understood}")
     good, bad = rows.usable_rows(read, args.skip_bad)
     broken = dict(rows.verify_images(good, max(1, args.workers))) if args.skip_bad else {}

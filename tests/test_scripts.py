@@ -299,6 +299,16 @@ def test_loader_processes_do_not_keep_a_failed_run_from_ending(sample, flags, tm
     assert done.returncode == 2 and "Traceback" not in done.stderr and name in done.stderr.splitlines()[-1]
 
 
+def test_semicolons_by_flag_and_eval_takes_them_from_the_training(sample, flags, tmp_path):
+    data = shutil.copytree(sample, tmp_path / "data")
+    for table in data.glob("*.csv"):
+        rows = list(csv.reader(table.open(newline="", encoding="utf-8")))
+        with table.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter=";").writerows(rows)
+    assert train_gated.main(flags("--data", str(data), "--separator", ";", "--epochs", "1")) is None
+    assert eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1"]) is None
+
+
 def test_check_data(sample, flags, tmp_path, capsys):
     assert train_gated.main(flags("--check-data")) == 0
     printed = capsys.readouterr().out
