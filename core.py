@@ -28,6 +28,7 @@ from rows import DataError
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
 PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
+CONTEXT = "Context: {} "  # before it, where a data set has text about the picture
 
 
 # --- masks: additive, float, 0 where a row may look and the lowest float where it may not ------------
@@ -410,12 +411,18 @@ def newline_id(tokenizer):
     return tokenizer("\n", add_special_tokens=False).input_ids[-1]
 
 
-def prompt_ids(tokenizer, question, max_tokens=64):
-    """Token ids of BOS and the prompt; a long question is cut so that "Answer:" always stands at the end."""
+def prompt_ids(tokenizer, question, context="", max_tokens=64, max_context=128):
+    """Token ids of BOS, the context where there is one, and the prompt.
+
+    A long question is cut so that "Answer:" always stands at the end; a context is cut to max_context tokens of its own.
+    """
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
     head, tail = PROMPT.split("{}")
-    ids = [tokenizer.bos_token_id] + tokenizer(head + question.strip(), add_special_tokens=False).input_ids
-    tail = tokenizer(tail, add_special_tokens=False).input_ids
-    return ids[:max_tokens - len(tail)] + tail
+    before = ids(CONTEXT.format(context.strip()))[:max_context] if context.strip() else []
+    asked = [tokenizer.bos_token_id, *ids(head + question.strip())][:max_tokens - len(ids(tail))]
+    return asked[:1] + before + asked[1:] + ids(tail)
 
 
 def answer_ids(tokenizer, answer, max_tokens=16):
@@ -430,13 +437,13 @@ def pad_ids(rows, value, left=False):
     return torch.tensor([[value] * (L - len(r)) + r if left else r + [value] * (L - len(r)) for r in rows])
 
 
-def encode_training(tokenizer, questions, answers, max_answer=16):
+def encode_training(tokenizer, questions, answers, max_answer=16, contexts=None):
     """Questions and answers -> dict of [B,L] tensors, right-padded: input_ids, attention_mask, prompt_mask, labels.
 
     labels are -100 on the prompt and on pads, so the loss sees the answer alone. prompt_mask marks the prompt: the gates
     read the question there and never the answer.
     """
-    prompts = [prompt_ids(tokenizer, q) for q in questions]
+    prompts = [prompt_ids(tokenizer, q, c) for q, c in zip(questions, contexts or [""] * len(questions))]
     targets = [answer_ids(tokenizer, a, max_answer) for a in answers]
     return {"input_ids": pad_ids([p + t for p, t in zip(prompts, targets)], tokenizer.pad_token_id),
             "attention_mask": pad_ids([[1] * len(p + t) for p, t in zip(prompts, targets)], 0),
@@ -444,9 +451,9 @@ def encode_training(tokenizer, questions, answers, max_answer=16):
             "labels": pad_ids([[-100] * len(p) + t for p, t in zip(prompts, targets)], -100)}
 
 
-def encode_prompts(tokenizer, questions):
+def encode_prompts(tokenizer, questions, contexts=None):
     """Questions -> dict of [B,L] tensors for generation: input_ids, attention_mask; left-padded, as OPT needs it."""
-    prompts = [prompt_ids(tokenizer, q) for q in questions]
+    prompts = [prompt_ids(tokenizer, q, c) for q, c in zip(questions, contexts or [""] * len(questions))]
     return {"input_ids": pad_ids(prompts, tokenizer.pad_token_id, left=True),
             "attention_mask": pad_ids([[1] * len(p) for p in prompts], 0, left=True)}
 
@@ -481,6 +488,24 @@ def load_blip2(name, dtype=torch.float32):
     return model, tokenizer
 
 
+def load_tokenizer(name):
+    """The tokenizer alone, without a weight."""
+    from transformers import AutoTokenizer
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=not hub_answers())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: no tokenizer there ({' '.join(str(error).split())[:120]})") from None
+
+
+def image_size_of(name):
+    """Side of the pictures that a BLIP-2 takes, from its config alone."""
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=not hub_answers()).vision_config.image_size
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(f"{name}: not a BLIP-2 ({' '.join(str(error).split())[:120]})") from None
+
+
 def hub_answers():
     """Can the hub be reached? Asked first, since the library would try again for a minute. A proxy is taken at its word."""
     from huggingface_hub import constants
@@ -511,12 +536,14 @@ class Blip2OPTGated(nn.Module):
 
     blip2: a transformers Blip2ForConditionalGeneration; its parts are taken over, its Q-Former's weights go into core's.
     efficientnet: an EfficientNet28 or None (only with gating "none"). styles: the style vocabulary ([] = no style terms).
+    style_head=False leaves out the head of the KL term: a trained part without a gradient would hang several processes.
     Trained: gates, mapper, language_projection, style_head; with train_qformer the Q-Former and its queries too; with
-    lora_rank LoRA on the cross-attention's key and value. Everything else is frozen and stays in eval mode.
+    lora_rank LoRA on the cross-attention's key and value, with own_kv these two whole (what a merged LoRA becomes).
+    Everything else is frozen and stays in eval mode.
     """
 
     def __init__(self, blip2, tokenizer, efficientnet=None, styles=(), gating="film", per="head", gate_hidden=512,
-                 gate_scale=1.0, control_tokens=4, mapper_hidden=1024, train_qformer=False, lora_rank=0):
+                 gate_scale=1.0, control_tokens=4, mapper_hidden=1024, train_qformer=False, lora_rank=0, own_kv=False, style_head=True):
         super().__init__()
         config = blip2.config
         if config.text_config.model_type != "opt":
@@ -531,13 +558,13 @@ class Blip2OPTGated(nn.Module):
         self.qformer.load_state_dict(weights, strict=True, assign=True)  # assign: works on the meta device as well
         self._build_gates(config.qformer_config, efficientnet, gating, per, gate_hidden, gate_scale, control_tokens,
                           mapper_hidden)
-        self._build_style_terms(styles)
+        self._build_style_terms(styles, style_head)
         if lora_rank:
             from peft import LoraConfig, inject_adapter_in_model
             lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank,
                               target_modules=r".*crossattention\.attention\.(key|value)")
             inject_adapter_in_model(lora, self.qformer)
-        self._freeze(train_qformer)
+        self._freeze(train_qformer, own_kv)
 
     @classmethod
     def build(cls, blip2, efficientnet, styles, gating="film", qformer=None, dtype=torch.float32, safe=False, **settings):
@@ -563,22 +590,24 @@ class Blip2OPTGated(nn.Module):
             self.gates = nn.ModuleList([KVGate(H, heads, H // heads, gating, per, hidden, scale)
                                         for _ in self.qformer.cross_layers])
 
-    def _build_style_terms(self, styles):
+    def _build_style_terms(self, styles, style_head):
         self.styles, self.style_head = list(styles), None
         if self.styles:
             names, pieces = style_vocabulary(styles, self.tokenizer)
             if names != self.styles:
                 raise ValueError("styles must be sorted and distinct, as style_vocabulary gives them")
             self.register_buffer("style_pieces", pieces, persistent=False)  # [S,V]
-            if self.efficientnet is not None:
+            if self.efficientnet is not None and style_head:
                 self.style_head = nn.Linear(self.efficientnet.width, len(self.styles))
 
-    def _freeze(self, train_qformer):
+    def _freeze(self, train_qformer, own_kv):
         self.requires_grad_(False)
         trained = [self.gates, self.mapper, self.style_head, self.language_projection]
         if train_qformer:
             trained.append(self.qformer)
             self.query_tokens.requires_grad_(True)
+        if own_kv:
+            trained += [attention[name] for attention in self._cross_attentions() for name in ("key", "value")]
         for part in trained:
             if part is not None:
                 part.requires_grad_(True)
@@ -587,6 +616,17 @@ class Blip2OPTGated(nn.Module):
                 parameter.requires_grad_(True)
         self.frozen_parts = ["vision_model", "language_model", "efficientnet"] + ([] if train_qformer else ["qformer"])
         self.train(self.training)
+
+    def _cross_attentions(self):
+        """The ModuleDicts {query, key, value} of the layers that look at the image."""
+        return [self.qformer.encoder.layer[i].crossattention.attention for i in self.qformer.cross_layers]
+
+    def merge_lora(self):
+        """Fold LoRA into W_K and W_V, which are then own tensors of the checkpoint (settings lora_rank=0, own_kv=True)."""
+        for attention in self._cross_attentions():
+            for name in ("key", "value"):
+                attention[name].merge()
+                attention[name] = attention[name].get_base_layer().requires_grad_(True)
 
     def train(self, mode=True):
         """Frozen parts stay in eval mode: a frozen BatchNorm in train mode would still move, and dropout would add noise."""
@@ -599,10 +639,14 @@ class Blip2OPTGated(nn.Module):
     # -- features of the frozen towers; both may be computed before and passed in
 
     @torch.no_grad()
-    def image_features(self, images):
-        """images [B,3,h,w] in BLIP's normalisation -> dict image_embeds [B,P,W], style_feature [B,F] or None."""
+    def image_features(self, images, style_images=None):
+        """images [B,3,h,w] in BLIP's normalisation -> dict image_embeds [B,P,W], style_feature [B,F] or None.
+
+        style_images [B,3,h,w]: other pictures for the EfficientNet alone (what if this were painted like that?).
+        """
         embeds = self.vision_model(pixel_values=images).last_hidden_state  # casts to its own dtype
-        return {"image_embeds": embeds, "style_feature": self.efficientnet(images) if self.efficientnet else None}
+        style_images = images if style_images is None else style_images
+        return {"image_embeds": embeds, "style_feature": self.efficientnet(style_images) if self.efficientnet else None}
 
     def control(self, style_feature, input_ids, prompt_mask):
         """Style and question -> control vector [B,H]: the mean of the mapper's control tokens."""
@@ -610,8 +654,10 @@ class Blip2OPTGated(nn.Module):
             words = self.language_model.get_input_embeddings()(input_ids)  # [B,L,D]
         return self.mapper(style_feature.float(), words.float(), prompt_mask).mean(1)
 
-    def visual_prompt(self, image_embeds, style_feature, input_ids, prompt_mask, gated=True):
-        """Q-Former and projection -> what the language model sees of the image, [B,Q,D]."""
+    def visual_prompt(self, image_embeds, style_feature, input_ids, prompt_mask, gated=True, blind=False):
+        """Q-Former and projection -> what the language model sees of the image, [B,Q,D]; blind: nothing, [B,0,D]."""
+        if blind:
+            return image_embeds.new_zeros(len(image_embeds), 0, self.language_projection.out_features)
         gates = None
         if gated and self.gates is not None:
             control = self.control(style_feature, input_ids, prompt_mask)
@@ -631,12 +677,13 @@ class Blip2OPTGated(nn.Module):
         return {"inputs_embeds": embeds, "attention_mask": torch.cat([ones, attention_mask], 1)}
 
     def forward(self, input_ids, attention_mask, prompt_mask, labels, images=None, image_embeds=None, style_feature=None,
-                style=None, hit_rows=None, hit_weight=0.0, kl_weight=0.0, gated=True):
+                style=None, hit_rows=None, hit_weight=0.0, kl_weight=0.0, gated=True, blind=False):
         """Loss and its parts for a batch of encode_training.
 
         images [B,3,h,w], or image_embeds [B,P,W] and style_feature [B,F] computed before. style [B]: index into the style
         vocabulary, -1 = unknown. hit_rows [B]: 1 where the answer names a style; the hit term asks only those for style
-        words (asking a colour question for a style word would fight the answer).
+        words (asking a colour question for a style word would fight the answer). gated=False closes the gates; blind=True
+        shows the language model the words alone, which is the baseline that tells how far one comes without looking.
         Returns {"loss": scalar, parts: [B]}: lm is the mean over a sample's answer tokens; loss is the mean over samples of
         lm + hit_weight (1 - hit) on hit_rows + kl_weight (kl + cross-entropy of the style head). A mean over samples, so
         that accumulation and several processes add up to exactly the large batch.
@@ -644,7 +691,7 @@ class Blip2OPTGated(nn.Module):
         features = {"image_embeds": image_embeds, "style_feature": style_feature}
         if image_embeds is None:
             features = self.image_features(images)
-        visual = self.visual_prompt(**features, input_ids=input_ids, prompt_mask=prompt_mask, gated=gated)
+        visual = self.visual_prompt(**features, input_ids=input_ids, prompt_mask=prompt_mask, gated=gated, blind=blind)
         logits, targets, owner = self._answer_logits(visual, input_ids, attention_mask, labels)
         rows = F.one_hot(owner, len(labels)).T.float()  # [B,M]
         nll = F.cross_entropy(logits.float(), targets, reduction="none")  # [M]
@@ -671,15 +718,15 @@ class Blip2OPTGated(nn.Module):
         -> logits [M,V], targets [M], owner [M] (row of the batch).
         """
         states = self.language_model.model(**self.lm_inputs(visual, input_ids, attention_mask)).last_hidden_state
-        states = states[:, visual.shape[1] - 1:-1]  # [B,L,D]: the state before each token predicts it
         owner, position = (labels != -100).nonzero(as_tuple=True)
-        return self.language_model.lm_head(states[owner, position]), labels[owner, position], owner
+        before = visual.shape[1] + position - 1  # the state before each token predicts it
+        return self.language_model.lm_head(states[owner, before]), labels[owner, position], owner
 
     # -- answering
 
     @torch.no_grad()
-    def predict_answers(self, images, questions, image_embeds=None, style_feature=None, method="generate", answers=None,
-                        beams=5, max_new_tokens=10, length_penalty=0.0, gated=True):
+    def predict_answers(self, images, questions, contexts=None, image_embeds=None, style_feature=None, method="generate",
+                        answers=None, beams=5, max_new_tokens=10, length_penalty=0.0, gated=True, blind=False):
         """Answers as strings, one a question; prompt never repeated, cut at the newline.
 
         images [B,3,h,w], or None with image_embeds [B,P,W] and style_feature [B,F] computed before. method "generate": beam search
@@ -691,13 +738,13 @@ class Blip2OPTGated(nn.Module):
         if image_embeds is None:
             features = self.image_features(images)
         if method == "rank":
-            scores = self.score_answers(questions, answers, **features, gated=gated)
+            scores = self.score_answers(questions, answers, contexts=contexts, **features, gated=gated, blind=blind)
             return [answers[i] for i in scores.argmax(-1).tolist()]
         if method != "generate":
             raise ValueError(f"method must be generate or rank, got {method!r}")
-        batch = to_device(encode_prompts(self.tokenizer, questions), features["image_embeds"].device)
+        batch = to_device(encode_prompts(self.tokenizer, questions, contexts), features["image_embeds"].device)
         visual = self.visual_prompt(**features, input_ids=batch["input_ids"], prompt_mask=batch["attention_mask"],
-                                    gated=gated)
+                                    gated=gated, blind=blind)
         settings = {"num_beams": beams, **({"length_penalty": length_penalty} if beams > 1 else {})}
         ids = self.language_model.generate(
             **self.lm_inputs(visual, **batch), **settings, do_sample=False, max_new_tokens=max_new_tokens, min_new_tokens=1,
@@ -706,20 +753,22 @@ class Blip2OPTGated(nn.Module):
         return [text.split("\n")[0].strip() for text in texts]
 
     @torch.no_grad()
-    def score_answers(self, questions, answers, image_embeds, style_feature=None, gated=True, chunk=64):
+    def score_answers(self, questions, answers, image_embeds, style_feature=None, contexts=None, gated=True, blind=False,
+                      chunk=64):
         """Log-likelihood of every candidate answer (with its newline) for every question -> float [B,A].
 
         image_embeds [B,P,W], style_feature [B,F]. Candidates are scored in chunks of `chunk` question-answer pairs.
         """
         device = image_embeds.device
-        prompts = to_device(encode_prompts(self.tokenizer, questions), device)
-        visual = self.visual_prompt(image_embeds, style_feature, prompts["input_ids"], prompts["attention_mask"], gated)
+        contexts = contexts or [""] * len(questions)
+        prompts = to_device(encode_prompts(self.tokenizer, questions, contexts), device)
+        visual = self.visual_prompt(image_embeds, style_feature, prompts["input_ids"], prompts["attention_mask"], gated, blind)
         pairs = [(b, a) for b in range(len(questions)) for a in range(len(answers))]
         scores = []
         for start in range(0, len(pairs), chunk):
             part = pairs[start:start + chunk]
-            batch = to_device(encode_training(self.tokenizer, [questions[b] for b, _ in part],
-                                              [answers[a] for _, a in part], max_answer=64), device)
+            batch = to_device(encode_training(self.tokenizer, [questions[b] for b, _ in part], [answers[a] for _, a in part],
+                                              max_answer=64, contexts=[contexts[b] for b, _ in part]), device)
             logits, targets, owner = self._answer_logits(visual[[b for b, _ in part]], batch["input_ids"],
                                                          batch["attention_mask"], batch["labels"])
             nll = F.cross_entropy(logits.float(), targets, reduction="none")  # [M]

@@ -12,6 +12,14 @@ from torch import nn
 from rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD, DataError
 
 
+# WikiArt's 27 styles in the order of ArtGAN's style_class.txt, then photographs
+WIKIART = ["Abstract Expressionism", "Action Painting", "Analytical Cubism", "Art Nouveau", "Baroque", "Color Field Painting",
+           "Contemporary Realism", "Cubism", "Early Renaissance", "Expressionism", "Fauvism", "High Renaissance",
+           "Impressionism", "Mannerism Late Renaissance", "Minimalism", "Naive Art Primitivism", "New Realism",
+           "Northern Renaissance", "Pointillism", "Pop Art", "Post Impressionism", "Realism", "Rococo", "Romanticism",
+           "Symbolism", "Synthetic Cubism", "Ukiyo-e", "Photograph"]
+
+
 def _harmless_globals():
     """Classes that training scripts leave in checkpoints and that run nothing when they are rebuilt."""
     scalar = np.float64(0).__reduce__()[0]
@@ -110,6 +118,14 @@ class EfficientNet28(nn.Module):
         net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"))
         load_strictly(net.net, state, f"{path} ({where}) as {arch}")
         return net
+
+    def style_names(self):
+        """The classes' names: the checkpoint's own, else WikiArt's where their number fits. DataError: neither."""
+        names = self.classes if isinstance(self.classes, (list, tuple)) else WIKIART[:self.num_classes]
+        if len(names) != self.num_classes or not all(isinstance(name, str) for name in names):
+            raise DataError(f"the style checkpoint names {len(names)} styles for its {self.num_classes} classes: a style cannot "
+                            "be taken from its prediction")
+        return [name.replace("_", " ") for name in names]
 
     def forward(self, images):
         """images [B,3,h,w] in BLIP's normalisation -> pooled feature [B,width]."""

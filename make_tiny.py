@@ -36,12 +36,6 @@ import make_sample  # noqa: E402  (data/ is a folder of data and its maker, not 
 
 SIZE, PATCH, WIDTH, QUERIES = 112, 14, 128, 8
 ARCH = "test_efficientnet"  # timm's smallest EfficientNet; 28 classes as the real one
-# WikiArt's classes in ArtGAN's order, then photographs; the drawn manners carry eight of these names
-CLASSES = ["Abstract Expressionism", "Action Painting", "Analytical Cubism", "Art Nouveau", "Baroque", "Color Field Painting",
-           "Contemporary Realism", "Cubism", "Early Renaissance", "Expressionism", "Fauvism", "High Renaissance",
-           "Impressionism", "Mannerism Late Renaissance", "Minimalism", "Naive Art Primitivism", "New Realism",
-           "Northern Renaissance", "Pointillism", "Pop Art", "Post Impressionism", "Realism", "Rococo", "Romanticism",
-           "Symbolism", "Synthetic Cubism", "Ukiyo-e", "Photograph"]
 
 
 def get_args(argv=None):
@@ -220,7 +214,7 @@ def words_loss(gated, texts, states, rng):
 
 def train_style(net, styles, pixels, steps, generator):
     """The style classifier on the drawn manners."""
-    labels = torch.tensor([CLASSES.index(s) for s in styles])
+    labels = torch.tensor([efficientnet.WIKIART.index(s) for s in styles])
 
     def step_loss(step):
         picked = torch.randint(len(pixels), (32,), generator=generator)
@@ -247,8 +241,8 @@ def save_random(folder, texts=("Question: What style is this? Answer: Cubism, th
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer([*texts] * 2, folder)
     save_folder(make_model(tokenizer), tokenizer, folder)
-    net = efficientnet.EfficientNet28(28, ARCH, CLASSES)
-    runfolder.save_checkpoint(folder.parent / "efficientnet.pt", {"model": net.net.state_dict(), "arch": ARCH, "classes": CLASSES})
+    net = efficientnet.EfficientNet28(28, ARCH, efficientnet.WIKIART)
+    runfolder.save_checkpoint(folder.parent / "efficientnet.pt", {"model": net.net.state_dict(), "arch": ARCH, "classes": efficientnet.WIKIART})
     return str(folder), str(folder.parent / "efficientnet.pt")
 
 
@@ -274,15 +268,20 @@ def make_blip2(folder, scenes, styles, pixels, args):
 
 def make_efficientnet(path, styles, pixels, args):
     """Train and save the tiny EfficientNet-28."""
-    net = efficientnet.EfficientNet28(28, ARCH, CLASSES)
+    net = efficientnet.EfficientNet28(28, ARCH, efficientnet.WIKIART)
     train_style(net, styles, pixels, args.style_steps, torch.Generator().manual_seed(args.seed))
-    runfolder.save_checkpoint(path, {"model": net.net.state_dict(), "arch": ARCH, "classes": CLASSES})
+    runfolder.save_checkpoint(path, {"model": net.net.state_dict(), "arch": ARCH, "classes": efficientnet.WIKIART})
+
+
+def places(args):
+    """(BLIP-2 folder, EfficientNet checkpoint), whether they are there or not."""
+    return pathlib.Path(args.out) / "tiny-blip2", pathlib.Path(args.out) / "tiny-efficientnet-28.pt"
 
 
 def ensure(argv=()):
     """Make what is missing; -> (BLIP-2 folder, EfficientNet checkpoint)."""
     args = get_args(argv)
-    folder, checkpoint = pathlib.Path(args.out) / "tiny-blip2", pathlib.Path(args.out) / "tiny-efficientnet-28.pt"
+    folder, checkpoint = places(args)
     if not (folder.is_dir() and checkpoint.is_file()):
         print(f"making the tiny BLIP-2 and EfficientNet in {args.out} (once, about three minutes) ...", flush=True)
         start = time.monotonic()

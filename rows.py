@@ -13,6 +13,7 @@ Bad input raises DataError, whose text is one line that names the file, the row 
 """
 
 import difflib
+import hashlib
 import os
 import re
 import unicodedata
@@ -30,8 +31,8 @@ from tables import DataError, cell, locate, read_json, read_table, shown, unfold
 BLIP_MEAN, BLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-COLUMNS = {name: name for name in ("image", "question", "answer", "question_type", "style")}  # our name: the file's
-OPTIONAL = ("question_type", "style")
+COLUMNS = {name: name for name in ("image", "question", "answer", "question_type", "style", "question_id")}  # our name: the file's
+OPTIONAL = ("question_type", "style", "question_id", "context")  # context only where it is asked for
 LAYOUTS = (("AQUA-like", "image question answer need_external_knowledge"),  # the first whose columns are all there
            ("ArtQuest-like", "image question answer question_type"), ("plain", "image question answer"),
            ("LLaVA conversations", "conversations"), ("messages and images", "messages"), ("ImageFolder", "file_name"))
@@ -54,6 +55,8 @@ class Row:
     line: int  # line of the file on which the row starts, 1 = the header; in a .json file the row's number
     file: str
     fault: str = ""
+    question_id: str = ""  # as VQA evaluators know it; "" = the row's number
+    context: str = ""  # text that goes before the question
 
 
 # --- splits ------------
@@ -89,13 +92,12 @@ def find_table(folder_or_file, split):
 def map_columns(path, there, columns):
     """Our column names -> the file's, None for an optional column that the file lacks."""
     mapped = {**COLUMNS, **columns}
-    unknown = sorted(set(mapped) - set(COLUMNS))
+    unknown = sorted(set(mapped) - {*COLUMNS, *OPTIONAL})
     if unknown:
         raise DataError(f"{path}: --columns {unknown[0]}=... is unknown: the names are {', '.join(COLUMNS)}")
     for name, column in mapped.items():
         if column not in there:
-            # an optional column that was renamed on purpose must exist; one left at its default need not
-            if name not in OPTIONAL or column != name:
+            if name not in OPTIONAL or name in columns:  # an optional column must exist only where it was asked for
                 columns_there = shown(", ".join(there), 300)
                 raise DataError(f"{path}: no column {shown(column)} for the {name}: pass --columns {name}=NAME, "
                                 f"NAME being one of {columns_there}")
@@ -137,7 +139,7 @@ def read_cells(path, columns, encoding, separator):
     mapped = map_columns(path, dict.fromkeys(key for _, _, cells in table for key in cells), columns)
     filled = [(line, {name: cell(where, cells, column, name, needed=name not in OPTIONAL)
                       for name, column in mapped.items()}) for where, line, cells in table]
-    return layout, kind, filled, [name for name in OPTIONAL if mapped[name] is None]
+    return layout, kind, filled, [name for name in ("question_type", "style") if mapped[name] is None]
 
 
 def read_layout(folder_or_file, split, columns=None, images=None, encoding="utf-8", separator=None):
@@ -334,18 +336,24 @@ def check_rows(rows):
     return bad
 
 
-def usable_rows(rows, skip_bad=False):
-    """(good rows, [(bad row, reason)]). DataError where rows are bad and skip_bad is off, or where none is good."""
-    bad = check_rows(rows)
+def usable_rows(rows, skip_bad=0.0, broken=()):
+    """(good rows, [(bad row, reason)]). broken: (path, reason) of pictures that verify_images found.
+
+    DataError where more than the share skip_bad (0..1) of the rows is bad, or where none is good."""
+    bad, broken = check_rows(rows), dict(broken)
     refused = {id(row) for row, _ in bad}
+    bad += [(row, broken[row.image]) for row in rows if row.image in broken and id(row) not in refused]
+    refused |= {id(row) for row, _ in bad}
     good = [row for row in rows if id(row) not in refused]
-    if bad and not (skip_bad and good):
+    if refused and (len(refused) > skip_bad * len(rows) or not good):
         firsts = {}  # one row for each different reason: a missing picture often has five questions
         for row, reason in bad:
             firsts.setdefault(reason, locate(row.file, row.line))
         listed = " | ".join(f"{where}: {reason}" for reason, where in list(firsts.items())[:5])
         advice = "mend them, check --images, or leave them out with --skip-bad" if good else "check --data and --images"
-        raise DataError(f"{bad[0][0].file}: {len(bad)} of {len(rows)} rows cannot be used: {listed}: {advice}")
+        if skip_bad and good:
+            advice = f"more than the {skip_bad:.1%} that --skip-bad allows; --skip-bad {len(refused) / len(rows) + 0.005:.2f} leaves them out"
+        raise DataError(f"{bad[0][0].file}: {len(refused)} of {len(rows)} rows cannot be used: {listed}: {advice}")
     return good, bad
 
 
@@ -361,6 +369,14 @@ def verify_images(rows, workers=2):
     with ThreadPoolExecutor(workers) as pool:
         faults = list(tqdm(pool.map(fault, paths), total=len(paths), desc="decoding", unit="image", disable=None))
     return [(path, reason) for path, reason in zip(paths, faults) if reason]
+
+
+def fingerprint(rows):
+    """Short hash of everything in the rows but where they stand: tells whether a run is resumed on other data."""
+    digest = hashlib.sha256()
+    for r in rows:
+        digest.update("\0".join((r.name, r.question, r.answer, r.question_type, r.style, r.context, "\n")).encode())
+    return digest.hexdigest()[:16]
 
 
 def histogram(values, top=5):

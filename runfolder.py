@@ -14,14 +14,19 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import importlib.metadata
 import math
 import os
 import pathlib
 import pickle
 import random
+import re
+import shutil
 import signal
+import socket
 import sys
 import tempfile
+import zipfile
 
 import numpy as np
 import torch
@@ -73,8 +78,12 @@ def load_checkpoint(path, needs=()):
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint")
     try:
+        with zipfile.ZipFile(path) as parts:  # torch.load itself never looks at the check sums
+            changed = parts.testzip()
+        if changed:
+            raise ValueError(f"the bytes of {changed} have changed since they were written")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: damaged, incomplete or not one of this project's checkpoints ({reason})") from None
     missing = [key for key in needs if not isinstance(content, dict) or key not in content]
@@ -184,14 +193,48 @@ def _checked(action, value, path):
 
 
 def refuse_overwrite(out, resume):
-    """A folder that holds results is refused, unless the run goes on in it."""
+    """A folder that holds results is refused, unless the run goes on in it (from its last.pt)."""
     held = [name for name in ("best.pt", "last.pt") if (pathlib.Path(out) / name).exists()]
     if held and not resume:
-        raise DataError(f"{out} already holds {' and '.join(held)}: choose another --out, or --resume")
+        raise DataError(f"{out} already holds {' and '.join(held)}: choose another --out"
+                        + (", or --resume" if "last.pt" in held else " (there is no last.pt to resume from)"))
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Make the run folder and hold it: two runs in one folder would overwrite each other's files.
+
+    The lock is the operating system's, so it ends with the process, however that ends; .owner is only for the message.
+    """
+    from filelock import FileLock, Timeout
+    out = pathlib.Path(out)
+    lock, owner = FileLock(out / ".lock"), out / ".owner"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    except Timeout:
+        who = owner.read_text() if owner.exists() else "another process"
+        raise DataError(f"--out {out} is in use by {who}: choose another folder, or wait for it") from None
+    except OSError as error:
+        raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+        (out / ".lock").unlink(missing_ok=True)
+
+
+def refuse_full_disk(out, needed):
+    """DataError where the disk of `out` has fewer than `needed` bytes free: better now than after the first epoch."""
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise DataError(f"--out {out}: {needed / 2**20:,.0f} MB are needed for the checkpoints and {free / 2**20:,.0f} MB are free")
 
 
 def start_run(out, args):
-    """Make the run folder and write args.yaml."""
+    """Write args.yaml."""
     try:
         with whole_file(pathlib.Path(out) / "args.yaml") as file:
             yaml.safe_dump(vars(args), file, sort_keys=False, allow_unicode=True)
@@ -209,8 +252,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
         self.path, self.columns = pathlib.Path(folder) / "training_log.csv", columns
         kept = []
-        if keep_until is not None and self.path.exists():
-            kept = [row for row in read_log(self.path) if int(row["step"]) <= keep_until]
+        if keep_until is not None and self.path.exists():  # a row that a kill cut short has no last column
+            kept = [row for row in read_log(self.path) if row[columns[-1]] is not None and int(row["step"]) <= keep_until]
         with whole_file(self.path) as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
@@ -299,11 +342,49 @@ def exit_code(main, argv=None):
         message, code = str(error), 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    except torch.OutOfMemoryError as error:
-        message, code = (f"out of GPU memory ({str(error).split('.')[0]}): lower --batch-size and raise --accumulation by the "
-                         "same factor, or use --precision bf16"), 2
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        message, code = out_of_memory(error), 2
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            message, code = out_of_memory(error), 2
+        elif re.search(DEAD_LOADER, str(error)):
+            message, code = dead_loader(error), 2
+        else:
+            raise
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def out_of_memory(error):
+    """The message for a GPU or a machine that is too small; says what was used where that is known."""
+    used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use" if torch.cuda.is_initialized() else ""
+    return (f"out of memory ({' '.join(str(error).split())[:160]}{used}): halve --batch-size (in training double --accumulation: "
+            "the result is the same), use --precision bf16, or train less (no --train-qformer)")
+
+
+DEAD_LOADER = r"DataLoader (worker \(pid|timed out)"  # what torch says of a loader process that died or hangs
+
+
+def dead_loader(error):
+    """The message for a loader process that was killed or hangs."""
+    return (f"a loader process failed ({' '.join(str(error).split())[:160]}): use --workers 0, or give it more shared memory "
+            "(/dev/shm); a hanging one often waits for a network disk")
+
+
+def note_versions():
+    """Lines about installed packages that are outside the ranges of requirements.txt, in which everything was tested."""
+    from packaging.requirements import Requirement
+    notes = []
+    for line in pathlib.Path(__file__).with_name("requirements.txt").read_text(encoding="utf-8").splitlines():
+        if line.strip() and not line.startswith("#"):
+            wanted = Requirement(line)
+            try:
+                found = importlib.metadata.version(wanted.name)
+            except importlib.metadata.PackageNotFoundError:
+                found = None
+            if found is None or not wanted.specifier.contains(found, prereleases=True):
+                notes.append(f"note: {wanted.name} {found or 'is not installed'}: tested with {wanted.specifier}")
+    return notes
 
 
 # --- numbers ------------
@@ -333,8 +414,10 @@ def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1
     """Who sees which row when: a pure function of its arguments.
 
     Returns for every optimizer step (group, micro-batches): group = row numbers of the whole effective batch
-    (batch_size * accumulation * processes), micro-batches = this process's share in lists of at most batch_size. An
-    incomplete last group is left out, unless it is the only one.
+    (batch_size * accumulation * processes), micro-batches = this process's share as (number, row numbers), at most
+    batch_size rows each. The micro-batches of a step are the same however many processes share them, and their number
+    seeds dropout: 1 process with accumulation 2 trains to the same weights as 2 processes with accumulation 1. An
+    incomplete last group is left out, unless it is the only one, which is then split evenly.
     """
     order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
     size = batch_size * accumulation * processes
@@ -345,6 +428,7 @@ def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1
         raise DataError(f"{count} training rows are fewer than the {processes} processes")
     plan = []
     for group in groups:
-        mine = group[rank::processes]
-        plan.append((group, [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]))
+        parts = math.ceil(len(group) / (batch_size * processes)) * processes  # as many for each process
+        micro = [(k, part.tolist()) for k, part in enumerate(np.array_split(group, parts))]
+        plan.append((group, micro[rank::processes]))
     return plan

@@ -12,18 +12,22 @@ Data flow: CSV row -> Questions -> collate -> Blip2OPTGated.forward -> loss -> l
 import argparse
 import math
 import pathlib
+import re
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 import core
+import efficientnet
 import metrics
 import rows
 import runfolder
@@ -47,7 +51,16 @@ def get_args(argv=None):
                       help="names of your columns, e.g. answer=label; names: image question answer question_type style")
     data.add_argument("--encoding", default="utf-8", help="of the CSV files (default: utf-8)")
     data.add_argument("--separator", help="of the CSV files, tab spelled out (default: told from the header)")
-    data.add_argument("--skip-bad", action="store_true", help="leave bad rows and broken or missing images out, and list them")
+    data.add_argument("--style", default="column", metavar="SOURCE",
+                      help="where a picture's style comes from: column (style, of the table), efficientnet (its prediction), a "
+                           "column of --semart (SCHOOL, TYPE, TIMEFRAME), or none (default: column)")
+    data.add_argument("--semart", metavar="DIR|FILE", help="SemArt's table, or the folder with semart_train.csv ...; joined by "
+                                                           "picture name")
+    data.add_argument("--context", metavar="COLUMN", help="text put before the question: a column of the table, with --semart "
+                                                          "of SemArt's (DESCRIPTION) (default: none)")
+    data.add_argument("--skip-bad", type=share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
+                      help="leave bad rows and broken or missing images out and list them, up to this share of a split "
+                           "(0.01 where no number is given)")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
     data.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
@@ -92,41 +105,89 @@ def get_args(argv=None):
     return runfolder.parse_args(parser, argv)
 
 
+def share(text):
+    """argparse type: a number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 # --- data: your own data set goes here ------------
 
 def read_data(args, split):
     """Rows of a split, bad ones refused; with --skip-bad left out and listed, after every picture has been decoded once."""
     columns = dict(pair.partition("=")[::2] for pair in args.columns)
+    if args.context and not args.semart:
+        columns["context"] = args.context
     read, understood = rows.read_layout(args.data, split, columns, args.images, args.encoding, args.separator)
     print(f"{split}: {understood}")
-    good, bad = rows.usable_rows(read, args.skip_bad)
-    broken = dict(rows.verify_images(good, max(1, args.workers))) if args.skip_bad else {}
-    bad += [(row, broken[row.image]) for row in good if row.image in broken]
+    read = joined(args, split, read)
+    broken = rows.verify_images(read, max(1, args.workers)) if args.skip_bad else []
+    good, bad = rows.usable_rows(read, args.skip_bad, broken)
     for row, reason in bad:
         print(f"left out: {row.file}, {rows.locate(row.file, row.line)}: {reason}")
-    good = [row for row in good if row.image not in broken]
-    if not good:
-        raise DataError(f"{args.data}: no row of {split} can be used")
+    if bad:
+        print(f"{split}: {len(bad)} of {len(read)} rows left out ({len(bad) / len(read):.1%})")
     return good
 
 
+def joined(args, split, read):
+    """The rows with style and context from where --style and --context say."""
+    if args.style == "none":
+        return [replace(row, style="") for row in read]
+    fields = {"style": args.style} if args.style not in ("column", "efficientnet") else {}
+    if args.context and args.semart:
+        fields["context"] = args.context
+    if fields and not args.semart:
+        raise DataError(f"--style {args.style} is a column of SemArt's table: pass --semart, or one of column, efficientnet, none")
+    if not fields:
+        return read
+    place = pathlib.Path(args.semart)
+    table = place / f"semart_{split}.csv" if place.is_dir() else place
+    read, matched = rows.join_semart(read, table, fields)
+    print(f"{split}: {', '.join(f'{name} from {column}' for name, column in fields.items())} of {table}, {matched} of {len(read)} rows")
+    return read
+
+
+@torch.no_grad()
+def predicted_styles(args, blip2, checkpoint, splits, device):
+    """--style efficientnet: the rows of every split with the classifier's likeliest style of their picture."""
+    net = efficientnet.EfficientNet28.from_checkpoint(checkpoint, args.safe_load).eval().to(device)
+    names, size = net.style_names(), core.image_size_of(blip2)
+    paths = list(dict.fromkeys(row.image for read in splits for row in read))
+    style = {}
+    with ThreadPoolExecutor(max(1, args.workers)) as pool:
+        for start in tqdm(range(0, len(paths), 32), desc="styles", leave=False, mininterval=1, disable=None):
+            chunk = paths[start:start + 32]
+            images = torch.stack(list(pool.map(lambda path: rows.image_tensor(rows.load_image(path), size), chunk)))
+            best = net.logits(net(images.to(device))).argmax(-1).tolist()
+            style |= {path: names[index] for path, index in zip(chunk, best)}
+    print(f"style of {len(paths)} pictures predicted by {checkpoint}: {rows.histogram(style.values(), 30)}")
+    return [[replace(row, style=style[row.image]) for row in read] for read in splits]
+
+
 class Questions(Dataset):
-    """Row number -> (image tensor [3,s,s] in BLIP's normalisation, or the DataError of a broken picture; Row).
+    """Row number -> ({"images": tensor [3,s,s] in BLIP's normalisation}, Row), or (the DataError of a broken picture, Row).
 
     The error is handed on and not raised: one that comes out of a loader process would keep the others from ending.
+    features: None, or {path: {"image_embeds": [P,W], "style_feature": [F]}} computed before, taken in place of the pictures.
     """
 
-    def __init__(self, questions, image_size):
-        self.rows, self.image_size = questions, image_size
+    def __init__(self, questions, image_size, features=None):
+        self.rows, self.image_size, self.features = questions, image_size, features
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
+        row = self.rows[index]
+        if self.features is not None:
+            return self.features[row.image], row
         try:
-            return rows.image_tensor(rows.load_image(self.rows[index].image), self.image_size), self.rows[index]
+            return {"images": rows.image_tensor(rows.load_image(row.image), self.image_size)}, row
         except DataError as error:
-            return error, self.rows[index]
+            return error, row
 
 
 class Collate:
@@ -136,12 +197,13 @@ class Collate:
         self.tokenizer, self.styles, self.max_answer = tokenizer, [s.lower() for s in styles], max_answer
 
     def __call__(self, samples):
-        images, group = zip(*samples)
-        for image, row in samples:
-            if isinstance(image, DataError):
-                return {"fault": f"{row.file}, {rows.locate(row.file, row.line)}: {image}"}
-        batch = core.encode_training(self.tokenizer, [r.question for r in group], [r.answer for r in group], self.max_answer)
-        batch["images"] = torch.stack(images)  # [B,3,s,s]
+        features, group = zip(*samples)
+        for found, row in samples:
+            if isinstance(found, DataError):
+                return {"fault": f"{row.file}, {rows.locate(row.file, row.line)}: {found}"}
+        batch = core.encode_training(self.tokenizer, [r.question for r in group], [r.answer for r in group], self.max_answer,
+                                     [r.context for r in group])
+        batch |= default_collate(features)  # images [B,3,s,s], or image_embeds [B,P,W] and style_feature [B,F]
         batch["style"] = torch.tensor([self._index(r.style) for r in group])  # [B], -1 = unknown
         batch["hit_rows"] = torch.tensor([self._index(r.answer) >= 0 for r in group])  # [B]
         return batch
@@ -154,19 +216,34 @@ class Collate:
 def load_batches(data, collate, batches, workers):
     """A DataLoader over given lists of row numbers."""
     return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=runfolder.outlive_signals if workers else None)
+                      worker_init_fn=runfolder.outlive_signals if workers else None, timeout=600 if workers else 0)
 
 
-def next_batch(batches, device):
-    """The next batch on its device; a DataError where one of its pictures is broken."""
-    batch = next(batches)
+class LoaderError(DataError):
+    """A picture or a loader process failed between two steps: the model is as the last step left it."""
+
+
+def next_batch(batches, device, data, numbers):
+    """The next batch, that of these row numbers, on its device; a LoaderError where it cannot be had."""
+    try:
+        batch = next(batches)
+    except RuntimeError as error:
+        if not re.search(runfolder.DEAD_LOADER, str(error)):
+            raise
+        raise LoaderError(f"{runfolder.dead_loader(error)}; it was at {named([data.rows[n] for n in numbers])}") from None
     if "fault" in batch:
-        raise DataError(batch["fault"])
+        raise LoaderError(batch["fault"])
     return core.to_device(batch, device)
 
 
+def named(group):
+    """Rows for a message: picture and place of the first few."""
+    listed = [f"{r.name} ({rows.locate(r.file, r.line)})" for r in group]
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
 def check_data(args):
-    """--check-data: print what is there; exit code 1 when training would fail."""
+    """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
     splits, failed = {}, False
     for split in ("train", "val"):
         try:
@@ -176,23 +253,48 @@ def check_data(args):
             failed = True
             continue
         print(f"--- {split}", *rows.summary(splits[split]), sep="\n")
-        for path, reason in rows.verify_images(splits[split], max(1, args.workers)):
+        for path, reason in rows.verify_images(splits[split], max(1, args.workers)) if not args.skip_bad else []:
             print(f"broken image: {path}: {reason}")
             failed = True
-    for image, names in rows.shared_images(splits).items():
+    shared = rows.shared_images(splits)
+    for image, names in list(shared.items())[:10]:
         print(f"in {' and '.join(names)}: {image}")
+    if len(shared) > 10:
+        print(f"... {len(shared)} pictures stand in more than one split")
+    check_tokens(args, splits)
     print("training would fail" if failed else "training can start")
     return int(failed)
+
+
+def check_tokens(args, splits):
+    """What the language model will read: answers that --max-answer cuts, and three rows with the masked tokens in brackets."""
+    places = local_names(args.blip2, args.efficientnet)
+    try:
+        tokenizer = core.load_tokenizer(places["blip2"])
+    except DataError as error:
+        print(f"tokens not checked: {error}")
+        return
+    for split, found in splits.items():
+        cut = [row for row in found if len(core.answer_ids(tokenizer, row.answer, 10**6)) > args.max_answer]
+        first = f", first {named(cut[:1])}: {cut[0].answer!r}" if cut else ""
+        print(f"{split}: {len(cut)} of {len(found)} answers are cut by --max-answer {args.max_answer}{first}")
+    print("--- prompt | target, as the model gets it; [tokens in brackets] are masked in the loss")
+    for row in splits.get("train", [])[:3]:
+        batch = core.encode_training(tokenizer, [row.question], [row.answer], args.max_answer, [row.context])
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        masked, target = (tokenizer.decode(ids[where]) for where in (labels == -100, labels != -100))
+        print(f"{row.name} ({rows.locate(row.file, row.line)}): [{masked}] |{target!r}, {(labels != -100).sum()} tokens are trained")
 
 
 # --- evaluation ------------
 
 @torch.no_grad()
-def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weights, gated=True, answer=None):
+def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weights, answer=None, **seeing):
     """Score every row exactly once, on however many processes.
 
-    answer: None, or a function (model, questions, features) -> list of answers. Returns on every process a list of dicts
-    in row order: loss, lm, hit, hard_hit, hit_rows, kl (those that are switched on), and prediction.
+    answer: None, or a function (model, rows, features) -> list of answers. seeing: gated=False or blind=True, see
+    Blip2OPTGated.forward. Returns on every process a list of dicts in row order: loss, lm, hit, hard_hit, hit_rows, kl
+    (those that are switched on), and prediction.
     """
     model.eval()
     mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
@@ -201,14 +303,15 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
     loaded = iter(load_batches(data, collate, batches, workers))
     for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
-        batch = next_batch(loaded, accelerator.device)
-        features = model.image_features(batch.pop("images"))
+        batch = next_batch(loaded, accelerator.device, data, numbers)
+        features = {name: batch.pop(name) for name in ("image_embeds", "style_feature") if name in batch}
+        features = features or model.image_features(batch.pop("images"), batch.pop("style_images", None))
         with accelerator.autocast():
-            parts = model(**batch, **features, **loss_weights, gated=gated)
+            parts = model(**batch, **features, **loss_weights, **seeing)
         parts.pop("loss")
         table = {name: values.float().cpu().tolist() for name, values in parts.items()}
         if answer:
-            table["prediction"] = answer(model, [data.rows[i].question for i in numbers], features)
+            table["prediction"] = answer(model, [data.rows[i] for i in numbers], features)
         found += [{"row": i, **{name: values[k] for name, values in table.items()}} for k, i in enumerate(numbers)]
     return sorted(gather_object(found), key=lambda one: one["row"])
 
@@ -219,9 +322,9 @@ def mean(found, name, where=None):
     return sum(values) / len(values) if values else None
 
 
-def greedy_answers(model, questions, features):
+def greedy_answers(model, group, features):
     """The answers of --select em: no beams, since they are asked for in every epoch."""
-    return model.predict_answers(None, questions, **features, beams=1)
+    return model.predict_answers(None, [r.question for r in group], [r.context for r in group], **features, beams=1)
 
 
 def loss_summary(found):
@@ -246,26 +349,34 @@ def model_args(args, train_rows):
     """Everything that is needed to build the model again without a command line; stored in best.pt."""
     styles = sorted({r.style.strip() for r in train_rows if r.style.strip()})
     return {"blip2": args.blip2, "qformer": args.qformer, "efficientnet": args.efficientnet, "gating": args.gating, "per": args.per,
-            "gate_scale": args.gate_scale, "train_qformer": args.train_qformer, "lora_rank": args.lora_rank, "styles": styles}
+            "gate_scale": args.gate_scale, "train_qformer": args.train_qformer, "lora_rank": args.lora_rank,
+            "style_head": args.kl_weight != 0, "styles": styles}
+
+
+def local_names(blip2, style_checkpoint):
+    """--blip2 and --efficientnet as places: tiny's own files, the default looks in models/ first."""
+    own = "runs/efficientnet-28/best.pt"
+    if blip2 == "tiny":
+        import make_tiny
+        blip2, own = make_tiny.places(make_tiny.get_args([]))
+    elif blip2 == "Salesforce/blip2-opt-2.7b" and pathlib.Path("models/blip2-opt-2.7b").is_dir():
+        blip2 = "models/blip2-opt-2.7b"
+    return {"blip2": str(blip2), "efficientnet": str(style_checkpoint or own)}
 
 
 def resolved(built_from):
-    """model_args with names made into places: tiny is drawn and trained on first use, the default looks in models/ first."""
-    blip2, efficientnet = built_from["blip2"], built_from["efficientnet"] or "runs/efficientnet-28/best.pt"
-    if blip2 == "tiny":
+    """model_args with names made into places; tiny is drawn and trained on first use."""
+    if built_from["blip2"] == "tiny":
         import make_tiny
-        blip2, own = make_tiny.ensure()
-        efficientnet = built_from["efficientnet"] or own
-    elif blip2 == "Salesforce/blip2-opt-2.7b" and pathlib.Path("models/blip2-opt-2.7b").is_dir():
-        blip2 = "models/blip2-opt-2.7b"
-    return {**built_from, "blip2": blip2, "efficientnet": efficientnet}
+        make_tiny.ensure()
+    return {**built_from, **local_names(built_from["blip2"], built_from["efficientnet"])}
 
 
 def loss_weights(args, model, say):
     """Weights of the style terms that this model and data can have; what is off is said."""
     weights = {"hit_weight": args.hit_weight, "kl_weight": args.kl_weight}
     if not model.styles:
-        say("no style in the training rows: both style terms are off")
+        say("no style in the training rows: both style terms are off (--style names other places to take it from)")
         return {"hit_weight": 0.0, "kl_weight": 0.0}
     if model.style_head is None and args.kl_weight:
         say("no EfficientNet with --gating none: the KL term is off")
@@ -280,15 +391,51 @@ def make_optimizer(model, lr, weight_decay):
                               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr)
 
 
+# --- one run: what the functions of the loop share ------------
+
+@dataclass
+class Run:
+    """A run under way. `model` is the Blip2OPTGated; `wrapped` the same as accelerate trains it."""
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: core.Blip2OPTGated
+    wrapped: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    collate: Collate
+    train: Questions
+    val: Questions
+    weights: dict  # of the style terms, see loss_weights
+    built_from: dict  # see model_args
+    step: int = 0  # optimizer steps done
+    steps_here: int = 0  # those of them in this process
+    seconds: float = 0.0  # spent in the latter
+    log: runfolder.RunLog | None = None  # only where files are written
+
+    def __post_init__(self):
+        self.marks = {"metric": self.args.select, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
+        self.per_epoch = len(self.plan(0))
+        self.total = self.args.epochs * self.per_epoch
+
+    def plan(self, epoch):
+        """The optimizer steps of an epoch, see runfolder.epoch_plan."""
+        return runfolder.epoch_plan(len(self.train), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
+                                    self.accelerator.process_index, self.accelerator.num_processes)
+
+    def lr(self, step):
+        return runfolder.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
+
+
 # --- checkpoints ------------
 
-def best_content(model, args, built_from, weights, marks, train_rows):
-    """What best.pt holds: trained tensors and plain values only."""
+def save_best(run, out):
+    """best.pt: trained tensors and plain values only."""
     import transformers
-    return {"stage": "gated", "state": runfolder.trainable_state(model), "model_args": built_from, "args": vars(args), **marks,
-            "loss_weights": weights, "majority": majority_answers(train_rows),
-            "answers": sorted({r.answer.strip() for r in train_rows}), "frozen": runfolder.fingerprint(model),
-            "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
+    read = run.train.rows
+    runfolder.save_checkpoint(out / "best.pt", {
+        "stage": "gated", "state": runfolder.trainable_state(run.model), "model_args": run.built_from, "args": vars(run.args),
+        **run.marks, "loss_weights": run.weights, "majority": majority_answers(read),
+        "answers": sorted({r.answer.strip() for r in read}), "frozen": runfolder.fingerprint(run.model),
+        "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
 
 
 def majority_answers(train_rows):
@@ -299,44 +446,42 @@ def majority_answers(train_rows):
     return {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
 
 
-def save_last(out, model, optimizer, accelerator, args, step, marks):
+def save_last(run, out):
     """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-    runfolder.save_checkpoint(out / "last.pt", {"stage": "gated", "state": runfolder.trainable_state(model), "step": step,
-                                                "optimizer": optimizer.state_dict(), "scaler": scaler, "marks": marks,
-                                                "frozen": runfolder.fingerprint(model), "args": vars(args)})
+    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
+    runfolder.save_checkpoint(out / "last.pt", {
+        "stage": "gated", "state": runfolder.trainable_state(run.model), "step": run.step, "optimizer": run.optimizer.state_dict(),
+        "scaler": scaler, "marks": run.marks, "frozen": runfolder.fingerprint(run.model), "settings": settings(run)})
 
 
-def load_last(args):
-    """last.pt of --out for --resume, or None where there is none; settings that would change the result are refused."""
-    path = pathlib.Path(args.out) / "last.pt"
-    if not args.resume or not path.exists():
-        return None
-    last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "args"))
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "safe_load")
-    other = [f"--{k.replace('_', '-')} is {v!r}, was {last['args'].get(k)!r}" for k, v in vars(args).items()
-             if k not in free and v != last["args"].get(k)]
+def settings(run):
+    """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
+    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "safe_load", "skip_bad", "semart")
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
+    return {**flags, "training rows (hash)": rows.fingerprint(run.train.rows),
+            "validation rows (hash)": rows.fingerprint(run.val.rows), "processes": run.accelerator.num_processes}
+
+
+def restore(run, path):
+    """Put last.pt back. DataError where anything differs that would change the result."""
+    last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
+    now = settings(run)
+    other = [f"{name} is {now.get(name)!r}, was {was!r}" for name, was in last["settings"].items() if now.get(name) != was]
     if other:
-        raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}")
-    return last
-
-
-def restore(last, path, model, optimizer, accelerator):
-    """Put last.pt back -> (step, marks)."""
-    if last["frozen"] != runfolder.fingerprint(model):
+        raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}: give the former ones, or another --out")
+    if last["frozen"] != runfolder.fingerprint(run.model):
         raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now")
-    runfolder.load_trainable(model, last["state"], path)
-    optimizer.load_state_dict(last["optimizer"])
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(last["scaler"])
-    return last["step"], last["marks"]
+    runfolder.load_trainable(run.model, last["state"], path)
+    run.optimizer.load_state_dict(last["optimizer"])
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(last["scaler"])
+    run.step, run.marks = last["step"], last["marks"]
 
 
 def bad_loss(what, step, group):
     """The message for a loss or gradient that is not finite."""
-    names = ", ".join(f"{r.name} ({rows.locate(r.file, r.line)})" for r in group)
     return (f"{what} at step {step}; best.pt and last.pt are as they were; look at these rows, lower --lr, or use --precision "
-            f"bf16 or no: {names}")
+            f"bf16 or no: {named(group)}")
 
 
 def is_better(value, marks):
@@ -355,63 +500,61 @@ def stopped(accelerator, stop):
 
 # --- the loop ------------
 
-def train_step(wrapped, batches, group, share, args, weights, accelerator, step):
+def train_step(run, batches, group, share):
     """Forward and backward of one optimizer step: this process's share of the group, in micro-batches.
 
     Returns this process's part of the mean losses. The gradient is that of the mean over the whole group, however it is
     split into micro-batches and processes.
     """
     sums = dict.fromkeys(("loss", "lm"), 0.0)
-    for i, numbers in enumerate(share):
-        # dropout is a pure function of (seed, step, micro-batch, process): exact resume depends on it
-        runfolder.seed_everything(args.seed, step, i, accelerator.process_index)
-        batch = next_batch(batches, accelerator.device)
-        with nullcontext() if i == len(share) - 1 else accelerator.no_sync(wrapped), accelerator.autocast():
-            parts = wrapped(**batch, **weights)
+    for i, (number, picked) in enumerate(share):
+        # dropout is a pure function of (seed, step, micro-batch): exact resume and equal processes depend on it
+        runfolder.seed_everything(run.args.seed, run.step, number)
+        batch = next_batch(batches, run.accelerator.device, run.train, picked)
+        with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
+            parts = run.wrapped(**batch, **run.weights)
         if not torch.isfinite(parts["loss"]):
-            raise FloatingPointError(f"loss is {parts['loss'].item()}", numbers)
-        portion = len(numbers) * accelerator.num_processes / len(group)
-        accelerator.backward(parts["loss"] * portion)
+            raise DataError(bad_loss(f"loss is {parts['loss'].item()}", run.step, [run.train.rows[n] for n in picked]))
+        portion = len(picked) * run.accelerator.num_processes / len(group)
+        run.accelerator.backward(parts["loss"] * portion)
         for name in sums:
             sums[name] += parts[name].mean().item() * portion
     return sums
 
 
-def train_epoch(wrapped, optimizer, data, collate, plan, args, weights, accelerator, schedule, step, log, stop):
-    """The optimizer steps of `plan`; returns the number of the next step. Stops early when a signal has come."""
-    batches = iter(load_batches(data, collate, [numbers for _, share in plan for numbers in share], args.workers))
-    bar = tqdm(plan, desc=f"steps from {step}", mininterval=1, disable=None if log else True)  # None: only on a terminal
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    wrapped.train()
+def train_epoch(run, plan, stop):
+    """The optimizer steps of `plan`. Ends early when a signal has come."""
+    started, accelerator = time.perf_counter(), run.accelerator
+    batches = iter(load_batches(run.train, run.collate, [numbers for _, share in plan for _, numbers in share], run.args.workers))
+    bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    run.wrapped.train()
     for group, share in bar:
-        lr = schedule(step)
-        for settings in optimizer.param_groups:
-            settings["lr"] = lr
-        try:
-            sums = train_step(wrapped, batches, group, share, args, weights, accelerator, step)
-        except FloatingPointError as error:
-            raise DataError(bad_loss(error.args[0], step, [data.rows[n] for n in error.args[1]])) from None
+        lr = run.lr(run.step)
+        for group_of_parameters in run.optimizer.param_groups:
+            group_of_parameters["lr"] = lr
+        sums = train_step(run, batches, group, share)
         norm = float(accelerator.clip_grad_norm_(trained, CLIP))
         if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            raise DataError(bad_loss(f"gradient is {norm}", step, [data.rows[n] for n in group]))
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
+            raise DataError(bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.step, run.steps_here = run.step + 1, run.steps_here + 1
         bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{lr:.1e}")
-        if step % LOG_EVERY == 0:
+        if run.step % LOG_EVERY == 0:
             together = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
-            sums = dict(zip(sums, together.tolist()))
-            if log:
-                log.write("step", step, lr=lr, grad_norm=norm, **sums)
+            if run.log:
+                run.log.write("step", run.step, epoch=(run.step - 1) // run.per_epoch + 1, lr=lr, grad_norm=norm,
+                              **dict(zip(sums, together.tolist())))
         if stopped(accelerator, stop):
             break
-    return step
+    run.seconds += time.perf_counter() - started
 
 
-def validate(model, data, collate, args, weights, accelerator):
+def validate(run, data):
     """The numbers of an epoch; exact match (greedy) only where best.pt is chosen by it."""
-    answer = greedy_answers if args.select == "em" else None
-    found = evaluate(model, data, collate, accelerator, args.batch_size, args.workers, weights, answer=answer)
+    answer = greedy_answers if run.args.select == "em" else None
+    found = evaluate(run.model, data, run.collate, run.accelerator, run.args.batch_size, run.args.workers, run.weights, answer)
     numbers = loss_summary(found)
     if answer:
         hits = [metrics.exact_match(one["prediction"], data.rows[one["row"]].answer.strip()) for one in found]
@@ -419,78 +562,123 @@ def validate(model, data, collate, args, weights, accelerator):
     return numbers
 
 
-def main(argv=None):
-    args = get_args(argv)
-    if args.check_data:
-        return check_data(args)
-    accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
-    leader, say = accelerator.is_main_process, accelerator.print
-    train_rows, val_rows = read_data(args, "train"), read_data(args, "val")
-    out, last = pathlib.Path(args.out), load_last(args)
-    runfolder.refuse_overwrite(out, bool(last))
+def rehearse(run):
+    """The longest training batch and the longest validation batch, before anything is trained: memory that runs out, or a
+    score that fails, shows now and not in the night."""
+    def longest(data):
+        length = [len(r.question) + len(r.answer) + len(r.context) for r in data.rows]
+        return sorted(range(len(data)), key=length.__getitem__)[-run.args.batch_size:]
 
-    # model: frozen towers in the compute precision, everything that is trained in float32
-    built_from = model_args(args, train_rows)
+    picked = longest(run.train)
+    run.wrapped.train()
+    train_step(run, iter([run.collate([run.train[n] for n in picked])]), picked, [(0, picked)])
+    run.optimizer.zero_grad()
+    validate(run, Questions([run.val.rows[n] for n in longest(run.val)], run.val.image_size, run.val.features))
+    if torch.cuda.is_available():
+        run.accelerator.print(f"most GPU memory in a rehearsal of the longest batches: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def prepare(args, features=None):
+    """Flags -> a Run at its first step: rows, model, optimizer. features: see Questions."""
+    accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
+    splits = [read_data(args, "train"), read_data(args, "val")]
     with accelerator.main_process_first():  # one process makes the tiny model, the others find it
-        places = resolved(built_from)
+        places = resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
+    if args.style == "efficientnet":
+        splits = predicted_styles(args, places["blip2"], places["efficientnet"], splits, accelerator.device)
+    train_rows, val_rows = splits
+    built_from = model_args(args, train_rows)
     runfolder.seed_everything(args.seed)
-    model = core.Blip2OPTGated.build(**places, safe=args.safe_load, dtype=core.DTYPES[accelerator.mixed_precision])
-    weights = loss_weights(args, model, say)
-    if leader:
+    # frozen towers in the compute precision, everything that is trained in float32
+    model = core.Blip2OPTGated.build(**{**built_from, **places}, safe=args.safe_load, dtype=core.DTYPES[accelerator.mixed_precision])
+    weights = loss_weights(args, model, accelerator.print)
+    if accelerator.is_main_process:
         runfolder.print_parts(model)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
+    return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer, model.styles, args.max_answer),
+               Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features), weights, built_from)
 
-    # data and schedule
-    collate = Collate(model.tokenizer, model.styles, args.max_answer)
-    train, val = Questions(train_rows, model.image_size), Questions(val_rows, model.image_size)
-    plan_of = partial(runfolder.epoch_plan, len(train), args.batch_size, args.accumulation, args.seed,
-                      rank=accelerator.process_index, processes=accelerator.num_processes)
-    per_epoch, step = len(plan_of(0)), 0
-    total = args.epochs * per_epoch
-    schedule = partial(runfolder.cosine_lr, total=total, warmup=round(args.warmup * total), peak=args.lr)
-    marks = {"metric": args.select, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
-    if last:
-        step, marks = restore(last, out / "last.pt", model, optimizer, accelerator)
-        say(f"resuming after step {step} of {total}")
-    if leader:
-        runfolder.start_run(out, args)
-    log = runfolder.RunLog(out, LOG_COLUMNS, step if last else None) if leader else None
-    say(f"{len(train)} training and {len(val)} validation questions, {len(model.styles)} styles; {total} steps of "
-        f"{len(plan_of(0)[0][0])} questions, lr {args.lr:g}, precision {accelerator.mixed_precision}, {accelerator.device}")
 
-    with runfolder.StopSignal() as stop:
-        for epoch in range(marks["done"], args.epochs):
-            if args.patience and marks["stale"] >= args.patience:
-                say(f"no better {args.select} for {args.patience} epochs: stopping")
-                break
-            plan = plan_of(epoch)[step - epoch * per_epoch:]
-            step = train_epoch(wrapped, optimizer, train, collate, plan, args, weights, accelerator, schedule, step, log, stop)
-            if stopped(accelerator, stop):
-                break
-            numbers = validate(model, val, collate, args, weights, accelerator)
-            value, better = numbers[args.select], is_better(numbers[args.select], marks)
-            marks |= {"done": epoch + 1, "stale": marks["stale"] + 1}
+def train(run, out, stop):
+    """The epochs that are left. Returns early, with a last.pt, when a signal has come."""
+    args, leader, say = run.args, run.accelerator.is_main_process, run.accelerator.print
+    for epoch in range(run.marks["done"], args.epochs):
+        if args.patience and run.marks["stale"] >= args.patience:
+            say(f"no better {args.select} for {args.patience} epochs: stopping")
+            break
+        try:
+            train_epoch(run, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
+        except LoaderError:
+            if leader and run.step:
+                save_last(run, out)
+            raise
+        if stopped(run.accelerator, stop):
+            break
+        numbers = validate(run, run.val)
+        better = is_better(numbers[args.select], run.marks)
+        run.marks |= {"done": epoch + 1, "stale": run.marks["stale"] + 1}
+        if better:
+            run.marks |= {"value": numbers[args.select], "epoch": epoch + 1, "stale": 0}
+        say(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()) + (" *" if better else ""))
+        if leader:
+            run.log.write("epoch", run.step, epoch=epoch + 1, lr=run.lr(run.step - 1), **numbers)
+            if args.save_last:  # before best.pt: begin() makes up a best.pt that a kill between the two has left behind
+                save_last(run, out)
             if better:
-                marks |= {"value": value, "epoch": epoch + 1, "stale": 0}
-            say(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()) + (" *" if better else ""))
-            if leader:
-                if better:
-                    runfolder.save_checkpoint(out / "best.pt", best_content(model, args, built_from, weights, marks, train_rows))
-                log.write("epoch", step, epoch=epoch + 1, lr=schedule(step - 1), **numbers)
-                runfolder.draw_curves(log.path, out / "curves.png", PANELS, f"{out.name}: gating {args.gating}, per {args.per}")
-                if args.save_last:
-                    save_last(out, model, optimizer, accelerator, args, step, marks)
-        if stop.number and leader:
-            save_last(out, model, optimizer, accelerator, args, step, marks)
-            print(f"stopped after step {step}; {out / 'last.pt'} is there for --resume")
+                save_best(run, out)
+            runfolder.draw_curves(run.log.path, out / "curves.png", PANELS, f"{out.name}: gating {args.gating}, per {args.per}")
+    if stop.number and leader:
+        save_last(run, out)
+        say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
+
+
+def begin(run, out, resumed):
+    """The run folder, and what --resume finds in it."""
+    args, leader = run.args, run.accelerator.is_main_process
+    if resumed:
+        restore(run, out / "last.pt")
+        run.accelerator.print(f"resuming after step {run.step} of {run.total}")
     if leader:
-        log.close()
-    accelerator.end_training()
-    if stop.number:
-        return 128 + stop.number
-    if marks["value"] is None:
+        size = sum(t.nbytes for t in runfolder.trainable_state(run.model).values())
+        runfolder.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
+        runfolder.start_run(out, args)
+        run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
+        if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
+            save_best(run, out)
+
+
+def fit(args, features=None):
+    """The whole run -> (Run, number of the signal that ended it or 0). features: see Questions."""
+    out = pathlib.Path(args.out)
+    resumed = args.resume and (out / "last.pt").exists()
+    runfolder.refuse_overwrite(out, resumed)
+    run = prepare(args, features)
+    say = run.accelerator.print
+    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), runfolder.StopSignal() as stop:
+        runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
+        begin(run, out, resumed)
+        say(f"{len(run.train)} training and {len(run.val)} validation questions, {len(run.model.styles)} styles; {run.total} steps of "
+            f"{len(run.plan(0)[0][0])} questions, lr {args.lr:g}, precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
+        rehearse(run)
+        train(run, out, stop)
+        if run.log:
+            run.log.close()
+    run.accelerator.end_training()
+    return run, stop.number
+
+
+def main(argv=None):
+    args = get_args(argv)
+    for note in runfolder.note_versions():
+        print(note, file=sys.stderr)
+    if args.check_data:
+        return check_data(args)
+    run, signal_number = fit(args)
+    if signal_number:
+        return 128 + signal_number
+    if run.marks["value"] is None:
         raise DataError(f"the validation {args.select} was never finite: there is no best.pt; lower --lr")
-    say(f"best {args.select} {marks['value']:.4f} in epoch {marks['epoch']}: {out / 'best.pt'}")
+    run.accelerator.print(f"best {args.select} {run.marks['value']:.4f} in epoch {run.marks['epoch']}: {args.out}/best.pt")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch
 
     def interrupt(*args):
         calls.append(1)
-        if len(calls) == 3:
+        if len(calls) == 4:  # the rehearsal is the first
             os.kill(os.getpid(), number)
         return step(*args)
 
@@ -103,7 +103,7 @@ def test_resume_starts_anew_where_there_is_nothing_and_refuses_other_settings(fl
 def micro_batches(sizes):
     """Split 12 rows into one optimizer step of micro-batches."""
     numbers = iter(range(12))
-    return list(range(12)), [[next(numbers) for _ in range(size)] for size in sizes]
+    return list(range(12)), [(i, [next(numbers) for _ in range(size)]) for i, size in enumerate(sizes)]
 
 
 @pytest.mark.parametrize("sizes", [(6, 6), (5, 5, 2), (4, 4, 4)])
@@ -116,8 +116,9 @@ def test_accumulation_equals_the_large_batch(build, sample, flags, sizes):
         torch.nn.init.normal_(model.gates[0].value.weight, std=0.1)
         group, share = micro_batches(sizes)
         collate = train_gated.Collate(model.tokenizer, model.styles, 16)
-        batches = iter(train_gated.load_batches(data, collate, share, 0))
-        sums = train_gated.train_step(model, batches, group, share, args, {"hit_weight": 0.1, "kl_weight": 0.05}, Accelerator(cpu=True), 0)
+        run = train_gated.Run(args, Accelerator(cpu=True), model, model, None, collate, data, data, {"hit_weight": 0.1, "kl_weight": 0.05}, {})
+        batches = iter(train_gated.load_batches(data, collate, [numbers for _, numbers in share], 0))
+        sums = train_gated.train_step(run, batches, group, share)
         return sums, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
     (whole_sums, whole), (split_sums, split) = gradients((12,)), gradients(sizes)
@@ -128,15 +129,19 @@ def test_accumulation_equals_the_large_batch(build, sample, flags, sizes):
 
 def test_epoch_plan_is_pure_and_complete():
     for epoch in range(3):
-        plans = [runfolder.epoch_plan(50, 4, 2, 7, epoch, rank, 2) for rank in (0, 1)]
-        assert plans[0] == runfolder.epoch_plan(50, 4, 2, 7, epoch, 0, 2)
-        for (group, first), (other, second) in zip(*plans):
-            assert group == other and len(group) == 16
-            assert sorted(sum(first + second, [])) == sorted(group)
-        seen = sum((group for group, _ in plans[0]), [])
+        one = runfolder.epoch_plan(50, 4, 4, 7, epoch)
+        two = [runfolder.epoch_plan(50, 4, 2, 7, epoch, rank, 2) for rank in (0, 1)]
+        assert one == runfolder.epoch_plan(50, 4, 4, 7, epoch)
+        for (group, whole), (first, some), (second, others) in zip(one, *two, strict=True):
+            assert group == first == second and len(group) == 16
+            assert sorted(some + others) == whole and len(some) == len(others)  # the same micro-batches, shared out
+            assert [n for _, numbers in whole for n in numbers] == group and [k for k, _ in whole] == [0, 1, 2, 3]
+        seen = sum((group for group, _ in one), [])
         assert len(seen) == len(set(seen)) == 48
     assert runfolder.epoch_plan(50, 4, 2, 7, 0) != runfolder.epoch_plan(50, 4, 2, 7, 1) != runfolder.epoch_plan(50, 4, 2, 8, 1)
-    assert [g for g, _ in runfolder.epoch_plan(5, 8, 2, 0, 0)] and len(runfolder.epoch_plan(5, 8, 2, 0, 0)) == 1
+    (group, share), = runfolder.epoch_plan(5, 8, 2, 0, 0)  # the only group is short: all of it is used, evenly
+    assert sorted(group) == [0, 1, 2, 3, 4] and [len(numbers) for _, numbers in share] == [5]
+    assert [len(runfolder.epoch_plan(5, 8, 2, 0, 0, rank, 2)[0][1][0][1]) for rank in (0, 1)] == [3, 2]
 
 
 def test_cosine_lr_values():
@@ -272,7 +277,7 @@ def test_missing_image_and_skip_bad(sample, flags, tmp_path, capsys):
     (data / "images" / name).unlink()
     assert runfolder.exit_code(train_gated.main, flags("--data", str(data))) == 2
     assert name in capsys.readouterr().err
-    assert train_gated.main(flags("--data", str(data), "--skip-bad", "--epochs", "1")) is None
+    assert train_gated.main(flags("--data", str(data), "--skip-bad", "0.05", "--epochs", "1")) is None
     assert f"left out: {data / 'train.csv'}" in capsys.readouterr().out
 
 
@@ -286,8 +291,8 @@ def test_broken_image_is_one_line_or_skipped(sample, flags, tmp_path, capsys, wo
     assert runfolder.exit_code(train_gated.main, flags(*more)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
     assert len(errors) == 1 and errors[0].startswith("error: ") and name in errors[0]
-    assert train_gated.main(flags(*more, "--skip-bad", out="second")) is None
-    assert capsys.readouterr().out.count("left out") == 5  # the picture's five questions
+    assert train_gated.main(flags(*more, "--skip-bad", "0.05", out="second")) is None
+    assert capsys.readouterr().out.count("left out: ") == 5  # the picture's five questions
 
 
 def test_loader_processes_do_not_keep_a_failed_run_from_ending(sample, flags, tmp_path):

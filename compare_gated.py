@@ -1,0 +1,137 @@
+"""compare_gated.py: do the gates help? Gated against ungated BLIP-2, everything else equal.
+
+    python compare_gated.py --data data/artquest --blip2 tiny --epochs 5 --batch-size 32 --accumulation 1
+
+Four systems: with gates or without, the Q-Former frozen or trained. Each has the same data and steps and the same search: one
+run for each of --lrs on the first seed, the best by validation loss; with that rate a run for each of --seeds. Every run is
+train_gated.py and eval_gated.py as they stand (its folder is OUT/<name>), on features of the frozen towers computed once
+and kept in memory (1.4 MB a picture at full size in float32). Finished runs are not repeated when the command is given again.
+All other flags go to train_gated.py.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import sys
+
+import torch
+from tqdm import tqdm
+
+import eval_gated
+import runfolder
+import train_gated
+from rows import DataError
+
+SYSTEMS = {"ungated, Q-Former frozen": ["--gating", "none"], "gated, Q-Former frozen": [],
+           "ungated, Q-Former trained": ["--gating", "none", "--train-qformer"], "gated, Q-Former trained": ["--train-qformer"]}
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
+    parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3],
+                        help="learning rates that every system may choose from (default: 3e-4 1e-3 3e-3)")
+    parser.add_argument("--split", default="test", help="which split is scored (default: test)")
+    parser.add_argument("--style-types", nargs="+", default=["style", "technique"], metavar="TYPE",
+                        help="question types that ask for style; all others are content (default: style technique)")
+    parser.add_argument("--out", default="runs/compare", metavar="DIR", help="(default: runs/compare)")
+    return parser.parse_known_args(argv)
+
+
+# --- features of the frozen towers ------------
+
+@torch.no_grad()
+def tower_features(argv, split):
+    """{path: {"image_embeds": [P,W], "style_feature": [F]}} of every picture of training, validation and `split`."""
+    args = train_gated.get_args([*argv, "--gating", "film"])
+    run = train_gated.prepare(args)
+    every = [*run.train.rows, *run.val.rows, *train_gated.read_data(args, split)]
+    firsts = list({row.image: row for row in every}.values())
+    data = train_gated.Questions(firsts, run.model.image_size)
+    batches = [list(range(i, min(i + 32, len(firsts)))) for i in range(0, len(firsts), 32)]
+    loaded, found = iter(train_gated.load_batches(data, run.collate, batches, args.workers)), {}
+    for numbers in tqdm(batches, desc="tower features", mininterval=1, disable=None):
+        batch = train_gated.next_batch(loaded, run.accelerator.device, data, numbers)
+        features = {name: tensor.cpu() for name, tensor in run.model.eval().image_features(batch["images"]).items()}
+        for k, n in enumerate(numbers):
+            found[firsts[n].image] = {name: tensor[k].clone() for name, tensor in features.items()}
+    return found
+
+
+# --- runs ------------
+
+def one_run(args, others, system, lr, seed, features):
+    """Train one system (where that is not done yet) -> what run.json holds, and the folder."""
+    name = system.replace(", Q-Former", "").replace(" ", "-")
+    folder = pathlib.Path(args.out) / f"{name}-lr{lr:g}-seed{seed}"
+    flags = [*others, *SYSTEMS[system], "--lr", str(lr), "--seed", str(seed)]
+    done = folder / "run.json"
+    if done.exists():
+        held = json.loads(done.read_text(encoding="utf-8"))
+        if held["flags"] != flags:
+            raise DataError(f"{done} is of other flags ({' '.join(held['flags'])}): choose another --out")
+        return held, folder
+    settings = train_gated.get_args([*flags, "--out", str(folder), "--resume", "--save-last", "--workers", "0"])
+    run, signal_number = train_gated.fit(settings, features)
+    if signal_number:
+        raise KeyboardInterrupt
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    held = {"flags": flags, "value": run.marks["value"], "trained": trained, "steps": run.step,
+            "seconds_per_step": run.seconds / max(1, run.steps_here)}
+    with runfolder.whole_file(done) as file:
+        json.dump(held, file, indent=1)
+    return held, folder
+
+
+def scores(args, folder, features):
+    """Rows of eval_gated's table for the run in `folder`."""
+    table = folder / f"{args.split}.json"
+    if not table.exists():
+        eval_gated.main(["--checkpoint", str(folder / "best.pt"), "--split", args.split, "--table", str(table), "--no-baselines",
+                         "--shuffle-style", "--workers", "0"], features)
+    return json.loads(table.read_text(encoding="utf-8"))
+
+
+def exact_match(table, kinds, shuffled):
+    """Mean EM over the questions of these types, with the own or with another picture's style."""
+    chosen = [r for r in table if r["type"] in kinds and (r["system"] == "another's style") is shuffled]
+    return sum(r["EM"] * r["n"] for r in chosen) / sum(r["n"] for r in chosen) if chosen else None
+
+
+def spread(values):
+    """"mean +- standard deviation" over the seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} +- {deviation:.1f}"
+
+
+def main(argv=None):
+    args, others = get_args(argv)
+    features = tower_features(others, args.split)
+    rates = {}
+    for system in SYSTEMS:
+        tried = {lr: one_run(args, others, system, lr, args.seeds[0], features)[0]["value"] for lr in args.lrs}
+        rates[system] = min(tried, key=lambda lr: float("inf") if tried[lr] is None else tried[lr])
+        print(f"{system}: validation loss by lr {tried}, chosen {rates[system]:g}")
+    results = {system: [] for system in SYSTEMS}
+    for seed in args.seeds:  # seeds outside, so that a slow hour of the machine falls on all systems alike
+        for system in SYSTEMS:
+            held, folder = one_run(args, others, system, rates[system], seed, features)
+            table = scores(args, folder, features)
+            content = {r["type"] for r in table} - {*args.style_types, "all"}
+            results[system].append({**held, "style": exact_match(table, args.style_types, False),
+                                    "content": exact_match(table, content, False),
+                                    "another's style": exact_match(table, args.style_types, True)})
+    print(f"\nexact match in % on {args.split}, mean +- standard deviation over the seeds {args.seeds}, {held['steps']} steps at most")
+    print(f"{'system':28}{'lr':>8}{'trained':>13}{'s a step':>10}{'style':>14}{'content':>14}{'style, shuffled':>17}")
+    for system, found in results.items():
+        columns = [spread([one[name] for one in found]) if found[0][name] is not None else "-"
+                   for name in ("style", "content", "another's style")]
+        seconds = statistics.median(one["seconds_per_step"] for one in found)
+        print(f"{system:28}{rates[system]:>8g}{found[0]['trained']:>13,}{seconds:>10.3f}{columns[0]:>14}{columns[1]:>14}{columns[2]:>17}")
+    with runfolder.whole_file(pathlib.Path(args.out) / "compare.json") as file:
+        json.dump({"rates": rates, "results": results}, file, indent=1)
+
+
+if __name__ == "__main__":
+    sys.exit(runfolder.exit_code(main))
