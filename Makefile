@@ -20,4 +20,4 @@ demo: setup
 	@echo "best.pt, curves.png, training_log.csv, test.json and test.csv are in runs/demo"
 
 test: setup
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile

@@ -13,6 +13,7 @@ Capitals in shape comments: B batch, Q queries, L text tokens, S = Q + L, P imag
 W vision width, D language model width, V vocabulary, T control tokens, M answer positions of the whole batch.
 """
 
+import json
 import pathlib
 import socket
 import urllib.parse
@@ -420,7 +421,9 @@ def prompt_ids(tokenizer, question, context="", max_tokens=64, max_context=128):
         return tokenizer(text, add_special_tokens=False).input_ids
 
     head, tail = PROMPT.split("{}")
-    before = ids(CONTEXT.format(context.strip()))[:max_context] if context.strip() else []
+    before = ids(CONTEXT.format(context.strip())) if context.strip() else []
+    if len(before) > max_context:
+        before = before[:max_context - 1] + ids(" ")[-1:]
     asked = [tokenizer.bos_token_id, *ids(head + question.strip())][:max_tokens - len(ids(tail))]
     return asked[:1] + before + asked[1:] + ids(tail)
 
@@ -464,8 +467,11 @@ def load_blip2(name, dtype=torch.float32):
     """HuggingFace id or local folder -> (Blip2ForConditionalGeneration, tokenizer). Local files are tried first."""
     from safetensors import SafetensorError
     from transformers import AutoTokenizer, Blip2ForConditionalGeneration
-    if pathlib.Path(name).is_dir() and not (pathlib.Path(name) / "config.json").is_file():
-        raise DataError(f"{name}: not a BLIP-2 folder (no config.json); give the folder that save_pretrained wrote")
+    if pathlib.Path(name).is_dir():
+        if not (pathlib.Path(name) / "config.json").is_file():
+            raise DataError(f"{name}: not a BLIP-2 folder (no config.json); give the folder that save_pretrained wrote")
+        for file in sorted(pathlib.Path(name).glob("*.safetensors")):
+            refuse_incomplete(file)
     errors = []
     for local in (True, False):
         try:
@@ -486,6 +492,21 @@ def load_blip2(name, dtype=torch.float32):
         raise DataError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the language model "
                         f"{model.config.text_config.vocab_size}: they do not belong together")
     return model, tokenizer
+
+
+def refuse_incomplete(path):
+    """DataError for a .safetensors file whose header does not fit its size: a broken download, a pointer, a web page."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length < size else b""
+    try:
+        expected = 8 + length + max(entry["data_offsets"][1] for key, entry in json.loads(header).items() if key != "__metadata__")
+    except (ValueError, TypeError, KeyError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise DataError(f"{path}: not a safetensors file ({size} bytes; a web page or a git-lfs pointer saved under this name?): "
+                        "download it again") from None
+    if size != expected:
+        raise DataError(f"{path}: incomplete ({size:,} of {expected:,} bytes): download it again")
 
 
 def load_tokenizer(name):

@@ -81,8 +81,10 @@ def load_model(args, checkpoint, dtype):
 
 def data_args(args, trained_with):
     """The flags about data: the one given, else what the training used."""
+    args.val_share = 0.0  # of a table given here, all rows
     if args.data is None:
         args.data, args.images = trained_with["data"], args.images or trained_with["images"]
+        args.val_share = trained_with["val_share"]
     args.columns = trained_with["columns"] if args.columns is None else args.columns
     args.encoding = args.encoding or trained_with["encoding"]
     args.separator = args.separator or trained_with["separator"]
@@ -203,12 +205,13 @@ def main(argv=None, features=None):
         runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
         return write_merged(model, checkpoint, args.merge_lora)
     data_args(args, checkpoint["args"])
-    questions = read_data(args, args.split)
+    questions = read_data(args, args.split, accelerator.print)
     ids = question_ids(questions)
     model = load_model(args, checkpoint, core.DTYPES[accelerator.mixed_precision]).to(accelerator.device)
     if args.style == "efficientnet":
         places = resolved({name: getattr(args, name) or checkpoint["model_args"][name] for name in ("blip2", "efficientnet")})
-        questions, = predicted_styles(args, places["blip2"], places["efficientnet"], [questions], accelerator.device)
+        questions, = predicted_styles(args, places["blip2"], places["efficientnet"], [questions], accelerator.device,
+                                      accelerator.print)
     data = Questions(questions, model.image_size, features)
     collate = Collate(model.tokenizer, model.styles, checkpoint["args"]["max_answer"])
     candidates = sorted(checkpoint["answers"])

@@ -7,6 +7,7 @@ What the training and evaluation scripts must agree on, as plain functions:
     join_semart                             styles from a column of SemArt's table
     resolve_image, load_image, image_tensor a name in a table -> a path -> RGB pixels -> [3, size, size]
     check_rows, usable_rows, verify_images  which rows cannot be used, and why
+    hold_out                                a validation split of one table
     summary, shared_images                  what --check-data prints
 
 Bad input raises DataError, whose text is one line that names the file, the row and what to do about it.
@@ -369,6 +370,18 @@ def verify_images(rows, workers=2):
     with ThreadPoolExecutor(workers) as pool:
         faults = list(tqdm(pool.map(fault, paths), total=len(paths), desc="decoding", unit="image", disable=None))
     return [(path, reason) for path, reason in zip(paths, faults) if reason]
+
+
+def hold_out(rows, share, held):
+    """The rows of the pictures that are held out (held), or of the others: a picture never stands on both sides.
+
+    The first `share` (0..1, at least one) of the pictures in the order of their names' hashes: no seed, no dependence on the
+    order of the rows. DataError: fewer than two pictures."""
+    names = sorted({row.name for row in rows}, key=lambda name: hashlib.sha256(name.encode()).digest())
+    if len(names) < 2:
+        raise DataError(f"{rows[0].file}: all rows are about one picture: nothing can be held out for validation")
+    out = set(names[:min(len(names) - 1, max(1, round(share * len(names))))])
+    return [row for row in rows if (row.name in out) is held]
 
 
 def fingerprint(rows):

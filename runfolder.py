@@ -204,7 +204,8 @@ def refuse_overwrite(out, resume):
 def locked(out):
     """Make the run folder and hold it: two runs in one folder would overwrite each other's files.
 
-    The lock is the operating system's, so it ends with the process, however that ends; .owner is only for the message.
+    The lock is the operating system's, so it ends with the process, however that ends (with filelock before 3.31 not before
+    its loader processes have ended too); .owner is only for the message.
     """
     from filelock import FileLock, Timeout
     out = pathlib.Path(out)
@@ -213,6 +214,8 @@ def locked(out):
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        for left in out.glob(".*.*.*"):  # whole_file's temporary names: a kill -9 in the midst of writing leaves them
+            left.unlink()
     except Timeout:
         who = owner.read_text() if owner.exists() else "another process"
         raise DataError(f"--out {out} is in use by {who}: choose another folder, or wait for it") from None

@@ -11,6 +11,7 @@ Data flow: CSV row -> Questions -> collate -> Blip2OPTGated.forward -> loss -> l
 
 import argparse
 import math
+import os
 import pathlib
 import re
 import sys
@@ -45,7 +46,9 @@ PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation"
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", required=True, metavar="DIR", help="folder with train.csv and val.csv")
+    data.add_argument("--data", required=True, metavar="DIR|FILE", help="folder with train.csv and val.csv, or one table")
+    data.add_argument("--val-share", type=share, default=0.1, help="share of the pictures held out for validation where --data is "
+                                                                   "one table (default: 0.1)")
     data.add_argument("--images", metavar="DIR", help="image root (default: DATA/images, else DATA)")
     data.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN",
                       help="names of your columns, e.g. answer=label; names: image question answer question_type style")
@@ -115,28 +118,31 @@ def share(text):
 
 # --- data: your own data set goes here ------------
 
-def read_data(args, split):
+def read_data(args, split, say=print):
     """Rows of a split, bad ones refused; with --skip-bad left out and listed, after every picture has been decoded once."""
     columns = dict(pair.partition("=")[::2] for pair in args.columns)
     if args.context and not args.semart:
         columns["context"] = args.context
     read, understood = rows.read_layout(args.data, split, columns, args.images, args.encoding, args.separator)
-    print(f"{split}: {understood}")
-    read = joined(args, split, read)
+    say(f"{split}: {understood}")
+    if os.path.isfile(args.data) and args.val_share and split in ("train", "val"):
+        read = rows.hold_out(read, args.val_share, split == "val")
+        say(f"{split}: one table for both: {len(read)} rows, {args.val_share:.0%} of the pictures are held out for validation")
+    read = joined(args, split, read, say)
     broken = rows.verify_images(read, max(1, args.workers)) if args.skip_bad else []
     good, bad = rows.usable_rows(read, args.skip_bad, broken)
     for row, reason in bad:
-        print(f"left out: {row.file}, {rows.locate(row.file, row.line)}: {reason}")
+        say(f"left out: {row.file}, {rows.locate(row.file, row.line)}: {reason}")
     if bad:
-        print(f"{split}: {len(bad)} of {len(read)} rows left out ({len(bad) / len(read):.1%})")
+        say(f"{split}: {len(bad)} of {len(read)} rows left out ({len(bad) / len(read):.1%})")
     return good
 
 
-def joined(args, split, read):
+def joined(args, split, read, say):
     """The rows with style and context from where --style and --context say."""
     if args.style == "none":
-        return [replace(row, style="") for row in read]
-    fields = {"style": args.style} if args.style not in ("column", "efficientnet") else {}
+        read = [replace(row, style="") for row in read]
+    fields = {"style": args.style} if args.style not in ("column", "efficientnet", "none") else {}
     if args.context and args.semart:
         fields["context"] = args.context
     if fields and not args.semart:
@@ -146,12 +152,12 @@ def joined(args, split, read):
     place = pathlib.Path(args.semart)
     table = place / f"semart_{split}.csv" if place.is_dir() else place
     read, matched = rows.join_semart(read, table, fields)
-    print(f"{split}: {', '.join(f'{name} from {column}' for name, column in fields.items())} of {table}, {matched} of {len(read)} rows")
+    say(f"{split}: {', '.join(f'{name} from {column}' for name, column in fields.items())} of {table}, {matched} of {len(read)} rows")
     return read
 
 
 @torch.no_grad()
-def predicted_styles(args, blip2, checkpoint, splits, device):
+def predicted_styles(args, blip2, checkpoint, splits, device, say=print):
     """--style efficientnet: the rows of every split with the classifier's likeliest style of their picture."""
     net = efficientnet.EfficientNet28.from_checkpoint(checkpoint, args.safe_load).eval().to(device)
     names, size = net.style_names(), core.image_size_of(blip2)
@@ -163,7 +169,7 @@ def predicted_styles(args, blip2, checkpoint, splits, device):
             images = torch.stack(list(pool.map(lambda path: rows.image_tensor(rows.load_image(path), size), chunk)))
             best = net.logits(net(images.to(device))).argmax(-1).tolist()
             style |= {path: names[index] for path, index in zip(chunk, best)}
-    print(f"style of {len(paths)} pictures predicted by {checkpoint}: {rows.histogram(style.values(), 30)}")
+    say(f"style of {len(paths)} pictures predicted by {checkpoint}: {rows.histogram(style.values(), 30)}")
     return [[replace(row, style=style[row.image]) for row in read] for read in splits]
 
 
@@ -581,11 +587,11 @@ def rehearse(run):
 def prepare(args, features=None):
     """Flags -> a Run at its first step: rows, model, optimizer. features: see Questions."""
     accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
-    splits = [read_data(args, "train"), read_data(args, "val")]
+    splits = [read_data(args, split, accelerator.print) for split in ("train", "val")]
     with accelerator.main_process_first():  # one process makes the tiny model, the others find it
         places = resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
     if args.style == "efficientnet":
-        splits = predicted_styles(args, places["blip2"], places["efficientnet"], splits, accelerator.device)
+        splits = predicted_styles(args, places["blip2"], places["efficientnet"], splits, accelerator.device, accelerator.print)
     train_rows, val_rows = splits
     built_from = model_args(args, train_rows)
     runfolder.seed_everything(args.seed)
@@ -626,10 +632,15 @@ def train(run, out, stop):
                 save_last(run, out)
             if better:
                 save_best(run, out)
-            runfolder.draw_curves(run.log.path, out / "curves.png", PANELS, f"{out.name}: gating {args.gating}, per {args.per}")
+            draw(run, out)
     if stop.number and leader:
         save_last(run, out)
         say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
+
+
+def draw(run, out):
+    """curves.png of the log so far."""
+    runfolder.draw_curves(run.log.path, out / "curves.png", PANELS, f"{out.name}: gating {run.args.gating}, per {run.args.per}")
 
 
 def begin(run, out, resumed):
@@ -645,6 +656,8 @@ def begin(run, out, resumed):
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
         if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
             save_best(run, out)
+        if resumed:
+            draw(run, out)
 
 
 def fit(args, features=None):

@@ -17,7 +17,7 @@ import make_sample  # noqa: E402
 import make_tiny  # noqa: E402
 import runfolder  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +61,12 @@ def batch(build):
                                    ["Pop Art", "three", "red"])
     return {**encoded, "images": torch.randn(3, 3, make_tiny.SIZE, make_tiny.SIZE, generator=generator),
             "style": torch.tensor([2, 0, -1]), "hit_rows": torch.tensor([True, False, False])}
+
+
+@pytest.fixture
+def flags(sample, tiny, tmp_path):
+    """Command line of a short run; add your own after it."""
+    def make(*more, out="run"):
+        return ["--data", str(sample), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "2", "--batch-size", "16",
+                "--accumulation", "2", "--lr", "1e-3", "--workers", "0", "--precision", "no", "--out", str(tmp_path / out), *more]
+    return make

@@ -567,3 +567,31 @@ def test_full_size_best_pt(tmp_path, train_qformer, limit):
 def test_full_size_other_gates():
     gates = {per: sum(p.numel() for p in full_size(per=per).gates.parameters()) for per in ("head", "channel")}
     assert gates["channel"] - gates["head"] == 6 * 3 * (768 - 12) * 513
+
+
+def test_blind_is_the_language_model_alone(build, batch):
+    """blind=True: nothing of the image, the same loss as transformers' OPT on the tokens."""
+    model = build()
+    parts = [{k: v for k, v in batch.items() if k != "images"} for _ in range(2)]
+    seen = [model(**part, images=images, blind=True)["lm"] for part, images in zip(parts, (batch["images"], -batch["images"]))]
+    assert torch.equal(*seen)
+    for i in range(3):
+        real = batch["attention_mask"][i].bool()
+        alone = model.language_model(batch["input_ids"][i][real][None], labels=batch["labels"][i][real][None]).loss
+        assert torch.allclose(seen[0][i], alone, atol=1e-5)
+    questions = ["Which style is this painting?", "Colour?"]
+    answers = [model.predict_answers(images[:2], questions, blind=True, beams=2) for images in (batch["images"], -batch["images"])]
+    assert answers[0] == answers[1]
+
+
+def test_lora_merges_to_the_same_function(build, batch):
+    model = build(lora_rank=2)
+    for name, parameter in model.qformer.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    before = model(**batch)["lm"]
+    assert not torch.allclose(before, build()(**batch)["lm"], atol=1e-3)
+    model.merge_lora()
+    assert torch.allclose(model(**batch)["lm"], before, atol=1e-4)
+    names = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith("qformer.")}
+    assert names == {name for name, p in build(own_kv=True).named_parameters() if p.requires_grad and name.startswith("qformer.")}

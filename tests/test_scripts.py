@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pathlib
 import re
 import shlex
 import shutil
@@ -17,19 +18,11 @@ from accelerate import Accelerator
 
 import conftest
 import eval_gated
+import rows
 import runfolder
 import train_gated
 
 ROOT = conftest.ROOT
-
-
-@pytest.fixture
-def flags(sample, tiny, tmp_path):
-    """Command line of a short run; add your own after it."""
-    def make(*more, out="run"):
-        return ["--data", str(sample), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "2", "--batch-size", "16",
-                "--accumulation", "2", "--lr", "1e-3", "--workers", "0", "--precision", "no", "--out", str(tmp_path / out), *more]
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +51,9 @@ def test_run_folder(trained):
     best = torch.load(trained / "best.pt", weights_only=True)
     assert {name.split(".")[0] for name in best["state"]} == {"gates", "mapper", "style_head", "language_projection"}
     assert best["metric"] == "loss" and best["epoch"] in (1, 2) and len(best["model_args"]["styles"]) == 8
-    rows = runfolder.read_log(trained / "training_log.csv")
-    assert [r["epoch"] for r in rows if r["kind"] == "epoch"] == ["1", "2"]
-    losses = [float(r["loss"]) for r in rows if r["kind"] == "epoch"]
+    log = runfolder.read_log(trained / "training_log.csv")
+    assert [r["epoch"] for r in log if r["kind"] == "epoch"] == ["1", "2"]
+    losses = [float(r["loss"]) for r in log if r["kind"] == "epoch"]
     assert losses[1] < losses[0] and best["value"] == pytest.approx(min(losses), rel=1e-4)
     assert (trained / "curves.png").stat().st_size > 10_000
 
@@ -127,6 +120,21 @@ def test_accumulation_equals_the_large_batch(build, sample, flags, sizes):
         assert torch.allclose(split[name], gradient, atol=1e-5, rtol=1e-3), name
 
 
+def test_dropout_differs_between_steps_and_micro_batches(build, sample, flags):
+    args = train_gated.get_args(flags())
+    data = train_gated.Questions(train_gated.read_data(args, "train"), 112)
+    model = build(styles=sorted({r.style for r in data.rows}), train_qformer=True).train()
+    collate = train_gated.Collate(model.tokenizer, model.styles, 16)
+    batch = collate([data[n] for n in range(4)])
+    run = train_gated.Run(args, Accelerator(cpu=True), model, model, None, collate, data, data, {}, {})
+
+    def loss(step, number):
+        run.step = step
+        return train_gated.train_step(run, iter([batch]), [0, 1, 2, 3], [(number, [0, 1, 2, 3])])["loss"]
+
+    assert loss(0, 0) == loss(0, 0) and len({loss(0, 0), loss(1, 0), loss(0, 1), loss(1, 1)}) == 4
+
+
 def test_epoch_plan_is_pure_and_complete():
     for epoch in range(3):
         one = runfolder.epoch_plan(50, 4, 4, 7, epoch)
@@ -187,7 +195,7 @@ def test_eval_needs_only_the_checkpoint(trained, tmp_path, capsys):
     out = tmp_path / "p.json"
     assert eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--predictions", str(out), "--workers", "0", "--beams", "2"]) is None
     printed = capsys.readouterr().out
-    for system in ("majority answer", "BLIP-2, no gates", "gates closed", "gated"):
+    for system in ("majority answer", "no image", "BLIP-2, no gates", "gates closed", "gated"):
         assert system in printed
     with (tmp_path / "p.csv").open(newline="", encoding="utf-8") as file:
         questions = list(csv.DictReader(file))
@@ -205,8 +213,8 @@ def test_evaluation_scores_every_row_once_whatever_the_batch(build, sample, flag
     weights = {"hit_weight": 0.1, "kl_weight": 0.05}
     found = [train_gated.evaluate(model, data, collate, Accelerator(cpu=True), size, 0, weights, answer=train_gated.greedy_answers)
              for size in (3, len(data))]
-    for rows in found:
-        assert [one["row"] for one in rows] == list(range(len(data)))
+    for scored in found:
+        assert [one["row"] for one in scored] == list(range(len(data)))
     assert [one["prediction"] for one in found[0]] == [one["prediction"] for one in found[1]]
     for name, value in train_gated.loss_summary(found[0]).items():
         assert value == pytest.approx(train_gated.loss_summary(found[1])[name], rel=1e-4, abs=1e-6), name
@@ -224,6 +232,56 @@ def test_other_frozen_weights_are_refused(trained, tmp_path, capsys):
     other = make_tiny.save_random(tmp_path / "other", ["Question: What style is this? Answer: Cubism\n"])
     code = runfolder.exit_code(eval_gated.main, ["--checkpoint", str(trained / "best.pt"), "--efficientnet", other[1], "--workers", "0"])
     assert code == 2 and "another BLIP-2 or style classifier" in capsys.readouterr().err
+
+
+def test_lora_is_merged_on_request(flags, tmp_path, capsys):
+    train_gated.main(flags("--lora-rank", "2", "--epochs", "1", "--lr", "1e-2"))
+    best, merged = tmp_path / "run/best.pt", tmp_path / "merged.pt"
+    assert any("lora_" in name for name in state_of(best))
+    assert eval_gated.main(["--checkpoint", str(best), "--merge-lora", str(merged)]) is None
+    assert not any("lora_" in name for name in state_of(merged))
+    assert sum(name.endswith("attention.key.weight") for name in state_of(merged)) == 3  # cross-attention of 3 of 6 layers
+    results = []
+    for path in (best, merged):
+        table = path.with_suffix(".json")
+        eval_gated.main(["--checkpoint", str(path), "--workers", "0", "--beams", "1", "--table", str(table)])
+        results.append(json.loads(table.read_text()))
+    for a, b in zip(*results, strict=True):  # the baselines without LoRA are equal too
+        assert a["system"] == b["system"] and a.get("loss") == (a.get("loss") and pytest.approx(b["loss"], rel=1e-4))
+    untouched = flags("--epochs", "1", out="plain")
+    train_gated.main(untouched)
+    assert runfolder.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "plain/best.pt"), "--merge-lora", str(merged)]) == 2
+    assert "without --lora-rank" in capsys.readouterr().err
+
+
+def test_other_style_swaps_the_classifiers_picture_only(build, sample):
+    found = rows.read_split(sample, "val")
+    plain, other = train_gated.Questions(found, 112), eval_gated.OtherStyle(found, 112)
+    assert all(mine != partner for mine, partner in other.partner.items()) and set(other.partner.values()) == set(other.partner)
+    sample_of, _ = other[0]
+    assert torch.equal(sample_of["images"], plain[0][0]["images"]) and not torch.equal(sample_of["style_images"], sample_of["images"])
+    model = build()
+    features = {}
+    for row in found:
+        one = model.image_features(rows.image_tensor(rows.load_image(row.image), 112)[None])
+        features[row.image] = {name: tensor[0] for name, tensor in one.items()}
+    kept = eval_gated.OtherStyle(found, 112, features)[0][0]
+    seen = model.image_features(sample_of["images"][None], sample_of["style_images"][None])
+    for name in ("image_embeds", "style_feature"):
+        assert torch.allclose(kept[name], seen[name][0], atol=1e-5), name
+
+
+def test_features_computed_before_train_to_the_same_weights(flags, tmp_path, build, sample):
+    model, features = build(), {}
+    for split in ("train", "val"):
+        for row in rows.read_split(sample, split):
+            if row.image not in features:
+                one = model.image_features(rows.image_tensor(rows.load_image(row.image), 112)[None])
+                features[row.image] = {name: tensor[0] for name, tensor in one.items()}
+    train_gated.fit(train_gated.get_args(flags("--epochs", "1")))
+    train_gated.fit(train_gated.get_args(flags("--epochs", "1", out="kept")), features)
+    a, b = (runfolder.load_checkpoint(tmp_path / out / "best.pt")["value"] for out in ("run", "kept"))
+    assert a == pytest.approx(b, rel=1e-4)  # one picture at a time or in a batch: the same but for rounding
 
 
 def test_majority_answers():
@@ -307,9 +365,9 @@ def test_loader_processes_do_not_keep_a_failed_run_from_ending(sample, flags, tm
 def test_semicolons_by_flag_and_eval_takes_them_from_the_training(sample, flags, tmp_path):
     data = shutil.copytree(sample, tmp_path / "data")
     for table in data.glob("*.csv"):
-        rows = list(csv.reader(table.open(newline="", encoding="utf-8")))
+        lines = list(csv.reader(table.open(newline="", encoding="utf-8")))
         with table.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, delimiter=";").writerows(rows)
+            csv.writer(file, delimiter=";").writerows(lines)
     assert train_gated.main(flags("--data", str(data), "--separator", ";", "--epochs", "1")) is None
     assert eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1"]) is None
 
@@ -409,3 +467,44 @@ def test_readme_commands_parse():
     assert len(commands) >= 8
     for script, line in commands:
         parsers[script + ".py"](shlex.split(line))
+
+
+# --- several processes ------------
+
+def test_two_processes_equal_one(sample, tiny, tmp_path):
+    """Dropout on; the micro-batches of a step are the same, whoever computes them. 63 validation rows do not divide by two."""
+    data = shutil.copytree(sample, tmp_path / "data")
+    lines = (data / "val.csv").read_text(encoding="utf-8").splitlines()
+    (data / "val.csv").write_text("\n".join(lines[:len(lines) // 2 * 2]) + "\n", encoding="utf-8")  # header + an odd number of rows
+    common = ["--data", str(data), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "1", "--batch-size", "8", "--lr", "1e-3",
+              "--workers", "0", "--precision", "no", "--train-qformer", "--select", "em"]
+    train_gated.main([*common, "--accumulation", "2", "--out", str(tmp_path / "one")])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d",
+              "--rdzv_endpoint", "localhost:0", str(ROOT / "train_gated.py")]
+    done = subprocess.run([*launch, *common, "--accumulation", "1", "--out", str(tmp_path / "two")], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (runfolder.read_log(tmp_path / out / "training_log.csv") for out in ("one", "two"))
+    assert [r["kind"] for r in one] == [r["kind"] for r in two] == ["step", "epoch"]
+    for a, b in zip(one, two):
+        for column in ("loss", "lm", "hit", "kl", "grad_norm", "em"):
+            assert a[column] == b[column] or float(a[column]) == pytest.approx(float(b[column]), rel=1e-4), column
+    best = [state_of(tmp_path / out / "best.pt") for out in ("one", "two")]
+    assert all(torch.allclose(best[0][n], best[1][n], atol=2e-4) for n in best[0])  # AdamW turns rounding into small steps
+    assert len(list((tmp_path / "two").glob("events.out.*"))) == 1 and done.stdout.count("train: ") == 1
+
+
+# --- a curve that must come out again ------------
+
+def test_golden_loss_curve(flags, tmp_path, monkeypatch):
+    """20 steps of the random tiny model, kept in golden_curve.json. Write it anew (delete it, run this) after a change that is
+    meant to change the training, and say so in the commit."""
+    monkeypatch.setattr(train_gated, "LOG_EVERY", 1)
+    train_gated.main(flags("--batch-size", "12", "--accumulation", "1", "--epochs", "1", "--train-qformer", "--lr", "1e-4"))
+    log = runfolder.read_log(tmp_path / "run/training_log.csv")
+    curve = [float(row["loss"]) for row in log if row["kind"] == "step"]
+    kept = pathlib.Path(__file__).with_name("golden_curve.json")
+    if not kept.exists():
+        kept.write_text(json.dumps(curve))
+        pytest.fail(f"{kept.name} was not there and has been written")
+    assert len(curve) == 20 and curve == pytest.approx(json.loads(kept.read_text()), abs=1e-4)

@@ -1,0 +1,240 @@
+"""pytest tests/test_gated_data.py: where train_gated.py and eval_gated.py take style, context and validation rows from, and what
+--check-data says. Behaviour-checked; the VQA score of the predictions against an evaluator of its own in this file."""
+
+import csv
+import json
+import re
+import string
+
+import pytest
+import torch
+
+import core
+import efficientnet
+import eval_gated
+import metrics
+import rows
+import runfolder
+import train_gated
+
+
+@pytest.fixture
+def artquest(sample, tmp_path):
+    """ArtQuest as published: artquest_*.csv without a style column, SemArt's tables (latin-1, tabs) beside it."""
+    folder = tmp_path / "artquest"
+    (folder / "SemArt").mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        with (sample / f"{split}.csv").open(encoding="utf-8", newline="") as file:
+            table = list(csv.DictReader(file))
+        with (folder / f"artquest_{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["image", "question", "answer", "question_type"], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(table)
+        with (folder / "SemArt" / f"semart_{split}.csv").open("w", encoding="latin-1", newline="") as file:
+            writer = csv.writer(file, delimiter="\t")
+            writer.writerow(["IMAGE_FILE", "DESCRIPTION", "SCHOOL"])
+            writer.writerows((r["image"].upper(), f"Un tableau peint à {r['style']}", r["style"] + " school") for r in table)
+    return folder
+
+
+@pytest.fixture
+def published(artquest, sample, flags):
+    """Command line for that folder."""
+    return lambda *more, **out: flags("--data", str(artquest), "--images", str(sample / "images"), "--epochs", "1", *more, **out)
+
+
+def read(argv, split="train"):
+    return train_gated.read_data(train_gated.get_args(argv), split)
+
+
+# --- style and context ------------
+
+def test_without_a_style_column_both_terms_are_off_and_said_so(published, tmp_path, capsys):
+    train_gated.main(published())
+    assert "no style in the training rows: both style terms are off" in capsys.readouterr().out
+    best = runfolder.load_checkpoint(tmp_path / "run/best.pt")
+    assert best["loss_weights"] == {"hit_weight": 0.0, "kl_weight": 0.0} and best["model_args"]["styles"] == []
+
+
+def test_style_and_context_of_semart(published, artquest, tmp_path, capsys):
+    more = ("--semart", str(artquest / "SemArt"), "--style", "SCHOOL", "--context", "DESCRIPTION")
+    found = read(published(*more))
+    assert all(row.style.endswith(" school") and row.context == f"Un tableau peint à {row.style[:-7]}" for row in found)
+    assert "240 of 240 rows" in capsys.readouterr().out
+    only_context = read(published("--semart", str(artquest / "SemArt"), "--style", "none", "--context", "DESCRIPTION"))
+    assert {row.style for row in only_context} == {""} and all(row.context for row in only_context)
+    train_gated.main(published(*more))
+    assert len(runfolder.load_checkpoint(tmp_path / "run/best.pt")["model_args"]["styles"]) == 8
+    eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1", "--split", "test"])
+    assert "semart_test.csv" in capsys.readouterr().out
+
+
+def test_context_is_a_column_of_the_table_without_semart(sample, flags):
+    found = read(flags("--context", "style", "--style", "none"))
+    assert all(row.context for row in found) and {row.style for row in found} == {""}
+    with pytest.raises(rows.DataError, match="no column 'caption' for the context"):
+        read(flags("--context", "caption"))
+
+
+def test_a_style_of_semart_needs_its_table(flags, artquest):
+    with pytest.raises(rows.DataError, match="pass --semart"):
+        read(flags("--style", "SCHOOL"))
+    with pytest.raises(rows.DataError, match="no column 'PERIOD'"):
+        read(flags("--style", "PERIOD", "--semart", str(artquest / "SemArt")))
+
+
+def test_style_predicted_by_the_classifier(published, tiny, tmp_path, capsys):
+    train_gated.main(published("--style", "efficientnet"))
+    assert "style of 48 pictures predicted by" in capsys.readouterr().out.replace(f"{64 - 8} pictures", "48 pictures")
+    styles = runfolder.load_checkpoint(tmp_path / "run/best.pt")["model_args"]["styles"]
+    args = train_gated.get_args(published())
+    net = efficientnet.EfficientNet28.from_checkpoint(tiny[1]).eval()
+    found = train_gated.read_data(args, "train")
+    expected = set()
+    with torch.no_grad():
+        for path in {row.image for row in found}:
+            image = rows.image_tensor(rows.load_image(path), 112)[None]
+            expected.add(net.style_names()[net.logits(net(image)).argmax()])
+    assert set(styles) == expected
+    assert eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1"]) is None
+    assert "predicted by" in capsys.readouterr().out
+
+
+def test_style_names_of_a_checkpoint():
+    net = efficientnet.EfficientNet28(27, "test_efficientnet")
+    assert net.style_names() == efficientnet.WIKIART[:27]
+    assert efficientnet.EfficientNet28(2, "test_efficientnet", ["Pop_Art", "x"]).style_names() == ["Pop Art", "x"]
+    for odd in (efficientnet.EfficientNet28(5, "test_efficientnet", ["a", "b"]), efficientnet.EfficientNet28(40, "test_efficientnet")):
+        with pytest.raises(rows.DataError, match="cannot be taken from its prediction"):
+            odd.style_names()
+
+
+def test_context_stands_before_the_question_and_is_cut_by_itself(build):
+    tokenizer = build(gating="none").tokenizer
+    question, context = "Which style?", "A quiet picture. " * 100
+    ids = core.prompt_ids(tokenizer, question, context, max_context=20)
+    plain = core.prompt_ids(tokenizer, question)
+    assert len(ids) == len(plain) + 20 and ids[0] == plain[0] and ids[21:] == plain[1:]
+    assert re.match(r"Context: A quiet pic\S* Question: Which style\? Answer:$", tokenizer.decode(ids[1:]))
+    assert core.prompt_ids(tokenizer, question, "  ") == plain
+    batch = core.encode_training(tokenizer, [question, question], ["red", "red"], contexts=["", "A boat."])
+    assert (batch["labels"] != -100).sum(1).tolist() == [len(core.answer_ids(tokenizer, "red"))] * 2  # never trained on the context
+
+
+def test_context_reaches_the_answer_scores(build, batch):
+    model = build()
+    features = model.image_features(batch["images"][:1])
+    with_text, without = (model.score_answers(["Which style?"], ["red", "two"], **features, contexts=c) for c in (["A boat."], None))
+    assert not torch.allclose(with_text, without)
+
+
+# --- one table for both splits ------------
+
+def test_hold_out_by_picture(sample, tmp_path):
+    found = rows.read_split(sample, "train")
+    held, kept = (rows.hold_out(found, 0.25, side) for side in (True, False))
+    assert not {r.name for r in held} & {r.name for r in kept} and len(held) + len(kept) == len(found)
+    assert len({r.name for r in held}) == round(0.25 * len({r.name for r in found}))
+    assert [r for r in reversed(held)] == rows.hold_out(found[::-1], 0.25, True)  # does not depend on the order
+    with pytest.raises(rows.DataError, match="one picture"):
+        rows.hold_out(found[:2], 0.25, True)
+
+
+def test_one_table_trains_and_evaluates_on_different_pictures(sample, flags, tmp_path, capsys):
+    more = ("--data", str(sample / "train.csv"), "--val-share", "0.2", "--epochs", "1")
+    args = train_gated.get_args(flags(*more))
+    sides = [{row.image for row in train_gated.read_data(args, split)} for split in ("train", "val")]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+    train_gated.main(flags(*more))
+    eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1"])
+    assert f"all          gated     {5 * len(sides[1])}" in re.sub(" +", " ", capsys.readouterr().out).replace("all gated ", "all          gated     ")
+
+
+# --- --check-data ------------
+
+def test_check_data_says_what_the_language_model_gets(flags, capsys, monkeypatch):
+    monkeypatch.setattr(core, "load_blip2", lambda *a: pytest.fail("a weight was loaded"))
+    monkeypatch.setattr(efficientnet, "load_foreign", lambda *a: pytest.fail("a weight was loaded"))
+    assert train_gated.main(flags("--check-data", "--max-answer", "3")) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"train: \d+ of 240 answers are cut by --max-answer 3, first \S+ \(line \d+\): '", printed)
+    shown = re.findall(r"\(line \d+\): \[(.*)\] \|' ?(.*)\\n', (\d+) tokens are trained", printed)
+    assert len(shown) == 3 and all("Question: " in prompt and prompt.endswith("Answer:") and int(n) <= 3 for prompt, _, n in shown)
+
+
+def test_check_data_of_pictures_in_two_splits_and_a_missing_one(sample, flags, tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    text = (sample / "train.csv").read_text(encoding="utf-8")
+    (folder / "train.csv").write_text(text, encoding="utf-8")
+    (folder / "val.csv").write_text("\n".join(text.splitlines()[:4]), encoding="utf-8")
+    more = ("--check-data", "--data", str(folder), "--images", str(sample / "images"))
+    assert train_gated.main(flags(*more)) == 0
+    assert "in train and val: " in capsys.readouterr().out
+    (folder / "val.csv").write_text(text.splitlines()[0] + "\nnowhere.jpg" + "," * text.splitlines()[0].count(","), encoding="utf-8")
+    assert train_gated.main(flags(*more)) == 1
+    assert "training would fail" in capsys.readouterr().out
+
+
+# --- predictions, for other people's evaluators ------------
+
+def official_accuracy(result_file, annotation_file):
+    """VQAv2's evaluator, written from its description for this test and sharing nothing with metrics.py.
+
+    Both files as the official tool takes them. Accuracy of a question: over every annotator, the share of min(1, equal
+    answers of the others / 3); both sides are normalised unless all annotators agree."""
+    results = {r["question_id"]: r["answer"] for r in json.loads(result_file.read_text())}
+    annotations = json.loads(annotation_file.read_text())["annotations"]
+    assert set(results) == {a["question_id"] for a in annotations}, "the tool refuses results that do not match the annotations"
+    numbers = dict(zip("zero one two three four five six seven eight nine ten none".split(), [*map(str, range(11)), "0"]))
+
+    def normal(text):
+        text = "".join(c for c in text.lower() if c not in string.punctuation)  # enough for answers like ours
+        return " ".join(numbers.get(word, word) for word in text.split() if word not in ("a", "an", "the"))
+
+    total = 0
+    for one in annotations:
+        answers, given = [a["answer"] for a in one["answers"]], results[one["question_id"]]
+        if len(set(answers)) > 1:
+            answers, given = [normal(a) for a in answers], normal(given)
+        total += sum(min(1, (answers[:i] + answers[i + 1:]).count(given) / 3) for i in range(len(answers))) / len(answers)
+    return 100 * total / len(annotations)
+
+
+def test_predictions_in_the_official_format(sample, flags, tmp_path):
+    """Real answers of eval_gated, half of them made right (in other case and with a mark), scored here and there."""
+    with (sample / "val.csv").open(encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "val"):
+        with (data / f"{split}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, [*table[0], "question_id"])
+            writer.writeheader()
+            writer.writerows({**r, "question_id": 458752000 + 7 * i} for i, r in enumerate(table))
+    more = ("--data", str(data), "--images", str(sample / "images"), "--epochs", "1")
+    train_gated.main(flags(*more))
+    out = tmp_path / "p.json"
+    eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1", "--predictions", str(out)])
+    results = json.loads(out.read_text())
+    assert [r["question_id"] for r in results] == [458752000 + 7 * i for i in range(len(table))]
+    for i, (one, row) in enumerate(zip(results, table)):
+        if i % 2:
+            one["answer"] = f"The {row['answer'].upper()}."
+    (tmp_path / "p.json").write_text(json.dumps(results))
+    annotators = [[r["answer"]] * 9 + ["something else"] for r in table]
+    (tmp_path / "a.json").write_text(json.dumps({"annotations": [
+        {"question_id": one["question_id"], "answers": [{"answer": a, "answer_id": k + 1} for k, a in enumerate(answers)]}
+        for one, answers in zip(results, annotators)]}))
+    theirs = official_accuracy(out, tmp_path / "a.json")
+    ours = 100 * sum(metrics.vqa_accuracy(one["answer"], answers) for one, answers in zip(results, annotators)) / len(results)
+    assert ours == pytest.approx(theirs, abs=1e-9) and theirs > 40
+    table_score = eval_gated.score([one["answer"] for one in results], [r["answer"] for r in table])["VQA"]
+    assert table_score == pytest.approx(theirs, abs=1e-9)  # nine of ten annotators give the table's one answer
+
+
+def test_a_question_id_that_stands_twice_is_refused(sample):
+    found = rows.read_split(sample, "val", {"question_id": "question_type"})
+    with pytest.raises(rows.DataError, match=r"line 2 and line \d+ share question_id"):
+        eval_gated.question_ids(found)
+    assert eval_gated.question_ids(rows.read_split(sample, "val"))[:3] == [0, 1, 2]
