@@ -52,7 +52,7 @@ def tower_features(argv, split):
     batches = [list(range(i, min(i + 32, len(firsts)))) for i in range(0, len(firsts), 32)]
     loaded, found = iter(train_gated.load_batches(data, run.collate, batches, args.workers)), {}
     for numbers in tqdm(batches, desc="tower features", mininterval=1, disable=None):
-        batch = train_gated.next_batch(loaded, run.accelerator.device, data, numbers)
+        batch = train_gated.next_batch(loaded, run.accelerator.device)
         features = {name: tensor.cpu() for name, tensor in run.model.eval().image_features(batch["images"]).items()}
         for k, n in enumerate(numbers):
             found[firsts[n].image] = {name: tensor[k].clone() for name, tensor in features.items()}

@@ -224,7 +224,7 @@ def lavis_to_hf(state):
     return renamed
 
 
-def qformer_weights(state, text_path):
+def qformer_weights(state, text_path, source="these weights"):
     """Pick the Q-Former out of an HF BLIP-2, HF image-text-retrieval or LAVIS state dict.
 
     Returns {"qformer": ..., "embeddings": ..., "query_tokens": ..., "language_projection": ...}, each a state dict, those
@@ -239,7 +239,7 @@ def qformer_weights(state, text_path):
         if part in ("qformer", "embeddings", "query_tokens", "language_projection") and (text_path or not is_text):
             parts.setdefault(part, {})[rest] = tensor
     if "qformer" not in parts:
-        raise DataError(f"no Q-Former in these weights: found {sorted({n.split('.')[0] for n in state})[:8]}")
+        raise DataError(f"no Q-Former in {source}: found {sorted({n.split('.')[0] for n in state})[:8]}")
     return parts
 
 
@@ -247,7 +247,7 @@ def read_weights(source):
     """All tensors but the towers of an HF folder (safetensors), or of a .pth / .bin file: {name: tensor}."""
     path = pathlib.Path(source)
     if not path.is_dir():
-        return unwrap_state(load_foreign(path, safe=True))[0]
+        return unwrap_state(load_foreign(path, safe=True, advice="save its tensors alone, as a plain dict"))[0]
     from safetensors import safe_open
     state = {}
     for file in sorted(path.glob("*.safetensors")):
@@ -465,33 +465,44 @@ def encode_prompts(tokenizer, questions, contexts=None):
 
 def load_blip2(name, dtype=torch.float32):
     """HuggingFace id or local folder -> (Blip2ForConditionalGeneration, tokenizer). Local files are tried first."""
-    from safetensors import SafetensorError
-    from transformers import AutoTokenizer, Blip2ForConditionalGeneration
-    if pathlib.Path(name).is_dir():
-        if not (pathlib.Path(name) / "config.json").is_file():
-            raise DataError(f"{name}: not a BLIP-2 folder (no config.json); give the folder that save_pretrained wrote")
-        for file in sorted(pathlib.Path(name).glob("*.safetensors")):
-            refuse_incomplete(file)
+    from transformers import Blip2ForConditionalGeneration
+    if pathlib.Path(name).exists():
+        refuse_other_folder(pathlib.Path(name))
     errors = []
     for local in (True, False):
         try:
             model, found = Blip2ForConditionalGeneration.from_pretrained(name, dtype=dtype, local_files_only=local,
-                                                                         output_loading_info=True)
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+                                                                         output_loading_info=True, ignore_mismatched_sizes=True)
             break
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            errors.append(" ".join(str(error).split())[:200])
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a damaged folder raises anything, from four libraries
+            errors.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
         if pathlib.Path(name).exists():
             raise DataError(f"{name}: cannot be loaded as BLIP-2: {errors[0]}")
         if not local or not hub_answers():
             raise DataError(f"no BLIP-2 called {name!r} on this machine and none could be fetched: pass --blip2 with a local "
                             f"folder in HuggingFace's format, or --blip2 tiny ({errors[-1]})")
-    if found["missing_keys"]:  # transformers would leave them random
-        raise DataError(f"{name}: {len(found['missing_keys'])} tensors are missing, first {sorted(found['missing_keys'])[:3]}")
+    wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
+    if wrong:  # transformers would leave them random
+        raise DataError(f"{name}: {len(wrong)} tensors are missing or of another shape, first {wrong[:3]}")
+    tokenizer = load_tokenizer(name)
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise DataError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the language model "
                         f"{model.config.text_config.vocab_size}: they do not belong together")
     return model, tokenizer
+
+
+def refuse_other_folder(path):
+    """DataError where a local --blip2 is no complete BLIP-2 folder: better than a random model of full size."""
+    try:
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: not a BLIP-2 folder (no readable config.json); give the folder that save_pretrained wrote") from None
+    if kind != "blip-2":
+        raise DataError(f"{path}: a {kind} model and not a BLIP-2 (model_type of its config.json)")
+    for file in sorted(path.glob("*.safetensors")):
+        refuse_incomplete(file)
 
 
 def refuse_incomplete(path):
@@ -512,10 +523,14 @@ def refuse_incomplete(path):
 def load_tokenizer(name):
     """The tokenizer alone, without a weight."""
     from transformers import AutoTokenizer
+    local = pathlib.Path(name).exists() or not hub_answers()
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=not hub_answers())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{name}: no tokenizer there ({' '.join(str(error).split())[:120]})") from None
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    except Exception as error:  # as above
+        raise DataError(f"{name}: its tokenizer cannot be read ({' '.join(str(error).split())[:120]})") from None
+    if not tokenizer("a", add_special_tokens=False).input_ids:
+        raise DataError(f"{name}: no tokenizer files there (OPT's are vocab.json and merges.txt, or tokenizer.json)")
+    return tokenizer
 
 
 def image_size_of(name):
@@ -541,7 +556,7 @@ def hub_answers():
 
 def replace_qformer(blip2, source):
     """Put another checkpoint's Q-Former and queries (and projection, where it holds one) into a transformers BLIP-2."""
-    parts = qformer_weights(read_weights(source), text_path=False)
+    parts = qformer_weights(read_weights(source), text_path=False, source=source)
     load_strictly(blip2.qformer, parts["qformer"], f"Q-Former of {source}")
     queries = parts.get("query_tokens", {}).get("")
     if queries is None or queries.shape != blip2.query_tokens.shape:

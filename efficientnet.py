@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD, DataError
+from runfolder import forbidden
 
 
 # WikiArt's 27 styles in the order of ArtGAN's style_class.txt, then photographs
@@ -30,7 +31,7 @@ def _harmless_globals():
             (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
 
 
-def load_foreign(path, safe):
+def load_foreign(path, safe, advice="drop --safe-load if you trust whoever made the file"):
     """Load a checkpoint that somebody else wrote, without running anything in it where that is possible.
 
     Tries torch's weights-only loader with argparse.Namespace, PosixPath and numpy scalars allowed. Only when the file needs
@@ -49,13 +50,11 @@ def load_foreign(path, safe):
         with torch.serialization.safe_globals(_harmless_globals()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())
-        name = reason.split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in reason else "an object that is not allowed"
+        name = forbidden(error)
     except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
         raise DataError(f"{path}: damaged or incomplete ({type(error).__name__}): download it again") from None
     if safe:
-        raise DataError(f"{path}: holds {name}, which only the unsafe loader can rebuild; drop --safe-load if you trust "
-                        "whoever made the file")
+        raise DataError(f"{path}: holds {name}, which only the unsafe loader can rebuild; {advice}")
     warnings.warn(f"{path} holds {name}: loading it with weights_only=False, which runs whatever code the file holds. "
                   "--safe-load refuses this.", stacklevel=2)
     try:
@@ -115,7 +114,10 @@ class EfficientNet28(nn.Module):
                             f"first {list(state)[:3]})")
         extra = loaded if isinstance(loaded, dict) else {}
         arch = extra.get("arch") if isinstance(extra.get("arch"), str) else "efficientnet_b3"
-        net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"))
+        try:
+            net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"))
+        except RuntimeError as error:  # timm, of a name that it does not know
+            raise DataError(f"{path}: arch {arch!r} cannot be built ({' '.join(str(error).split())})") from None
         load_strictly(net.net, state, f"{path} ({where}) as {arch}")
         return net
 

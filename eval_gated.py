@@ -24,10 +24,10 @@ import metrics
 import rows
 import runfolder
 from rows import DataError
-from train_gated import (Collate, Questions, evaluate, loss_summary, precision_of, predicted_styles, read_data, resolved,
-                         share)
+from train_gated import Collate, Questions, evaluate, loss_summary, precision_of, predicted_styles, read_data, resolved
+from train_gated import get_args as train_gated_args
 
-LOSSES = ("loss", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
+LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
 SCORES = ("EM", "VQA", "BLEU", "BLEU-AQ", "ROUGE-L")  # percent; AQ: with ArtQuest's order of the arguments
 
 
@@ -42,7 +42,7 @@ def get_args(argv=None):
     parser.add_argument("--separator", help="of the CSV file (default: as in training)")
     parser.add_argument("--semart", metavar="DIR|FILE", help="SemArt's table, where --style or --context of the training need it "
                                                              "(default: as in training)")
-    parser.add_argument("--skip-bad", type=share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
+    parser.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                         help="leave bad rows and broken or missing images out and list them, up to this share (0.01 where no "
                              "number is given)")
     parser.add_argument("--predictions", metavar="FILE.json", help="answers in VQAv2's result format, and beside it FILE.csv with "
@@ -60,7 +60,7 @@ def get_args(argv=None):
     parser.add_argument("--efficientnet", metavar="FILE", help="where the style classifier of training lies now, if it moved")
     parser.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
     parser.add_argument("--batch-size", type=runfolder.positive, default=16, help="questions at a time (default: 16)")
-    parser.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
+    parser.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                         help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
     return runfolder.parse_args(parser, argv)
@@ -72,7 +72,10 @@ def load_model(args, checkpoint, dtype):
     for name in ("blip2", "efficientnet"):
         built_from[name] = getattr(args, name) or built_from[name]
     places = resolved(built_from)
-    model = core.Blip2OPTGated.build(**places, safe=args.safe_load, dtype=dtype)
+    try:
+        model = core.Blip2OPTGated.build(**places, safe=args.safe_load, dtype=dtype)
+    except TypeError as error:  # a setting that this version does not know
+        raise DataError(f"{args.checkpoint}: written by another version of this project ({error})") from None
     if runfolder.fingerprint(model) != checkpoint["frozen"]:
         raise DataError(f"{args.checkpoint} was trained on another BLIP-2 or style classifier than {places['blip2']} and "
                         f"{places['efficientnet']}: pass --blip2 and --efficientnet of the training")
@@ -197,6 +200,8 @@ def main(argv=None, features=None):
     args = get_args(argv)
     if args.predictions and not args.predictions.endswith(".json"):
         raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
+    for path in filter(None, (args.predictions, args.table, args.merge_lora)):
+        runfolder.refuse_unwritable(path)
     checkpoint = runfolder.load_checkpoint(
         args.checkpoint, ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen"))
     accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
@@ -204,7 +209,7 @@ def main(argv=None, features=None):
         model = load_model(args, checkpoint, torch.float32)
         runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
         return write_merged(model, checkpoint, args.merge_lora)
-    data_args(args, checkpoint["args"])
+    data_args(args, {**vars(train_gated_args(["--data", ""])), **checkpoint["args"]})  # defaults for what older files lack
     questions = read_data(args, args.split, accelerator.print)
     ids = question_ids(questions)
     model = load_model(args, checkpoint, core.DTYPES[accelerator.mixed_precision]).to(accelerator.device)
@@ -216,19 +221,20 @@ def main(argv=None, features=None):
     collate = Collate(model.tokenizer, model.styles, checkpoint["args"]["max_answer"])
     candidates = sorted(checkpoint["answers"])
 
-    def run(data=data, **seeing):
+    def run(data=data, trained=True, **seeing):
         def answer(model, group, features):
             return model.predict_answers(None, [r.question for r in group], [r.context for r in group], **features, **seeing,
                                          method=args.method, answers=candidates, beams=args.beams, max_new_tokens=args.max_new_tokens)
-        return evaluate(model, data, collate, accelerator, args.batch_size, args.workers, checkpoint["loss_weights"], answer,
-                        **seeing)
+        weights = checkpoint["loss_weights"] if trained else {"hit_weight": checkpoint["loss_weights"]["hit_weight"]}
+        found = evaluate(model, data, collate, accelerator, args.batch_size, args.workers, weights, answer, **seeing)
+        return found if trained else [{k: v for k, v in one.items() if k != "total"} for one in found]  # no KL: a part is left out
 
     majority = checkpoint["majority"]
     systems = {}
     if not args.no_baselines:
         systems["majority answer"] = [{"prediction": majority.get(r.question_type, majority[""])} for r in questions]
-        systems["no image"] = run(blind=True)
-        systems["BLIP-2, no gates"] = run(gated=False)
+        systems["no image"] = run(trained=False, blind=True)
+        systems["BLIP-2, no gates"] = run(trained=False, gated=False)
     runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
     if not args.no_baselines and model.gates is not None:
         systems["gates closed"] = run(gated=False)

@@ -1,17 +1,36 @@
-"""Scores for answers and captions: one definition of each, no Java, plain Python.
+"""Scores for answers and captions: one definition of each, no Java.
 
-    from metrics import vqa_accuracy, exact_match, bleu, rouge_l, tokenize
+    python metrics.py --references refs.json --predictions preds.json       # the table of caption scores; --json
+
+    from metrics import vqa_accuracy, exact_match, bleu, score_captions, tokenize
     vqa_accuracy("two", ["2"] * 6 + ["three"] * 4)                          # 1.0
     corpus, per_item = bleu([tokenize("A cat.")], [[tokenize("a cat"), tokenize("the cat")]])
+    score_captions({"a.jpg": "A cat."}, {"a.jpg": ["A black cat.", "The cat"]})["corpus"]["ROUGE-L"]
 
-Every score lies between 0 and 1 (the exceptions are said). VQA accuracy follows the official VQAv2 evaluator,
-BLEU and ROUGE-L the COCO caption tools, exact match and sentence BLEU the ArtQuest code, their oddities included,
-so that the numbers compare with published ones.
+Every score lies between 0 and 1 (the exceptions are said: CIDEr-D goes up to 10). VQA accuracy follows the official
+VQAv2 evaluator, BLEU, ROUGE-L and CIDEr-D the COCO caption tools, exact match and sentence BLEU the ArtQuest code,
+their oddities included, so that the numbers compare with published ones. METEOR is NLTK's, which is NOT the METEOR 1.5
+of the COCO tools and of papers: see meteor and coco_meteor.
 """
 
+import argparse
+import functools
+import importlib.util
+import itertools
+import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
+import types
+import zipfile
 from collections import Counter
+
+import numpy as np
+
+from tables import DataError, cell, parse_json, read_text, shown
 
 # --------------------------------------------------------------------------- VQA accuracy
 
@@ -131,7 +150,7 @@ _BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))  
 
 
 def tokenize(text):
-    """Raw caption -> the string of blank-separated tokens that BLEU and ROUGE-L take; "" where none is left.
+    """Raw caption -> the string of blank-separated tokens that the caption scores take; "" where none is left.
 
     The Penn Treebank rules of the COCO tools in a few patterns: lower case, clitics apart (man 's, do n't, can not),
     quotes and . , : ; ? ! - dropped, hyphens and slashes inside words kept. Measured against the Java tokeniser: the
@@ -148,6 +167,14 @@ def _need_list(strings, name):
         raise ValueError(f"{name} must be a list of strings, got the single string {strings!r}")
     if not len(strings):
         raise ValueError(f"{name} is empty: at least one is needed")
+
+
+def _need_pairs(hypotheses, references):
+    _need_list(hypotheses, "hypotheses")
+    if len(hypotheses) != len(references):
+        raise ValueError(f"{len(hypotheses)} hypotheses but {len(references)} lists of references")
+    for i, refs in enumerate(references):
+        _need_list(refs, f"references[{i}]")
 
 
 def _ngrams(words, n):
@@ -176,12 +203,9 @@ def bleu(hypotheses, references, n=4):
     the brevity penalty takes the reference of the closest length, the shorter one where two are equally close.
     An empty hypothesis scores 0. No items, unequal numbers, or an item without references is a ValueError.
     """
-    _need_list(hypotheses, "hypotheses")
-    if len(hypotheses) != len(references):
-        raise ValueError(f"{len(hypotheses)} hypotheses but {len(references)} lists of references")
+    _need_pairs(hypotheses, references)
     rows = []
-    for i, (hypothesis, refs) in enumerate(zip(hypotheses, references)):
-        _need_list(refs, f"references[{i}]")
+    for hypothesis, refs in zip(hypotheses, references):
         words, refs = hypothesis.split(), [ref.split() for ref in refs]
         allowed = Counter()
         for ref in refs:
@@ -229,3 +253,285 @@ def rouge_l(hypothesis, references):
         return 0.0
     beta2 = 1.2 ** 2
     return (1 + beta2) * precision * recall / (recall + beta2 * precision)
+
+
+def _ngram_counts(texts, longest=4):
+    """Yield for n = 1 .. longest the n-grams of lists of words as three arrays, one entry for each different n-gram of
+    each text: the number of the text, the number of the n-gram (below the count of all words), how often it occurs."""
+    numbers = {}
+    words = np.array([numbers.setdefault(word, len(numbers)) for text in texts for word in text], dtype=np.int64)
+    owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    gram = words  # gram[i]: the n-gram that begins at word i, also where it runs into the next text
+    for n in range(1, longest + 1):
+        if n > 1:
+            gram = np.unique(gram[:-1] * len(words) + words[n - 1:], return_inverse=True)[1]
+        inside = owner[:len(gram)] == owner[n - 1:]
+        pairs, counts = np.unique(owner[:len(gram)][inside] * len(words) + gram[inside], return_counts=True)
+        yield *np.divmod(pairs, len(words)), counts
+
+
+def _clipped_cosines(text, gram, count, image):
+    """CIDEr-D's similarity of each reference with the hypothesis of its image for one n. `image` holds the image of
+    each text, the hypotheses first; the rest is one n of _ngram_counts."""
+    images, size = image.max() + 1, gram.max(initial=0) + 1
+    in_reference = text >= images
+    pairs, place = np.unique(image[text] * size + gram, return_inverse=True)  # each n-gram of each image once
+    images_with = np.bincount(pairs[np.unique(place[in_reference])] % size, minlength=size)
+    weight = count * (math.log(images) - np.log(np.maximum(1, images_with)))[gram]
+    of_hypothesis = np.zeros(len(pairs))
+    of_hypothesis[place[~in_reference]] = weight[~in_reference]
+    own, place, text_of_own = weight[in_reference], place[in_reference], text[in_reference]
+    dot = np.bincount(text_of_own, np.minimum(of_hypothesis[place], own) * own, minlength=len(image))[images:]
+    length = np.sqrt(np.bincount(text, weight ** 2, minlength=len(image)))
+    both = length[:images][image[images:]] * length[images:]
+    return np.divide(dot, both, out=np.zeros(len(both)), where=both > 0)
+
+
+def cider_d(hypotheses, references):
+    """COCO's CIDEr-D (Vedantam et al. 2015) of tokenised strings, 0..10: (corpus, per_item), lists as for bleu; the
+    corpus value is the mean of the items.
+
+    An n-gram weighs count * (ln N - ln max(1, df)), N the number of images, df the number of images whose references
+    hold it. sim_n = sum min(h, r) r / (|h| |r|) * exp(-(l_h - l_r)^2 / (2 * 6^2)), l the length in words; the score
+    is 10 times the mean over n = 1..4 and over the references. df comes from the references given here, so a score
+    belongs to its set of images: a subset scores differently. An empty hypothesis scores 0. With ONE image ln N = 0
+    and all is 0, which says nothing about the caption (score_captions gives None then).
+    """
+    _need_pairs(hypotheses, references)
+    each = [len(refs) for refs in references]
+    image = np.concatenate([np.arange(len(each)), np.repeat(np.arange(len(each)), each)])  # of every text
+    texts = [text.split() for text in itertools.chain(hypotheses, *references)]
+    similarity = sum(_clipped_cosines(*grams, image) for grams in _ngram_counts(texts)) / 4
+    lengths = np.array([len(text) for text in texts])
+    of_reference = image[len(each):]
+    similarity *= np.exp(-(lengths[of_reference] - lengths[len(each):]) ** 2 / (2 * 6 ** 2))
+    per_item = 10 * np.bincount(of_reference, similarity) / each
+    return float(per_item.mean()), per_item.tolist()
+
+
+# --------------------------------------------------------------------------- METEOR
+
+def _download_wordnet():
+    """Let NLTK fetch WordNet (11 MB), for 20 seconds at most: in a process of its own, since a name server that does
+    not answer cannot be interrupted otherwise. Silent, and not tried where HF_HUB_OFFLINE forbids the network."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE"):
+        try:
+            subprocess.run([sys.executable, "-c", "import nltk; nltk.download('wordnet', quiet=True)"], timeout=20,
+                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        except (OSError, subprocess.TimeoutExpired):
+            pass
+
+
+@functools.cache
+def _wordnet():
+    """NLTK's WordNet, or None where it is neither there nor to be had. Settled once for the process."""
+    from nltk.corpus import wordnet
+    for last_try in (False, True):
+        try:
+            wordnet.synsets("dog")  # loads the files
+            return wordnet
+        except (LookupError, OSError, zipfile.BadZipFile):
+            if not last_try:
+                _download_wordnet()
+    return None
+
+
+@functools.cache
+def _meteor_helpers():
+    """Stemmer and synonyms in the form meteor_score takes, each word looked up once: 6 times as fast."""
+    from nltk.stem.porter import PorterStemmer
+    wordnet = _wordnet()
+    synsets = functools.cache(wordnet.synsets) if wordnet else lambda word: []
+    return {"stemmer": types.SimpleNamespace(stem=functools.cache(PorterStemmer().stem)),
+            "wordnet": types.SimpleNamespace(synsets=synsets)}
+
+
+def meteor_name():
+    """What the figure of meteor is to be called: "METEOR", or "METEOR (no WordNet)", which is lower: without synonyms.
+
+    Settled at the first call: where NLTK does not find its WordNet, one download is tried (20 seconds at most)."""
+    return "METEOR" if _wordnet() else "METEOR (no WordNet)"
+
+
+def meteor(hypothesis, references):
+    """NLTK's METEOR (Lavie & Agarwal 2007) of one tokenised string against its list of references, 0..1; the corpus
+    value is the mean of the items. Show it under meteor_name().
+
+    Words are matched as they are, then by Porter stem, then by WordNet synonym. F = P R / (0.9 P + 0.1 R) of the
+    matches, times 1 - 0.5 (chunks / matches)^3, a chunk being matches in a row on both sides; the best reference
+    counts. The COCO tools' METEOR 1.5 (coco_meteor) is another metric with far lower values: never compare the two.
+    An empty hypothesis scores 0. No reference: ValueError.
+    """
+    _need_list(references, "references")
+    from nltk.translate.meteor_score import meteor_score
+    return float(meteor_score([ref.split() for ref in references], hypothesis.split(), **_meteor_helpers()))
+
+
+def coco_meteor(hypotheses, references):
+    """METEOR 1.5 as papers report it (Denkowski & Lavie 2014), by pycocoevalcap and Java: (corpus, per_item), lists of
+    tokenised strings as for bleu, 0..1. The corpus value comes from summed counts: it is NOT the mean of the items.
+
+    DataError: pycocoevalcap or Java is missing or fails.
+    """
+    _need_pairs(hypotheses, references)
+    if not importlib.util.find_spec("pycocoevalcap") or not shutil.which("java"):
+        raise DataError("--coco-meteor needs Java and the package pycocoevalcap: install both or leave the flag out")
+    from pycocoevalcap.meteor.meteor import Meteor
+    try:
+        corpus, per_item = Meteor().compute_score(dict(enumerate(references)), {i: [h] for i, h in enumerate(hypotheses)})
+    except (OSError, ValueError, AssertionError) as error:
+        raise DataError(f"--coco-meteor: the Java program failed ({shown(error)}): try `java -version`, which must work, "
+                        "and see that 2 GB of memory are free") from error
+    return float(corpus), list(map(float, per_item))
+
+
+# --------------------------------------------------------------------------- all caption scores
+
+def paired(hypotheses, references):
+    """(hypotheses, references) as two lists in the same order, from two lists or from two dicts with the same keys.
+    ValueError: no hypotheses, keys on one side only, unequal numbers, an item without references."""
+    if isinstance(hypotheses, dict) != isinstance(references, dict):
+        raise ValueError("hypotheses and references must both be dicts or both be lists")
+    if isinstance(hypotheses, dict):
+        for ours, theirs, problem in ((references, hypotheses, "no caption for"), (hypotheses, references, "no references for")):
+            lacking = [key for key in ours if key not in theirs]
+            if lacking:
+                raise ValueError(f"{problem} {len(lacking)} of {len(ours)} images, first {shown(lacking[0])}: "
+                                 "both sides must hold the same images")
+        for key, refs in references.items():
+            _need_list(refs, f"the list of references of {shown(key)}")
+        hypotheses, references = list(hypotheses.values()), [references[key] for key in hypotheses]
+    _need_pairs(hypotheses, references)
+    return hypotheses, references
+
+
+def score_captions(hypotheses, references, with_coco_meteor=False):
+    """Every caption score of raw strings: {"corpus": {name: value}, "per_item": {name: [value of each item]}}.
+
+    hypotheses {key: caption} and references {key: [captions]}, or two lists in the same order; the items stand in
+    the order of the hypotheses. Names: BLEU-1..4, meteor_name(), ROUGE-L, CIDEr-D and, if asked for, METEOR 1.5.
+    All 0..1 but CIDEr-D (0..10), which with one image has no meaning and is None. Each string is tokenised once. An
+    empty hypothesis scores 0 (in ROUGE-L 1 where a reference is empty too). ValueError: see paired.
+    """
+    hypotheses, references = paired(hypotheses, references)
+    hypotheses = [tokenize(text) for text in hypotheses]
+    references = [[tokenize(text) for text in refs] for refs in references]
+    java = {"METEOR 1.5": coco_meteor(hypotheses, references)} if with_coco_meteor else {}  # first: it may be missing
+    bleu_corpus, bleu_items = bleu(hypotheses, references)
+    corpus = {f"BLEU-{k}": value for k, value in enumerate(bleu_corpus, 1)}
+    per_item = {f"BLEU-{k}": values for k, values in enumerate(bleu_items, 1)}
+    for name, score in ((meteor_name(), meteor), ("ROUGE-L", rouge_l)):
+        per_item[name] = [score(hypothesis, refs) for hypothesis, refs in zip(hypotheses, references)]
+        corpus[name] = sum(per_item[name]) / len(hypotheses)
+    one_image = len(hypotheses) == 1
+    corpus["CIDEr-D"], per_item["CIDEr-D"] = (None, [None]) if one_image else cider_d(hypotheses, references)
+    for name, (value, values) in java.items():
+        corpus[name], per_item[name] = value, values
+    return {"corpus": corpus, "per_item": per_item}
+
+
+# --------------------------------------------------------------------------- command line
+
+def _coco_rows(path, rows):
+    """COCO's rows of image_id and caption -> {image: [captions]}, ids as text."""
+    found = {}
+    for number, row in enumerate(rows, 1):
+        where = f"{path}, row {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: {shown(json.dumps(row))} where an object with image_id and caption belongs: mend it")
+        found.setdefault(cell(where, row, "image_id", "image"), []).append(cell(where, row, "caption", "caption"))
+    return found
+
+
+def _file_names(path, content):
+    """{image: file name} of a COCO annotation file, {} of any other."""
+    images = content.get("images") if isinstance(content, dict) and "annotations" in content else None
+    rows = [row for row in images if isinstance(row, dict)] if isinstance(images, list) else []
+    return {cell(path, row, "id", "image"): cell(path, row, "file_name", "file name") for row in rows if "file_name" in row}
+
+
+def read_captions(path, encoding="utf-8"):
+    """({image: [captions]}, {image: file name}) of a JSON file; the second is empty but for COCO's annotation files.
+
+    Forms: {image: [captions]}, {image: caption}, COCO's annotations {"images": .., "annotations": [rows]} and results
+    [rows], rows being {"image_id": .., "caption": ..}. DataError: unreadable, another form, no captions, a key twice.
+    """
+    content = parse_json(path, read_text(path, encoding))
+    rows = content.get("annotations", content) if isinstance(content, dict) else content
+    if isinstance(rows, list):
+        found = _coco_rows(path, rows)
+    elif isinstance(content, dict) and rows is content:
+        lists = {image: captions if isinstance(captions, list) else [captions] for image, captions in content.items()}
+        found = {image: [cell(f"{path}, {shown(image)}", {"caption": text}, "caption", "caption") for text in captions]
+                 for image, captions in lists.items()}
+    else:
+        raise DataError(f"{path}: neither {{image: captions}} nor COCO's annotations or results: see metrics.py --help")
+    if not found:
+        raise DataError(f"{path}: it holds no captions: nothing to score")
+    return found, _file_names(path, content)
+
+
+def read_pair(references_path, predictions_path, encoding="utf-8"):
+    """({image: caption}, {image: [captions]}) of two files for read_captions, over the same images. Predictions that
+    go by the file names of COCO's annotations are understood. DataError: not one prediction for each image."""
+    references, names = read_captions(references_path, encoding)
+    predictions, _ = read_captions(predictions_path, encoding)
+    for image, captions in predictions.items():
+        if len(captions) != 1:
+            raise DataError(f"{predictions_path}: {len(captions)} captions for image {shown(image)}: give exactly one")
+    predictions = {image: captions[0] for image, captions in predictions.items()}
+    by_name = {names.get(image, image): captions for image, captions in references.items()}
+    if not predictions.keys() & references.keys() and len(by_name) == len(references):
+        references = by_name
+    try:
+        paired(predictions, references)
+    except ValueError as error:
+        raise DataError(f"{predictions_path} against {references_path}: {error}") from None
+    return predictions, references
+
+
+def _notes(corpus):
+    """What must be said beside the figures."""
+    notes = []
+    if corpus["CIDEr-D"] is None:
+        notes.append("CIDEr-D has no meaning for one image (every word weighs ln 1 = 0): score more images")
+    if "METEOR" not in corpus:
+        notes.append("METEOR (no WordNet) counts no synonyms, so it is not comparable with METEOR: for that, run "
+                     "python -m nltk.downloader wordnet")
+    return notes
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="BLEU-1..4, METEOR (NLTK), ROUGE-L and CIDEr-D of captions.",
+        epilog="Both files are JSON: {image: [captions]}, {image: caption}, or COCO's annotation and result files. "
+               "Both must hold the same images, predictions one caption for each.")
+    parser.add_argument("--references", required=True, metavar="FILE", help="human captions")
+    parser.add_argument("--predictions", required=True, metavar="FILE", help="captions to score")
+    parser.add_argument("--encoding", default="utf-8", help="of both files (default: utf-8)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object, which also has the scores of every image")
+    parser.add_argument("--coco-meteor", action="store_true",
+                        help="add METEOR 1.5, which papers report (needs Java and pycocoevalcap)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    predictions, references = read_pair(args.references, args.predictions, args.encoding)
+    scores = score_captions(predictions, references, with_coco_meteor=args.coco_meteor)
+    corpus, notes = scores["corpus"], _notes(scores["corpus"])
+    if args.json:
+        per_image = {image: dict(zip(scores["per_item"], values))
+                     for image, values in zip(predictions, zip(*scores["per_item"].values()))}
+        print(json.dumps({"images": len(predictions), "corpus": corpus, "notes": notes, "per_image": per_image}, indent=1))
+        return
+    print(f"{'images':20} {len(predictions):7}")
+    for name, value in corpus.items():
+        print(f"{name:20} {'-' if value is None else format(value, '.4f'):>7}")
+    for note in notes:
+        print(f"note: {note}")
+
+
+if __name__ == "__main__":
+    import runfolder  # not above: it needs torch
+    sys.exit(runfolder.exit_code(main))

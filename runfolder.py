@@ -27,6 +27,7 @@ import socket
 import sys
 import tempfile
 import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -68,8 +69,11 @@ def save_checkpoint(path, content):
         with whole_file(path, "wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{path}: could not be saved ({' '.join(str(error).split())}); what stood there before is "
-                        "untouched: free some space and use --resume") from None
+        folder = pathlib.Path(path).parent
+        free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MB are free" if folder.is_dir() else "no such folder"
+        resume = " and use --resume" if (folder / "last.pt").exists() else ""
+        raise DataError(f"{path}: could not be saved ({' '.join(str(error).split())}; {free}); what stood there before is "
+                        f"untouched: free some space{resume}") from None
 
 
 def load_checkpoint(path, needs=()):
@@ -80,16 +84,37 @@ def load_checkpoint(path, needs=()):
     try:
         with zipfile.ZipFile(path) as parts:  # torch.load itself never looks at the check sums
             changed = parts.testzip()
+            # nor do check sums cover these two, which torch.save leaves at 0
+            changed = changed or next((part.filename for part in parts.infolist() if part.external_attr or part.compress_type), None)
         if changed:
             raise ValueError(f"the bytes of {changed} have changed since they were written")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path}: not one of this project's checkpoints, which hold tensors and plain values: it holds "
+                        f"{forbidden(error)}, and nothing of it was run") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, ValueError, KeyError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"{path}: damaged, incomplete or not one of this project's checkpoints ({reason})") from None
     missing = [key for key in needs if not isinstance(content, dict) or key not in content]
     if missing:
         raise DataError(f"{path}: not a checkpoint of this stage (no {', '.join(missing)})")
     return content
+
+
+def forbidden(error):
+    """The class or function that the weights-only loader met, from its error."""
+    reason = " ".join(str(error).split())
+    return reason.split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in reason else "an object that is not allowed"
+
+
+def refuse_unwritable(path):
+    """DataError where a file cannot be written, before hours are spent on what goes into it."""
+    folder = pathlib.Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 # --- what a checkpoint holds of a model ------------
@@ -166,9 +191,33 @@ def parse_args(parser, argv=None):
 
 def positive(text):
     """argparse type: a whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return _bounded(int(text), 1)
+
+
+def whole(text):
+    """argparse type: a whole number, 0 or more."""
+    return _bounded(int(text), 0)
+
+
+def share(text):
+    """argparse type: a number from 0 to 1."""
+    return _bounded(float(text), 0, 1)
+
+
+def rate(text):
+    """argparse type: a number above 0."""
+    return _bounded(float(text), sys.float_info.min)
+
+
+def weight(text):
+    """argparse type: a number, 0 or more."""
+    return _bounded(float(text), 0)
+
+
+def _bounded(value, low, high=math.inf):
+    if not low <= value <= high or value == math.inf:
+        raise argparse.ArgumentTypeError(f"{value} is not " + (f"between {low} and {high}" if high < math.inf else
+                                                              f"{low} or more" if low in (0, 1) else "above 0"))
     return value
 
 
@@ -182,7 +231,7 @@ def _checked(action, value, path):
     """A YAML value as the flag's type (YAML reads 1e-4 as text)."""
     try:
         if value is not None and action.type is not None and not isinstance(value, list):
-            value = action.type(value)
+            value = action.type(str(value))
     except (TypeError, ValueError, argparse.ArgumentTypeError):
         raise DataError(f"--config {path}: {action.dest}: {value!r} will not do as {action.type.__name__}") from None
     if isinstance(action.default, bool) and not isinstance(value, bool):
@@ -215,7 +264,8 @@ def locked(out):
         lock.acquire(timeout=0)
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         for left in out.glob(".*.*.*"):  # whole_file's temporary names: a kill -9 in the midst of writing leaves them
-            left.unlink()
+            if left.is_file():
+                left.unlink()
     except Timeout:
         who = owner.read_text() if owner.exists() else "another process"
         raise DataError(f"--out {out} is in use by {who}: choose another folder, or wait for it") from None
@@ -225,8 +275,10 @@ def locked(out):
         yield
     finally:
         owner.unlink(missing_ok=True)
+        (out / ".lock").unlink(missing_ok=True)  # while it is held: a run that waits for the old file notices
         lock.release()
-        (out / ".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            out.rmdir()  # where nothing was written
 
 
 def refuse_full_disk(out, needed):
@@ -345,6 +397,8 @@ def exit_code(main, argv=None):
         message, code = str(error), 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
+    except OSError as error:  # a full disk, a folder without rights
+        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
     except (torch.OutOfMemoryError, MemoryError) as error:
         message, code = out_of_memory(error), 2
     except RuntimeError as error:
@@ -361,8 +415,9 @@ def exit_code(main, argv=None):
 def out_of_memory(error):
     """The message for a GPU or a machine that is too small; says what was used where that is known."""
     used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use" if torch.cuda.is_initialized() else ""
-    return (f"out of memory ({' '.join(str(error).split())[:160]}{used}): halve --batch-size (in training double --accumulation: "
-            "the result is the same), use --precision bf16, or train less (no --train-qformer)")
+    what = f"{' '.join(str(error).split())[:160]}{used}" or "of this machine, not of a GPU"
+    return (f"out of memory ({what}): halve --batch-size (in training double --accumulation: the result is the same), use "
+            "--precision bf16, or train less (no --train-qformer)")
 
 
 DEAD_LOADER = r"DataLoader (worker \(pid|timed out)"  # what torch says of a loader process that died or hangs

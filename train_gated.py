@@ -47,7 +47,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, metavar="DIR|FILE", help="folder with train.csv and val.csv, or one table")
-    data.add_argument("--val-share", type=share, default=0.1, help="share of the pictures held out for validation where --data is "
+    data.add_argument("--val-share", type=runfolder.share, default=0.1, help="share of the pictures held out for validation where --data is "
                                                                    "one table (default: 0.1)")
     data.add_argument("--images", metavar="DIR", help="image root (default: DATA/images, else DATA)")
     data.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN",
@@ -61,11 +61,11 @@ def get_args(argv=None):
                                                            "picture name")
     data.add_argument("--context", metavar="COLUMN", help="text put before the question: a column of the table, with --semart "
                                                           "of SemArt's (DESCRIPTION) (default: none)")
-    data.add_argument("--skip-bad", type=share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
+    data.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                       help="leave bad rows and broken or missing images out and list them, up to this share of a split "
                            "(0.01 where no number is given)")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
-    data.add_argument("--workers", type=int, default=2, help="loader processes (default: 2)")
+    data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip2", default="Salesforce/blip2-opt-2.7b", metavar="ID|DIR|tiny",
                        help="HuggingFace id, local folder, or tiny (made on first use); default Salesforce/blip2-opt-2.7b, "
@@ -79,9 +79,9 @@ def get_args(argv=None):
                        help="film: scale K, scale and shift V; gate: 2 sigmoid on K and V; none: BLIP-2 as it is (default: film)")
     model.add_argument("--per", choices=("head", "channel"), default="head",
                        help="one gate value a head or a channel (default: head)")
-    model.add_argument("--gate-scale", type=float, default=1.0, help="start value of the learned gate scale (default: 1)")
+    model.add_argument("--gate-scale", type=runfolder.rate, default=1.0, help="start value of the learned gate scale (default: 1)")
     model.add_argument("--train-qformer", action="store_true", help="train the Q-Former and its queries too")
-    model.add_argument("--lora-rank", type=int, default=0, help="LoRA on the cross-attention's W_K and W_V (default: 0 = off)")
+    model.add_argument("--lora-rank", type=runfolder.whole, default=0, help="LoRA on the cross-attention's W_K and W_V (default: 0 = off)")
     loss = parser.add_argument_group("loss (0 switches a term off)")
     loss.add_argument("--hit-weight", type=float, default=0.1, help="style words where the answer is a style (default: 0.1)")
     loss.add_argument("--kl-weight", type=float, default=0.05, help="image style against answer style (default: 0.05)")
@@ -89,31 +89,23 @@ def get_args(argv=None):
     run.add_argument("--epochs", type=runfolder.positive, default=10, help="(default: 10)")
     run.add_argument("--batch-size", type=runfolder.positive, default=16, help="questions a step and process (default: 16)")
     run.add_argument("--accumulation", type=runfolder.positive, default=2, help="batches an optimizer step (default: 2)")
-    run.add_argument("--lr", type=float, default=1e-4, help="peak learning rate (default: 1e-4)")
-    run.add_argument("--warmup", type=float, default=0.05, help="share of all steps spent warming up (default: 0.05)")
-    run.add_argument("--weight-decay", type=float, default=0.01, help="not on biases and norms (default: 0.01)")
+    run.add_argument("--lr", type=runfolder.rate, default=1e-4, help="peak learning rate (default: 1e-4)")
+    run.add_argument("--warmup", type=runfolder.share, default=0.05, help="share of all steps spent warming up (default: 0.05)")
+    run.add_argument("--weight-decay", type=runfolder.weight, default=0.01, help="not on biases and norms (default: 0.01)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                      help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
     run.add_argument("--max-answer", type=runfolder.positive, default=16,
                      help="answer tokens kept, with the end of line (default: 16)")
     run.add_argument("--select", choices=("loss", "em"), default="loss",
                      help="best.pt by lowest validation loss or highest exact match (default: loss)")
-    run.add_argument("--patience", type=int, default=3,
+    run.add_argument("--patience", type=runfolder.whole, default=3,
                      help="epochs without a better value before stopping; 0 = never (default: 3)")
-    run.add_argument("--seed", type=int, default=42, help="(default: 42)")
+    run.add_argument("--seed", type=runfolder.whole, default=42, help="(default: 42)")
     run.add_argument("--out", default="runs/gated", metavar="DIR", help="run folder (default: runs/gated)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     return runfolder.parse_args(parser, argv)
-
-
-def share(text):
-    """argparse type: a number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
 
 
 # --- data: your own data set goes here ------------
@@ -229,14 +221,9 @@ class LoaderError(DataError):
     """A picture or a loader process failed between two steps: the model is as the last step left it."""
 
 
-def next_batch(batches, device, data, numbers):
-    """The next batch, that of these row numbers, on its device; a LoaderError where it cannot be had."""
-    try:
-        batch = next(batches)
-    except RuntimeError as error:
-        if not re.search(runfolder.DEAD_LOADER, str(error)):
-            raise
-        raise LoaderError(f"{runfolder.dead_loader(error)}; it was at {named([data.rows[n] for n in numbers])}") from None
+def next_batch(batches, device):
+    """The next batch on its device; a LoaderError where one of its pictures is broken."""
+    batch = next(batches)
     if "fault" in batch:
         raise LoaderError(batch["fault"])
     return core.to_device(batch, device)
@@ -309,7 +296,7 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
     loaded = iter(load_batches(data, collate, batches, workers))
     for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
-        batch = next_batch(loaded, accelerator.device, data, numbers)
+        batch = next_batch(loaded, accelerator.device)
         features = {name: batch.pop(name) for name in ("image_embeds", "style_feature") if name in batch}
         features = features or model.image_features(batch.pop("images"), batch.pop("style_images", None))
         with accelerator.autocast():
@@ -476,7 +463,8 @@ def restore(run, path):
     if other:
         raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}: give the former ones, or another --out")
     if last["frozen"] != runfolder.fingerprint(run.model):
-        raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now")
+        raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now: pass the same "
+                        "--blip2 and --efficientnet, or another --out")
     runfolder.load_trainable(run.model, last["state"], path)
     run.optimizer.load_state_dict(last["optimizer"])
     if run.accelerator.scaler is not None:
@@ -516,7 +504,7 @@ def train_step(run, batches, group, share):
     for i, (number, picked) in enumerate(share):
         # dropout is a pure function of (seed, step, micro-batch): exact resume and equal processes depend on it
         runfolder.seed_everything(run.args.seed, run.step, number)
-        batch = next_batch(batches, run.accelerator.device, run.train, picked)
+        batch = next_batch(batches, run.accelerator.device)
         with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
             parts = run.wrapped(**batch, **run.weights)
         if not torch.isfinite(parts["loss"]):
@@ -539,7 +527,12 @@ def train_epoch(run, plan, stop):
         lr = run.lr(run.step)
         for group_of_parameters in run.optimizer.param_groups:
             group_of_parameters["lr"] = lr
-        sums = train_step(run, batches, group, share)
+        try:
+            sums = train_step(run, batches, group, share)
+        except RuntimeError as error:  # torch says so in the midst of whatever is done at that moment
+            if not re.search(runfolder.DEAD_LOADER, str(error)):
+                raise
+            raise LoaderError(f"{runfolder.dead_loader(error)}; it was at {named([run.train.rows[n] for n in group])}") from None
         norm = float(accelerator.clip_grad_norm_(trained, CLIP))
         if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
             raise DataError(bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))

@@ -5,9 +5,11 @@ Q-Former's passes (LAVIS, SPRC), the official VQAv2 evaluator, ArtQuest's metric
 """
 
 import gzip
+import importlib.util
 import json
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -17,7 +19,9 @@ from safetensors.torch import load_file
 from transformers import Blip2QFormerConfig
 
 import core
-from metrics import bleu, exact_match, normalise_answer, rouge_l, sentence_bleu, strip_punctuation, tokenize, vqa_accuracy
+import metrics
+from metrics import bleu, cider_d, coco_meteor, exact_match, meteor, normalise_answer, rouge_l, sentence_bleu
+from metrics import strip_punctuation, tokenize, vqa_accuracy
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN") or ROOT / "../shared/golden")
@@ -212,7 +216,7 @@ def test_artquest_per_type():
 # --- captions ------------
 
 @pytest.mark.parametrize("name", CORPORA)
-def test_bleu_and_rouge_l(name):
+def test_bleu_rouge_l_and_cider_d(name):
     items = read(CAPTIONS / f"{name}_inputs.json.gz")
     hypotheses, references = [i["hypothesis"] for i in items], [i["references"] for i in items]
     corpus_golden, item_golden = read(CAPTIONS / f"{name}_corpus.json"), np.load(CAPTIONS / f"{name}_per_item.npz")
@@ -223,9 +227,47 @@ def test_bleu_and_rouge_l(name):
     rouge = [rouge_l(h, r) for h, r in zip(hypotheses, references)]
     np.testing.assert_allclose(rouge, item_golden["ROUGE_L"], rtol=0, atol=1e-6)
     assert mean(rouge) == pytest.approx(corpus_golden["ROUGE_L"], abs=1e-6)
+    cider, cider_items = cider_d(hypotheses, references)
+    np.testing.assert_allclose(cider_items, item_golden["CIDEr"], rtol=0, atol=1e-6)
+    assert cider == pytest.approx(corpus_golden["CIDEr"], abs=1e-6)
 
 
-def test_bleu_of_tiny_corpora():
+@pytest.fixture(scope="module")
+def wordnet():
+    """Skips where NLTK has no WordNet, in its own places or in ../shared/data/nltk_data."""
+    nltk = pytest.importorskip("nltk")
+    shared = str(ROOT / "../shared/data/nltk_data")
+    nltk.data.path.append(shared)
+    metrics._wordnet.cache_clear()
+    metrics._meteor_helpers.cache_clear()
+    if metrics.meteor_name() != "METEOR":
+        pytest.skip("no WordNet (python -m nltk.downloader wordnet)")
+    yield
+    nltk.data.path.remove(shared)
+    metrics._wordnet.cache_clear()
+    metrics._meteor_helpers.cache_clear()
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_meteor_of_nltk(name, wordnet):
+    expected = np.load(CAPTIONS / f"{name}_per_item.npz")["METEOR_nltk"]  # of the first 500
+    items = read(CAPTIONS / f"{name}_inputs.json.gz")[:len(expected)]
+    found = [meteor(i["hypothesis"], i["references"]) for i in items]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    corpus = read(CAPTIONS / f"{name}_corpus.json")[f"mean_METEOR_nltk_first_{len(expected)}"]
+    assert mean(found) == pytest.approx(corpus, abs=1e-6)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("pycocoevalcap") or not shutil.which("java"), reason="needs pycocoevalcap, Java")
+def test_meteor_1_5():
+    name = "edge" if "edge" in CORPORA else CORPORA[0]  # the smallest: Java is slow
+    items = read(CAPTIONS / f"{name}_inputs.json.gz")
+    corpus, per_item = coco_meteor([i["hypothesis"] for i in items], [i["references"] for i in items])
+    np.testing.assert_allclose(per_item, np.load(CAPTIONS / f"{name}_per_item.npz")["METEOR_java_1_5"], rtol=0, atol=1e-6)
+    assert corpus == pytest.approx(read(CAPTIONS / f"{name}_corpus.json")["METEOR_java_1_5"], abs=1e-6)
+
+
+def test_bleu_and_cider_d_of_tiny_corpora():
     path = CAPTIONS / "tiny_corpora.json"
     if not path.exists():
         pytest.skip(f"no file {path}")
@@ -235,6 +277,9 @@ def test_bleu_of_tiny_corpora():
         corpus, per_item = bleu([i["hypothesis"] for i in items], [i["references"] for i in items])
         np.testing.assert_allclose(corpus, case["Bleu"], rtol=1e-6)
         np.testing.assert_allclose(per_item, case["Bleu_per_item"], rtol=1e-6, atol=1e-15)
+        cider, cider_items = cider_d([i["hypothesis"] for i in items], [i["references"] for i in items])
+        assert cider == pytest.approx(case["CIDEr"], abs=1e-6)
+        np.testing.assert_allclose(cider_items, case["CIDEr_per_item"], rtol=0, atol=1e-6)
 
 
 def raw_pairs():

@@ -1,12 +1,17 @@
 """python -m pytest tests/test_metrics.py   (seconds; needs no data)
 
-Values worked out by hand, and edge cases. The comparison with the reference code's output is in test_golden.py.
+Values worked out by hand, and edge cases. The comparison with the reference code's output is in test_golden.py, the
+command line in test_metrics_cli.py. WordNet is a stand-in here and nothing is downloaded.
 """
 
+import importlib.util
 import math
 import random
+import shutil
 import subprocess
 import sys
+import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,8 +19,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import metrics  # noqa: E402
-from metrics import bleu, exact_match, normalise_answer, rouge_l, sentence_bleu, strip_punctuation  # noqa: E402
-from metrics import tokenize, vqa_accuracy  # noqa: E402
+from metrics import bleu, cider_d, coco_meteor, exact_match, meteor, normalise_answer, rouge_l  # noqa: E402
+from metrics import score_captions, sentence_bleu, strip_punctuation, tokenize, vqa_accuracy  # noqa: E402
+from tables import DataError  # noqa: E402
 
 # --------------------------------------------------------------------------- answer normalisation
 
@@ -136,17 +142,18 @@ def test_bleu_guards():
     assert len(corpus) == len(per_item) == 4
 
 
+@pytest.mark.parametrize("function", [bleu, cider_d, coco_meteor])
 @pytest.mark.parametrize("arguments, message", [
     (([], []), "hypotheses is empty"), ((["a"], []), "1 hypotheses but 0"),
     ((["a", "b"], [["a"], []]), r"references\[1\] is empty"), ((["a"], ["a cat"]), "single string 'a cat'"),
     (("a", [["a"]]), "hypotheses must be a list"),
 ])
-def test_bleu_refuses(arguments, message):
+def test_lists_are_checked(function, arguments, message):
     with pytest.raises(ValueError, match=message):
-        bleu(*arguments)
+        function(*arguments)
 
 
-@pytest.mark.parametrize("function", [rouge_l, vqa_accuracy])
+@pytest.mark.parametrize("function", [rouge_l, meteor, vqa_accuracy])
 def test_references_must_be_a_filled_list(function):
     with pytest.raises(ValueError, match="is empty"):
         function("a cat", [])
@@ -206,3 +213,271 @@ def test_tokenize(raw, expected):
 def test_import_is_light():
     code = "import sys, metrics; sys.exit(any(m in sys.modules for m in ('torch', 'nltk', 'sacrebleu')))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# --------------------------------------------------------------------------- CIDEr-D
+
+
+def slow_cider_d(hypotheses, references):
+    """CIDEr-D word for word from its definition, one pair and one n at a time."""
+    def counts(text, n):
+        words = text.split()
+        return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+
+    def weights(text, n):
+        having = {gram: sum(any(gram in counts(ref, n) for ref in refs) for refs in references) for gram in counts(text, n)}
+        return {gram: count * math.log(len(references) / max(1, having[gram])) for gram, count in counts(text, n).items()}
+
+    def similarity(a, b, n):
+        h, r = weights(a, n), weights(b, n)
+        lengths = math.hypot(*h.values()) * math.hypot(*r.values())
+        return sum(min(h.get(gram, 0), r[gram]) * r[gram] for gram in r) / lengths if lengths else 0.0
+
+    scores = []
+    for hypothesis, refs in zip(hypotheses, references):
+        gaps = [sum(counts(hypothesis, 2).values()) - sum(counts(ref, 2).values()) for ref in refs]
+        each = [sum(similarity(hypothesis, ref, n) for n in (1, 2, 3, 4)) / 4 * math.exp(-gap ** 2 / 72)
+                for ref, gap in zip(refs, gaps)]
+        scores.append(10 * sum(each) / len(each))
+    return sum(scores) / len(scores), scores
+
+
+def test_cider_d_by_hand():
+    assert cider_d(["a b c d", "x"], [["a b c d"], ["y"]]) == (pytest.approx(5), [pytest.approx(10), 0])
+    # "a" is in the references of both images and weighs nothing, the others weigh w = ln 2. n = 1: b (w) against b b (2w)
+    # gives 1; n = 2: "a b" against "a b" and "b b"; n = 3, 4: nothing on one side. 1 and 2 bigrams.
+    both = cider_d(["a b", "a"], [["a b b"], ["a"]])[1]
+    assert both == [pytest.approx(10 / 4 * (1 + 1 / math.sqrt(2)) * math.exp(-1 / 72)), 0]
+    # clipped: min(3w, w) w / (3w w); the mean over two references, of which the second has nothing in common
+    assert cider_d(["b b b", "x"], [["b", "c"], ["y"]])[1] == [pytest.approx(10 / 4 * (1 / 3) * math.exp(-4 / 72) / 2), 0]
+
+
+def test_cider_d_equals_its_definition():
+    rng = random.Random(0)
+    for images in (2, 3, 9):
+        texts = [[" ".join(rng.choices("abcdef", k=rng.choice([0, 1, 2, 3, 4, 9, 30]))) for _ in range(rng.randint(2, 5))]
+                 for _ in range(images)]
+        hypotheses, references = [t[0] for t in texts], [t[1:] for t in texts]
+        hypotheses[0] += " unseen"
+        corpus, per_item = cider_d(hypotheses, references)
+        slow, slow_items = slow_cider_d(hypotheses, references)
+        assert per_item == pytest.approx(slow_items, abs=1e-12) and corpus == pytest.approx(slow, abs=1e-12)
+        assert max(per_item) > 0 and isinstance(corpus, float) and isinstance(per_item, list)
+
+
+def test_cider_d_edges():
+    assert cider_d(["a cat"], [["a cat"]]) == (0.0, [0.0])              # one image: every idf is 0
+    assert cider_d(["", "a"], [["a cat"], ["the dog"]])[1] == [0, 0]    # empty hypothesis
+    assert cider_d(["", ""], [[""], ["", ""]]) == (0.0, [0.0, 0.0])     # nothing but empty strings
+    alone = cider_d(["a cat", "a dog"], [["a cat"], ["a dog"]])[1]
+    among = cider_d(["a cat", "a dog", "x"], [["a cat"], ["a dog"], ["a cat"]])[1]
+    assert alone[0] == pytest.approx(5) and among[1] == pytest.approx(5) and alone != among
+
+
+# --------------------------------------------------------------------------- METEOR
+
+SYNONYMS = {"stop": ["halt", "full_stop"], "dog": ["cad"]}
+
+
+def synsets(word):
+    lemmas = [types.SimpleNamespace(name=lambda name=name: name) for name in SYNONYMS.get(word, [])]
+    return [types.SimpleNamespace(lemmas=lambda: lemmas)]
+
+
+def forget():
+    metrics._wordnet.cache_clear()
+    metrics._meteor_helpers.cache_clear()
+
+
+@pytest.fixture(params=[True, False], ids=["wordnet", "no wordnet"])
+def with_wordnet(request, monkeypatch):
+    """Whether there is a (stand-in) WordNet."""
+    metrics._meteor_helpers.cache_clear()
+    monkeypatch.setattr(metrics, "_wordnet", lambda: types.SimpleNamespace(synsets=synsets) if request.param else None)
+    yield request.param
+    metrics._meteor_helpers.cache_clear()
+
+
+def test_meteor_by_hand(with_wordnet):
+    assert meteor("the cats sat", ["the cat sat"]) == pytest.approx(1 - 0.5 / 27)        # by stem; one chunk of three
+    assert meteor("running", ["runs"]) == 0.5
+    assert meteor("sat the cat", ["the cat sat"]) == pytest.approx(1 - 0.5 * (2 / 3) ** 3)
+    precise = 1 / (0.9 * 1 + 0.1 * 0.5) * 0.5                                            # P 1, R 1/2; one chunk of two
+    assert meteor("a b", ["a b c d"]) == pytest.approx(precise * (1 - 0.5 / 8))
+    assert meteor("a b", ["x", "a b", "a"]) == pytest.approx(1 - 0.5 / 8)                # the best reference
+    assert meteor("stop", ["halt"]) == (0.5 if with_wordnet else 0)                      # by synonym
+    assert meteor("A", ["a"]) == 0.5 and meteor("", ["a"]) == 0 and meteor("x", [""]) == 0
+    assert isinstance(meteor("", ["a"]), float)
+
+
+def test_meteor_name(with_wordnet):
+    assert metrics.meteor_name() == ("METEOR" if with_wordnet else "METEOR (no WordNet)")
+    assert metrics.meteor_name() in score_captions(["a cat"], [["a cat"]])["corpus"]
+
+
+class Reader:
+    """NLTK's WordNet, missing for the first `failures` times it is asked."""
+
+    def __init__(self, failures, error=LookupError):
+        self.failures, self.error, self.asked = failures, error, 0
+
+    def synsets(self, word):
+        self.asked += 1
+        if self.asked <= self.failures:
+            raise self.error("wordnet is not there")
+        return synsets(word)
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """The calls of the program that would download, which does nothing here."""
+    calls = []
+    monkeypatch.setattr(metrics.subprocess, "run", lambda *args, **settings: calls.append((args, settings)))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    forget()
+    yield calls
+    forget()
+
+
+def put_reader(monkeypatch, reader):
+    import nltk.corpus
+    monkeypatch.setattr(nltk.corpus, "wordnet", reader)
+
+
+def test_wordnet_that_is_there_is_not_downloaded(monkeypatch, downloads):
+    put_reader(monkeypatch, Reader(0))
+    assert metrics.meteor_name() == "METEOR" and not downloads
+
+
+@pytest.mark.parametrize("error", [LookupError, OSError, metrics.zipfile.BadZipFile])
+def test_download_is_tried_once(monkeypatch, downloads, error):
+    put_reader(monkeypatch, reader := Reader(99, error))
+    assert [metrics.meteor_name() for _ in range(3)] == ["METEOR (no WordNet)"] * 3
+    assert meteor("stop", ["halt"]) == 0 and meteor("stops", ["stop"]) == 0.5
+    (command,), settings = downloads[0]
+    assert len(downloads) == 1 and reader.asked == 2 and "wordnet" in command[-1] and settings["timeout"] <= 20
+    assert {settings[name] for name in ("stdin", "stdout", "stderr")} == {subprocess.DEVNULL}
+
+
+def test_download_that_works(monkeypatch, downloads):
+    put_reader(monkeypatch, Reader(1))
+    assert metrics.meteor_name() == "METEOR" and len(downloads) == 1 and meteor("stop", ["halt"]) == 0.5
+
+
+def test_download_that_hangs(monkeypatch, downloads):
+    def hang(command, timeout, **settings):
+        downloads.append(command)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    put_reader(monkeypatch, Reader(99))
+    monkeypatch.setattr(metrics.subprocess, "run", hang)
+    assert metrics.meteor_name() == "METEOR (no WordNet)" and len(downloads) == 1
+
+
+@pytest.mark.parametrize("offline, tries", [("1", 0), ("true", 0), ("0", 1), ("", 1)])
+def test_no_download_offline(monkeypatch, downloads, offline, tries):
+    put_reader(monkeypatch, Reader(99))
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    assert metrics.meteor_name() == "METEOR (no WordNet)" and len(downloads) == tries
+
+
+def test_words_are_looked_up_once(monkeypatch, downloads):
+    put_reader(monkeypatch, reader := Reader(0))
+    for _ in range(5):
+        meteor("stop", ["halt", "end"])
+    assert reader.asked == 2  # "dog", to see whether it is there, and "stop"
+
+
+# --------------------------------------------------------------------------- METEOR 1.5
+
+
+@pytest.fixture
+def java_meteor(monkeypatch):
+    """A stand-in for pycocoevalcap's Meteor; returns the list of what it was asked."""
+    asked = []
+
+    class Meteor:
+        def compute_score(self, references, hypotheses):
+            asked.append((references, hypotheses))
+            if hypotheses[0] == ["broken"]:
+                raise BrokenPipeError("no answer")
+            return 0.25, [0.5] * len(hypotheses)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    for name in ("pycocoevalcap", "pycocoevalcap.meteor", "pycocoevalcap.meteor.meteor"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["pycocoevalcap.meteor.meteor"].Meteor = Meteor
+    return asked
+
+
+def test_coco_meteor(java_meteor, with_wordnet):
+    assert coco_meteor(["a", "b"], [["c"], ["d", "e"]]) == (0.25, [0.5, 0.5])  # the corpus value is no mean
+    assert java_meteor == [({0: ["c"], 1: ["d", "e"]}, {0: ["a"], 1: ["b"]})]
+    scores = score_captions({"x": "A dog.", "y": "Cats"}, {"x": ["C, d"], "y": ["E"]}, with_coco_meteor=True)
+    assert java_meteor[1] == ({0: ["c d"], 1: ["e"]}, {0: ["a dog"], 1: ["cats"]})
+    assert list(scores["corpus"])[-1] == "METEOR 1.5" and scores["corpus"]["METEOR 1.5"] == 0.25
+    assert scores["per_item"]["METEOR 1.5"] == [0.5, 0.5] and metrics.meteor_name() in scores["corpus"]
+
+
+def test_coco_meteor_that_breaks(java_meteor):
+    with pytest.raises(DataError, match="the Java program failed .*no answer"):
+        coco_meteor(["broken"], [["a"]])
+
+
+@pytest.mark.parametrize("place, name", [(importlib.util, "find_spec"), (shutil, "which")])
+def test_coco_meteor_that_is_missing(java_meteor, monkeypatch, place, name):
+    monkeypatch.setattr(place, name, lambda name: None)
+    with pytest.raises(DataError, match="needs Java and the package pycocoevalcap"):
+        coco_meteor(["a"], [["a"]])
+    assert not java_meteor
+
+
+# --------------------------------------------------------------------------- all caption scores
+
+
+def test_score_captions(with_wordnet):
+    hypotheses = {"a.jpg": "A cat, sitting.", "b.jpg": "Dogs run", "c.jpg": ""}
+    references = {"c.jpg": ["A tree"], "b.jpg": ["Two dogs run.", "dogs!"], "a.jpg": ["The cat sits."]}
+    scores = score_captions(hypotheses, references)
+    names = ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", metrics.meteor_name(), "ROUGE-L", "CIDEr-D"]
+    assert list(scores) == ["corpus", "per_item"] and list(scores["corpus"]) == list(scores["per_item"]) == names
+    tokenised = ["a cat sitting", "dogs run", ""], [["the cat sits"], ["two dogs run", "dogs"], ["a tree"]]
+    corpus, per_item = bleu(*tokenised)
+    for k in range(4):
+        assert scores["corpus"][f"BLEU-{k + 1}"] == corpus[k] and scores["per_item"][f"BLEU-{k + 1}"] == per_item[k]
+    assert (scores["corpus"]["CIDEr-D"], scores["per_item"]["CIDEr-D"]) == cider_d(*tokenised)
+    for name, score in ((metrics.meteor_name(), meteor), ("ROUGE-L", rouge_l)):
+        assert scores["per_item"][name] == [score(h, r) for h, r in zip(*tokenised)]
+        assert scores["corpus"][name] == pytest.approx(sum(scores["per_item"][name]) / 3, abs=1e-15)
+    assert all(values[2] == 0 for values in scores["per_item"].values())  # the empty caption
+    in_lists = score_captions(list(hypotheses.values()), [references[key] for key in hypotheses])
+    assert in_lists == scores
+
+
+def test_one_image_has_no_cider(with_wordnet):
+    scores = score_captions(["a cat"], [["a cat"]])
+    assert scores["corpus"]["CIDEr-D"] is None and scores["per_item"]["CIDEr-D"] == [None]
+    assert scores["corpus"]["ROUGE-L"] == 1 and scores["per_item"]["BLEU-1"] == [pytest.approx(1)]
+    assert score_captions(["a cat", "x"], [["a cat"], ["y"]])["corpus"]["CIDEr-D"] == pytest.approx(2.5)
+
+
+def test_each_string_is_tokenised_once(monkeypatch, with_wordnet):
+    seen = []
+    monkeypatch.setattr(metrics, "tokenize", lambda text: seen.append(text) or text)
+    score_captions(["a", "b"], [["c", "d"], ["e"]])
+    assert seen == ["a", "b", "c", "d", "e"]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (({"a": "x"}, {"a": ["x"], "b": ["x"]}), "no caption for 1 of 2 images, first 'b'"),
+    (({"a": "x", "b": "x", 3: "x"}, {"a": ["x"]}), "no references for 2 of 3 images, first 'b'"),
+    (({}, {}), "hypotheses is empty"), (([], []), "hypotheses is empty"),
+    (({"a": "x"}, {"a": []}), "references of 'a' is empty"), (({"a": "x"}, {"a": "x"}), "references of 'a' must be a list"),
+    ((["x"], []), "1 hypotheses but 0"), ((["x"], [[]]), r"references\[0\] is empty"),
+    (({"a": "x"}, [["x"]]), "both be dicts or both be lists"), ((["x"], {"a": ["x"]}), "both be dicts or both be lists"),
+    (("x", [["x"]]), "hypotheses must be a list"), ((["x"], ["x"]), r"references\[0\] must be a list"),
+])
+def test_score_captions_refuses(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        score_captions(*arguments)
