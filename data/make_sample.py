@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-VERSION = 1  # raise it whenever the same seed would give other pictures or questions
+VERSION = 2  # raise it whenever the same seed would give other pictures or questions
 PICTURE_SIZE = 224
 SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
 COUNTS = {1: "one", 2: "two", 3: "three", 4: "four"}
@@ -644,6 +644,7 @@ def write_text(path, text):
     write_then_rename(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
+TABLES = ("{}.csv", "{}_captions.json", "style_{}.csv")  # questions; captions; styles in the form of ArtGAN's WikiArt
 NAME = re.compile(r"\d{4,}_(one|two|three|four)-[a-z]+-[a-z]+\.jpg")
 
 
@@ -660,7 +661,7 @@ def holds_other_data(out):
 def is_complete(out, stamp):
     """True if the set described by `stamp` is in `out` already."""
     path = out / "sample.json"
-    names = ["captions.json"] + [f"{split}.csv" for split in SPLITS]
+    names = ["style_class.txt"] + [name.format(split) for split in SPLITS for name in TABLES]
     if not path.exists() or not all((out / name).exists() for name in names):
         return False
     drawn = [p for p in (out / "images").glob("*.jpg") if NAME.fullmatch(p.name)]
@@ -684,18 +685,22 @@ def make_set(out, seed, pictures):
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
     (out / "sample.json").unlink(missing_ok=True)
-    rows, captions = {split: [] for split in SPLITS}, {}
+    rows, captions, styles = ({split: [] for split in SPLITS} for _ in range(3))
     design = balanced_design(pictures, np.random.default_rng([seed, 0]))
     for index, row in enumerate(design, start=1):
         asked, name, text = draw_picture(index, row, seed, images)
         rows[row["split"]] += asked
-        captions[name] = text
+        captions[row["split"]].append((name, text))
+        styles[row["split"]].append(f"images/{name},{list(STYLES).index(row['style'])}\n")
+    named = {name for pairs in captions.values() for name, _ in pairs}
     for path in images.glob("*.jpg"):
-        if NAME.fullmatch(path.name) and path.name not in captions:
+        if NAME.fullmatch(path.name) and path.name not in named:
             path.unlink()  # left over from a set with another seed
     for split in SPLITS:
         write_then_rename(out / f"{split}.csv", lambda p: write_csv(p, rows[split]))
-    write_text(out / "captions.json", json.dumps(captions, indent=1) + "\n")
+        write_text(out / f"{split}_captions.json", json.dumps(dict(captions[split]), indent=1) + "\n")
+        write_text(out / f"style_{split}.csv", "".join(styles[split]))
+    write_text(out / "style_class.txt", "".join(f"{i} {style.replace(' ', '_')}\n" for i, style in enumerate(STYLES)))
     return Counter(row["split"] for row in design)
 
 
@@ -742,7 +747,7 @@ def main(argv=None):
     counts = ", ".join(f"{split} {sizes[split]}" for split in SPLITS)
     print(f"{args.pictures} pictures ({counts}), {len(WORDINGS)} questions each, "
           f"{len(STYLES)} styles.\nPictures: {args.out / 'images'}\n"
-          f"Tables: {args.out}/train.csv, val.csv, test.csv, captions.json")
+          f"Tables for each split in {args.out}: {', '.join(name.format('train') for name in TABLES)}")
 
 
 if __name__ == "__main__":

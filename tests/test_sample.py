@@ -104,7 +104,15 @@ def test_splits_share_no_picture_and_name_every_picture(sample):
     for a, b in combinations(names, 2):
         assert not a & b
     drawn = {p.name for p in (sample / "images").iterdir()}
-    assert drawn == set().union(*names) == set(json.loads((sample / "captions.json").read_text()))
+    assert drawn == set().union(*names)
+    classes = [line.split(" ") for line in (sample / "style_class.txt").read_text().splitlines()]
+    assert [(int(i), name.replace("_", " ")) for i, name in classes] == list(enumerate(ms.STYLES))
+    for split, of_split in zip(ms.SPLITS, names):
+        assert set(json.loads((sample / f"{split}_captions.json").read_text())) == of_split
+        styles = dict(line.split(",") for line in (sample / f"style_{split}.csv").read_text().splitlines())
+        with (sample / f"{split}.csv").open(encoding="utf-8", newline="") as file:
+            assert {f"images/{row['image']}": list(ms.STYLES).index(row["style"]) for row in csv.DictReader(file)} == {
+                path: int(index) for path, index in styles.items()}
     assert len(drawn) == PICTURES
 
 
