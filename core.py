@@ -247,7 +247,7 @@ def read_weights(source):
     """All tensors but the towers of an HF folder (safetensors), or of a .pth / .bin file: {name: tensor}."""
     path = pathlib.Path(source)
     if not path.is_dir():
-        return unwrap_state(load_foreign(path, safe=True, advice="save its tensors alone, as a plain dict"))[0]
+        return unwrap_state(load_foreign(path, safe=True, advice="give a Q-Former's tensors alone, as a plain dict"))[0]
     from safetensors import safe_open
     state = {}
     for file in sorted(path.glob("*.safetensors")):

@@ -2,12 +2,16 @@
 
     python make_tiny.py                      # models/tiny-blip2/ and models/tiny-efficientnet-28.pt, three minutes on 2 cores
     python train_gated.py --blip2 tiny       # calls this when the files are not there
+    python make_tiny.py --captioner          # models/tiny-blip/, one minute; train_blip_caption.py --blip tiny calls it
 
 The folder is in the published format (Blip2ForConditionalGeneration.save_pretrained, tokenizer, processor), so the code that
 loads it is the code that loads Salesforce/blip2-opt-2.7b. Its parts are trained here on freshly drawn scenes (other seeds
 than the sample's own pictures) so that frozen parts are worth freezing: the vision tower on what, colour and count; then
 Q-Former, projection and OPT on content questions, with style only as words that have nothing to do with the picture, so that
 the language model knows the words but never saw a style; then the style classifier on the eight manners.
+
+The captioner (BlipForConditionalGeneration, BERT's kind of tokenizer) is made apart and only where it is asked for: its vision
+tower learns the same, its decoder is stopped early, so that fine-tuning has something left to do.
 """
 
 import argparse
@@ -36,6 +40,24 @@ import make_sample  # noqa: E402  (data/ is a folder of data and its maker, not 
 
 SIZE, PATCH, WIDTH, QUERIES = 112, 14, 128, 8
 ARCH = "test_efficientnet"  # timm's smallest EfficientNet; 28 classes as the real one
+CAPTION_WIDTH = 96
+# everyday words of photo captions, so that the captioner's tokenizer does not spell them letter by letter
+PHOTO_WORDS = """a an the of in on at to with and or by for from near over under through into out up down off across along behind
+beside between around against above below while is are being be as his her their its it he she they him them who that this there some
+two three four five several many group people person man men woman women boy boys girl girls child children kid kids baby toddler
+couple crowd family dog dogs cat cats horse horses bird birds animal cow sheep player players team rider biker climber skier surfer
+skateboarder black white brown red blue green yellow orange purple pink grey gray tan blond dark bright colorful small little large
+big tall young old long short wet dirty snowy grassy sandy rocky wooden running runs run jumping jumps jump playing plays play
+walking walks walk standing stands stand sitting sits sit riding rides ride holding holds hold looking looks look wearing wears
+climbing climbs catching catches throwing throws swimming swims smiling smiles laughing posing poses watching carrying carries
+pulling leaping leaps racing chasing lying laying leaning waiting talking eating drinking kicking swinging sliding skiing surfing
+water beach sand ocean sea lake river pool wave waves snow ice grass field park street road sidewalk city building house wall fence
+window door bridge stairs steps bench table chair tree trees forest woods hill mountain mountains rock rocks cliff sky sun sunset
+night day air ground dirt mud path trail track ramp court stage game ball football soccer tennis basketball baseball hockey bat
+racket toy stick frisbee rope bike bicycle bicycles motorcycle car truck train boat kayak skateboard snowboard surfboard swing slide
+sled shirt shorts pants jeans jacket coat hat cap helmet dress suit uniform shoes boots gloves glasses sunglasses goggles vest
+bag backpack camera picture photo phone sign flag umbrella hand hands arm arms head face hair mouth nose ear ears back front side
+top edge end middle background foreground something each other another one all very"""
 
 
 def get_args(argv=None):
@@ -45,6 +67,9 @@ def get_args(argv=None):
     parser.add_argument("--vision-steps", type=int, default=500, help="steps of 32 for the vision tower")
     parser.add_argument("--language-steps", type=int, default=360, help="steps of 32 for Q-Former and language model")
     parser.add_argument("--style-steps", type=int, default=160, help="steps of 32 for the style classifier")
+    parser.add_argument("--captioner", action="store_true", help="make tiny-blip/, the captioner, and nothing else")
+    parser.add_argument("--caption-steps", type=int, nargs=2, default=[260, 60], metavar=("VISION", "TEXT"),
+                        help="steps of 32 for the captioner: its vision tower, then its decoder")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and batches")
     return parser.parse_args(argv)
 
@@ -160,13 +185,13 @@ def train_vision(tower, scenes, pixels, steps, generator):
     """Vision tower on what, colour and count, read off the mean of its states, and on what each patch shows."""
     facts = [("kind", list(make_sample.KINDS)), ("colour", list(make_sample.COLOURS)), ("count", list(make_sample.COUNTS))]
     labels = torch.tensor([[values.index(s[key]) for key, values in facts] for s in scenes])  # [N,3]
-    patches = patch_kinds(scenes)
-    heads = nn.ModuleList([nn.Linear(WIDTH, len(values)) for _, values in facts] + [nn.Linear(WIDTH, 1 + len(make_sample.KINDS))])
+    patches, width = patch_kinds(scenes), tower.config.hidden_size
+    heads = nn.ModuleList([nn.Linear(width, len(values)) for _, values in facts] + [nn.Linear(width, 1 + len(make_sample.KINDS))])
 
     def step_loss(step):
         picked = torch.randint(len(pixels), (32,), generator=generator)
         batch, shown = mirrored(pixels[picked], patches[picked], generator)
-        states = tower(pixel_values=normalised(batch)).last_hidden_state  # [32,1+64,WIDTH]
+        states = tower(pixel_values=normalised(batch)).last_hidden_state  # [32,1+64,width]
         whole = sum(F.cross_entropy(heads[i](states.mean(1)), labels[picked, i]) for i in range(len(facts)))
         return whole + 4 * F.cross_entropy(heads[-1](states[:, 1:]).flatten(0, 1), shown.flatten())
 
@@ -223,6 +248,102 @@ def train_style(net, styles, pixels, steps, generator):
     net.train()
     fit(list(net.parameters()), step_loss, steps, 2e-3, "style classifier")
     net.eval()
+
+
+# --- the captioner ------------
+
+def make_wordpiece(texts, folder):
+    """BERT's kind of tokenizer (lower case, WordPiece): whole words of the sample and of PHOTO_WORDS, letters for all others."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import AutoTokenizer
+    pieces = BertWordPieceTokenizer(lowercase=True)
+    pieces.train_from_iterator([*texts, *[PHOTO_WORDS] * 2], vocab_size=1200, min_frequency=2, show_progress=False,
+                               initial_alphabet=[chr(code) for code in range(33, 127)],
+                               special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
+    pieces.save_model(str(folder))  # vocab.txt, as BLIP publishes it
+    pieces.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "pad_token": "[PAD]", "unk_token": "[UNK]",
+                "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def make_captioner(tokenizer, width=CAPTION_WIDTH):
+    """Random BlipForConditionalGeneration of the tiny sizes; as in the published one [DEC] is no token of the tokenizer."""
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
+    vision = BlipVisionConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=4,
+                              image_size=SIZE, patch_size=PATCH)
+    text = BlipTextConfig(vocab_size=len(tokenizer) + 2, hidden_size=width, encoder_hidden_size=width, intermediate_size=2 * width,
+                          num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, hidden_dropout_prob=0.1,
+                          bos_token_id=len(tokenizer), eos_token_id=tokenizer.sep_token_id, sep_token_id=tokenizer.sep_token_id,
+                          pad_token_id=tokenizer.pad_token_id)
+    model = BlipForConditionalGeneration(BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
+    for module in model.modules():  # as in make_model
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    for place in (model.vision_model.embeddings.position_embedding, model.vision_model.embeddings.class_embedding):
+        nn.init.normal_(place, std=0.2)
+    model.tie_weights()
+    return model
+
+
+def train_captioner(model, tokenizer, texts, pixels, steps, generator):
+    """The decoder on captions, the vision tower as it is; pads are no targets and position 0 is [DEC]."""
+    with torch.no_grad():
+        states = torch.cat([model.vision_model(pixel_values=normalised(p)).last_hidden_state for p in pixels.split(64)])  # [N,P,W]
+
+    def step_loss(step):
+        picked = torch.randint(len(states), (32,), generator=generator).tolist()
+        batch = tokenizer([texts[i] for i in picked], padding=True, return_tensors="pt")
+        ids, mask = batch["input_ids"], batch["attention_mask"]  # [32,L]
+        labels = ids.masked_fill(mask == 0, -100)
+        ids[:, 0] = model.config.text_config.bos_token_id
+        return model.text_decoder(input_ids=ids, attention_mask=mask, labels=labels, encoder_hidden_states=states[picked]).loss
+
+    model.train()
+    fit(list(model.text_decoder.parameters()), step_loss, steps, 2e-3, "caption decoder")
+    model.eval()
+
+
+def save_captioner(model, tokenizer, folder):
+    """Model, tokenizer and processor as the published folder has them."""
+    from transformers import BlipImageProcessor, BlipProcessor
+    model.save_pretrained(folder)
+    image_processor = BlipImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD)
+    BlipProcessor(image_processor, tokenizer).save_pretrained(folder)
+
+
+def ensure_captioner(argv=()):
+    """Make the tiny captioner where it is missing -> its folder."""
+    args = get_args(argv)
+    folder = pathlib.Path(args.out) / "tiny-blip"
+    if not folder.is_dir():
+        print(f"making the tiny BLIP captioner in {args.out} (once, about a minute) ...", flush=True)
+        start = time.monotonic()
+        runfolder.seed_everything(args.seed)
+        generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
+        scenes, _, pixels = draw_scenes(args.pictures, args.seed)
+        part = folder.with_name(folder.name + ".part")  # as in make_blip2
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        texts = [make_sample.caption(scene, rng) for scene in scenes]
+        tokenizer = make_wordpiece(texts, part)
+        model = make_captioner(tokenizer)
+        train_vision(model.vision_model, scenes, pixels, args.caption_steps[0], generator)
+        train_captioner(model, tokenizer, texts, pixels, args.caption_steps[1], generator)
+        save_captioner(model, tokenizer, part)
+        part.rename(folder)
+        print(f"made in {time.monotonic() - start:.0f} s")
+    return str(folder)
+
+
+def save_random_captioner(folder, texts=("three red boats on the water", "at night, an orange star")):
+    """An untrained tiny captioner in the published format, for tests -> its folder."""
+    folder = pathlib.Path(folder) / "blip"
+    folder.mkdir(parents=True)
+    tokenizer = make_wordpiece([*texts] * 2, folder)
+    save_captioner(make_captioner(tokenizer, 32), tokenizer, folder)
+    return str(folder)
 
 
 # --- assembly ------------
@@ -296,6 +417,9 @@ def ensure(argv=()):
 
 
 def main(argv=None):
+    if get_args(argv).captioner:
+        print(f"BLIP captioner: {ensure_captioner(argv)}")
+        return
     folder, checkpoint = ensure(argv)
     print(f"BLIP-2: {folder}\nEfficientNet-28: {checkpoint}")
 

@@ -53,8 +53,10 @@ def whole_file(path, mode="w"):
             os.fsync(file.fileno())
         os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's 0600 would stay
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk does not say what for
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -70,8 +72,8 @@ def save_checkpoint(path, content):
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         folder = pathlib.Path(path).parent
-        free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MB are free" if folder.is_dir() else "no such folder"
-        resume = " and use --resume" if (folder / "last.pt").exists() else ""
+        free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MB are free on its disk" if folder.is_dir() else "no such folder"
+        resume = " and use --resume" if (folder / "last.pt").exists() else " (with --save-last, --resume could go on from here)"
         raise DataError(f"{path}: could not be saved ({' '.join(str(error).split())}; {free}); what stood there before is "
                         f"untouched: free some space{resume}") from None
 

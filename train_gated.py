@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -229,6 +229,17 @@ def next_batch(batches, device):
     return core.to_device(batch, device)
 
 
+@contextmanager
+def dead_loaders_named(group):
+    """A loader process that dies within, which torch reports in the midst of anything, is a LoaderError with these rows."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(runfolder.DEAD_LOADER, str(error)):
+            raise
+        raise LoaderError(f"{runfolder.dead_loader(error)}; it was at {named(group)}") from None
+
+
 def named(group):
     """Rows for a message: picture and place of the first few."""
     listed = [f"{r.name} ({rows.locate(r.file, r.line)})" for r in group]
@@ -296,7 +307,8 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
     loaded = iter(load_batches(data, collate, batches, workers))
     for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
-        batch = next_batch(loaded, accelerator.device)
+        with dead_loaders_named([data.rows[i] for i in numbers]):
+            batch = next_batch(loaded, accelerator.device)
         features = {name: batch.pop(name) for name in ("image_embeds", "style_feature") if name in batch}
         features = features or model.image_features(batch.pop("images"), batch.pop("style_images", None))
         with accelerator.autocast():
@@ -527,12 +539,8 @@ def train_epoch(run, plan, stop):
         lr = run.lr(run.step)
         for group_of_parameters in run.optimizer.param_groups:
             group_of_parameters["lr"] = lr
-        try:
+        with dead_loaders_named([run.train.rows[n] for n in group]):
             sums = train_step(run, batches, group, share)
-        except RuntimeError as error:  # torch says so in the midst of whatever is done at that moment
-            if not re.search(runfolder.DEAD_LOADER, str(error)):
-                raise
-            raise LoaderError(f"{runfolder.dead_loader(error)}; it was at {named([run.train.rows[n] for n in group])}") from None
         norm = float(accelerator.clip_grad_norm_(trained, CLIP))
         if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
             raise DataError(bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
