@@ -15,7 +15,6 @@ import os
 import pathlib
 import re
 import sys
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
@@ -412,8 +411,6 @@ class Run:
     weights: dict  # of the style terms, see loss_weights
     built_from: dict  # see model_args
     step: int = 0  # optimizer steps done
-    steps_here: int = 0  # those of them in this process
-    seconds: float = 0.0  # spent in the latter
     log: runfolder.RunLog | None = None  # only where files are written
 
     def __post_init__(self):
@@ -530,7 +527,7 @@ def train_step(run, batches, group, share):
 
 def train_epoch(run, plan, stop):
     """The optimizer steps of `plan`. Ends early when a signal has come."""
-    started, accelerator = time.perf_counter(), run.accelerator
+    accelerator = run.accelerator
     batches = iter(load_batches(run.train, run.collate, [numbers for _, share in plan for _, numbers in share], run.args.workers))
     bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
     trained = [p for p in run.model.parameters() if p.requires_grad]
@@ -546,7 +543,7 @@ def train_epoch(run, plan, stop):
             raise DataError(bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
         run.optimizer.step()
         run.optimizer.zero_grad()
-        run.step, run.steps_here = run.step + 1, run.steps_here + 1
+        run.step += 1
         bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{lr:.1e}")
         if run.step % LOG_EVERY == 0:
             together = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
@@ -555,7 +552,6 @@ def train_epoch(run, plan, stop):
                               **dict(zip(sums, together.tolist())))
         if stopped(accelerator, stop):
             break
-    run.seconds += time.perf_counter() - started
 
 
 def validate(run, data):

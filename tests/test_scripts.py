@@ -16,6 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+import compare_gated
 import conftest
 import eval_gated
 import rows
@@ -454,7 +455,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_help_reads_well():
-    for script in ("train_gated.py", "eval_gated.py", "make_tiny.py", "data/make_sample.py"):
+    for script in ("train_gated.py", "eval_gated.py", "compare_gated.py", "make_tiny.py", "metrics.py", "data/make_sample.py"):
         done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "usage:" in done.stdout and done.stderr == "", script
 
@@ -492,6 +493,27 @@ def test_two_processes_equal_one(sample, tiny, tmp_path):
     best = [state_of(tmp_path / out / "best.pt") for out in ("one", "two")]
     assert all(torch.allclose(best[0][n], best[1][n], atol=2e-4) for n in best[0])  # AdamW turns rounding into small steps
     assert len(list((tmp_path / "two").glob("events.out.*"))) == 1 and done.stdout.count("train: ") == 1
+
+
+# --- gated against ungated ------------
+
+def test_compare_gated(sample, tiny, tmp_path, capsys, monkeypatch):
+    command = ["--data", str(sample), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "1", "--batch-size", "32",
+               "--accumulation", "4", "--precision", "no", "--lrs", "1e-3", "--seeds", "1", "--split", "val", "--out", str(tmp_path / "c")]
+    monkeypatch.setattr(compare_gated, "step_seconds", lambda *a: dict.fromkeys(compare_gated.SYSTEMS, 0.5))
+    compare_gated.main(command)
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "c/compare.json").read_text())
+    assert list(result["results"]) == list(compare_gated.SYSTEMS) and all(system in printed for system in compare_gated.SYSTEMS)
+    trained = {system: found[0]["trained"] for system, found in result["results"].items()}
+    assert trained["ungated, Q-Former frozen"] < trained["ungated, Q-Former trained"] < trained["gated, Q-Former trained"]
+    table = json.loads((tmp_path / "c/gated-frozen-lr0.001-seed1/val.json").read_text())
+    style = [r for r in table if r["type"] in ("style", "technique") and r["system"] == "gated"]
+    assert result["results"]["gated, Q-Former frozen"][0]["style"] == pytest.approx(sum(r["EM"] for r in style) / 2)
+    monkeypatch.setattr(train_gated, "fit", lambda *a: pytest.fail("a finished run was repeated"))
+    compare_gated.main(command)
+    assert runfolder.exit_code(compare_gated.main, [*command, "--weight-decay", "0.5"]) == 2
+    assert "other flags" in capsys.readouterr().err
 
 
 # --- a curve that must come out again ------------
