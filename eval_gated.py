@@ -226,7 +226,8 @@ def main(argv=None, features=None):
             return model.predict_answers(None, [r.question for r in group], [r.context for r in group], **features, **seeing,
                                          method=args.method, answers=candidates, beams=args.beams, max_new_tokens=args.max_new_tokens)
         weights = checkpoint["loss_weights"] if trained else {"hit_weight": checkpoint["loss_weights"]["hit_weight"]}
-        found = evaluate(model, data, collate, accelerator, args.batch_size, args.workers, weights, answer, **seeing)
+        with runfolder.batch_size_in_memory_errors(args.batch_size):
+            found = evaluate(model, data, collate, accelerator, args.batch_size, args.workers, weights, answer, **seeing)
         return found if trained else [{k: v for k, v in one.items() if k != "total"} for one in found]  # no KL: a part is left out
 
     majority = checkpoint["majority"]

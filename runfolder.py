@@ -401,11 +401,9 @@ def exit_code(main, argv=None):
         message, code = "interrupted", 130
     except OSError as error:  # a full disk, a folder without rights
         message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        message, code = out_of_memory(error), 2
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):
-            message, code = out_of_memory(error), 2
+    except (MemoryError, RuntimeError) as error:
+        if ran_out_of_memory(error):
+            message, code = out_of_memory(error, "--batch-size"), 2
         elif re.search(DEAD_LOADER, str(error)):
             message, code = dead_loader(error), 2
         else:
@@ -414,11 +412,27 @@ def exit_code(main, argv=None):
     return code
 
 
-def out_of_memory(error):
+def ran_out_of_memory(error):
+    """Is this what torch or Python raises where a GPU or the machine is too small?"""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def batch_size_in_memory_errors(batch_size):
+    """Memory that runs out within is a DataError that says the batch size."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise DataError(out_of_memory(error, f"--batch-size {batch_size}")) from None
+
+
+def out_of_memory(error, batch_size):
     """The message for a GPU or a machine that is too small; says what was used where that is known."""
     used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use" if torch.cuda.is_initialized() else ""
     what = f"{' '.join(str(error).split())[:160]}{used}" or "of this machine, not of a GPU"
-    return (f"out of memory ({what}): halve --batch-size (in training double --accumulation: the result is the same), use "
+    return (f"out of memory ({what}): halve {batch_size} (in training double --accumulation: the result is the same), use "
             "--precision bf16, or train less (no --train-qformer)")
 
 

@@ -683,7 +683,8 @@ def main(argv=None):
         print(note, file=sys.stderr)
     if args.check_data:
         return check_data(args)
-    run, signal_number = fit(args)
+    with runfolder.batch_size_in_memory_errors(args.batch_size):
+        run, signal_number = fit(args)
     if signal_number:
         return 128 + signal_number
     if run.marks["value"] is None:
