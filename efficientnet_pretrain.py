@@ -1,0 +1,868 @@
+"""efficientnet_pretrain.py: EfficientNet-B3 style classifier on WikiArt, 27 styles and with --photos a 28th class of photographs.
+
+    python efficientnet_pretrain.py --data wikiart --check-data     # once: lists the broken pictures in broken.txt
+    python efficientnet_pretrain.py --data wikiart --pretrained     # the recipe; one GPU
+    python efficientnet_pretrain.py --data data/artquest --arch test_efficientnet --size 112 --epochs 15 --batch-size 16 \\
+        --lr 1e-2 --cutmix 0 --dropout 0                            # the drawn sample, random weights, laptop CPU
+    accelerate launch efficientnet_pretrain.py --data wikiart --pretrained      # several GPUs
+
+--data: ArtGAN's folder (style_train.csv, style_val.csv, style_class.txt), a folder with train/STYLE/ and val/STYLE/, one with
+STYLE/ alone (a tenth of each is held out), or a classes.csv (filename, subset; the style is the first folder of filename).
+
+The recipe. The original's README (RMSprop, AutoAugment, EMA 0.9999, 100 epochs) and its code (AdamW 3e-4, CutMix, balanced
+classes, 30 epochs) disagree. Taken here: the code's, which its checkpoint should come from; the README's EMA; CutMix on half of
+the batches only, so that whole pictures are seen too. No AutoAugment or RandAugment: a posterised or sheared painting is of
+another style. Flow: list -> Paintings -> collate -> CutMix -> timm's EfficientNet -> loss; the averaged weights are scored.
+"""
+
+import argparse
+import csv
+import hashlib
+import math
+import os
+import pathlib
+import random
+import re
+import sys
+import unicodedata
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
+from timm.utils import ModelEmaV3
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import efficientnet
+import rows
+import runfolder
+import tables
+from rows import IMAGENET_MEAN, IMAGENET_STD, DataError
+
+LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
+LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm", "top1", "top5", "f1", "balanced")
+CLIP = 5.0  # gradient norm: only spikes are cut
+PANELS = [("loss", [("step", "loss", "training (smoothed, mixed)"), ("epoch", "loss", "validation")]),
+          ("validation", [("epoch", "f1", "macro F1"), ("epoch", "balanced", "balanced accuracy"), ("epoch", "top1", "top-1"),
+                          ("epoch", "top5", "top-5")]),
+          ("learning", [("step", "grad_norm", "gradient norm")])]
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # folders and subsets, the first that is there
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+PHOTOGRAPH, PER_PHOTO = "Photograph", 27  # one photograph for so many paintings
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", required=True, metavar="DIR|FILE", help="ArtGAN's folder, a folder per style, or a classes.csv")
+    data.add_argument("--images", metavar="DIR", help="image root of a table (default: DATA/images, else DATA)")
+    data.add_argument("--val-share", type=runfolder.share, default=0.1, help="share of each style held out for validation where "
+                                                                             "--data is STYLE/ folders alone (default: 0.1)")
+    data.add_argument("--photos", metavar="DIR", help="photographs of anything, e.g. COCO's: a class of their own, one for "
+                                                      f"{PER_PHOTO} paintings (default: none)")
+    data.add_argument("--encoding", default="utf-8", help="of the tables (default: utf-8)")
+    data.add_argument("--separator", help="of the tables, tab spelled out (default: told from the first line)")
+    data.add_argument("--check-data", action="store_true", help="decode every picture, list the broken ones in DATA/broken.txt, "
+                                                                "which training leaves out, and stop; loads no weight")
+    data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--arch", default="efficientnet_b3", help="timm's name of an EfficientNet (default: efficientnet_b3)")
+    model.add_argument("--size", type=runfolder.positive, default=300, help="pixels a side (default: 300)")
+    model.add_argument("--pretrained", action="store_true", help="start from timm's ImageNet weights (downloaded on first use)")
+    model.add_argument("--init", metavar="FILE", help="start from this state dict (.pt, .pth, .safetensors)")
+    model.add_argument("--dropout", type=runfolder.share, default=0.3, help="before the classifier (default: 0.3)")
+    model.add_argument("--drop-path", type=runfolder.share, default=0.2, help="of the deepest block, less above (default: 0.2)")
+    model.add_argument("--freeze-bn", action="store_true", help="keep the batch-norm statistics of the first weights: for "
+                                                                "batches of a few pictures, with --lr 1e-4 or less")
+    run = parser.add_argument_group("training")
+    run.add_argument("--epochs", type=runfolder.positive, default=30, help="(default: 30)")
+    run.add_argument("--batch-size", type=runfolder.positive, default=32, help="pictures a step and process (default: 32)")
+    run.add_argument("--accumulation", type=runfolder.positive, default=1, help="batches an optimizer step (default: 1)")
+    run.add_argument("--lr", type=runfolder.rate, default=3e-4, help="peak learning rate (default: 3e-4)")
+    run.add_argument("--warmup", type=runfolder.share, default=0.05, help="share of all steps spent warming up (default: 0.05)")
+    run.add_argument("--weight-decay", type=runfolder.weight, default=1e-3, help="not on biases and norms (default: 1e-3)")
+    run.add_argument("--balance", type=runfolder.share, default=1.0, help="1: every style equally often; 0: as in the data "
+                                                                          "(default: 1)")
+    run.add_argument("--smoothing", type=runfolder.share, default=0.1, help="of the labels (default: 0.1)")
+    run.add_argument("--cutmix", type=runfolder.share, default=0.5, help="share of the batches with CutMix (default: 0.5)")
+    run.add_argument("--mixup", type=runfolder.share, default=0.0, help="share of the batches with MixUp (default: 0)")
+    run.add_argument("--crop", type=runfolder.share, default=0.75, help="smallest share of a picture that a crop may keep "
+                                                                        "(default: 0.75)")
+    run.add_argument("--ema", type=runfolder.share, default=0.9999, help="greatest decay of the averaged weights; 0 = no average "
+                                                                         "(default: 0.9999)")
+    run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
+                     help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
+    run.add_argument("--seed", type=runfolder.whole, default=42, help="(default: 42)")
+    run.add_argument("--out", default="runs/efficientnet-28", metavar="DIR", help="run folder (default: runs/efficientnet-28)")
+    run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
+    run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
+    run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
+    return runfolder.parse_args(parser, argv)
+
+
+# --- data: your own data set goes here ------------
+
+def style_key(name):
+    return re.sub(r"[\s_-]+", " ", rows.folded(name))
+
+
+KNOWN = {style_key(name): name for name in efficientnet.WIKIART} | {"art nouveau modern": "Art Nouveau"}  # folder, list
+
+
+def style_name(name):
+    """A folder's or a list's name of a style as it is shown: 'Art_Nouveau_Modern' -> 'Art Nouveau', 'Ukiyo_e' -> 'Ukiyo-e'."""
+    return KNOWN.get(style_key(name)) or " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
+
+
+def read_artgan(args):
+    """style_class.txt ('index name' a line), style_SPLIT.csv ('path,index' a line, no header) -> (classes, {split: entries})."""
+    path, names, found = os.path.join(args.data, "style_class.txt"), {}, {}
+    for number, text in enumerate(tables.read_text(path, args.encoding).splitlines(), 1):
+        match = re.fullmatch(r"\s*([0-9]+)[\s,]+(\S.*)", text)
+        if match is None and text.strip() or match and int(match[1]) in names:
+            raise DataError(f"{path}, line {number}: {tables.shown(text)} is not 'index name' with an index of its own")
+        if match:
+            names[int(match[1])] = style_name(match[2])
+    if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
+        raise DataError(f"{path}: the indices must be 0 to {len(names) - 1} and the names all different")
+    classes = [names[index] for index in range(len(names))]
+    for split in SPLITS:
+        path, found[split] = os.path.join(args.data, f"style_{split}.csv"), []
+        text = tables.read_text(path, args.encoding)
+        for line, values in tables.split_lines(path, text, tables.pick_separator(path, text, args.separator)):
+            index = values[-1].strip()
+            if len(values) != 2 or not re.fullmatch("[0-9]+", index):
+                raise DataError(f"{path}, line {line}: {tables.shown(values)} is not 'path,index of the class'")
+            if int(index) >= len(classes):
+                raise DataError(f"{path}, line {line}: class {index}, but style_class.txt ends at {len(classes) - 1}")
+            found[split].append((values[0].strip(), classes[int(index)], path, line))
+    return classes, found
+
+
+def read_subsets(args, path, say):
+    """A classes.csv with the columns filename and subset -> (classes, {split: entries}); other subsets are left out."""
+    table, found = rows.read_table(path, args.encoding, args.separator), {}
+    for column in ("filename", "subset"):
+        if column not in table[0][1]:
+            raise DataError(f"{path}: no column {column!r}; it has {tables.shown(', '.join(table[0][1]), 300)}: check --data")
+    count = Counter(cells["subset"].strip() for _, cells in table)
+    for split, wanted in SPLITS.items():
+        subset = next((name for name in wanted if count[name]), None)
+        if subset is None:
+            raise DataError(f"{path}: no row of the subset {' or '.join(wanted)}; it has {tables.shown(', '.join(count), 300)}")
+        chosen = [(line, cells["filename"].strip()) for line, cells in table if cells["subset"].strip() == subset]
+        for line, name in chosen:
+            if not re.search(r"[^\\/][\\/]", name):
+                raise DataError(f"{path}, line {line}: {tables.shown(name)} has no folder, which names the style")
+        found[split] = [(name, style_name(re.split(r"[\\/]", name)[0]), path, line) for line, name in chosen]
+        del count[subset]
+    if count:
+        say(f"{path}: left out the subsets {rows.histogram(count.elements())}")
+    return sorted({style for entries in found.values() for _, style, _, _ in entries}), found
+
+
+def list_pictures(root, folder=""):
+    """Entries of the pictures in root/folder/STYLE/, named from root."""
+    found = []
+    for style in sorted(rows.entries(os.path.join(root, folder))):
+        names = sorted(n for n in rows.entries(os.path.join(root, folder, style)) if n.lower().endswith(SUFFIXES) and n[0] != ".")
+        # composed accents, so that the split by hash is the same on every system
+        found += [(unicodedata.normalize("NFC", os.path.join(folder, style, name)), style_name(style), root, 0) for name in names]
+    if not found:
+        raise DataError(f"{os.path.join(root, folder)}: no STYLE/ folder with pictures in it ({', '.join(SUFFIXES)}), no "
+                        "style_train.csv and no classes.csv: check --data")
+    return found
+
+
+def spellings(name):
+    """What is left of a file name when accents are taken off, and when they are dropped since they were garbled (grã©goire)."""
+    name = re.sub(r"#U([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), name)  # what Info-ZIP's unzip makes of them
+    return {re.sub(r"[^a-z0-9.]", "", unicodedata.normalize(form, name).casefold()) for form in ("NFKD", "NFC")}
+
+
+def find_image(root, name, homes, listings, nearest):
+    """rows.resolve_image, and where that finds nothing once more in the folder of the style's other name and without accents."""
+    try:
+        return rows.resolve_image(root, name, listings, nearest)
+    except DataError as error:
+        *folders, file = re.split(r"[\\/]", name)
+        folders[:1] = [homes.get(style_name(first), first) for first in folders[:1]]
+        place = os.path.join(root, *folders)
+        if ("accents", place) not in listings:
+            known = listings["accents", place] = {}
+            for entry in rows.entries(place):
+                for spelling in spellings(entry):
+                    known.setdefault(spelling, set()).add(entry)
+        close = set().union(*(listings["accents", place].get(s, ()) for s in spellings(file)))
+        for entry in [file, *close] if len(close) < 2 else [file]:
+            try:
+                return rows.resolve_image(root, "/".join([*folders, entry]), listings, False)
+            except DataError:
+                pass
+        raise error
+
+
+def make_rows(entries, root):
+    """Entries (name, style, file, line) -> rows.Row whose style is the class; question and answer stay empty."""
+    homes, listings, missed, found = {style_name(entry): entry for entry in sorted(rows.entries(root))}, {}, 0, []
+    for name, style, file, line in entries:
+        try:
+            image, fault = find_image(root, name, homes, listings, nearest=missed < 5), ""
+        except DataError as error:
+            image, fault, missed = "", str(error), missed + 1
+        if image and not os.path.getsize(image):
+            fault = f"image {tables.shown(name)} has 0 bytes"
+        found.append(rows.Row(image, name, "", "", "", style, line, file, fault))
+    return found
+
+
+def hold_out(read, share, held):
+    """rows.hold_out within each style, so that the rarest have validation pictures too; a style's only picture is trained on."""
+    styles = {}
+    for row in read:
+        styles.setdefault(row.style, []).append(row)
+    return [row for group in styles.values() for row in (rows.hold_out(group, share, held) if len(group) > 1 else group[held:])]
+
+
+def add_photos(folder, classes, splits, say):
+    """The class Photograph: one for 27 paintings of a split, in the order of their names' hashes, none in both."""
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: there is no such folder: check --photos")
+    names = [os.path.relpath(os.path.join(place, name), folder) for place, _, files in os.walk(folder) for name in files
+             if name.lower().endswith(SUFFIXES) and name[0] != "."]
+    names.sort(key=lambda name: hashlib.sha256(unicodedata.normalize("NFC", name).encode()).digest())
+    wanted = {split: max(1, round(len(read) / PER_PHOTO)) for split, read in splits.items()}
+    if len(names) < sum(wanted.values()):
+        raise DataError(f"{folder}: {len(names)} photographs where {sum(wanted.values())} are wanted, one for {PER_PHOTO} "
+                        "paintings: check --photos")
+    for split, count in wanted.items():
+        chosen, names = names[:count], names[count:]
+        read = make_rows([(name, PHOTOGRAPH, folder, 0) for name in chosen], folder)
+        splits[split] = splits[split] + [replace(row, name=f"{PHOTOGRAPH}/{row.name}") for row in read]
+        say(f"{split}: {count} photographs of {folder}")
+    return classes if PHOTOGRAPH in classes else [*classes, PHOTOGRAPH]
+
+
+def read_lists(args, say=print):
+    """(classes, {split: rows}) in whichever layout --data is; faults of single pictures stay in the rows."""
+    place = args.data
+    if not os.path.exists(place):
+        raise DataError(f"{place}: there is no such file or folder: check --data")
+    table = place if os.path.isfile(place) else os.path.join(place, "classes.csv")
+    if {"style_train.csv", "style_val.csv", "style_class.txt"} & set(rows.entries(place)):
+        layout, (classes, found), table = "ArtGAN's lists", read_artgan(args), os.path.join(place, "style_train.csv")
+    elif os.path.isfile(table):
+        layout, (classes, found) = "a table of subsets", read_subsets(args, table, say)
+    else:
+        folders = {split: next((name for name in names if os.path.isdir(os.path.join(place, name))), "")
+                   for split, names in SPLITS.items()}
+        if bool(folders["train"]) != bool(folders["val"]):
+            raise DataError(f"{place}: only one of train/ and val/ is there")
+        layout, table = "a folder per style", None
+        found = {split: list_pictures(place, folder) for split, folder in folders.items()}
+        classes = sorted({style for entries in found.values() for _, style, _, _ in entries})
+    if not found["train"] or not found["val"]:
+        raise DataError(f"{place}: no training or no validation rows")
+    root = rows.image_root(table, args.images, "", found["train"][0][0]) if table else place
+    if table is None and not folders["train"]:
+        read = make_rows(found["train"], root)
+        splits = {"train": hold_out(read, args.val_share, False), "val": hold_out(read, args.val_share, True)}
+    else:
+        splits = {split: make_rows(entries, root) for split, entries in found.items()}
+    say(f"{place}: {layout}, pictures in {root}")
+    return (add_photos(args.photos, classes, splits, say) if args.photos else classes), splits
+
+
+def broken_list(args):
+    """The file that --check-data writes: a name, a tab and the reason on each line."""
+    return pathlib.Path(args.data if os.path.isdir(args.data) else os.path.dirname(args.data) or ".") / "broken.txt"
+
+
+def read_data(args, say=print):
+    """(classes, {split: rows}), without the pictures that broken.txt names. DataError for any other that is missing or empty."""
+    classes, splits = read_lists(args, say)
+    path = broken_list(args)
+    listed = {line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()} if path.exists() else set()
+    for split, read in splits.items():
+        left_out = [row.name for row in read if row.name in listed]
+        good = splits[split] = [row for row in read if row.name not in listed]
+        if left_out:
+            say(f"{split}: {len(left_out)} of {len(read)} pictures left out, {path} lists them: {', '.join(left_out[:10])}"
+                + (" ..." if len(left_out) > 10 else ""))
+        faults = [f"{rows.locate(row.file, row.line) + ': ' if row.line else ''}{row.fault}" for row in good if row.fault]
+        if faults or not good:
+            listed_all = f"all are listed in {path}"
+            raise DataError(f"{read[0].file}: {len(faults) or len(read)} of {len(read)} pictures cannot be used: "
+                            f"{' | '.join(faults[:5]) or listed_all}: mend them, check --images, or let --check-data list them: "
+                            "training will leave them out")
+        none = [name for name in classes if not any(row.style == name for row in good)]
+        say(f"{split}: {len(good)} pictures, {len(classes) - len(none)} of {len(classes)} classes"
+            + (f"; none of {', '.join(none)}" if none else ""))
+    return classes, splits
+
+
+def check_data(args):
+    """--check-data: decode everything, write broken.txt, print what is there. No weight is loaded."""
+    classes, splits = read_lists(args)
+    faults = {}
+    for split, read in splits.items():
+        decoded = dict(rows.verify_images([row for row in read if not row.fault], max(1, args.workers)))
+        faults |= {row.name: row.fault or decoded[row.image] for row in read if row.fault or row.image in decoded}
+        good = [row for row in read if row.name not in faults]
+        if not good:
+            raise DataError(f"{split}: none of {len(read)} pictures can be read, first {faults[read[0].name]}: check --data and "
+                            "--images")
+        print(f"{split}: {len(good)} of {len(read)} pictures can be read: {rows.histogram((row.style for row in good), 30)}")
+    for name, reason in faults.items():
+        print(f"broken: {name}: {reason}")
+    for image, names in list(rows.shared_images(splits).items())[:10]:
+        print(f"in {' and '.join(names)}: {image}")
+    path = broken_list(args)
+    if faults or path.exists():
+        with runfolder.whole_file(path) as file:
+            file.writelines(f"{name}\t{' '.join(reason.split())}\n" for name, reason in faults.items())
+        print(f"{len(faults)} broken pictures listed in {path}: training leaves them out")
+    print("training can start")
+
+
+def balanced(labels, power, seed, epoch):
+    """Row numbers of an epoch [N] from labels [N]: class c, of n_c rows, has n_c^(1-power) / sum_k n_k^(1-power) of the N places.
+
+    power 0: the data as it is; 1: every class equally often. Within a class the rows take turns, so that each comes up equally
+    often but for one; whole rounds are shuffled. A pure function of (seed, epoch)."""
+    rng, labels = np.random.default_rng([seed, epoch, 1]), np.asarray(labels)
+    counts = np.bincount(labels)
+    share = np.where(counts > 0, np.maximum(counts, 1) ** (1.0 - power), 0)
+    ends = np.rint(np.cumsum(share) / share.sum() * len(labels)).astype(int)  # rounded sums: the parts add up to N
+    drawn = []
+    for label, places in enumerate(np.diff(ends, prepend=0)):
+        members = np.flatnonzero(labels == label)
+        rounds, rest = divmod(int(places), max(1, len(members)))
+        drawn += [rng.permutation(members) for _ in range(rounds)] + [rng.permutation(members)[:rest]]
+    return np.concatenate(drawn)
+
+
+class Paintings(Dataset):
+    """(row number, epoch, place in the epoch), or a row number -> (pixels [3,s,s] in ImageNet's normalisation, label, Row).
+
+    With an epoch the picture is cropped, mirrored and tinted: a pure function of (seed, epoch, place), whichever process does it.
+    Without, it is squashed to a square as Gated BLIP-2 does it for its classifier: validation sees what that will see.
+    A broken picture's DataError is handed on in place of the pixels: raised in a loader it would keep the others from ending.
+    """
+
+    def __init__(self, read, classes, size, crop=1.0, seed=0):
+        self.rows, self.size, self.seed = read, size, seed
+        self.labels = [classes.index(row.style) for row in read]
+        jitter = v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02)  # light: colour is part of a style
+        self.augment = v2.Compose([
+            v2.RandomResizedCrop(size, scale=(max(crop, 0.01), 1.0), interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(), v2.RandomApply([jitter], p=0.3), v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        number, *when = key if isinstance(key, tuple) else (key,)
+        row = self.rows[number]
+        try:
+            image = rows.load_image(row.image)
+        except DataError as error:
+            return error, self.labels[number], row
+        if not when:
+            return rows.image_tensor(image, self.size, IMAGENET_MEAN, IMAGENET_STD), self.labels[number], row
+        runfolder.seed_everything(self.seed, *when, 1)  # 1: not the numbers that seed dropout
+        return self.augment(image), self.labels[number], row
+
+
+def collate(samples):
+    """Samples -> {"images": [B,3,s,s], "labels": [B]}, or {"fault": message}."""
+    for pixels, _, row in samples:
+        if isinstance(pixels, DataError):
+            return {"fault": f"{row.file}, {named([row])}: {pixels}: --check-data lists such files, and training leaves them out"}
+    pixels, labels, _ = zip(*samples)
+    return {"images": torch.stack(pixels), "labels": torch.tensor(labels)}
+
+
+def load_batches(data, batches, workers):
+    """A DataLoader over given lists of Paintings' keys."""
+    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      worker_init_fn=runfolder.outlive_signals if workers else None, timeout=600 if workers else 0)
+
+
+class LoaderError(DataError):
+    """A picture or a loader process failed between two steps: the model is as the last step left it."""
+
+
+def next_batch(batches, device):
+    """The next batch on its device, channels last; a LoaderError where one of its pictures is broken."""
+    batch = next(batches)
+    if "fault" in batch:
+        raise LoaderError(batch["fault"])
+    images = batch["images"].to(device, non_blocking=True, memory_format=torch.channels_last)  # [B,3,s,s] still, NHWC in memory
+    return images, batch["labels"].to(device, non_blocking=True)
+
+
+def named(group):
+    """Rows for a message: picture and place of the first few."""
+    listed = [r.name + (f" ({rows.locate(r.file, r.line)})" if r.line else "") for r in group]
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+# --- scores ------------
+
+def per_class(confusion):
+    """Counts [K,K], rows true and columns predicted -> precision, recall, F1, each [K]; 0 where there is nothing to divide by."""
+    hits, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)  # [K] each
+    return hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(true + predicted, 1)
+
+
+def summary(found, classes):
+    """evaluate's list -> ({loss, top1, top5, f1, balanced}, confusion [K,K]). f1 (macro) and balanced accuracy (mean recall) are
+    means over the classes that have validation pictures: of the others nothing is known."""
+    confusion = np.zeros((classes, classes), int)
+    for one in found:
+        confusion[one["label"], one["best"][0]] += 1
+    _, recall, f1 = per_class(confusion)
+    present = confusion.sum(1) > 0  # [K]
+    hits = {k: sum(one["label"] in one["best"][:k] for one in found) / len(found) for k in (1, 5)}
+    return {"loss": sum(one["loss"] for one in found) / len(found), "top1": hits[1], "top5": hits[5],
+            "f1": float(f1[present].mean()), "balanced": float(recall[present].mean())}, confusion
+
+
+@torch.no_grad()
+def evaluate(net, data, accelerator, batch_size, workers):
+    """Every row once, on however many processes -> list of {row, label, loss (plain cross-entropy), best: five classes}."""
+    net.eval()
+    mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
+    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    loaded, found = iter(load_batches(data, batches, workers)), []
+    for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
+                        disable=None if accelerator.is_main_process else True):
+        images, labels = next_batch(loaded, accelerator.device)
+        with accelerator.autocast():
+            logits = net(images).float()  # [B,K]
+        losses = F.cross_entropy(logits, labels, reduction="none").tolist()
+        best = logits.topk(min(5, logits.shape[1])).indices.tolist()  # [B,5]
+        found += [dict(zip(("row", "label", "loss", "best"), one)) for one in zip(numbers, labels.tolist(), losses, best)]
+    return sorted(gather_object(found), key=lambda one: one["row"])
+
+
+def draw_confusion(confusion, classes, path, title):
+    """confusion.png: per true style (row) the share of its pictures that is taken for each style, in per cent from 1 % on."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    count = len(classes)
+    true = confusion.sum(1)
+    share = confusion / np.maximum(true, 1)[:, None]  # [K,K], rows sum to 1
+    figure, axis = plt.subplots(figsize=(4 + 0.4 * count, 3 + 0.36 * count), layout="constrained")
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for i, j in zip(*np.nonzero(share >= 0.005)):
+        axis.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=8,
+                  color="white" if share[i, j] > 0.5 else "black")
+    axis.set_xticks(range(count), classes, rotation=60, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(count), [f"{name} ({n})" for name, n in zip(classes, true)])
+    axis.set_xticks(np.arange(count + 1) - 0.5, minor=True)
+    axis.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+    axis.grid(which="minor", color="0.9", linewidth=0.5)
+    axis.tick_params(which="both", length=0)
+    axis.set(xlabel="predicted", ylabel="true (validation pictures)")
+    axis.set_title(title, loc="left", fontsize=11)
+    with runfolder.whole_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+def class_table(confusion, classes, trained_on):
+    """Lines of per_class.csv: training and validation pictures, precision, recall, F1 and what it is most often mistaken for."""
+    lines = [("class", "train", "val", "precision", "recall", "f1", "mistaken_for")]
+    wrong = confusion * (1 - np.eye(len(classes), dtype=int))  # [K,K] without the hits
+    for k, values in enumerate(zip(*per_class(confusion))):
+        other = f"{classes[wrong[k].argmax()]} ({wrong[k].max()})" if wrong[k].any() else ""
+        lines.append((classes[k], trained_on[classes[k]], int(confusion[k].sum()), *(f"{value:.3f}" for value in values), other))
+    return lines
+
+
+# --- model ------------
+
+def precision_of(args):
+    """--precision -> accelerate's word for it."""
+    if args.precision != "auto":
+        return args.precision
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def build(args, classes, say, blank=False):
+    """timm's net with a head of len(classes), from --pretrained or --init. blank: weights are put in later (--resume)."""
+    wanted = dict(num_classes=len(classes), drop_rate=args.dropout, drop_path_rate=args.drop_path)
+    try:
+        net = timm.create_model(args.arch, **wanted)
+    except (RuntimeError, TypeError) as error:  # a name that timm does not know, or a net without drop-path
+        raise DataError(f"--arch {args.arch} cannot be built ({' '.join(str(error).split())[:200]})") from None
+    if "classifier.weight" not in net.state_dict():
+        raise DataError(f"--arch {args.arch} is not one of timm's EfficientNets")
+    if args.pretrained and not args.init and not blank:
+        try:
+            net = timm.create_model(args.arch, pretrained=True, **wanted)
+        except Exception as error:  # whatever the hub's client raises without a network
+            raise DataError(f"--pretrained: no weights of {args.arch} ({' '.join(str(error).split())[:160]}): give a file of "
+                            "them as --init FILE") from None
+    torch.nn.init.normal_(net.classifier.weight, std=0.01)  # timm's start is so wide that a first loss of ln 27 = 3.3 becomes 4.6
+    if args.init and not blank:
+        start_from(net, args.init, say)
+    elif not args.pretrained and not blank:
+        say("random weights: --pretrained or --init start from ImageNet's, which takes far fewer pictures")
+    return net.to(memory_format=torch.channels_last)
+
+
+def start_from(net, path, say):
+    """--init: every weight but a classifier head of another size, strictly. Code in the file never runs."""
+    if str(path).endswith(".safetensors"):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+        try:
+            state, where = load_file(path), "the file itself"
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path}: cannot be read as safetensors ({' '.join(str(error).split())[:160]})") from None
+    else:
+        advice = "save its state dict alone: torch.save(model.state_dict(), FILE)"
+        state, where = efficientnet.unwrap_state(efficientnet.load_foreign(path, True, advice))
+    own, head = net.state_dict(), ("classifier.weight", "classifier.bias")
+    other = [name for name in head if name in state and state[name].shape != own[name].shape]
+    if other:
+        say(f"{path}: its classifier head of {len(state[other[0]])} classes is left out, the new one has {len(own[other[0]])}")
+        state = {**state, **{name: own[name] for name in head}}
+    efficientnet.load_strictly(net, state, f"--init {path} ({where})")
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW; no decay on biases, norms and scalars (everything with fewer than two dimensions)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr)
+
+
+def to_train(run):
+    """Training mode; with --freeze-bn the norms stay in evaluation mode, but their scale and shift are trained.
+
+    Batch norm and small batches: a picture brings many positions, so that statistics of 16 pictures serve. With 4 the frozen ones
+    were better (one run, 180 paintings, 4 epochs: top-1 33.9 against 31.1 %), at a third of the learning rate: at 1e-3 the nets
+    with frozen statistics fell to chance. Several GPUs: each has its own, the first one's running statistics are kept."""
+    run.wrapped.train()
+    for module in run.model.modules():
+        if run.args.freeze_bn and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def mixed(images, labels, classes, cutmix, mixup):
+    """images [B,3,s,s], labels [B] -> (images, targets [B,K]); CutMix (alpha 1), MixUp (alpha 0.2) in their share of batches."""
+    draw = random.random()
+    if draw < cutmix:
+        return v2.CutMix(num_classes=classes, alpha=1.0)(images, labels)
+    if draw < cutmix + mixup:
+        return v2.MixUp(num_classes=classes, alpha=0.2)(images, labels)
+    return images, F.one_hot(labels, classes).float()
+
+
+# --- one run: what the functions of the loop share ------------
+
+@dataclass
+class Run:
+    """A run under way. `model` is timm's net; `wrapped` the same as accelerate trains it; `ema` its average, which is scored."""
+    args: argparse.Namespace
+    accelerator: Accelerator
+    classes: list
+    model: torch.nn.Module
+    wrapped: torch.nn.Module
+    ema: ModelEmaV3
+    optimizer: torch.optim.Optimizer
+    train: Paintings
+    val: Paintings
+    step: int = 0  # optimizer steps done
+    log: runfolder.RunLog | None = None  # only where files are written
+
+    def __post_init__(self):
+        self.marks = {"metric": "f1", "value": None, "epoch": None, "done": 0, "confusion": None}  # done: epochs validated
+        self.per_epoch = len(self.plan(0))
+        self.total = self.args.epochs * self.per_epoch
+
+    def plan(self, epoch):
+        """The optimizer steps of an epoch, see runfolder.epoch_plan, with Paintings' keys as the numbers."""
+        drawn = balanced(self.train.labels, self.args.balance, self.args.seed, epoch).tolist()
+        steps = runfolder.epoch_plan(len(drawn), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
+                                     self.accelerator.process_index, self.accelerator.num_processes)
+
+        def keys(places):
+            return [(drawn[place], epoch, place) for place in places]
+        return [(keys(group), [(number, keys(places)) for number, places in share]) for group, share in steps]
+
+    def lr(self, step):
+        return runfolder.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
+
+
+# --- checkpoints ------------
+
+def save_best(run, out):
+    """best.pt: the averaged weights and plain values; efficientnet.EfficientNet28.from_checkpoint takes it as it is."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in run.ema.module.state_dict().items()}
+    runfolder.save_checkpoint(out / "best.pt", {
+        "stage": "efficientnet", "model": state, "arch": run.args.arch, "classes": run.classes, "size": run.args.size,
+        "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "args": vars(run.args), **run.marks,
+        "torch": torch.__version__.split("+")[0], "timm": timm.__version__})
+
+
+def save_last(run, out):
+    """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
+    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
+    runfolder.save_checkpoint(out / "last.pt", {
+        "stage": "efficientnet", "state": run.model.state_dict(), "ema": run.ema.module.state_dict(), "step": run.step,
+        "optimizer": run.optimizer.state_dict(), "scaler": scaler, "marks": run.marks, "settings": settings(run)})
+
+
+def settings(run):
+    """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
+    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "photos", "check_data", "pretrained", "init")
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
+    return {**flags, "classes": run.classes, "training rows (hash)": rows.fingerprint(run.train.rows),
+            "validation rows (hash)": rows.fingerprint(run.val.rows), "processes": run.accelerator.num_processes}
+
+
+def restore(run, path):
+    """Put last.pt back. DataError where anything differs that would change the result."""
+    last = runfolder.load_checkpoint(path, ("state", "ema", "optimizer", "scaler", "step", "marks", "settings"))
+    now = settings(run)
+    other = [f"{name} is {now.get(name)!r}, was {was!r}" for name, was in last["settings"].items() if now.get(name) != was]
+    if other:
+        raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}: give the former ones, or another --out")
+    efficientnet.load_strictly(run.model, last["state"], str(path))
+    efficientnet.load_strictly(run.ema.module, last["ema"], str(path))
+    run.optimizer.load_state_dict(last["optimizer"])
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(last["scaler"])
+    run.step, run.marks = last["step"], last["marks"]
+
+
+def bad_loss(what, step, group):
+    """The message for a loss or gradient that is not finite."""
+    return (f"{what} at step {step}; best.pt and last.pt are as they were; look at these pictures, lower --lr, or use "
+            f"--precision bf16 or no: {named(group)}")
+
+
+def is_better(value, marks):
+    """Is this macro F1 better than the best so far? Never true of NaN."""
+    return math.isfinite(value) and (marks["value"] is None or value > marks["value"])
+
+
+def stopped(accelerator, stop):
+    """Has any process been told to stop? All of them must agree, or the others would wait for ever."""
+    if accelerator.num_processes == 1:
+        return bool(stop.number)
+    return bool(accelerator.reduce(torch.tensor(stop.number, device=accelerator.device)).item())
+
+
+# --- the loop ------------
+
+def train_step(run, batches, group, share):
+    """Forward and backward of one optimizer step: this process's share of the group, in micro-batches -> its part of the loss."""
+    total = 0.0
+    for i, (number, picked) in enumerate(share):
+        images, labels = next_batch(batches, run.accelerator.device)
+        # CutMix, dropout and drop-path are pure functions of (seed, step, micro-batch): exact resume depends on it. Not before
+        # next_batch, which with --workers 0 seeds this very process for every picture
+        runfolder.seed_everything(run.args.seed, run.step, number)
+        images, targets = mixed(images, labels, len(run.classes), run.args.cutmix, run.args.mixup)  # targets [B,K]
+        with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
+            loss = F.cross_entropy(run.wrapped(images).float(), targets, label_smoothing=run.args.smoothing)  # logits [B,K]
+        if not torch.isfinite(loss):
+            raise DataError(bad_loss(f"loss is {loss.item()}", run.step, [run.train.rows[n] for n, *_ in picked]))
+        portion = len(picked) * run.accelerator.num_processes / len(group)
+        run.accelerator.backward(loss * portion)
+        total += loss.item() * portion
+    return total
+
+
+def train_epoch(run, plan, stop):
+    """The optimizer steps of `plan`. Ends early when a signal has come."""
+    accelerator = run.accelerator
+    batches = iter(load_batches(run.train, [keys for _, share in plan for _, keys in share], run.args.workers))
+    bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
+    to_train(run)
+    for group, share in bar:
+        lr = run.lr(run.step)
+        for group_of_parameters in run.optimizer.param_groups:
+            group_of_parameters["lr"] = lr
+        try:
+            loss = train_step(run, batches, group, share)
+        except RuntimeError as error:  # torch says so in the midst of whatever is done at that moment
+            if not re.search(runfolder.DEAD_LOADER, str(error)):
+                raise
+            place = named([run.train.rows[n] for n, *_ in group])
+            raise LoaderError(f"{runfolder.dead_loader(error)}; it was at {place}") from None
+        norm = float(accelerator.clip_grad_norm_(run.model.parameters(), CLIP))
+        if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+            raise DataError(bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n, *_ in group]))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.step += 1
+        run.ema.update(run.model, run.step)
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+        if run.step % LOG_EVERY == 0:
+            loss = accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean").item()
+            if run.log:
+                run.log.write("step", run.step, epoch=(run.step - 1) // run.per_epoch + 1, lr=lr, loss=loss, grad_norm=norm)
+        if stopped(accelerator, stop):
+            break
+
+
+def validate(run, data):
+    """The numbers of an epoch and the confusion [K,K], of the averaged weights."""
+    if run.accelerator.num_processes > 1:
+        broadcast(list(run.ema.module.buffers()))  # batch-norm statistics differ between processes: the first one's count
+    return summary(evaluate(run.ema.module, data, run.accelerator, run.args.batch_size, run.args.workers), len(run.classes))
+
+
+def rehearse(run):
+    """A training step and a validation batch before anything is trained: memory that runs out shows now and not in the night."""
+    before = [buffer.clone() for buffer in run.model.buffers()]  # batch norm's statistics, which a step changes
+    group, share = run.plan(0)[0]
+    to_train(run)
+    train_step(run, iter(load_batches(run.train, [keys for _, keys in share], 0)), group, share)
+    run.optimizer.zero_grad()
+    for buffer, value in zip(run.model.buffers(), before):
+        buffer.copy_(value)
+    evaluate(run.ema.module, Paintings(run.val.rows[:run.args.batch_size], run.classes, run.val.size), run.accelerator,
+             run.args.batch_size, 0)
+    if torch.cuda.is_available():
+        run.accelerator.print(f"most GPU memory in a rehearsal: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def prepare(args, resumed=False):
+    """Flags -> a Run at its first step: rows, model, average, optimizer."""
+    accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
+    classes, splits = read_data(args, accelerator.print)
+    runfolder.seed_everything(args.seed)
+    with accelerator.main_process_first():  # one downloads, the others find it
+        model = build(args, classes, accelerator.print, blank=resumed).to(accelerator.device)
+    if accelerator.is_main_process:
+        runfolder.print_parts(model)
+    # before prepare, which ties forward to this very object. Warm-up: the decay of step t is 1 - t^(-2/3), so that the average
+    # spans t^(2/3) steps and a run of 200 steps has a useful one too
+    ema = ModelEmaV3(model, decay=args.ema, use_warmup=True)
+    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
+    train, val = (Paintings(splits[split], classes, args.size, args.crop, args.seed) for split in ("train", "val"))
+    return Run(args, accelerator, classes, model, wrapped, ema, optimizer, train, val)
+
+
+def train(run, out, stop):
+    """The epochs that are left. Returns early, with a last.pt, when a signal has come."""
+    args, leader, say = run.args, run.accelerator.is_main_process, run.accelerator.print
+    for epoch in range(run.marks["done"], args.epochs):
+        try:
+            train_epoch(run, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
+        except LoaderError:
+            if leader and run.step:
+                save_last(run, out)
+            raise
+        if stopped(run.accelerator, stop):
+            break
+        numbers, confusion = validate(run, run.val)
+        better = is_better(numbers["f1"], run.marks)
+        run.marks |= {"done": epoch + 1}
+        if better:
+            run.marks |= {"value": numbers["f1"], "epoch": epoch + 1, "confusion": confusion.tolist()}
+        say(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()) + (" *" if better else ""))
+        if leader:
+            run.log.write("epoch", run.step, epoch=epoch + 1, lr=run.lr(run.step - 1), **numbers)
+            if args.save_last:  # before best.pt: begin() makes up a best.pt that a kill between the two has left behind
+                save_last(run, out)
+            if better:
+                save_best(run, out)
+            draw(run, out)
+    if stop.number and leader:
+        save_last(run, out)
+        say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
+
+
+def draw(run, out):
+    """curves.png of the log so far."""
+    runfolder.draw_curves(run.log.path, out / "curves.png", PANELS, f"{out.name}: {run.args.arch}, {run.args.size} px")
+
+
+def report(run, out):
+    """confusion.png, per_class.csv and the printed table, all of the best epoch."""
+    confusion, epoch = np.array(run.marks["confusion"]), run.marks["epoch"]
+    draw_confusion(confusion, run.classes, out / "confusion.png",
+                   f"{out.name}, epoch {epoch}: macro F1 {run.marks['value']:.3f}; per cent of each row")
+    lines = class_table(confusion, run.classes, Counter(row.style for row in run.train.rows))
+    with runfolder.whole_file(out / "per_class.csv") as file:
+        csv.writer(file).writerows(lines)
+    for name, *numbers, other in lines:
+        print(f"{name:28}" + "".join(f"{number:>11}" for number in numbers) + f"   {other}")
+
+
+def begin(run, out, resumed):
+    """The run folder, and what --resume finds in it."""
+    args = run.args
+    if resumed:
+        restore(run, out / "last.pt")
+        run.accelerator.print(f"resuming after step {run.step} of {run.total}")
+    if run.accelerator.is_main_process:
+        size = sum(t.nbytes for t in run.model.state_dict().values())
+        # best.pt; last.pt with weights, average and AdamW's two; for each the old and the new file
+        runfolder.refuse_full_disk(out, size * (10 if args.save_last else 2))
+        runfolder.start_run(out, args)
+        run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
+        if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
+            save_best(run, out)
+        if resumed:
+            draw(run, out)
+
+
+def fit(args):
+    """The whole run -> (Run, number of the signal that ended it or 0)."""
+    out = pathlib.Path(args.out)
+    resumed = args.resume and (out / "last.pt").exists()
+    runfolder.refuse_overwrite(out, resumed)
+    run = prepare(args, resumed)
+    say = run.accelerator.print
+    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), runfolder.StopSignal() as stop:
+        runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
+        begin(run, out, resumed)
+        say(f"{len(run.train)} training and {len(run.val)} validation pictures, {len(run.classes)} classes; {run.total} steps of "
+            f"{len(run.plan(0)[0][0])}, lr {args.lr:g}, precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
+        rehearse(run)
+        train(run, out, stop)
+        if run.log:
+            run.log.close()
+            if not stop.number and run.marks["value"] is not None:
+                report(run, out)
+    run.accelerator.end_training()
+    return run, stop.number
+
+
+def main(argv=None):
+    args = get_args(argv)
+    for note in runfolder.note_versions():
+        print(note, file=sys.stderr)
+    if args.check_data:
+        return check_data(args)
+    run, signal_number = fit(args)
+    if signal_number:
+        return 128 + signal_number
+    if run.marks["value"] is None:
+        raise DataError("the validation macro F1 was never finite: there is no best.pt; lower --lr")
+    run.accelerator.print(f"best macro F1 {run.marks['value']:.4f} in epoch {run.marks['epoch']}: {args.out}/best.pt")
+
+
+if __name__ == "__main__":
+    sys.exit(runfolder.exit_code(main))
