@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import eval_gated
+import loop
 import runfolder
 import train_gated
 from rows import DataError
@@ -52,9 +53,9 @@ def tower_features(argv, split):
     firsts = list({row.image: row for row in every}.values())
     data = train_gated.Questions(firsts, run.model.image_size)
     batches = [list(range(i, min(i + 32, len(firsts)))) for i in range(0, len(firsts), 32)]
-    loaded, found = iter(train_gated.load_batches(data, run.collate, batches, args.workers)), {}
+    loaded, found = iter(loop.load_batches(data, run.collate, batches, args.workers)), {}
     for numbers in tqdm(batches, desc="tower features", mininterval=1, disable=None):
-        batch = train_gated.next_batch(loaded, run.accelerator.device)
+        batch = loop.next_batch(loaded, run.accelerator.device)
         features = {name: tensor.cpu() for name, tensor in run.model.eval().image_features(batch["images"]).items()}
         for k, n in enumerate(numbers):
             found[firsts[n].image] = {name: tensor[k].clone() for name, tensor in features.items()}
@@ -148,4 +149,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(runfolder.exit_code(main))
+    sys.exit(loop.exit_code(main))

@@ -7,7 +7,8 @@ Reading order (building blocks first, the whole last):
   style terms      style_vocabulary, style_hit, style_kl
   prompts          encode_prompts, encode_training
   the system       Blip2OPTGated, load_blip2
-The style classifier is in efficientnet.py, checkpoints and run folders in runfolder.py, tables and images in rows.py.
+The style classifier is in efficientnet.py, checkpoints and run folders in runfolder.py, the tools of training loops in loop.py,
+tables and images in rows.py.
 
 Capitals in shape comments: B batch, Q queries, L text tokens, S = Q + L, P image patches (with CLS), H Q-Former width,
 W vision width, D language model width, V vocabulary, T control tokens, M answer positions of the whole batch.

@@ -36,10 +36,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from timm.utils import ModelEmaV3
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import loop
 import efficientnet
 import rows
 import runfolder
@@ -378,7 +379,7 @@ class Paintings(Dataset):
             return error, self.labels[number], row
         if not when:
             return rows.image_tensor(image, self.size, IMAGENET_MEAN, IMAGENET_STD), self.labels[number], row
-        runfolder.seed_everything(self.seed, *when, 1)  # 1: not the numbers that seed dropout
+        loop.seed_everything(self.seed, *when, 1)  # 1: not the numbers that seed dropout
         return self.augment(image), self.labels[number], row
 
 
@@ -386,34 +387,18 @@ def collate(samples):
     """Samples -> {"images": [B,3,s,s], "labels": [B]}, or {"fault": message}."""
     for pixels, _, row in samples:
         if isinstance(pixels, DataError):
-            return {"fault": f"{row.file}, {named([row])}: {pixels}: --check-data lists such files, and training leaves them out"}
+            return {"fault": f"{row.file}, {loop.named([row])}: {pixels}: --check-data lists such files, and training leaves them out"}
     pixels, labels, _ = zip(*samples)
     return {"images": torch.stack(pixels), "labels": torch.tensor(labels)}
-
-
-def load_batches(data, batches, workers):
-    """A DataLoader over given lists of Paintings' keys."""
-    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=runfolder.outlive_signals if workers else None, timeout=600 if workers else 0)
-
-
-class LoaderError(DataError):
-    """A picture or a loader process failed between two steps: the model is as the last step left it."""
 
 
 def next_batch(batches, device):
     """The next batch on its device, channels last; a LoaderError where one of its pictures is broken."""
     batch = next(batches)
     if "fault" in batch:
-        raise LoaderError(batch["fault"])
+        raise loop.LoaderError(batch["fault"])
     images = batch["images"].to(device, non_blocking=True, memory_format=torch.channels_last)  # [B,3,s,s] still, NHWC in memory
     return images, batch["labels"].to(device, non_blocking=True)
-
-
-def named(group):
-    """Rows for a message: picture and place of the first few."""
-    listed = [r.name + (f" ({rows.locate(r.file, r.line)})" if r.line else "") for r in group]
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 
 # --- scores ------------
@@ -443,7 +428,7 @@ def evaluate(net, data, accelerator, batch_size, workers):
     net.eval()
     mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    loaded, found = iter(load_batches(data, batches, workers)), []
+    loaded, found = iter(loop.load_batches(data, collate, batches, workers)), []
     for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
         images, labels = next_batch(loaded, accelerator.device)
@@ -492,14 +477,6 @@ def class_table(confusion, classes, trained_on):
 
 
 # --- model ------------
-
-def precision_of(args):
-    """--precision -> accelerate's word for it."""
-    if args.precision != "auto":
-        return args.precision
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
 def build(args, classes, say, blank=False):
@@ -597,9 +574,9 @@ class Run:
         self.total = self.args.epochs * self.per_epoch
 
     def plan(self, epoch):
-        """The optimizer steps of an epoch, see runfolder.epoch_plan, with Paintings' keys as the numbers."""
+        """The optimizer steps of an epoch, see loop.epoch_plan, with Paintings' keys as the numbers."""
         drawn = balanced(self.train.labels, self.args.balance, self.args.seed, epoch).tolist()
-        steps = runfolder.epoch_plan(len(drawn), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
+        steps = loop.epoch_plan(len(drawn), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
                                      self.accelerator.process_index, self.accelerator.num_processes)
 
         def keys(places):
@@ -607,7 +584,7 @@ class Run:
         return [(keys(group), [(number, keys(places)) for number, places in share]) for group, share in steps]
 
     def lr(self, step):
-        return runfolder.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
+        return loop.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
 
 
 # --- checkpoints ------------
@@ -652,22 +629,9 @@ def restore(run, path):
     run.step, run.marks = last["step"], last["marks"]
 
 
-def bad_loss(what, step, group):
-    """The message for a loss or gradient that is not finite."""
-    return (f"{what} at step {step}; best.pt and last.pt are as they were; look at these pictures, lower --lr, or use "
-            f"--precision bf16 or no: {named(group)}")
-
-
 def is_better(value, marks):
     """Is this macro F1 better than the best so far? Never true of NaN."""
     return math.isfinite(value) and (marks["value"] is None or value > marks["value"])
-
-
-def stopped(accelerator, stop):
-    """Has any process been told to stop? All of them must agree, or the others would wait for ever."""
-    if accelerator.num_processes == 1:
-        return bool(stop.number)
-    return bool(accelerator.reduce(torch.tensor(stop.number, device=accelerator.device)).item())
 
 
 # --- the loop ------------
@@ -679,12 +643,12 @@ def train_step(run, batches, group, share):
         images, labels = next_batch(batches, run.accelerator.device)
         # CutMix, dropout and drop-path are pure functions of (seed, step, micro-batch): exact resume depends on it. Not before
         # next_batch, which with --workers 0 seeds this very process for every picture
-        runfolder.seed_everything(run.args.seed, run.step, number)
+        loop.seed_everything(run.args.seed, run.step, number)
         images, targets = mixed(images, labels, len(run.classes), run.args.cutmix, run.args.mixup)  # targets [B,K]
         with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
             loss = F.cross_entropy(run.wrapped(images).float(), targets, label_smoothing=run.args.smoothing)  # logits [B,K]
         if not torch.isfinite(loss):
-            raise DataError(bad_loss(f"loss is {loss.item()}", run.step, [run.train.rows[n] for n, *_ in picked]))
+            raise DataError(loop.bad_loss(f"loss is {loss.item()}", run.step, [run.train.rows[n] for n, *_ in picked]))
         portion = len(picked) * run.accelerator.num_processes / len(group)
         run.accelerator.backward(loss * portion)
         total += loss.item() * portion
@@ -694,23 +658,18 @@ def train_step(run, batches, group, share):
 def train_epoch(run, plan, stop):
     """The optimizer steps of `plan`. Ends early when a signal has come."""
     accelerator = run.accelerator
-    batches = iter(load_batches(run.train, [keys for _, share in plan for _, keys in share], run.args.workers))
+    batches = iter(loop.load_batches(run.train, collate, [keys for _, share in plan for _, keys in share], run.args.workers))
     bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
     to_train(run)
     for group, share in bar:
         lr = run.lr(run.step)
         for group_of_parameters in run.optimizer.param_groups:
             group_of_parameters["lr"] = lr
-        try:
+        with loop.dead_loaders_named([run.train.rows[n] for n, *_ in group]):
             loss = train_step(run, batches, group, share)
-        except RuntimeError as error:  # torch says so in the midst of whatever is done at that moment
-            if not re.search(runfolder.DEAD_LOADER, str(error)):
-                raise
-            place = named([run.train.rows[n] for n, *_ in group])
-            raise LoaderError(f"{runfolder.dead_loader(error)}; it was at {place}") from None
         norm = float(accelerator.clip_grad_norm_(run.model.parameters(), CLIP))
         if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            raise DataError(bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n, *_ in group]))
+            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n, *_ in group]))
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
@@ -720,7 +679,7 @@ def train_epoch(run, plan, stop):
             loss = accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean").item()
             if run.log:
                 run.log.write("step", run.step, epoch=(run.step - 1) // run.per_epoch + 1, lr=lr, loss=loss, grad_norm=norm)
-        if stopped(accelerator, stop):
+        if loop.stopped(accelerator, stop):
             break
 
 
@@ -736,7 +695,7 @@ def rehearse(run):
     before = [buffer.clone() for buffer in run.model.buffers()]  # batch norm's statistics, which a step changes
     group, share = run.plan(0)[0]
     to_train(run)
-    train_step(run, iter(load_batches(run.train, [keys for _, keys in share], 0)), group, share)
+    train_step(run, iter(loop.load_batches(run.train, collate, [keys for _, keys in share], 0)), group, share)
     run.optimizer.zero_grad()
     for buffer, value in zip(run.model.buffers(), before):
         buffer.copy_(value)
@@ -748,9 +707,9 @@ def rehearse(run):
 
 def prepare(args, resumed=False):
     """Flags -> a Run at its first step: rows, model, average, optimizer."""
-    accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     classes, splits = read_data(args, accelerator.print)
-    runfolder.seed_everything(args.seed)
+    loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one downloads, the others find it
         model = build(args, classes, accelerator.print, blank=resumed).to(accelerator.device)
     if accelerator.is_main_process:
@@ -769,11 +728,11 @@ def train(run, out, stop):
     for epoch in range(run.marks["done"], args.epochs):
         try:
             train_epoch(run, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
-        except LoaderError:
+        except loop.LoaderError:
             if leader and run.step:
                 save_last(run, out)
             raise
-        if stopped(run.accelerator, stop):
+        if loop.stopped(run.accelerator, stop):
             break
         numbers, confusion = validate(run, run.val)
         better = is_better(numbers["f1"], run.marks)
@@ -835,7 +794,7 @@ def fit(args):
     runfolder.refuse_overwrite(out, resumed)
     run = prepare(args, resumed)
     say = run.accelerator.print
-    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), runfolder.StopSignal() as stop:
+    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
         runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
         begin(run, out, resumed)
         say(f"{len(run.train)} training and {len(run.val)} validation pictures, {len(run.classes)} classes; {run.total} steps of "
@@ -865,4 +824,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(runfolder.exit_code(main))
+    sys.exit(loop.exit_code(main))

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+import loop
 import core
 import metrics
 import rows
 import runfolder
 from rows import DataError
-from train_gated import Collate, Questions, evaluate, loss_summary, precision_of, predicted_styles, read_data, resolved
+from train_gated import Collate, Questions, evaluate, loss_summary, predicted_styles, read_data, resolved
 from train_gated import get_args as train_gated_args
 
 LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
@@ -204,7 +205,7 @@ def main(argv=None, features=None):
         runfolder.refuse_unwritable(path)
     checkpoint = runfolder.load_checkpoint(
         args.checkpoint, ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen"))
-    accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     if args.merge_lora:
         model = load_model(args, checkpoint, torch.float32)
         runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
@@ -226,7 +227,7 @@ def main(argv=None, features=None):
             return model.predict_answers(None, [r.question for r in group], [r.context for r in group], **features, **seeing,
                                          method=args.method, answers=candidates, beams=args.beams, max_new_tokens=args.max_new_tokens)
         weights = checkpoint["loss_weights"] if trained else {"hit_weight": checkpoint["loss_weights"]["hit_weight"]}
-        with runfolder.batch_size_in_memory_errors(args.batch_size):
+        with loop.batch_size_in_memory_errors(args.batch_size):
             found = evaluate(model, data, collate, accelerator, args.batch_size, args.workers, weights, answer, **seeing)
         return found if trained else [{k: v for k, v in one.items() if k != "total"} for one in found]  # no KL: a part is left out
 
@@ -255,4 +256,4 @@ def main(argv=None, features=None):
 
 
 if __name__ == "__main__":
-    sys.exit(runfolder.exit_code(main))
+    sys.exit(loop.exit_code(main))

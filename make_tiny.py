@@ -36,6 +36,7 @@ import runfolder
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "data"))
+import loop
 import make_sample  # noqa: E402  (data/ is a folder of data and its maker, not a package)
 
 SIZE, PATCH, WIDTH, QUERIES = 112, 14, 128, 8
@@ -172,7 +173,7 @@ def fit(parameters, step_loss, steps, lr, name):
     bar = tqdm(range(steps), desc=name, mininterval=1, disable=None)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = runfolder.cosine_lr(step, steps, steps // 20, lr)
+            group["lr"] = loop.cosine_lr(step, steps, steps // 20, lr)
         loss = step_loss(step)
         optimizer.zero_grad()
         loss.backward()
@@ -320,7 +321,7 @@ def ensure_captioner(argv=()):
     if not folder.is_dir():
         print(f"making the tiny BLIP captioner in {args.out} (once, about a minute) ...", flush=True)
         start = time.monotonic()
-        runfolder.seed_everything(args.seed)
+        loop.seed_everything(args.seed)
         generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
         scenes, _, pixels = draw_scenes(args.pictures, args.seed)
         part = folder.with_name(folder.name + ".part")  # as in make_blip2
@@ -406,7 +407,7 @@ def ensure(argv=()):
     if not (folder.is_dir() and checkpoint.is_file()):
         print(f"making the tiny BLIP-2 and EfficientNet in {args.out} (once, about three minutes) ...", flush=True)
         start = time.monotonic()
-        runfolder.seed_everything(args.seed)
+        loop.seed_everything(args.seed)
         scenes, styles, pixels = draw_scenes(args.pictures, args.seed)
         if not folder.is_dir():
             make_blip2(folder, scenes, styles, pixels, args)

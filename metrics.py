@@ -533,5 +533,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import runfolder  # not above: it needs torch
-    sys.exit(runfolder.exit_code(main))
+    import loop  # not above: it needs torch
+    sys.exit(loop.exit_code(main))

@@ -14,13 +14,14 @@ import tempfile
 import pytest
 import torch
 
+import loop
 import core
 import make_tiny
 import runfolder
 
 
 def make_fusion():
-    runfolder.seed_everything(0)
+    loop.seed_everything(0)
     return core.GatedFusionModule(hidden_size=768).eval()  # eval: dropout would drown the differences
 
 
@@ -32,7 +33,7 @@ def make_inputs():
 
 def tiny_gated(folder):
     """A Gated BLIP-2 with random tiny weights, saved and loaded in the published format."""
-    runfolder.seed_everything(0)
+    loop.seed_everything(0)
     blip2, efficientnet = make_tiny.save_random(folder)
     return core.Blip2OPTGated.build(blip2, efficientnet, ["Cubism", "Pointillism"]).eval()
 

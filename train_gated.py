@@ -13,20 +13,20 @@ import argparse
 import math
 import os
 import pathlib
-import re
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 import core
+import loop
 import efficientnet
 import metrics
 import rows
@@ -210,41 +210,6 @@ class Collate:
         return self.styles.index(name) if name in self.styles else -1
 
 
-def load_batches(data, collate, batches, workers):
-    """A DataLoader over given lists of row numbers."""
-    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=runfolder.outlive_signals if workers else None, timeout=600 if workers else 0)
-
-
-class LoaderError(DataError):
-    """A picture or a loader process failed between two steps: the model is as the last step left it."""
-
-
-def next_batch(batches, device):
-    """The next batch on its device; a LoaderError where one of its pictures is broken."""
-    batch = next(batches)
-    if "fault" in batch:
-        raise LoaderError(batch["fault"])
-    return core.to_device(batch, device)
-
-
-@contextmanager
-def dead_loaders_named(group):
-    """A loader process that dies within, which torch reports in the midst of anything, is a LoaderError with these rows."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search(runfolder.DEAD_LOADER, str(error)):
-            raise
-        raise LoaderError(f"{runfolder.dead_loader(error)}; it was at {named(group)}") from None
-
-
-def named(group):
-    """Rows for a message: picture and place of the first few."""
-    listed = [f"{r.name} ({rows.locate(r.file, r.line)})" for r in group]
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-
-
 def check_data(args):
     """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
     splits, failed = {}, False
@@ -279,7 +244,7 @@ def check_tokens(args, splits):
         return
     for split, found in splits.items():
         cut = [row for row in found if len(core.answer_ids(tokenizer, row.answer, 10**6)) > args.max_answer]
-        first = f", first {named(cut[:1])}: {cut[0].answer!r}" if cut else ""
+        first = f", first {loop.named(cut[:1])}: {cut[0].answer!r}" if cut else ""
         print(f"{split}: {len(cut)} of {len(found)} answers are cut by --max-answer {args.max_answer}{first}")
     print("--- prompt | target, as the model gets it; [tokens in brackets] are masked in the loss")
     for row in splits.get("train", [])[:3]:
@@ -303,11 +268,11 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
     mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     found = []
-    loaded = iter(load_batches(data, collate, batches, workers))
+    loaded = iter(loop.load_batches(data, collate, batches, workers))
     for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
-        with dead_loaders_named([data.rows[i] for i in numbers]):
-            batch = next_batch(loaded, accelerator.device)
+        with loop.dead_loaders_named([data.rows[i] for i in numbers]):
+            batch = loop.next_batch(loaded, accelerator.device)
         features = {name: batch.pop(name) for name in ("image_embeds", "style_feature") if name in batch}
         features = features or model.image_features(batch.pop("images"), batch.pop("style_images", None))
         with accelerator.autocast():
@@ -339,15 +304,6 @@ def loss_summary(found):
 
 
 # --- model ------------
-
-def precision_of(args):
-    """--precision -> accelerate's word for it."""
-    if args.precision != "auto":
-        return args.precision
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
 
 def model_args(args, train_rows):
     """Everything that is needed to build the model again without a command line; stored in best.pt."""
@@ -419,12 +375,12 @@ class Run:
         self.total = self.args.epochs * self.per_epoch
 
     def plan(self, epoch):
-        """The optimizer steps of an epoch, see runfolder.epoch_plan."""
-        return runfolder.epoch_plan(len(self.train), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
+        """The optimizer steps of an epoch, see loop.epoch_plan."""
+        return loop.epoch_plan(len(self.train), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
                                     self.accelerator.process_index, self.accelerator.num_processes)
 
     def lr(self, step):
-        return runfolder.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
+        return loop.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
 
 
 # --- checkpoints ------------
@@ -481,24 +437,11 @@ def restore(run, path):
     run.step, run.marks = last["step"], last["marks"]
 
 
-def bad_loss(what, step, group):
-    """The message for a loss or gradient that is not finite."""
-    return (f"{what} at step {step}; best.pt and last.pt are as they were; look at these rows, lower --lr, or use --precision "
-            f"bf16 or no: {named(group)}")
-
-
 def is_better(value, marks):
     """Is this validation value better than the best so far? Never true of NaN."""
     if marks["value"] is None:
         return math.isfinite(value)
     return value > marks["value"] if marks["metric"] == "em" else value < marks["value"]
-
-
-def stopped(accelerator, stop):
-    """Has any process been told to stop? All of them must agree, or the others would wait for ever."""
-    if accelerator.num_processes == 1:
-        return bool(stop.number)
-    return bool(accelerator.reduce(torch.tensor(stop.number, device=accelerator.device)).item())
 
 
 # --- the loop ------------
@@ -512,12 +455,12 @@ def train_step(run, batches, group, share):
     sums = dict.fromkeys(("loss", "lm"), 0.0)
     for i, (number, picked) in enumerate(share):
         # dropout is a pure function of (seed, step, micro-batch): exact resume and equal processes depend on it
-        runfolder.seed_everything(run.args.seed, run.step, number)
-        batch = next_batch(batches, run.accelerator.device)
+        loop.seed_everything(run.args.seed, run.step, number)
+        batch = loop.next_batch(batches, run.accelerator.device)
         with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
             parts = run.wrapped(**batch, **run.weights)
         if not torch.isfinite(parts["loss"]):
-            raise DataError(bad_loss(f"loss is {parts['loss'].item()}", run.step, [run.train.rows[n] for n in picked]))
+            raise DataError(loop.bad_loss(f"loss is {parts['loss'].item()}", run.step, [run.train.rows[n] for n in picked]))
         portion = len(picked) * run.accelerator.num_processes / len(group)
         run.accelerator.backward(parts["loss"] * portion)
         for name in sums:
@@ -528,7 +471,7 @@ def train_step(run, batches, group, share):
 def train_epoch(run, plan, stop):
     """The optimizer steps of `plan`. Ends early when a signal has come."""
     accelerator = run.accelerator
-    batches = iter(load_batches(run.train, run.collate, [numbers for _, share in plan for _, numbers in share], run.args.workers))
+    batches = iter(loop.load_batches(run.train, run.collate, [numbers for _, share in plan for _, numbers in share], run.args.workers))
     bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
     trained = [p for p in run.model.parameters() if p.requires_grad]
     run.wrapped.train()
@@ -536,11 +479,11 @@ def train_epoch(run, plan, stop):
         lr = run.lr(run.step)
         for group_of_parameters in run.optimizer.param_groups:
             group_of_parameters["lr"] = lr
-        with dead_loaders_named([run.train.rows[n] for n in group]):
+        with loop.dead_loaders_named([run.train.rows[n] for n in group]):
             sums = train_step(run, batches, group, share)
         norm = float(accelerator.clip_grad_norm_(trained, CLIP))
         if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            raise DataError(bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
+            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
@@ -550,7 +493,7 @@ def train_epoch(run, plan, stop):
             if run.log:
                 run.log.write("step", run.step, epoch=(run.step - 1) // run.per_epoch + 1, lr=lr, grad_norm=norm,
                               **dict(zip(sums, together.tolist())))
-        if stopped(accelerator, stop):
+        if loop.stopped(accelerator, stop):
             break
 
 
@@ -583,7 +526,7 @@ def rehearse(run):
 
 def prepare(args, features=None):
     """Flags -> a Run at its first step: rows, model, optimizer. features: see Questions."""
-    accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     splits = [read_data(args, split, accelerator.print) for split in ("train", "val")]
     with accelerator.main_process_first():  # one process makes the tiny model, the others find it
         places = resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
@@ -591,7 +534,7 @@ def prepare(args, features=None):
         splits = predicted_styles(args, places["blip2"], places["efficientnet"], splits, accelerator.device, accelerator.print)
     train_rows, val_rows = splits
     built_from = model_args(args, train_rows)
-    runfolder.seed_everything(args.seed)
+    loop.seed_everything(args.seed)
     # frozen towers in the compute precision, everything that is trained in float32
     model = core.Blip2OPTGated.build(**{**built_from, **places}, safe=args.safe_load, dtype=core.DTYPES[accelerator.mixed_precision])
     weights = loss_weights(args, model, accelerator.print)
@@ -611,11 +554,11 @@ def train(run, out, stop):
             break
         try:
             train_epoch(run, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
-        except LoaderError:
+        except loop.LoaderError:
             if leader and run.step:
                 save_last(run, out)
             raise
-        if stopped(run.accelerator, stop):
+        if loop.stopped(run.accelerator, stop):
             break
         numbers = validate(run, run.val)
         better = is_better(numbers[args.select], run.marks)
@@ -664,7 +607,7 @@ def fit(args, features=None):
     runfolder.refuse_overwrite(out, resumed)
     run = prepare(args, features)
     say = run.accelerator.print
-    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), runfolder.StopSignal() as stop:
+    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
         runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
         begin(run, out, resumed)
         say(f"{len(run.train)} training and {len(run.val)} validation questions, {len(run.model.styles)} styles; {run.total} steps of "
@@ -683,7 +626,7 @@ def main(argv=None):
         print(note, file=sys.stderr)
     if args.check_data:
         return check_data(args)
-    with runfolder.batch_size_in_memory_errors(args.batch_size):
+    with loop.batch_size_in_memory_errors(args.batch_size):
         run, signal_number = fit(args)
     if signal_number:
         return 128 + signal_number
@@ -693,4 +636,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(runfolder.exit_code(main))
+    sys.exit(loop.exit_code(main))

@@ -13,9 +13,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import core  # noqa: E402
+import loop
 import make_sample  # noqa: E402
 import make_tiny  # noqa: E402
-import runfolder  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -31,7 +31,7 @@ def sample(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """(BLIP-2 folder, EfficientNet checkpoint) with random weights."""
-    runfolder.seed_everything(0)
+    loop.seed_everything(0)
     texts = [core.PROMPT.format(q) + f" {a}\n" for _, q, a in make_tiny.style_sentences()]
     return make_tiny.save_random(tmp_path_factory.mktemp("tiny"), texts)
 
@@ -47,7 +47,7 @@ def trained_tiny(tmp_path_factory):
 def build(tiny):
     """Function that builds a Blip2OPTGated from the random tiny weights, in eval mode."""
     def build_model(styles=("Cubism", "Pointillism", "Pop Art"), **settings):
-        runfolder.seed_everything(1)
+        loop.seed_everything(1)
         return core.Blip2OPTGated.build(*tiny, sorted(styles), **settings).eval()
     return build_model
 

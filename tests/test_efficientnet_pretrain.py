@@ -10,7 +10,6 @@ import pathlib
 import re
 import shutil
 import signal
-import unicodedata
 from collections import Counter
 
 import numpy as np
@@ -22,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import conftest  # noqa: F401  (sets the import path)
+import loop
 import efficientnet
 import efficientnet_pretrain as pretrain
 import rows
@@ -201,7 +201,7 @@ def test_broken_pictures_are_listed_and_left_out(data, tmp_path, capsys):
     (data / "Cubism/p1.jpg").write_bytes(whole[:len(whole) // 2])
     (data / "Cubism/p2.jpg").write_bytes(b"")
     (data / "Pop_Art/p4.jpg").unlink()  # of the validation split
-    assert runfolder.exit_code(pretrain.main, flags(data, tmp_path / "run")) == 2
+    assert loop.exit_code(pretrain.main, flags(data, tmp_path / "run")) == 2
     assert "Cubism/p2.jpg" in capsys.readouterr().err  # the cut one shows only when it is decoded
     assert not pretrain.main(flags(data, tmp_path / "run", "--check-data")) and not (tmp_path / "run").exists()
     assert "3 broken pictures listed" in capsys.readouterr().out
@@ -263,7 +263,7 @@ def test_a_picture_is_a_pure_function_of_seed_epoch_and_place(data):
     assert torch.equal(plain, rows.image_tensor(rows.load_image(row.image), 32, rows.IMAGENET_MEAN, rows.IMAGENET_STD))
     assert label == classes.index(row.style)
     keys = [[(n, 0, n) for n in range(4)], [(n, 0, n) for n in range(4, 8)]]
-    here, there = (list(pretrain.load_batches(paintings, keys, workers)) for workers in (0, 2))
+    here, there = (list(loop.load_batches(paintings, pretrain.collate, keys, workers)) for workers in (0, 2))
     assert all(torch.equal(a["images"], b["images"]) and torch.equal(a["labels"], b["labels"]) for a, b in zip(here, there))
 
 
@@ -280,14 +280,14 @@ def test_mixing():
     same, targets = pretrain.mixed(images, labels, 4, 0.0, 0.0)
     assert torch.equal(same, images) and torch.equal(targets, F.one_hot(labels, 4).float())
     for cutmix, mixup in ((1.0, 0.0), (0.0, 1.0)):
-        runfolder.seed_everything(1)
+        loop.seed_everything(1)
         pixels, targets = pretrain.mixed(images, labels, 4, cutmix, mixup)
         assert torch.allclose(targets.sum(1), torch.ones(4)) and not torch.equal(pixels, images)
         own = targets[0, 0].item()  # the share that picture 0 keeps; the rest is picture 3's
         assert 0 < own < 1 and pixels[0].mean().item() == pytest.approx(3 * (1 - own), abs=1e-4)
         whole = set(pixels[0].unique().tolist()) <= {0.0, 3.0}
         assert whole if cutmix else not whole
-    runfolder.seed_everything(1)
+    loop.seed_everything(1)
     kinds = [torch.equal(pretrain.mixed(images, labels, 4, 0.25, 0.25)[0], images) for _ in range(200)]
     assert 70 < sum(kinds) < 130
 
@@ -361,7 +361,7 @@ def test_overfits_a_batch(data):
     run = bare_run(data, "--crop", "1", "--epochs", "40", "--lr", "1e-2", "--batch-size", "14", "--ema", "0")
     pretrain.to_train(run)
     group, share = run.plan(0)[0]
-    batches = list(pretrain.load_batches(run.train, [keys for _, keys in share], 0))
+    batches = list(loop.load_batches(run.train, pretrain.collate, [keys for _, keys in share], 0))
     first = pretrain.train_step(run, iter(batches), group, share)
     assert first == pytest.approx(np.log(3), abs=0.1)
     for _ in range(40):
@@ -377,7 +377,7 @@ def test_accumulation_equals_the_large_batch(data):
         pretrain.to_train(run)
         keys = iter([(n, 0, n) for n in range(12)])
         share = [(i, [next(keys) for _ in range(size)]) for i, size in enumerate(sizes)]
-        batches = iter(pretrain.load_batches(run.train, [picked for _, picked in share], 0))
+        batches = iter(loop.load_batches(run.train, pretrain.collate, [picked for _, picked in share], 0))
         loss = pretrain.train_step(run, batches, [key for _, picked in share for key in picked], share)
         return loss, [p.grad for p in run.model.parameters()]
 
@@ -393,7 +393,7 @@ def test_smoothing_and_dropout_are_used(data):
             run = bare_run(data, *extra)
             pretrain.to_train(run)
             group, share = run.plan(0)[0]
-            batches = iter(pretrain.load_batches(run.train, [keys for _, keys in share], 0))
+            batches = iter(loop.load_batches(run.train, pretrain.collate, [keys for _, keys in share], 0))
             losses.append(pretrain.train_step(run, batches, group, share))
         assert losses[0] != losses[1], more
     args = pretrain.get_args(flags("x", "x", "--arch", "tf_efficientnet_lite0", "--drop-path", "0.3"))
@@ -531,11 +531,11 @@ def test_resume_refuses_other_settings_and_data(data, tmp_path, capsys):
     arguments = flags(data, tmp_path / "run", "--save-last", "--epochs", "1")
     pretrain.main(arguments)
     capsys.readouterr()
-    assert runfolder.exit_code(pretrain.main, arguments) == 2 and "already holds" in capsys.readouterr().err
-    assert runfolder.exit_code(pretrain.main, [*arguments, "--resume", "--cutmix", "1"]) == 2
+    assert loop.exit_code(pretrain.main, arguments) == 2 and "already holds" in capsys.readouterr().err
+    assert loop.exit_code(pretrain.main, [*arguments, "--resume", "--cutmix", "1"]) == 2
     assert "--cutmix is 1.0, was 0.5" in capsys.readouterr().err
     (data / "broken.txt").write_text("Cubism/p0.jpg\tbroken\n")
-    assert runfolder.exit_code(pretrain.main, [*arguments, "--resume"]) == 2
+    assert loop.exit_code(pretrain.main, [*arguments, "--resume"]) == 2
     assert "training rows (hash)" in capsys.readouterr().err
 
 
@@ -550,7 +550,7 @@ def test_a_picture_that_breaks_during_training_is_named_and_nothing_is_lost(data
         return step(*args)
 
     monkeypatch.setattr(pretrain, "train_step", spoil)
-    assert runfolder.exit_code(pretrain.main, flags(data, tmp_path / "run")) == 2
+    assert loop.exit_code(pretrain.main, flags(data, tmp_path / "run")) == 2
     error = capsys.readouterr().err
     assert "Ukiyo_e/p" in error and "--check-data" in error and "Traceback" not in error
     assert runfolder.load_checkpoint(tmp_path / "run/last.pt")["step"] >= 1
@@ -642,7 +642,7 @@ def test_bad_input_costs_one_line(data, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     spoil, words = BAD[name]
     more = spoil(data)
-    code = runfolder.exit_code(pretrain.main, flags(data, tmp_path / "run", *(more if isinstance(more, list) else [])))
+    code = loop.exit_code(pretrain.main, flags(data, tmp_path / "run", *(more if isinstance(more, list) else [])))
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if not line.startswith("note: ")]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in error
@@ -651,5 +651,5 @@ def test_bad_input_costs_one_line(data, tmp_path, capsys, monkeypatch, name):
 
 
 def test_check_data_refuses_where_nothing_can_be_read(data, capsys):
-    assert runfolder.exit_code(pretrain.main, flags(data, "x", "--check-data", "--images", str(data / "Cubism"))) == 2
+    assert loop.exit_code(pretrain.main, flags(data, "x", "--check-data", "--images", str(data / "Cubism"))) == 2
     assert "none of 14 pictures can be read" in capsys.readouterr().err and not (data / "broken.txt").exists()

@@ -29,6 +29,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import get_worker_info
 
+import loop
 import core
 import eval_gated
 import make_tiny
@@ -625,7 +626,7 @@ def spoil(entry, world):
 def exit_code(entry, argv):
     """What the entry's script ends with."""
     try:
-        return runfolder.exit_code(eval_gated.main if entry.command == "eval" else train_gated.main, argv)
+        return loop.exit_code(eval_gated.main if entry.command == "eval" else train_gated.main, argv)
     except SystemExit as stop:  # argparse
         return stop.code
 
@@ -737,7 +738,7 @@ def loader_dies(world, slow):
     """Train with a loader process that dies at the fifth batch; slow: "loader", the main process waits for it then, or "step", it
     is within a step."""
     read, forward = train_gated.Questions.__getitem__, core.Blip2OPTGated.forward
-    fifth = runfolder.epoch_plan(12, 2, 1, 42, 0)[4][0]
+    fifth = loop.epoch_plan(12, 2, 1, 42, 0)[4][0]
 
     def killed(questions, index):
         if get_worker_info() and len(questions) == 12 and index in fifth:
@@ -753,7 +754,7 @@ def loader_dies(world, slow):
 
     world.patch.setattr(train_gated.Questions, "__getitem__", killed)
     world.patch.setattr(core.Blip2OPTGated, "forward", slow_forward)
-    return runfolder.exit_code(train_gated.main, world.train("--workers", "1"))
+    return loop.exit_code(train_gated.main, world.train("--workers", "1"))
 
 
 @pytest.mark.parametrize("slow", ["loader", "step"])
@@ -775,7 +776,7 @@ def test_second_signal_leaves_at_once():
     """32B."""
     child = os.fork()
     if child == 0:
-        with runfolder.StopSignal():
+        with loop.StopSignal():
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGTERM)
         os._exit(0)
@@ -817,7 +818,7 @@ def test_end_of_a_run_does_not_unlock_the_next(tmp_path, monkeypatch):
 def test_loaders_can_be_spawned(finished, tiny):
     """40B: as on Windows and macOS."""
     data, collate = pickle.loads(pickle.dumps(questions_and_collate(finished, tiny)))
-    loader = train_gated.load_batches(data, collate, [[0, 5]], 1)
+    loader = loop.load_batches(data, collate, [[0, 5]], 1)
     loader.multiprocessing_context = "spawn"
     (batch,), expected = list(loader), collate([data[0], data[5]])
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in expected)
@@ -854,7 +855,7 @@ def test_nan_epoch_leaves_best_as_it_was(world):
     world.copy_run()
     before = world.best.read_bytes()
     nan_validation(world)
-    assert runfolder.exit_code(train_gated.main, world.resume()) == 0
+    assert loop.exit_code(train_gated.main, world.resume()) == 0
     assert world.best.read_bytes() == before and runfolder.load_checkpoint(world.last)["marks"]["epoch"] == 1
 
 
@@ -874,7 +875,7 @@ def test_moved_run_goes_on_and_reads_only_what_is_left(finished, tiny, tmp_path,
     assert train_gated.main(world.resume("--out", "elsewhere/run", "--data", "elsewhere/data")) is None
     assert runfolder.load_checkpoint(world.last)["step"] == 2 * STEPS
     assert len(reads) == 2 + (STEPS - 2) * 2  # the rehearsal, and the four steps that were left
-    assert reads[2:] == [n for group, _ in runfolder.epoch_plan(12, 2, 1, 42, 1)[2:] for n in group]
+    assert reads[2:] == [n for group, _ in loop.epoch_plan(12, 2, 1, 42, 1)[2:] for n in group]
 
 
 def test_answers_stay_text(world, finished, tmp_path):
@@ -893,7 +894,7 @@ def test_version_out_of_range_is_named_at_the_start(monkeypatch, capsys):
     assert runfolder.note_versions() == []
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.13.1" if name == "torch" else version(name))
-    assert runfolder.exit_code(train_gated.main, ["--data", "no/such"]) == 2
+    assert loop.exit_code(train_gated.main, ["--data", "no/such"]) == 2
     assert "note: torch 1.13.1: tested with <3,>=2.9\n" in capsys.readouterr().err
 
 

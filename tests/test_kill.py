@@ -30,6 +30,7 @@ import traceback
 import pytest
 import torch
 
+import loop
 import conftest  # noqa: F401  (sets the import path)
 import eval_gated
 import runfolder
@@ -124,7 +125,7 @@ def obey(order):
     try:
         if order["point"] in HOOKS:
             arm(order["point"], order["file"], order["nth"])
-        code = runfolder.exit_code({"train": train_gated, "eval": eval_gated}[order["script"]].main, order["argv"])
+        code = loop.exit_code({"train": train_gated, "eval": eval_gated}[order["script"]].main, order["argv"])
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -17,6 +17,7 @@ import yaml
 from accelerate import Accelerator
 
 import compare_gated
+import loop
 import conftest
 import eval_gated
 import rows
@@ -90,7 +91,7 @@ def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch
 
 def test_resume_starts_anew_where_there_is_nothing_and_refuses_other_settings(flags, capsys):
     assert train_gated.main(flags("--resume", "--save-last", "--epochs", "1")) is None
-    assert runfolder.exit_code(train_gated.main, flags("--resume", "--save-last", "--epochs", "1", "--lr", "5e-3")) == 2
+    assert loop.exit_code(train_gated.main, flags("--resume", "--save-last", "--epochs", "1", "--lr", "5e-3")) == 2
     assert "--lr is 0.005, was 0.001" in capsys.readouterr().err
 
 
@@ -111,7 +112,7 @@ def test_accumulation_equals_the_large_batch(build, sample, flags, sizes):
         group, share = micro_batches(sizes)
         collate = train_gated.Collate(model.tokenizer, model.styles, 16)
         run = train_gated.Run(args, Accelerator(cpu=True), model, model, None, collate, data, data, {"hit_weight": 0.1, "kl_weight": 0.05}, {})
-        batches = iter(train_gated.load_batches(data, collate, [numbers for _, numbers in share], 0))
+        batches = iter(loop.load_batches(data, collate, [numbers for _, numbers in share], 0))
         sums = train_gated.train_step(run, batches, group, share)
         return sums, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
@@ -138,26 +139,26 @@ def test_dropout_differs_between_steps_and_micro_batches(build, sample, flags):
 
 def test_epoch_plan_is_pure_and_complete():
     for epoch in range(3):
-        one = runfolder.epoch_plan(50, 4, 4, 7, epoch)
-        two = [runfolder.epoch_plan(50, 4, 2, 7, epoch, rank, 2) for rank in (0, 1)]
-        assert one == runfolder.epoch_plan(50, 4, 4, 7, epoch)
+        one = loop.epoch_plan(50, 4, 4, 7, epoch)
+        two = [loop.epoch_plan(50, 4, 2, 7, epoch, rank, 2) for rank in (0, 1)]
+        assert one == loop.epoch_plan(50, 4, 4, 7, epoch)
         for (group, whole), (first, some), (second, others) in zip(one, *two, strict=True):
             assert group == first == second and len(group) == 16
             assert sorted(some + others) == whole and len(some) == len(others)  # the same micro-batches, shared out
             assert [n for _, numbers in whole for n in numbers] == group and [k for k, _ in whole] == [0, 1, 2, 3]
         seen = sum((group for group, _ in one), [])
         assert len(seen) == len(set(seen)) == 48
-    assert runfolder.epoch_plan(50, 4, 2, 7, 0) != runfolder.epoch_plan(50, 4, 2, 7, 1) != runfolder.epoch_plan(50, 4, 2, 8, 1)
-    (group, share), = runfolder.epoch_plan(5, 8, 2, 0, 0)  # the only group is short: all of it is used, evenly
+    assert loop.epoch_plan(50, 4, 2, 7, 0) != loop.epoch_plan(50, 4, 2, 7, 1) != loop.epoch_plan(50, 4, 2, 8, 1)
+    (group, share), = loop.epoch_plan(5, 8, 2, 0, 0)  # the only group is short: all of it is used, evenly
     assert sorted(group) == [0, 1, 2, 3, 4] and [len(numbers) for _, numbers in share] == [5]
-    assert [len(runfolder.epoch_plan(5, 8, 2, 0, 0, rank, 2)[0][1][0][1]) for rank in (0, 1)] == [3, 2]
+    assert [len(loop.epoch_plan(5, 8, 2, 0, 0, rank, 2)[0][1][0][1]) for rank in (0, 1)] == [3, 2]
 
 
 def test_cosine_lr_values():
-    lr = [runfolder.cosine_lr(step, 100, 10, 1.0) for step in range(101)]
+    lr = [loop.cosine_lr(step, 100, 10, 1.0) for step in range(101)]
     assert lr[0] == 0.1 and lr[9] == 1.0 and lr[10] == 1.0
     assert lr[55] == pytest.approx(0.5) and lr[100] == pytest.approx(0)
-    assert runfolder.cosine_lr(4, 5, 100, 1.0) == 1.0  # a warm-up longer than the run reaches the peak all the same
+    assert loop.cosine_lr(4, 5, 100, 1.0) == 1.0  # a warm-up longer than the run reaches the peak all the same
 
 
 def test_no_decay_on_biases_and_norms(build):
@@ -184,7 +185,7 @@ def test_terms_that_cannot_be_are_said_to_be_off(flags, capsys, tmp_path):
 
 
 def test_non_finite_loss_stops_with_the_rows(flags, tmp_path, capsys):
-    assert runfolder.exit_code(train_gated.main, flags("--hit-weight", "nan")) == 2
+    assert loop.exit_code(train_gated.main, flags("--hit-weight", "nan")) == 2
     error = capsys.readouterr().err
     assert error.count("\n") <= 2 and "loss is nan at step 0" in error and re.search(r"\.jpg \(line \d+\)", error)
     assert not (tmp_path / "run/best.pt").exists()
@@ -229,9 +230,9 @@ def test_checkpoint_gives_the_same_numbers_after_loading(trained, capsys):
 
 def test_other_frozen_weights_are_refused(trained, tmp_path, capsys):
     import make_tiny
-    runfolder.seed_everything(99)
+    loop.seed_everything(99)
     other = make_tiny.save_random(tmp_path / "other", ["Question: What style is this? Answer: Cubism\n"])
-    code = runfolder.exit_code(eval_gated.main, ["--checkpoint", str(trained / "best.pt"), "--efficientnet", other[1], "--workers", "0"])
+    code = loop.exit_code(eval_gated.main, ["--checkpoint", str(trained / "best.pt"), "--efficientnet", other[1], "--workers", "0"])
     assert code == 2 and "another BLIP-2 or style classifier" in capsys.readouterr().err
 
 
@@ -251,7 +252,7 @@ def test_lora_is_merged_on_request(flags, tmp_path, capsys):
         assert a["system"] == b["system"] and a.get("lm") == (a.get("lm") and pytest.approx(b["lm"], rel=1e-4))
     untouched = flags("--epochs", "1", out="plain")
     train_gated.main(untouched)
-    assert runfolder.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "plain/best.pt"), "--merge-lora", str(merged)]) == 2
+    assert loop.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "plain/best.pt"), "--merge-lora", str(merged)]) == 2
     assert "without --lora-rank" in capsys.readouterr().err
 
 
@@ -310,7 +311,7 @@ def test_score_table_by_hand():
     (("--config", "nothing.yaml"), "nothing.yaml"),
 ])
 def test_wrong_input_is_one_line_and_nothing_is_written(flags, tmp_path, capsys, more, message):
-    assert runfolder.exit_code(train_gated.main, flags(*more)) == 2
+    assert loop.exit_code(train_gated.main, flags(*more)) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
     assert not (tmp_path / "run").exists()
@@ -318,14 +319,14 @@ def test_wrong_input_is_one_line_and_nothing_is_written(flags, tmp_path, capsys,
 
 def test_a_folder_that_is_not_blip2(flags, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert runfolder.exit_code(train_gated.main, flags("--blip2", str(tmp_path / "empty"))) == 2
+    assert loop.exit_code(train_gated.main, flags("--blip2", str(tmp_path / "empty"))) == 2
     assert "not a BLIP-2 folder" in capsys.readouterr().err
 
 
 def test_results_are_not_overwritten(flags, tmp_path, capsys):
     train_gated.main(flags("--epochs", "1"))
     before = (tmp_path / "run/best.pt").read_bytes()
-    assert runfolder.exit_code(train_gated.main, flags("--epochs", "1")) == 2
+    assert loop.exit_code(train_gated.main, flags("--epochs", "1")) == 2
     assert "already holds best.pt" in capsys.readouterr().err
     assert (tmp_path / "run/best.pt").read_bytes() == before
 
@@ -334,7 +335,7 @@ def test_missing_image_and_skip_bad(sample, flags, tmp_path, capsys):
     data = shutil.copytree(sample, tmp_path / "data")
     name = next(csv.DictReader((data / "train.csv").open()))["image"]
     (data / "images" / name).unlink()
-    assert runfolder.exit_code(train_gated.main, flags("--data", str(data))) == 2
+    assert loop.exit_code(train_gated.main, flags("--data", str(data))) == 2
     assert name in capsys.readouterr().err
     assert train_gated.main(flags("--data", str(data), "--skip-bad", "0.05", "--epochs", "1")) is None
     assert f"left out: {data / 'train.csv'}" in capsys.readouterr().out
@@ -347,7 +348,7 @@ def test_broken_image_is_one_line_or_skipped(sample, flags, tmp_path, capsys, wo
     picture = data / "images" / name
     picture.write_bytes(picture.read_bytes()[:300])
     more = ("--data", str(data), "--workers", workers, "--epochs", "1")
-    assert runfolder.exit_code(train_gated.main, flags(*more)) == 2
+    assert loop.exit_code(train_gated.main, flags(*more)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
     assert len(errors) == 1 and errors[0].startswith("error: ") and name in errors[0]
     assert train_gated.main(flags(*more, "--skip-bad", "0.05", out="second")) is None
@@ -387,7 +388,7 @@ def test_check_data(sample, flags, tmp_path, capsys):
 @pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04"])
 def test_damaged_checkpoints(tmp_path, capsys, content):
     (tmp_path / "best.pt").write_bytes(content)
-    assert runfolder.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "best.pt")]) == 2
+    assert loop.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "best.pt")]) == 2
     assert "damaged" in capsys.readouterr().err
 
 
@@ -396,7 +397,7 @@ def test_foreign_checkpoint_is_not_run(tmp_path, capsys):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "ran"),))
     torch.save({"state": Hostile()}, tmp_path / "best.pt")
-    assert runfolder.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "best.pt")]) == 2
+    assert loop.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "best.pt")]) == 2
     assert not (tmp_path / "ran").exists()
 
 
@@ -512,7 +513,7 @@ def test_compare_gated(sample, tiny, tmp_path, capsys, monkeypatch):
     assert result["results"]["gated, Q-Former frozen"][0]["style"] == pytest.approx(sum(r["EM"] for r in style) / 2)
     monkeypatch.setattr(train_gated, "fit", lambda *a: pytest.fail("a finished run was repeated"))
     compare_gated.main(command)
-    assert runfolder.exit_code(compare_gated.main, [*command, "--weight-decay", "0.5"]) == 2
+    assert loop.exit_code(compare_gated.main, [*command, "--weight-decay", "0.5"]) == 2
     assert "other flags" in capsys.readouterr().err
 
 
