@@ -43,33 +43,35 @@ SIZE, PATCH, WIDTH, QUERIES = 112, 14, 128, 8
 ARCH = "test_efficientnet"  # timm's smallest EfficientNet; 28 classes as the real one
 CAPTION_WIDTH = 96
 # everyday words of photo captions, so that the captioner's tokenizer does not spell them letter by letter
-PHOTO_WORDS = """a an the of in on at to with and or by for from near over under through into out up down off across along behind
-beside between around against above below while is are being be as his her their its it he she they him them who that this there some
-two three four five several many group people person man men woman women boy boys girl girls child children kid kids baby toddler
-couple crowd family dog dogs cat cats horse horses bird birds animal cow sheep player players team rider biker climber skier surfer
-skateboarder black white brown red blue green yellow orange purple pink grey gray tan blond dark bright colorful small little large
-big tall young old long short wet dirty snowy grassy sandy rocky wooden running runs run jumping jumps jump playing plays play
-walking walks walk standing stands stand sitting sits sit riding rides ride holding holds hold looking looks look wearing wears
-climbing climbs catching catches throwing throws swimming swims smiling smiles laughing posing poses watching carrying carries
-pulling leaping leaps racing chasing lying laying leaning waiting talking eating drinking kicking swinging sliding skiing surfing
-water beach sand ocean sea lake river pool wave waves snow ice grass field park street road sidewalk city building house wall fence
-window door bridge stairs steps bench table chair tree trees forest woods hill mountain mountains rock rocks cliff sky sun sunset
-night day air ground dirt mud path trail track ramp court stage game ball football soccer tennis basketball baseball hockey bat
-racket toy stick frisbee rope bike bicycle bicycles motorcycle car truck train boat kayak skateboard snowboard surfboard swing slide
-sled shirt shorts pants jeans jacket coat hat cap helmet dress suit uniform shoes boots gloves glasses sunglasses goggles vest
-bag backpack camera picture photo phone sign flag umbrella hand hands arm arms head face hair mouth nose ear ears back front side
-top edge end middle background foreground something each other another one all very"""
+PHOTO_WORDS = """
+a an the of in on at to with and or by for from near over under through into out up down off across along behind beside
+between around against above below while is are being be as his her their its it he she they him them who that this there
+some two three four five several many group people person man men woman women boy boys girl girls child children kid kids
+baby toddler couple crowd family dog dogs cat cats horse horses bird birds animal cow sheep player players team rider biker
+climber skier surfer skateboarder black white brown red blue green yellow orange purple pink grey gray tan blond dark bright
+colorful small little large big tall young old long short wet dirty snowy grassy sandy rocky wooden running runs run jumping
+jumps jump playing plays play walking walks walk standing stands stand sitting sits sit riding rides ride holding holds hold
+looking looks look wearing wears climbing climbs catching catches throwing throws swimming swims smiling smiles laughing
+posing poses watching carrying carries pulling leaping leaps racing chasing lying laying leaning waiting talking eating
+drinking kicking swinging sliding skiing surfing water beach sand ocean sea lake river pool wave waves snow ice grass field
+park street road sidewalk city building house wall fence window door bridge stairs steps bench table chair tree trees forest
+woods hill mountain mountains rock rocks cliff sky sun sunset night day air ground dirt mud path trail track ramp court
+stage game ball football soccer tennis basketball baseball hockey bat racket toy stick frisbee rope bike bicycle bicycles
+motorcycle car truck train boat kayak skateboard snowboard surfboard swing slide sled shirt shorts pants jeans jacket coat
+hat cap helmet dress suit uniform shoes boots gloves glasses sunglasses goggles vest bag backpack camera picture photo phone
+sign flag umbrella hand hands arm arms head face hair mouth nose ear ears back front side top edge end middle background
+foreground something each other another one all very"""
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", default=str(ROOT / "models"), help="folder for tiny-blip2/ and tiny-efficientnet-28.pt")
-    parser.add_argument("--pictures", type=int, default=2400, help="scenes drawn for pre-training")
+    parser.add_argument("--pictures", type=int, default=2400, help="scenes drawn for pre-training (the captioner takes 2/3)")
     parser.add_argument("--vision-steps", type=int, default=500, help="steps of 32 for the vision tower")
     parser.add_argument("--language-steps", type=int, default=360, help="steps of 32 for Q-Former and language model")
     parser.add_argument("--style-steps", type=int, default=160, help="steps of 32 for the style classifier")
     parser.add_argument("--captioner", action="store_true", help="make tiny-blip/, the captioner, and nothing else")
-    parser.add_argument("--caption-steps", type=int, nargs=2, default=[260, 60], metavar=("VISION", "TEXT"),
+    parser.add_argument("--caption-steps", type=int, nargs=2, default=[360, 40], metavar=("VISION", "TEXT"),
                         help="steps of 32 for the captioner: its vision tower, then its decoder")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and batches")
     return parser.parse_args(argv)
@@ -262,7 +264,8 @@ def make_wordpiece(texts, folder):
                                initial_alphabet=[chr(code) for code in range(33, 127)],
                                special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
     pieces.save_model(str(folder))  # vocab.txt, as BLIP publishes it
-    pieces.save(str(folder / "tokenizer.json"))
+    # read again: only with a vocabulary does it get the step that puts [CLS] and [SEP] around a text
+    BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True).save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "pad_token": "[PAD]", "unk_token": "[UNK]",
                 "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -274,8 +277,8 @@ def make_captioner(tokenizer, width=CAPTION_WIDTH):
     from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
     vision = BlipVisionConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=4,
                               image_size=SIZE, patch_size=PATCH)
-    text = BlipTextConfig(vocab_size=len(tokenizer) + 2, hidden_size=width, encoder_hidden_size=width, intermediate_size=2 * width,
-                          num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, hidden_dropout_prob=0.1,
+    text = BlipTextConfig(vocab_size=len(tokenizer) + 2, hidden_size=width, encoder_hidden_size=width, num_hidden_layers=2,
+                          intermediate_size=2 * width, num_attention_heads=4, max_position_embeddings=64, hidden_dropout_prob=0.1,
                           bos_token_id=len(tokenizer), eos_token_id=tokenizer.sep_token_id, sep_token_id=tokenizer.sep_token_id,
                           pad_token_id=tokenizer.pad_token_id)
     model = BlipForConditionalGeneration(BlipConfig(text_config=text.to_dict(), vision_config=vision.to_dict()))
@@ -291,7 +294,8 @@ def make_captioner(tokenizer, width=CAPTION_WIDTH):
 def train_captioner(model, tokenizer, texts, pixels, steps, generator):
     """The decoder on captions, the vision tower as it is; pads are no targets and position 0 is [DEC]."""
     with torch.no_grad():
-        states = torch.cat([model.vision_model(pixel_values=normalised(p)).last_hidden_state for p in pixels.split(64)])  # [N,P,W]
+        towered = [model.vision_model(pixel_values=normalised(p)).last_hidden_state for p in pixels.split(64)]
+    states = torch.cat(towered)  # [N,P,W]
 
     def step_loss(step):
         picked = torch.randint(len(states), (32,), generator=generator).tolist()
@@ -314,16 +318,21 @@ def save_captioner(model, tokenizer, folder):
     BlipProcessor(image_processor, tokenizer).save_pretrained(folder)
 
 
+def captioner_place(args):
+    """The captioner's folder, whether it is there or not."""
+    return pathlib.Path(args.out) / "tiny-blip"
+
+
 def ensure_captioner(argv=()):
     """Make the tiny captioner where it is missing -> its folder."""
     args = get_args(argv)
-    folder = pathlib.Path(args.out) / "tiny-blip"
+    folder = captioner_place(args)
     if not folder.is_dir():
         print(f"making the tiny BLIP captioner in {args.out} (once, about a minute) ...", flush=True)
         start = time.monotonic()
         loop.seed_everything(args.seed)
         generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
-        scenes, _, pixels = draw_scenes(args.pictures, args.seed)
+        scenes, _, pixels = draw_scenes(args.pictures * 2 // 3, args.seed)
         part = folder.with_name(folder.name + ".part")  # as in make_blip2
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

@@ -300,3 +300,51 @@ def test_tokenizer_agreement():
             print(f"{name}: {agreement:.4f} of {len(pairs)}")
             wanted = 0.99 if name.startswith("ptb") else 0.95  # small files of made-up oddities may hold more misses
             assert agreement >= wanted, (name, [p for p in pairs if tokenize(p[0]) != p[1]][:5])
+
+
+# --- BLIP's captioner ------------
+
+def blip_case(case):
+    """(BlipForConditionalGeneration, inputs, stored losses) of a case, and the stored outputs."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+    config = json.loads((case / "config.json").read_text())
+    config = BlipConfig(text_config=config["text_config"], vision_config=config["vision_config"])
+    model = BlipForConditionalGeneration(config).eval()
+    found = model.load_state_dict(load_file(case / "weights.safetensors"), strict=False)
+    tied = {"text_decoder.cls.predictions.decoder.weight", "text_decoder.cls.predictions.decoder.bias"}
+    assert set(found.missing_keys) <= tied and all("position_ids" in key for key in found.unexpected_keys)
+    return model, load_file(case / "inputs.safetensors"), read(case / "expected.json"), load_file(case / "expected.safetensors")
+
+
+@named("blip_captioning")
+@torch.no_grad()
+def test_blip_losses_of_three_recipes(case):
+    import train_blip_caption
+    model, x, expected, tensors = blip_case(case)
+    ids, mask, pixels = x["input_ids"].long(), x["attention_mask"].long(), x["pixel_values"]
+    inputs = train_blip_caption.decoder_inputs(ids, mask, model.config.text_config.bos_token_id)
+    assert torch.equal(inputs["labels"][:, 1:], tensors["labels_masked"].long()[:, 1:])
+
+    def loss(input_ids, labels, smoothing):
+        train_blip_caption.set_smoothing(model, smoothing)
+        return model(pixel_values=pixels, input_ids=input_ids, attention_mask=mask, labels=labels).loss.item()
+
+    close(model(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits[mask.bool()], tensors["logits"][mask.bool()])
+    assert loss(ids, ids, 0.0) == pytest.approx(expected["loss_labels_eq_input_ids"], abs=1e-5)  # pads are targets
+    assert loss(ids, inputs["labels"], 0.0) == pytest.approx(expected["loss_pad_masked"], abs=1e-5)
+    assert loss(inputs["input_ids"], inputs["labels"], 0.0) == pytest.approx(expected["loss_pad_masked_bos_first"], abs=1e-5)
+    ours = loss(inputs["input_ids"], inputs["labels"], train_blip_caption.SMOOTHING)
+    assert ours == pytest.approx(expected["original_salesforce_blip"]["loss"], abs=1e-5)
+
+
+@named("blip_captioning")
+def test_blip_collate_gives_those_inputs(case):
+    import train_blip_caption
+    model, x, _, _ = blip_case(case)
+    text, samples = model.config.text_config, []
+    for pixels, ids, mask in zip(x["pixel_values"], x["input_ids"].long(), x["attention_mask"].bool()):
+        samples.append(({"pixel_values": pixels, "ids": ids[mask].tolist()}, None))
+    batch = train_blip_caption.Collate(text.pad_token_id, text.bos_token_id)(samples)
+    length = x["attention_mask"].sum(1).max()
+    expected = train_blip_caption.decoder_inputs(x["input_ids"].long(), x["attention_mask"].long(), text.bos_token_id)
+    assert all(torch.equal(batch[name], expected[name][:, :length]) for name in expected)

@@ -1,0 +1,534 @@
+"""pytest tests/test_blip_caption.py: train_blip_caption.py on random tiny weights. Behaviour-checked; its loss is checked against
+the original's in test_golden.py."""
+
+import json
+import os
+import pickle
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+import make_tiny
+import metrics
+import rows
+import runfolder
+import train_blip_caption as blip
+from rows import DataError
+
+COLOURS = {"red": (210, 40, 40), "blue": (40, 80, 210), "green": (40, 160, 60)}
+VAL = {"v0.png": ["a red square", "red all over"], "v1.png": "a blue square", "v2.png": "the green <b>square</b>",
+       "v3.png": "a red one"}
+TEXTS = ["a red square on the left", "the blue green one is all over"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The models here are so small that a second thread costs more than it brings; WordNet may be missing."""
+    former, known = torch.get_num_threads(), metrics._wordnet
+    torch.set_num_threads(1)
+    metrics._wordnet = lambda: None
+    metrics._meteor_helpers.cache_clear()
+    longest, blip.GENERATION["max_length"] = blip.GENERATION["max_length"], 14  # random weights never end a caption
+    yield
+    blip.GENERATION["max_length"] = longest
+    torch.set_num_threads(former)
+    metrics._wordnet = known
+    metrics._meteor_helpers.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random tiny BLIP."""
+    runfolder.seed_everything(0)
+    return make_tiny.save_random_captioner(tmp_path_factory.mktemp("models"), TEXTS)
+
+
+def make_data(place):
+    """Nine training pictures, one of them with two captions, and four for validation: plain colours."""
+    (place / "images").mkdir(parents=True)
+    train = {f"t{n}.png": f"a {list(COLOURS)[n % 3]} square{' on the left' * (n % 2)}" for n in range(9)}
+    train["t0.png"] = ["a red square", "the red one"]
+    for n, name in enumerate([*train, *VAL]):
+        pixels = np.random.default_rng(n).integers(0, 40, (24, 24, 3)) + np.array(list(COLOURS.values())[n % 3])
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / "images" / name)
+    write(place, train=train, val=VAL)
+    return place
+
+
+def write(place, **splits):
+    for split, captions in splits.items():
+        (place / f"{split}_captions.json").write_text(json.dumps(captions))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return make_data(tmp_path / "data")
+
+
+@pytest.fixture
+def flags(data, folder, tmp_path):
+    """Command line of a short run; add your own after it."""
+    def make(*more, out="run"):
+        return ["--data", str(data), "--blip", folder, "--epochs", "2", "--batch-size", "4", "--lr", "1e-3", "--vision-lr", "1",
+                "--workers", "0", "--precision", "no", "--out", str(tmp_path / out), *more]
+    return make
+
+
+@pytest.fixture
+def run(flags):
+    """A Run at its first step."""
+    return blip.prepare(blip.get_args(flags()))
+
+
+def state_of(path):
+    return runfolder.load_checkpoint(path)["state"]
+
+
+def same_state(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# --- labels ------------
+
+def test_pads_are_masked_and_position_0_is_bos(run):
+    batch = run.collate([run.train[n] for n in (0, 2)])  # 3 and 6 words
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
+    text = run.model.config.text_config
+    assert ids[:, 0].tolist() == [text.bos_token_id] * 2 and text.bos_token_id >= len(run.tokenizer)
+    assert mask.sum(1).tolist() == [5, 8]
+    assert torch.equal(labels == -100, mask == 0) and torch.equal(labels[mask == 1], ids[mask == 1])
+    assert ids[0, 4] == text.sep_token_id and ids[0, 5:].tolist() == [text.pad_token_id] * 3
+    assert run.tokenizer.decode(labels[1, 1:7]) == run.train.texts[2]
+
+
+def test_pads_of_a_batch_change_neither_loss_nor_captions(run):
+    run.model.eval()
+    short, both = (run.collate([run.train[n] for n in numbers]) for numbers in ((0,), (0, 2)))
+    with torch.no_grad():
+        alone, beside = (run.model(**{k: v[:1] for k, v in batch.items()}).loss for batch in (short, both))
+    assert alone.item() == pytest.approx(beside.item(), abs=1e-5)
+
+
+def test_smoothing_is_set_whatever_the_library_has(run):
+    assert run.model.text_decoder.label_smoothing == 0.1 == run.model.config.text_config.label_smoothing
+
+
+def test_long_captions_lose_their_end_and_never_end_there(run):
+    ids = blip.token_ids(run.tokenizer, ["red " * 200, "red"])
+    sep = run.tokenizer.sep_token_id
+    assert len(ids[0]) == blip.MAX_LENGTH and ids[0][-1] != sep and ids[1][-1] == sep
+
+
+def test_validation_loss_is_the_training_loss(run):
+    found = blip.evaluate(run.model, run.tokenizer, run.val, run.collate, run.accelerator, blip.GENERATION, 3, 0)
+    with torch.no_grad():
+        expected = run.model(**run.collate([run.val[n] for n in range(4)])).loss.item()
+    assert sum(f["loss"] for f in found) / sum(f["tokens"] for f in found) == pytest.approx(expected, abs=1e-5)
+
+
+# --- what is trained ------------
+
+@pytest.mark.parametrize("layers", [0, 1, 3])
+def test_each_parameter_is_in_exactly_one_group(run, flags, layers):
+    blip.open_layers(run.model, layers)
+    groups = blip.parameter_groups(run.model, blip.get_args(flags("--vision-lr", "0.3", "--weight-decay", "0.2")))
+    ids = [id(p) for group in groups for p in group["params"]]
+    trained = {id(p): name for name, p in run.model.named_parameters() if p.requires_grad}
+    assert len(ids) == len(set(ids)) and set(ids) == set(trained)
+    for group in groups:
+        assert all((group["scale"] == 0.3) == trained[id(p)].startswith("vision_model.encoder.layers.") for p in group["params"])
+        assert all((group["weight_decay"] == 0.2) == (p.ndim > 1) and group["weight_decay"] in (0, 0.2) for p in group["params"])
+    opened = {name.split(".")[3] for name in trained.values() if name.startswith("vision_model.")}
+    assert opened == {str(2 - n) for n in range(layers)} and all(
+        p.requires_grad for p in run.model.text_decoder.parameters())
+
+
+def test_schedule_opens_more_as_epochs_go_by(flags, tmp_path):
+    args = blip.get_args(flags("--unfreeze", "0", "--unfreeze-schedule", "2:1", "4:3"))
+    assert [blip.layers_at(args, epoch) for epoch in range(5)] == [0, 1, 1, 3, 3]
+    blip.main(flags("--unfreeze", "0", "--unfreeze-schedule", "2:2", "--save-last"))
+    start = blip.load_blip(args.blip)[0].state_dict()
+    last = runfolder.load_checkpoint(tmp_path / "run/last.pt")
+    assert last["open"] == 2 and {n.split(".")[3] for n in last["state"] if n.startswith("vision_model.")} == {"1", "2"}
+    assert all(not torch.equal(value, start[name]) for name, value in last["state"].items() if "weight" in name)
+    log = runfolder.read_log(tmp_path / "run/training_log.csv")
+    assert [row["layers"] for row in log if row["kind"] == "epoch"] == ["0", "2"]
+
+
+def test_frozen_layers_stay_and_have_no_dropout(run):
+    run.open_up(1)
+    blip.train_mode(run)
+    tower = run.model.vision_model
+    assert not tower.training and [layer.training for layer in tower.encoder.layers] == [False, False, True]
+    assert run.model.text_decoder.training
+
+
+def test_vision_moves_at_its_own_rate(flags, tmp_path):
+    args = blip.get_args(flags("--vision-lr", "0", "--epochs", "1", "--unfreeze", "2"))
+    start = blip.load_blip(args.blip)[0].state_dict()
+    blip.main(flags("--vision-lr", "0", "--epochs", "1", "--unfreeze", "2"))
+    moved = {name for name, value in state_of(tmp_path / "run/best.pt").items() if not torch.equal(value, start[name])}
+    assert moved and not any(name.startswith("vision_model.") for name in moved)
+
+
+def test_recipes(flags):
+    short = [f for f in flags() if f not in ("--lr", "1e-3", "--vision-lr", "1")]
+    args = blip.get_args(short)
+    assert (args.unfreeze, args.lr, args.vision_lr, args.weight_decay, args.patience) == (1, 1e-5, 0.05, 0.05, 3)
+    args = blip.get_args([*short, "--recipe", "original", "--lr", "2e-5"])
+    assert (args.unfreeze, args.lr, args.vision_lr, args.weight_decay, args.patience) == (3, 2e-5, 0.1, 0.01, 5)
+
+
+def test_rate_warms_up_linearly_and_ends_at_0(run):
+    run.total = 200  # the warm-up is a tenth
+    rates = [run.lr(step) / run.args.lr for step in (0, 9, 19, 110, 199)]
+    assert rates == pytest.approx([0.05, 0.5, 1, 0.5, 0], abs=1e-3)
+
+
+def test_accumulation_equals_the_large_batch(run):
+    run.model.eval()
+    group = list(range(8))
+
+    def gradients(parts):
+        share = list(enumerate(parts))
+        batches = iter(blip.load_batches(run.train, run.collate, parts, 0))
+        loss = blip.train_step(run, batches, group, share)
+        found = {n: p.grad for n, p in run.model.named_parameters() if p.requires_grad}
+        run.optimizer.zero_grad()
+        return loss, found
+
+    (loss, whole), (split_loss, split) = gradients([group]), gradients([group[:5], group[5:]])
+    assert split_loss == pytest.approx(loss, rel=1e-5)
+    assert all(torch.allclose(split[name], gradient, atol=1e-6, rtol=1e-3) for name, gradient in whole.items())
+
+
+def test_one_batch_can_be_learnt_by_heart(flags, folder):
+    model, tokenizer = blip.load_blip(folder)
+    blip.set_smoothing(model, 0.0)
+    pictures = blip.read_data(blip.get_args(flags()), "train")[:3]
+    data = blip.Captions(pictures, model.config.vision_config.image_size, tokenizer)
+    text = model.config.text_config
+    batch = blip.Collate(text.pad_token_id, text.bos_token_id)([data[n] for n in range(3)])
+    blip.open_layers(model.eval(), 3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    assert blip.describe(model, tokenizer, batch["pixel_values"], blip.GENERATION) == data.texts
+
+
+# --- validation ------------
+
+def test_batches_say_what_single_pictures_say(run):
+    pixels = torch.stack([run.train[n][0]["pixel_values"] for n in range(len(run.train))])
+    many = blip.describe(run.model.eval(), run.tokenizer, pixels, blip.GENERATION)
+    alone = [blip.describe(run.model, run.tokenizer, one[None], blip.GENERATION)[0] for one in pixels]
+    assert many == alone and len(set(many)) > 1
+
+
+def test_whole_split_or_said(flags, tmp_path, capsys):
+    blip.main(flags("--epochs", "1", "--val-batch", "3"))
+    assert set(json.loads((tmp_path / "run/val.json").read_text())) == set(VAL) and "--max-val" not in capsys.readouterr().out
+    blip.main(flags("--epochs", "1", "--max-val", "2", out="two"))
+    assert "val: 2 of 4 pictures are scored (--max-val)" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "two/val.json").read_text())
+    log = runfolder.read_log(tmp_path / "two/training_log.csv")
+    assert len(kept) == 2 and [row["images"] for row in log if row["kind"] == "epoch"] == ["2"]
+
+
+def test_score_is_the_mean_of_three_with_all_references(run):
+    found = [{"caption": text, "loss": 2.0, "tokens": 4} for text in ("red all over", "a blue square", "green", "")]
+    numbers = blip.numbers_of(found, run.val)
+    references = [[t] if isinstance(t, str) else t for t in VAL.values()]
+    corpus = metrics.score_captions([f["caption"] for f in found], references)["corpus"]
+    assert numbers["score"] == pytest.approx((corpus["METEOR (no WordNet)"] + corpus["ROUGE-L"] + corpus["CIDEr-D"]) / 3)
+    assert numbers["loss"] == 0.5
+    one = blip.Captions(run.val.rows[:1], 112, run.tokenizer)
+    numbers = blip.numbers_of(found[:1], one)  # CIDEr-D has no value
+    assert "cider_d" not in numbers and numbers["score"] == pytest.approx((numbers["meteor"] + numbers["rouge_l"]) / 2)
+
+
+def test_better_and_patience(flags, tmp_path, monkeypatch, capsys):
+    marks = {"value": None}
+    assert not blip.is_better(float("nan"), marks) and blip.is_better(0.0, marks)
+    assert not blip.is_better(0.5, {"value": 0.5}) and blip.is_better(0.6, {"value": 0.5})
+    values = iter([0.0, 0.3, 0.5, 0.4, 0.5, 0.6])  # the first is the rehearsal's
+    monkeypatch.setattr(blip, "numbers_of", lambda found, data: {"score": next(values)})
+    blip.main(flags("--epochs", "9", "--patience", "2"))
+    best = runfolder.load_checkpoint(tmp_path / "run/best.pt")
+    assert (best["epoch"], best["value"]) == (2, 0.5) and "no better score for 2 epochs" in capsys.readouterr().out
+
+
+def test_test_split_is_scored_by_best_even_where_layers_were_opened_later(flags, data, tmp_path, monkeypatch, capsys):
+    write(data, test={"t1.png": "a blue square", "t2.png": "a green one"})
+    values, numbers_of = iter([0.0, 0.5, 0.4]), blip.numbers_of
+    monkeypatch.setattr(blip, "numbers_of", lambda found, data: {"score": next(values, 0.1)})
+    blip.main(flags("--unfreeze-schedule", "2:3"))
+    monkeypatch.setattr(blip, "numbers_of", numbers_of)
+    assert runfolder.load_checkpoint(tmp_path / "run/best.pt")["open"] == 1
+    capsys.readouterr()
+    blip.main(["--data", str(data), "--checkpoint", str(tmp_path / "run/best.pt"), "--json", "--workers", "0"])
+    assert json.loads(capsys.readouterr().out)["test"]["captions"] == json.loads((tmp_path / "run/test.json").read_text())
+
+
+def test_zero_shot_checkpoint_and_caption_agree_with_validation(flags, data, tmp_path, capsys):
+    write(data, test={"t1.png": "a blue square"})
+    blip.main(flags("--save-last"))
+    said = json.loads((tmp_path / "run/val.json").read_text())
+    numbers = [r for r in runfolder.read_log(tmp_path / "run/training_log.csv") if r["kind"] == "epoch"]
+    best = runfolder.load_checkpoint(tmp_path / "run/best.pt")
+    capsys.readouterr()
+    checkpoint = ["--checkpoint", str(tmp_path / "run/best.pt"), "--json", "--workers", "0"]
+    assert blip.main(["--data", str(data), *checkpoint]) is None
+    scored = json.loads(capsys.readouterr().out)
+    assert scored["val"]["captions"] == said
+    assert scored["test"]["captions"] == json.loads((tmp_path / "run/test.json").read_text())
+    assert scored["val"]["scores"]["score"] == pytest.approx(float(numbers[best["epoch"] - 1]["score"]), rel=1e-4)
+    assert blip.main(["--caption", *(str(data / "images" / name) for name in VAL), *checkpoint]) == 0
+    assert list(json.loads(capsys.readouterr().out).values()) == list(said.values())
+    for name in VAL:
+        (data / "images" / name).rename(data / name)  # a folder of its own
+    for left in (data / "images").iterdir():
+        left.unlink()
+    assert blip.main(["--caption", str(data), *checkpoint[:2], "--workers", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"{data / name}: {said[name]}" for name in sorted(VAL)]
+
+
+def test_zero_shot_scores_the_untrained_weights(flags, folder, run, tmp_path, capsys):
+    capsys.readouterr()
+    assert blip.main(flags("--zero-shot", "--json")) is None
+    pixels = torch.stack([run.val[n][0]["pixel_values"] for n in range(4)])
+    expected = blip.describe(run.model.eval(), run.tokenizer, pixels, blip.GENERATION)
+    assert list(json.loads(capsys.readouterr().out)["val"]["captions"].values()) == expected
+    assert not (tmp_path / "run").exists()
+
+
+# --- data ------------
+
+def test_every_caption_is_a_row_and_validation_has_one_for_each_picture(run):
+    assert len(run.train) == 10 and len(run.val) == 4 and run.val.rows[0].captions == ("a red square", "red all over")
+
+
+def test_shots_are_a_function_of_names_and_seed(flags, data):
+    def names(*more):
+        return [p.name for p in blip.read_data(blip.get_args(flags("--shots", "4", *more)), "train", print)]
+
+    first = names()
+    train = json.loads((data / "train_captions.json").read_text())
+    write(data, train=dict(reversed(train.items())))
+    assert len(first) == 4 and names() == first[::-1]
+    assert {tuple(names("--seed", str(s))) for s in range(5)} != {tuple(first[::-1])}
+    with pytest.raises(DataError, match="--shots 10 of 9"):
+        blip.read_data(blip.get_args(flags("--shots", "10")), "train")
+
+
+def test_clean_removes_and_counts(flags, data, capsys):
+    write(data, train={"t0.png": ["a red square", " A red  square.", ""], "t1.png": "blue " * 101, "t2.png": "a red square"})
+    read = blip.read_data(blip.get_args(flags("--train-texts-clean")), "train")
+    assert [(p.name, p.captions) for p in read] == [("t0.png", ("a red square",)), ("t2.png", ("a red square",))]
+    assert "1 empty, 1 duplicate and 1 absurdly long captions removed, and 1 pictures" in capsys.readouterr().out
+    with pytest.raises(DataError, match="row 1: an empty caption .--train-texts-clean"):
+        blip.read_data(blip.get_args(flags()), "train")
+
+
+def half(caption, seed):
+    """Which half of a picture with a white left half is the brighter after augmentation."""
+    image = Image.new("RGB", (40, 40))
+    image.paste("white", (0, 0, 20, 40))
+    grey = np.asarray(blip.augmented(image, caption, np.random.default_rng(seed)).convert("L"), float)
+    return "left" if grey[10:30, 5:15].mean() > grey[10:30, 25:35].mean() else "right"
+
+
+def test_left_and_right_stay_where_a_caption_says_so():
+    for caption in ("a boat on the left", "The rightmost tree", "her right-hand glove", "左边的船"):
+        assert {half(caption, seed) for seed in range(12)} == {"left"}, caption
+    for caption in ("a bright boat", "a copyright notice", "a boat"):
+        assert {half(caption, seed) for seed in range(12)} == {"left", "right"}, caption
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_row(flags):
+    args = blip.get_args(flags())
+    data = blip.Captions(blip.read_data(args, "train"), 32, None, every=True, augment=3)
+
+    def pixels(index):
+        return data[index][0]["pixel_values"]
+
+    assert torch.equal(pixels((1, 2)), pixels((1, 2))) and not torch.equal(pixels((1, 2)), pixels((2, 2)))
+    assert not torch.equal(pixels((1, 2)), pixels((1, 3))) and not torch.equal(pixels((1, 2)), pixels(2))
+    assert torch.equal(pixels(2), blip.Captions(data.rows, 32)[2][0]["pixel_values"])
+
+
+def test_training_is_augmented_and_validation_is_not(flags, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(blip, "augmented", lambda image, caption, rng: drawn.append(rng.random()) or image)
+    blip.main(flags("--augment", "--batch-size", "5"))
+    assert len(drawn) == len(set(drawn)) == 2 * 10  # epochs, rows
+
+
+# --- runs ------------
+
+def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch):
+    more = ("--save-last", "--accumulation", "2", "--batch-size", "2", "--augment", "--unfreeze-schedule", "3:2", "--epochs", "3")
+    monkeypatch.setattr(blip, "LOG_EVERY", 1)
+    blip.main(flags(*more, out="whole"))
+    step, calls = blip.train_step, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 4:  # the rehearsal is the first; an epoch has two steps
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(blip, "train_step", interrupt)
+    assert blip.main(flags(*more, out="cut")) == 143
+    assert runfolder.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 3
+    monkeypatch.setattr(blip, "train_step", step)
+    blip.main(flags(*more, "--resume", out="cut"))
+    for name in ("best.pt", "last.pt"):
+        assert same_state(state_of(tmp_path / "whole" / name), state_of(tmp_path / "cut" / name)), name
+    for name in ("training_log.csv", "val.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    assert {"curves.png", "args.yaml"} <= {p.name for p in (tmp_path / "cut").iterdir()}
+
+
+def test_dropout_is_a_function_of_step_and_micro_batch(run):
+    blip.train_mode(run)
+    batch = run.collate([run.train[n] for n in range(4)])
+
+    def loss(step, number):
+        run.step = step
+        return blip.train_step(run, iter([batch]), [0, 1, 2, 3], [(number, [0, 1, 2, 3])])
+
+    assert loss(0, 0) == loss(0, 0) and len({loss(0, 0), loss(1, 0), loss(0, 1)}) == 3
+
+
+def test_cases_page_holds_text_as_text_and_needs_nothing_else(flags, data, tmp_path):
+    hostile = "<script>alert('x')</script> {{ 7*7 }} \"quoted\""
+    write(data, val={**VAL, "v1.png": hostile})
+    blip.main(flags("--epochs", "1", "--cases", "2"))
+    page = (tmp_path / "run/cases.html").read_text()
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; {{ 7*7 }} &#34;quoted&#34;" in page
+    assert "<script" not in page and "<b>" not in page and "http" not in page.replace("http-equiv", "")
+    assert page.count("<img src=\"data:image/jpeg;base64,") == 4 and page.count("<figure>") == 4
+    assert all(name in page for name in VAL)
+
+
+def test_cases_are_the_worst_and_the_best(run, tmp_path):
+    captions = ["nothing like it", "a blue square", "the green square", "a red one"]
+    blip.write_cases(tmp_path / "c.html", run.val, captions, 1, "t")
+    page = (tmp_path / "c.html").read_text()
+    worst, best = page.split("The 1 best")
+    assert "nothing like it" in worst and "a red one" in best and page.count("<figure>") == 2
+
+
+# --- bad input ------------
+
+def spoil(name, content):
+    def do(data):
+        (data / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    return do
+
+
+BAD = [  # what is done to the data folder, further flags, words of the message
+    (lambda data: (data / "val_captions.json").unlink(), [], "val_captions.json: there is no such file"),
+    (spoil("train_captions.json", b"{"), [], "train_captions.json, line 1.*not JSON"),
+    (spoil("train_captions.json", {}), [], "holds no captions"),
+    (spoil("train_captions.json", {"t1.png": {"a": "b"}}), [], "'t1.png'.*not text"),
+    (spoil("train_captions.json", {"t1.png": []}), [], "row 1: an empty caption"),
+    (spoil("val_captions.json", {"v0.png": "a", "v1.png": " "}), [], "1 of 2 pictures.*row 2: an empty caption"),
+    (spoil("train_captions.json", {"../t1.png": "a"}), [], r"holds '\.\.'"),
+    (spoil("train_captions.json", {"t1.jpg": "a"}), [], "'t1.jpg' is not there .*nearest is 't1.png'"),
+    (spoil("images/v2.png", b""), [], "v2.png: is missing, empty"),
+    (spoil("images/v2.png", b"GIF8"), ["--skip-bad", "0.1"], "1 of 4 pictures.*v2.png"),
+    (spoil("images/t3.png", b"no picture"), ["--zero-shot", "--blip", "nowhere/blip"], "no BLIP called 'nowhere/blip'"),
+    (lambda data: None, ["--unfreeze", "4"], "asks for 4 vision layers and this BLIP has 3"),
+    (lambda data: None, ["--unfreeze-schedule", "2:9"], "asks for 9 vision layers"),
+    (lambda data: None, ["--caption", "none.png"], "none.png: there is no such picture"),
+    (lambda data: None, ["--checkpoint", "none.pt"], "none.pt: no such checkpoint"),
+    (lambda data: None, ["--images", "none"], "no such image folder"),
+    (lambda data: None, ["--lr", "1e30", "--save-last"], r"(loss|gradient) is (nan|inf)"),
+]
+
+
+@pytest.mark.parametrize("do, more, words", BAD, ids=lambda x: x[:40] if isinstance(x, str) else "")
+def test_bad_input_is_one_line(data, flags, tmp_path, capsys, do, more, words):
+    do(data)
+    assert runfolder.exit_code(blip.main, flags(*more)) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and re.search(words, line), line
+    assert not (tmp_path / "run/best.pt").exists()
+
+
+@pytest.mark.parametrize("more", [["--unfreeze-schedule", "0:2"], ["--unfreeze-schedule", "2"], ["--recipe", "other"],
+                                  ["--zero-shot", "--checkpoint", "x"], ["--shots", "0"]])
+def test_bad_flags(flags, more):
+    with pytest.raises(SystemExit) as stop:
+        blip.get_args(flags(*more))
+    assert stop.value.code == 2
+
+
+def test_broken_training_picture_leaves_a_last_pt(flags, data, tmp_path, monkeypatch, capsys):
+    step = blip.train_step
+
+    def spoiled(run, *args):
+        loss = step(run, *args)
+        if run.step == 2:
+            for n in range(9):
+                (data / f"images/t{n}.png").write_bytes(b"")
+        return loss
+
+    monkeypatch.setattr(blip, "train_step", spoiled)
+    assert runfolder.exit_code(blip.main, flags("--batch-size", "2")) == 2
+    assert "row " in (line := capsys.readouterr().err) and "is missing, empty (0 bytes)" in line
+    assert runfolder.load_checkpoint(tmp_path / "run/last.pt")["step"] == 3
+
+
+def test_other_folders_and_checkpoints_are_refused(flags, folder, data, tiny, tmp_path, capsys):
+    def error(*argv):
+        assert runfolder.exit_code(blip.main, list(argv)) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "a blip-2 model and not a BLIP" in error(*flags("--zero-shot", "--blip", tiny[0]))
+    blip.main(flags("--epochs", "1", "--save-last"))
+    assert "already holds" in error(*flags())
+    assert "--lr is 0.002, was 0.001" in error(*flags("--epochs", "1", "--save-last", "--resume", "--lr", "2e-3"))
+    runfolder.seed_everything(9)
+    other = make_tiny.save_random_captioner(tmp_path / "other", TEXTS)
+    best = str(tmp_path / "run/best.pt")
+    assert "trained on another BLIP" in error("--caption", str(data / "images"), "--checkpoint", best, "--blip", other)
+    runfolder.save_checkpoint(tmp_path / "x.pt", {**runfolder.load_checkpoint(best), "stage": "gated"})
+    assert "another stage (gated)" in error("--caption", str(data / "images"), "--checkpoint", str(tmp_path / "x.pt"))
+    with runfolder.locked(tmp_path / "held"):
+        assert "is in use by" in error(*flags(out="held"))
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["HOSTILE"],)
+
+
+def test_hostile_checkpoint_never_runs(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOSTILE", str(tmp_path / "ran"))
+    torch.save({"state": Hostile()}, tmp_path / "hostile.pt", pickle_module=pickle)
+    assert runfolder.exit_code(blip.main, ["--caption", str(data / "images"), "--checkpoint", str(tmp_path / "hostile.pt")]) == 2
+    assert "nothing of it was run" in capsys.readouterr().err and not (tmp_path / "ran").exists()
+
+
+def test_check_data(flags, data, capsys):
+    assert blip.main(flags("--check-data")) == 0
+    out = capsys.readouterr().out
+    assert "9 pictures, 10 captions" in out and "4 say left or right" in out and "[DEC] a red square [SEP]" in out
+    (data / "images/t1.png").write_bytes(b"x")
+    write(data, val={"t2.png": "a green square"})
+    assert blip.main(flags("--check-data")) == 1
+    out = capsys.readouterr().out
+    assert "broken image" in out and "in train and val" in out and "training would fail" in out

@@ -1,0 +1,985 @@
+"""train_blip_caption.py: fine-tune BLIP so that it captions your pictures in the manner of your captions.
+
+    python train_blip_caption.py --data data/captions                                    # BLIP base, one GPU of 12 GB or more
+    python train_blip_caption.py --data data/artquest --blip tiny --lr 1e-3 --epochs 6   # laptop CPU
+    python train_blip_caption.py --data data/captions --zero-shot                        # what the weights can do untrained
+    python train_blip_caption.py --data data/captions --checkpoint runs/blip/best.pt --cases 20   # look at the mistakes
+    python train_blip_caption.py --caption photo.jpg folder/ --checkpoint runs/blip/best.pt
+
+Trained: the text decoder and the last layers of the vision tower (--unfreeze, --unfreeze-schedule). Data flow: {file: caption}
+-> Picture -> Captions -> Collate -> BLIP's loss; validation, evaluation and --caption generate through describe() alone.
+"""
+
+import argparse
+import base64
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import re
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
+from PIL import Image, ImageEnhance, ImageOps
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import core
+import metrics
+import rows
+import runfolder
+from rows import DataError
+
+DEFAULT = "Salesforce/blip-image-captioning-base"
+# conservative: what the analysis of the first runs recommends; original: what was run
+RECIPES = {"conservative": {"unfreeze": 1, "lr": 1e-5, "vision_lr": 0.05, "weight_decay": 0.05, "patience": 3},
+           "original": {"unfreeze": 3, "lr": 3e-5, "vision_lr": 0.1, "weight_decay": 0.01, "patience": 5}}
+MAX_LENGTH = 60  # tokens of a caption, [DEC] among them, in training and in generation
+GENERATION = {"max_length": MAX_LENGTH, "num_beams": 5, "no_repeat_ngram_size": 2, "repetition_penalty": 1.1,
+              "length_penalty": 1.0, "early_stopping": False, "do_sample": False}
+# early_stopping True, as first run, ends a search with the fifth caption that ends, however bad: the end of good ones is lost
+SMOOTHING = 0.1  # BLIP's own (med.py); transformers had it up to 4.37 and has 0 since
+CLIP = 2.0  # gradient norm
+LONGEST = 100  # words; what is longer is no caption
+LEFT_RIGHT = re.compile(r"\b(left|right)|左|右", re.IGNORECASE)  # also leftmost, right-hand
+LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
+LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm", "layers", "images", "meteor", "rouge_l", "cider_d", "bleu_4",
+               "score")
+PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation")]),
+          ("validation", [("epoch", "score", "mean of the three"), ("epoch", "meteor", "METEOR"), ("epoch", "rouge_l", "ROUGE-L"),
+                          ("epoch", "cider_d", "CIDEr-D")]),
+          ("learning", [("step", "grad_norm", "gradient norm"), ("epoch", "layers", "open vision layers")])]
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="DIR", help="folder with train_captions.json, val_captions.json and, if you like, "
+                                                    "test_captions.json: {file: caption or list of captions}")
+    data.add_argument("--images", metavar="DIR", help="image root (default: DATA/images, else DATA)")
+    data.add_argument("--shots", type=runfolder.positive, metavar="N", help="train on N pictures only, picked by --seed")
+    data.add_argument("--train-texts-clean", action="store_true",
+                      help=f"remove empty, duplicate (twice on a picture) and absurdly long (over {LONGEST} words) captions")
+    data.add_argument("--augment", action="store_true", help="mirror (not where the caption says left or right), brightness, "
+                                                             "contrast, rotation by up to 10 degrees")
+    data.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
+                      help="leave bad or missing pictures out and list them, up to this share (0.01 where no number is given)")
+    data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
+    data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--blip", metavar="ID|DIR|tiny", help="HuggingFace id, local folder, or tiny (made on first use); default "
+                                                             f"{DEFAULT}, or what --checkpoint was trained on")
+    model.add_argument("--recipe", choices=tuple(RECIPES), default="conservative",
+                       help="defaults of the flags marked (recipe): " + "; ".join(
+                           f"{name}: {', '.join(f'{k} {v:g}' for k, v in flags.items())}" for name, flags in RECIPES.items()))
+    model.add_argument("--unfreeze", type=runfolder.whole, metavar="LAYERS", help="vision layers trained, from the last (recipe)")
+    model.add_argument("--unfreeze-schedule", type=opening, nargs="+", default=[], metavar="EPOCH:LAYERS",
+                       help="open more as epochs go by: 3:2 5:4 trains 2 layers from the third epoch on, 4 from the fifth")
+    run = parser.add_argument_group("training")
+    run.add_argument("--epochs", type=runfolder.positive, default=15, help="(default: 15)")
+    run.add_argument("--batch-size", type=runfolder.positive, default=6, help="captions a step and process (default: 6)")
+    run.add_argument("--accumulation", type=runfolder.positive, default=1, help="batches an optimizer step (default: 1)")
+    run.add_argument("--lr", type=runfolder.rate, help="peak learning rate of the text decoder (recipe)")
+    run.add_argument("--vision-lr", type=runfolder.weight, help="that of the vision tower as a multiple of --lr (recipe)")
+    run.add_argument("--warmup", type=runfolder.whole, default=1000, metavar="STEPS",
+                     help="steps of warm-up, at most a tenth of all (default: 1000)")
+    run.add_argument("--weight-decay", type=runfolder.weight, help="not on biases and norms (recipe)")
+    run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
+                     help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
+    run.add_argument("--patience", type=runfolder.whole, help="epochs without a better score before stopping; 0 = never (recipe)")
+    run.add_argument("--seed", type=runfolder.whole, default=42, help="(default: 42)")
+    run.add_argument("--out", default="runs/blip", metavar="DIR", help="run folder (default: runs/blip)")
+    run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
+    run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
+    run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
+    look = parser.add_argument_group("evaluation")
+    look.add_argument("--max-val", type=runfolder.positive, metavar="N", help="score N pictures only (default: the whole split)")
+    look.add_argument("--val-batch", type=runfolder.positive, default=32, help="pictures captioned at once (default: 32)")
+    look.add_argument("--zero-shot", action="store_true", help="score the untrained weights and stop")
+    look.add_argument("--checkpoint", metavar="FILE", help="a best.pt: score it and stop, or use it for --caption")
+    look.add_argument("--caption", nargs="+", metavar="PATH", help="caption these pictures and folders of pictures and stop")
+    look.add_argument("--json", action="store_true", help="print captions and scores as JSON")
+    look.add_argument("--cases", type=runfolder.whole, default=0, metavar="N",
+                      help="write OUT/cases.html: the N worst and the N best validation pictures")
+    args = runfolder.parse_args(parser, argv)
+    if not args.data and not args.caption:
+        parser.error("--data is needed, but for --caption")
+    if args.zero_shot and args.checkpoint:
+        parser.error("--zero-shot is without --checkpoint")
+    for name, value in RECIPES[args.recipe].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if not args.checkpoint:
+        args.blip = args.blip or DEFAULT
+    return args
+
+
+def opening(text):
+    """argparse type: EPOCH:LAYERS, two whole numbers."""
+    if not re.fullmatch(r"[1-9]\d*:\d+", text):
+        raise argparse.ArgumentTypeError(f"{text} is not EPOCH:LAYERS, such as 3:2")
+    return text
+
+
+# --- data: your own data set goes here ------------
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture and its captions; `fault` says why it cannot be used ("" if it can)."""
+    image: str  # absolute path, "" where it was not found
+    name: str  # as the file of captions has it
+    captions: tuple
+    line: int  # number in that file, from 1
+    file: str
+    fault: str = ""
+
+
+def split_file(args, split):
+    return pathlib.Path(args.data) / f"{split}_captions.json"
+
+
+def read_data(args, split, say=print):
+    """Pictures of a split, bad ones refused, with --skip-bad left out and listed; training captions cleaned if asked for."""
+    path = str(split_file(args, split))
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: there is no such file: --data is a folder with train_captions.json and val_captions.json")
+    captions, names = metrics.read_captions(path)
+    root, listings, missed, found = rows.image_root(path, args.images, "", next(iter(captions))), {}, 0, []
+    for number, (key, texts) in enumerate(captions.items(), 1):
+        name, image, fault = names.get(key, key), "", ""
+        try:  # the search for the nearest name is slow in a big folder, and five are shown
+            image = rows.resolve_image(root, name, listings, nearest=missed < 5)
+        except DataError as error:
+            fault, missed = str(error), missed + 1
+        found.append(Picture(image, name, tuple(" ".join(text.split()) for text in texts), number, path, fault))
+    if split == "train" and args.train_texts_clean:
+        found = clean(found, say)
+    say(f"{split}: {path}: {len(found)} pictures, {sum(len(p.captions) for p in found)} captions, images in {root}")
+    empty = "an empty caption (--train-texts-clean removes those of the training file)"
+    found = [p if p.fault or (p.captions and all(p.captions)) else replace(p, fault=empty) for p in found]
+    if args.skip_bad:
+        broken = dict(rows.verify_images([p for p in found if not p.fault], max(1, args.workers)))
+        found = [replace(p, fault=broken.get(p.image, p.fault)) for p in found]
+    good = usable(found, args.skip_bad, say)
+    return chosen(good, args.shots, args.seed, path) if split == "train" and args.shots else good
+
+
+def usable(found, skip_bad, say):
+    """The pictures without fault. DataError where more than the share skip_bad has one, or all have."""
+    bad = [p for p in found if p.fault]
+    good = [p for p in found if not p.fault]
+    if bad and (len(bad) > skip_bad * len(found) or not good):
+        listed = " | ".join(f"{rows.locate(p.file, p.line)}: {p.fault}" for p in bad[:5])
+        raise DataError(f"{bad[0].file}: {len(bad)} of {len(found)} pictures cannot be used: {listed}: mend them, check "
+                        f"--images, or leave them out with --skip-bad {min(1, len(bad) / len(found) + 0.005):.2f}")
+    for p in bad:
+        say(f"left out: {p.file}, {rows.locate(p.file, p.line)}: {p.fault}")
+    return good
+
+
+def clean(found, say):
+    """--train-texts-clean: the pictures with the captions worth training on; says what was removed."""
+    empty = twice = long = 0
+    kept = []
+    for picture in found:
+        texts = {}  # by what counts as the same
+        for text in picture.captions:
+            same = text.lower().rstrip(" .")
+            empty, twice, long = empty + (not same), twice + (same in texts), long + (len(text.split()) > LONGEST)
+            if same and len(text.split()) <= LONGEST:
+                texts.setdefault(same, text)
+        if texts:
+            kept.append(replace(picture, captions=tuple(texts.values())))
+    say(f"--train-texts-clean: {empty} empty, {twice} duplicate and {long} absurdly long captions removed, and "
+        f"{len(found) - len(kept)} pictures that have no other")
+    if not kept:
+        raise DataError(f"{found[0].file}: --train-texts-clean leaves no caption")
+    return kept
+
+
+def chosen(pictures, count, seed, path):
+    """`count` of the pictures, in their order: a pure function of their names and the seed."""
+    if count > len(pictures):
+        raise DataError(f"{path}: --shots {count} of {len(pictures)} pictures: ask for fewer")
+    order = sorted(pictures, key=lambda p: hashlib.sha256(f"{seed} {p.name}".encode()).digest())
+    picked = {p.name for p in order[:count]}
+    return [p for p in pictures if p.name in picked]
+
+
+def limited(pictures, args, split, say=print):
+    """The pictures that are scored: all, or with --max-val so many, which is said."""
+    if not args.max_val or args.max_val >= len(pictures):
+        return pictures
+    say(f"{split}: {args.max_val} of {len(pictures)} pictures are scored (--max-val): not comparable with the whole split")
+    return chosen(pictures, args.max_val, 0, "")
+
+
+def fingerprint(pictures):
+    """Short hash of names and captions: tells whether a run is resumed on other data."""
+    return hashlib.sha256(json.dumps([(p.name, p.captions) for p in pictures]).encode()).hexdigest()[:16]
+
+
+def token_ids(tokenizer, texts):
+    """[CLS] words [SEP] of each text. One that is too long loses its end, [SEP] too: nobody shall learn to stop there."""
+    return [ids[:MAX_LENGTH] for ids in tokenizer(list(texts), verbose=False).input_ids] if len(texts) else []
+
+
+def augmented(image, caption, rng):
+    """Mirrored, brighter or darker, more or less contrast, turned by up to 10 degrees: a pure function of its arguments."""
+    mirror, bright, contrast, turn = rng.random(), *rng.uniform(0.8, 1.2, 2), rng.uniform(-10, 10)
+    if mirror < 0.5 and not LEFT_RIGHT.search(caption):
+        image = ImageOps.mirror(image)
+    image = ImageEnhance.Contrast(ImageEnhance.Brightness(image).enhance(bright)).enhance(contrast)
+    return image.rotate(turn, Image.Resampling.BICUBIC, fillcolor=tuple(round(255 * m) for m in rows.BLIP_MEAN))
+
+
+class Captions(Dataset):
+    """Number, or (epoch, number) in training -> (sample, Picture); (the DataError of a broken picture, Picture), see train_gated.
+
+    sample: pixel_values [3,s,s] in BLIP's normalisation, and with a tokenizer ids, the caption's tokens. every: one row for
+    each caption; else one for each picture, with its first caption. augment: the seed, or None.
+    """
+
+    def __init__(self, pictures, image_size, tokenizer=None, every=False, augment=None):
+        pairs = [(p, text) for p in pictures for text in (p.captions if every else p.captions[:1] or ("",))]
+        self.rows, self.texts, self.image_size, self.augment = [p for p, _ in pairs], [t for _, t in pairs], image_size, augment
+        self.ids = token_ids(tokenizer, self.texts) if tokenizer else None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        epoch, number = index if isinstance(index, tuple) else (None, index)
+        picture = self.rows[number]
+        try:
+            image = rows.load_image(picture.image)
+        except DataError as error:
+            return error, picture
+        if self.augment is not None and epoch is not None:
+            image = augmented(image, self.texts[number], np.random.default_rng([self.augment, epoch, number]))
+        sample = {"pixel_values": rows.image_tensor(image, self.image_size)}  # [3,s,s]
+        return ({**sample, "ids": self.ids[number]} if self.ids else sample), picture
+
+
+def decoder_inputs(ids, mask, bos):
+    """Token ids [B,L] as the tokenizer gives them ([CLS] ... [SEP] pads) and their mask -> what BLIP's decoder is trained on.
+
+    Position 0 is bos, [DEC], since generation starts with it and the library's forward does not put it there; the labels of pads
+    are -100, since it would train on them. Labels stand under their own tokens: the library shifts them. (models/blip.py)
+    """
+    ids = ids.clone()
+    ids[:, 0] = bos
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+class Collate:
+    """Samples -> pixel_values [B,3,s,s] and, where they have tokens, decoder_inputs [B,L]."""
+
+    def __init__(self, pad, bos):
+        self.pad, self.bos = pad, bos
+
+    def __call__(self, samples):
+        for found, picture in samples:
+            if isinstance(found, DataError):
+                return {"fault": f"{picture.file}, {rows.locate(picture.file, picture.line)}: {found}"}
+        batch = {"pixel_values": torch.stack([found["pixel_values"] for found, _ in samples])}
+        if "ids" in samples[0][0]:
+            ids = [found["ids"] for found, _ in samples]
+            batch |= decoder_inputs(core.pad_ids(ids, self.pad), core.pad_ids([[1] * len(i) for i in ids], 0), self.bos)
+        return batch
+
+
+def load_batches(data, collate, batches, workers):
+    """A DataLoader over given lists of row numbers."""
+    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      worker_init_fn=runfolder.outlive_signals if workers else None, timeout=600 if workers else 0)
+
+
+class LoaderError(DataError):
+    """A picture or a loader process failed between two steps: the model is as the last step left it."""
+
+
+def next_batch(batches, device):
+    """The next batch on its device; a LoaderError where one of its pictures is broken."""
+    batch = next(batches)
+    if "fault" in batch:
+        raise LoaderError(batch["fault"])
+    return core.to_device(batch, device)
+
+
+def named(group):
+    """Rows for a message: picture and place of the first few."""
+    listed = [f"{r.name} ({rows.locate(r.file, r.line)})" for r in group]
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+def check_data(args):
+    """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
+    splits, failed = {}, False
+    for split in [s for s in ("train", "val", "test") if s != "test" or split_file(args, s).is_file()]:
+        try:
+            splits[split] = read_data(args, split)
+        except DataError as error:
+            print(f"{split}: error: {error}")
+            failed = True
+            continue
+        texts = [text for p in splits[split] for text in p.captions]
+        lengths = sorted(len(text.split()) for text in texts)
+        print(f"{split}: {len(set(texts))} different captions of {lengths[0]} to {lengths[-1]} words, half up to "
+              f"{lengths[len(lengths) // 2]}; {sum(bool(LEFT_RIGHT.search(t)) for t in texts)} say left or right")
+        for path, reason in rows.verify_images(splits[split], max(1, args.workers)) if not args.skip_bad else []:
+            print(f"broken image: {path}: {reason}")
+            failed = True
+    shared = rows.shared_images(splits)
+    for image, homes in list(shared.items())[:10]:
+        print(f"in {' and '.join(homes)}: {image}")
+    if len(shared) > 10:
+        print(f"... {len(shared)} pictures stand in more than one split")
+    check_tokens(args, splits)
+    print("training would fail" if failed else "training can start")
+    return int(failed)
+
+
+def check_tokens(args, splits):
+    """What the decoder will read: captions that are cut, and three of them piece by piece."""
+    try:
+        tokenizer = core.load_tokenizer(local_name(args.blip))
+    except DataError as error:
+        print(f"tokens not checked: {error}")
+        return
+    for split, pictures in splits.items():
+        texts = [text for p in pictures for text in p.captions]
+        cut = sum(len(ids) > MAX_LENGTH for ids in tokenizer(texts, verbose=False).input_ids)
+        print(f"{split}: {cut} of {len(texts)} captions are cut at {MAX_LENGTH} tokens")
+    for picture in splits.get("train", [])[:3]:
+        pieces = tokenizer.convert_ids_to_tokens(token_ids(tokenizer, picture.captions[:1])[0])
+        print(f"{picture.name}: [DEC] {' '.join(pieces[1:])}")
+
+
+# --- model ------------
+
+def local_name(name):
+    """--blip as a place: tiny's own folder; the default looks in models/ first."""
+    if name == "tiny":
+        import make_tiny
+        return str(make_tiny.captioner_place(make_tiny.get_args([])))
+    here = pathlib.Path("models") / DEFAULT.split("/")[1]
+    return str(here) if name == DEFAULT and here.is_dir() else name
+
+
+def load_blip(name):
+    """HuggingFace id, folder or tiny -> (BlipForConditionalGeneration with label smoothing, tokenizer), see core.load_blip2."""
+    from transformers import BlipForConditionalGeneration
+    if name == "tiny":
+        import make_tiny
+        make_tiny.ensure_captioner()
+    name = local_name(name)
+    if pathlib.Path(name).exists():
+        refuse_other_folder(pathlib.Path(name))
+    errors = []
+    for local in (True, False):
+        try:
+            model, found = BlipForConditionalGeneration.from_pretrained(name, dtype=torch.float32, local_files_only=local,
+                                                                        output_loading_info=True, ignore_mismatched_sizes=True)
+            break
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a damaged folder raises anything, from four libraries
+            errors.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+        if pathlib.Path(name).exists():
+            raise DataError(f"{name}: cannot be loaded as BLIP: {errors[0]}")
+        if not local or not core.hub_answers():
+            raise DataError(f"no BLIP called {name!r} on this machine and none could be fetched: pass --blip with a local "
+                            f"folder in HuggingFace's format, or --blip tiny ({errors[-1]})")
+    wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
+    if wrong:  # transformers would leave them random
+        raise DataError(f"{name}: {len(wrong)} tensors are missing or of another shape, first {wrong[:3]}")
+    tokenizer, text = core.load_tokenizer(name), model.config.text_config
+    ours, wanted = ((len(tokenizer), tokenizer.pad_token_id, tokenizer.sep_token_id),
+                    (text.vocab_size, text.pad_token_id, text.sep_token_id))
+    if ours[0] > wanted[0] or ours[1:] != wanted[1:]:
+        raise DataError(f"{name}: tokenizer and decoder do not belong together (tokens, pad and sep are {ours} and {wanted})")
+    if tokenizer("a").input_ids[-1] != text.sep_token_id:
+        raise DataError(f"{name}: its tokenizer does not end a text with [SEP], so no caption would ever end")
+    set_smoothing(model)
+    return model, tokenizer
+
+
+def refuse_other_folder(path):
+    """DataError where a local --blip is no complete BLIP folder: better than a random model of full size."""
+    try:
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{path}: not a BLIP folder (no readable config.json): give what save_pretrained wrote") from None
+    if kind != "blip":
+        raise DataError(f"{path}: a {kind} model and not a BLIP (model_type of its config.json)")
+    for file in sorted(path.glob("*.safetensors")):
+        core.refuse_incomplete(file)
+
+
+def set_smoothing(model, value=SMOOTHING):
+    """Label smoothing of the loss, where the config keeps it and where the decoder took it from."""
+    model.config.text_config.label_smoothing = model.text_decoder.label_smoothing = value
+
+
+def open_layers(model, layers):
+    """Trained: the text decoder and the last `layers` layers of the vision tower. Frozen: all else."""
+    tower = model.vision_model.encoder.layers
+    if layers > len(tower):
+        raise DataError(f"--unfreeze or --unfreeze-schedule asks for {layers} vision layers and this BLIP has {len(tower)}")
+    model.requires_grad_(False)
+    model.text_decoder.requires_grad_(True)
+    tower[len(tower) - layers:].requires_grad_(True)
+
+
+def layers_at(args, epoch):
+    """Vision layers that are open in an epoch (from 0): --unfreeze, then what the schedule says; never fewer than before."""
+    steps = [tuple(map(int, step.split(":"))) for step in args.unfreeze_schedule]
+    return max([args.unfreeze, *(layers for start, layers in steps if start <= epoch + 1)])
+
+
+def train_mode(run):
+    """Dropout in the trained parts only."""
+    run.wrapped.train()
+    run.model.vision_model.eval()
+    for layer in run.model.vision_model.encoder.layers:
+        layer.train(next(layer.parameters()).requires_grad)
+
+
+def parameter_groups(model, args):
+    """The trained parameters, each in exactly one group: vision and text with their own rate ("scale" times the step's), with
+    and, for biases and norms (fewer than two dimensions), without weight decay."""
+    groups = {}
+    for name, parameter in model.named_parameters():  # tied weights are named once
+        if parameter.requires_grad:
+            key = ("vision" if name.startswith("vision_model.") else "text", parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    scale = {"vision": args.vision_lr, "text": 1.0}
+    return [{"params": found, "scale": scale[part], "weight_decay": args.weight_decay if decays else 0.0}
+            for (part, decays), found in groups.items()]
+
+
+def precision_of(args):
+    """--precision -> accelerate's word for it."""
+    if args.precision != "auto":
+        return args.precision
+    if not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+# --- captions and their scores ------------
+
+@torch.no_grad()
+def describe(model, tokenizer, pixels, settings):
+    """Pixels [B,3,s,s] -> B captions. The one way here from a picture to a caption."""
+    ids = model.generate(pixel_values=pixels, **settings)  # [B,up to max_length]
+    texts = tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)  # [DEC] is no token of the tokenizer
+    return [" ".join(text.split()) for text in texts]
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, data, collate, accelerator, settings, batch_size, workers):
+    """Caption every row exactly once, on however many processes.
+
+    Returns on every process a list of dicts in row order: row, caption and, where the rows have tokens, loss (sum over the
+    caption's tokens, smoothed as in training) and tokens.
+    """
+    model.eval()
+    mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
+    batches, found = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)], []
+    loaded = iter(load_batches(data, collate, batches, workers))
+    for numbers in tqdm(batches, desc="captioning", leave=False, mininterval=1,
+                        disable=None if accelerator.is_main_process else True):
+        batch = next_batch(loaded, accelerator.device)
+        labels, table = batch.pop("labels", None), {}
+        with accelerator.autocast():
+            table["caption"] = describe(model, tokenizer, batch["pixel_values"], settings)
+            if labels is not None:
+                logits = model(**batch).logits[:, :-1].float()  # [B,L-1,V]
+                loss = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none", label_smoothing=SMOOTHING)
+                table |= {"loss": loss.sum(1).tolist(), "tokens": (labels[:, 1:] != -100).sum(1).tolist()}
+        found += [{"row": i, **{name: values[k] for name, values in table.items()}} for k, i in enumerate(numbers)]
+    return sorted(gather_object(found), key=lambda one: one["row"])
+
+
+def mean_of_three(scores):
+    """Mean of METEOR, ROUGE-L and CIDEr-D: what best.pt is chosen by. CIDEr-D has no value for a single picture."""
+    values = [scores[name] for name in (metrics.meteor_name(), "ROUGE-L", "CIDEr-D") if scores[name] is not None]
+    return sum(values) / len(values)
+
+
+def numbers_of(found, data):
+    """The numbers of an evaluation that are logged, over the rows of `data` with all their captions as references."""
+    corpus = metrics.score_captions([one["caption"] for one in found], [list(p.captions) for p in data.rows])["corpus"]
+    numbers = {"images": len(found), "loss": sum(one["loss"] for one in found) / sum(one["tokens"] for one in found),
+               "meteor": corpus[metrics.meteor_name()], "rouge_l": corpus["ROUGE-L"], "cider_d": corpus["CIDEr-D"],
+               "bleu_4": corpus["BLEU-4"], "score": mean_of_three(corpus)}
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def told(numbers):
+    """Numbers for the terminal."""
+    line = ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items())
+    return line + ("" if metrics.meteor_name() == "METEOR" else f" ({metrics.meteor_name()})")
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<style>body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222;background:#fafafa}
+.all{display:grid;grid-template-columns:repeat(auto-fill,minmax(20em,1fr));gap:1em}
+figure{margin:0;padding:.8em;background:#fff;border:1px solid #ddd;border-radius:6px;overflow-wrap:anywhere}
+img{display:block;max-width:100%;height:12em;object-fit:contain;margin:0 auto .6em}
+small{color:#666}p{margin:.3em 0}.said{font-weight:600}td,th{padding:.1em .8em .1em 0;text-align:left}</style>
+<h1>{{ title }}</h1><table><tr>{% for name in corpus %}<th>{{ name }}</th>{% endfor %}</tr>
+<tr>{% for value in corpus.values() %}<td>{{ value }}</td>{% endfor %}</tr></table>
+{% for heading, cases in parts %}<h2>{{ heading }}</h2><div class="all">{% for case in cases %}<figure>
+<img src="{{ case.thumbnail }}" alt=""><p class="said">{{ case.caption or "(nothing)" }}</p>
+{% for text in case.references %}<p>{{ text }}</p>{% endfor %}
+<small>{{ case.scores }}<br>{{ case.name }}</small></figure>{% endfor %}</div>{% endfor %}</html>
+"""
+
+
+def thumbnail(path, side=320):
+    """A picture as the data URI of a small JPEG."""
+    image, file = rows.load_image(path), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(file, "JPEG", quality=82)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def write_cases(path, data, captions, count, title):
+    """A page of its own with the `count` worst and best rows by mean_of_three: what was said in bold, then the references."""
+    import jinja2
+    def shown(value):
+        return "-" if value is None else f"{value:.3f}"
+
+    scores = metrics.score_captions(captions, [list(p.captions) for p in data.rows])
+    each = [dict(zip(scores["per_item"], values)) for values in zip(*scores["per_item"].values())]
+    order = sorted(range(len(each)), key=lambda i: mean_of_three(each[i]))
+    count = min(count, max(1, len(order) // 2))  # no picture on both sides
+    three = (metrics.meteor_name(), "ROUGE-L", "CIDEr-D")
+
+    def case(i):
+        return {"thumbnail": thumbnail(data.rows[i].image), "caption": captions[i], "references": data.rows[i].captions,
+                "name": data.rows[i].name, "scores": ", ".join(f"{name} {shown(each[i][name])}" for name in three)}
+
+    parts = [(f"The {count} worst of {len(order)}", map(case, order[:count])),
+             (f"The {count} best", map(case, order[:-count - 1:-1]))]
+    corpus = {name: shown(value) for name, value in scores["corpus"].items()}
+    page = jinja2.Environment(autoescape=True).from_string(PAGE).render(title=title, corpus=corpus, parts=parts)
+    with runfolder.whole_file(path) as file:
+        file.write(page)
+
+
+# --- one run: what the functions of the loop share ------------
+
+@dataclass
+class Run:
+    """A run under way. `model` is the BlipForConditionalGeneration; `wrapped` the same as accelerate trains it."""
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: torch.nn.Module
+    tokenizer: object
+    wrapped: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    collate: Collate
+    train: Captions
+    val: Captions
+    step: int = 0  # optimizer steps done
+    log: runfolder.RunLog | None = None  # only where files are written
+
+    def __post_init__(self):
+        self.marks = {"metric": "score", "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
+        self.per_epoch = len(self.plan(0))
+        self.total = self.args.epochs * self.per_epoch
+        self.open = layers_at(self.args, 0)
+
+    def plan(self, epoch):
+        """The optimizer steps of an epoch, see runfolder.epoch_plan."""
+        return runfolder.epoch_plan(len(self.train), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
+                                    self.accelerator.process_index, self.accelerator.num_processes)
+
+    def lr(self, step):
+        """Linear warm-up, then cosine to 0 at the last step of the run."""
+        return runfolder.cosine_lr(step, self.total, min(self.args.warmup, self.total // 10), self.args.lr)
+
+    def open_up(self, layers):
+        open_layers(self.model, layers)
+        self.open = layers
+
+
+# --- checkpoints ------------
+
+def save_best(run, out):
+    """best.pt: trained tensors and plain values only, with the settings of generation."""
+    import transformers
+    runfolder.save_checkpoint(out / "best.pt", {
+        "stage": "blip", "state": runfolder.trainable_state(run.model), "model_args": {"blip": run.args.blip}, "open": run.open,
+        "generation": GENERATION, "precision": run.accelerator.mixed_precision, "args": vars(run.args), **run.marks,
+        "meteor": metrics.meteor_name(), "frozen": runfolder.fingerprint(run.model.vision_model),
+        "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
+
+
+def save_last(run, out):
+    """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
+    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
+    runfolder.save_checkpoint(out / "last.pt", {
+        "stage": "blip", "state": runfolder.trainable_state(run.model), "open": run.open, "step": run.step, "marks": run.marks,
+        "optimizer": run.optimizer.state_dict(), "scaler": scaler, "frozen": runfolder.fingerprint(run.model.vision_model),
+        "settings": settings(run)})
+
+
+def settings(run):
+    """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
+    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "skip_bad", "cases", "json",
+            "val_batch", "checkpoint", "caption", "zero_shot")
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
+    return {**flags, "training pictures (hash)": fingerprint(run.train.rows),
+            "validation pictures (hash)": fingerprint(run.val.rows), "METEOR": metrics.meteor_name(),
+            "processes": run.accelerator.num_processes}
+
+
+def restore(run, path):
+    """Put last.pt back. DataError where anything differs that would change the result."""
+    last = runfolder.load_checkpoint(path, ("state", "open", "optimizer", "step", "marks", "frozen", "settings"))
+    now = settings(run)
+    other = [f"{name} is {now.get(name)!r}, was {was!r}" for name, was in last["settings"].items() if now.get(name) != was]
+    if other:
+        raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}: give the former ones, or another --out")
+    run.open_up(last["open"])
+    load_weights(run.model, last, path)
+    run.optimizer.load_state_dict(last["optimizer"])
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(last["scaler"])
+    run.step, run.marks = last["step"], last["marks"]
+
+
+def load_trained(name, best, path):
+    """(model, tokenizer) of a best.pt, on the BLIP it was trained on, or on the one named."""
+    model, tokenizer = load_blip(name or best["model_args"]["blip"])
+    open_layers(model, best["open"])
+    load_weights(model, best, path)
+    return model, tokenizer
+
+
+def load_weights(model, content, path):
+    """The trained tensors of a checkpoint into a model with as many open layers. DataError: trained on another BLIP."""
+    if content["frozen"] != runfolder.fingerprint(model.vision_model):
+        raise DataError(f"{path} was trained on another BLIP than the one given now: pass the same --blip")
+    runfolder.load_trainable(model, content["state"], path)
+
+
+def bad_loss(what, step, group):
+    """The message for a loss or gradient that is not finite."""
+    return (f"{what} at step {step}; best.pt and last.pt are as they were; look at these rows, lower --lr, or use --precision "
+            f"bf16 or no: {named(group)}")
+
+
+def is_better(value, marks):
+    """Is this validation score better than the best so far? Never true of NaN."""
+    return math.isfinite(value) and (marks["value"] is None or value > marks["value"])
+
+
+def stopped(accelerator, stop):
+    """Has any process been told to stop? All of them must agree, or the others would wait for ever."""
+    if accelerator.num_processes == 1:
+        return bool(stop.number)
+    return bool(accelerator.reduce(torch.tensor(stop.number, device=accelerator.device)).item())
+
+
+# --- the loop ------------
+
+def train_step(run, batches, group, share):
+    """Forward and backward of one optimizer step: this process's share of the group, in micro-batches.
+
+    Returns this process's part of the mean loss over the tokens of the whole group; the gradient is that of this mean, however
+    the group is split into micro-batches and processes.
+    """
+    def targets(numbers):
+        return sum(len(run.train.ids[n]) - 1 for n in numbers)
+
+    total = 0.0
+    for i, (number, picked) in enumerate(share):
+        # dropout is a pure function of (seed, step, micro-batch): exact resume and equal processes depend on it
+        runfolder.seed_everything(run.args.seed, run.step, number)
+        batch = next_batch(batches, run.accelerator.device)
+        with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
+            loss = run.wrapped(**batch).loss
+        if not torch.isfinite(loss):
+            raise DataError(bad_loss(f"loss is {loss.item()}", run.step, [run.train.rows[n] for n in picked]))
+        portion = targets(picked) * run.accelerator.num_processes / targets(group)
+        run.accelerator.backward(loss * portion)
+        total += loss.item() * portion
+    return total
+
+
+def train_epoch(run, epoch, plan, stop):
+    """The optimizer steps of `plan`, a part of the epoch's. Ends early when a signal has come."""
+    accelerator = run.accelerator
+    picked = [[(epoch, n) for n in numbers] for _, share in plan for _, numbers in share]
+    batches = iter(load_batches(run.train, run.collate, picked, run.args.workers))
+    bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
+    run.open_up(layers_at(run.args, epoch))
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    train_mode(run)
+    for group, share in bar:
+        lr = run.lr(run.step)
+        for part in run.optimizer.param_groups:
+            part["lr"] = lr * part["scale"]
+        try:
+            loss = train_step(run, batches, group, share)
+        except RuntimeError as error:  # torch says so in the midst of whatever is done at that moment
+            if not re.search(runfolder.DEAD_LOADER, str(error)):
+                raise
+            raise LoaderError(f"{runfolder.dead_loader(error)}; it was at {named([run.train.rows[n] for n in group])}") from None
+        norm = float(accelerator.clip_grad_norm_(trained, CLIP))
+        if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+            raise DataError(bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.step += 1
+        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
+        if run.step % LOG_EVERY == 0:
+            loss = accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean").item()
+            if run.log:
+                run.log.write("step", run.step, epoch=epoch + 1, lr=lr, loss=loss, grad_norm=norm)
+        if stopped(accelerator, stop):
+            break
+
+
+def validate(run, data):
+    """(numbers of an evaluation, captions in row order)."""
+    args = run.args
+    found = evaluate(run.model, run.tokenizer, data, run.collate, run.accelerator, GENERATION, args.val_batch, args.workers)
+    return numbers_of(found, data), [one["caption"] for one in found]
+
+
+def rehearse(run):
+    """The longest training batch with all layers open that ever will be, and a validation batch, before anything is trained:
+    memory that runs out, or a score that fails, shows now and not in the night."""
+    picked = sorted(range(len(run.train)), key=lambda n: len(run.train.ids[n]))[-run.args.batch_size:]
+    run.open_up(layers_at(run.args, run.args.epochs))
+    train_mode(run)
+    train_step(run, iter([run.collate([run.train[n] for n in picked])]), picked, [(0, picked)])
+    run.optimizer.zero_grad()
+    validate(run, Captions(run.val.rows[:run.args.val_batch], run.val.image_size, run.tokenizer))
+    if torch.cuda.is_available():
+        used = torch.cuda.max_memory_allocated() / 2**30
+        run.accelerator.print(f"most GPU memory in a rehearsal of the longest batches: {used:.1f} GiB")
+
+
+def prepare(args):
+    """Flags -> a Run at its first step: pictures, model, optimizer."""
+    # with a schedule DDP meets parameters that are still frozen
+    scattered = [DistributedDataParallelKwargs(find_unused_parameters=True)] if args.unfreeze_schedule else []
+    accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available(), kwargs_handlers=scattered)
+    train, val = (read_data(args, split, accelerator.print) for split in ("train", "val"))
+    runfolder.seed_everything(args.seed)
+    with accelerator.main_process_first():  # one process makes the tiny model, the others find it
+        model, tokenizer = load_blip(args.blip)
+    open_layers(model, layers_at(args, args.epochs))  # all that will ever be trained
+    if accelerator.is_main_process:
+        runfolder.print_parts(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    text, size = model.config.text_config, model.config.vision_config.image_size
+    return Run(args, accelerator, model, tokenizer, wrapped, optimizer, Collate(text.pad_token_id, text.bos_token_id),
+               Captions(train, size, tokenizer, every=True, augment=args.seed if args.augment else None),
+               Captions(limited(val, args, "val", accelerator.print), size, tokenizer))
+
+
+def train(run, out, stop):
+    """The epochs that are left. Returns early, with a last.pt, when a signal has come."""
+    args, leader, say = run.args, run.accelerator.is_main_process, run.accelerator.print
+    for epoch in range(run.marks["done"], args.epochs):
+        if args.patience and run.marks["stale"] >= args.patience:
+            say(f"no better score for {args.patience} epochs: stopping")
+            break
+        try:
+            train_epoch(run, epoch, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
+        except LoaderError:
+            if leader and run.step:
+                save_last(run, out)
+            raise
+        if stopped(run.accelerator, stop):
+            break
+        numbers, captions = validate(run, run.val)
+        better = is_better(numbers["score"], run.marks)
+        run.marks |= {"done": epoch + 1, "stale": run.marks["stale"] + 1}
+        if better:
+            run.marks |= {"value": numbers["score"], "epoch": epoch + 1, "stale": 0}
+        say(f"epoch {epoch + 1}: {told(numbers)}" + (" *" if better else ""))
+        if leader:
+            run.log.write("epoch", run.step, epoch=epoch + 1, lr=run.lr(run.step - 1), layers=run.open, **numbers)
+            if better:
+                write_captions(out / "val.json", run.val, captions)
+            if args.save_last:  # before best.pt: begin() makes up a best.pt that a kill between the two has left behind
+                save_last(run, out)
+            if better:
+                save_best(run, out)
+            draw(run, out)
+    if stop.number and leader:
+        save_last(run, out)
+        say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
+
+
+def write_captions(path, data, captions):
+    """{file: caption}, as metrics.py reads it."""
+    with runfolder.whole_file(path) as file:
+        json.dump({p.name: text for p, text in zip(data.rows, captions)}, file, indent=1, ensure_ascii=False)
+
+
+def draw(run, out):
+    """curves.png of the log so far."""
+    runfolder.draw_curves(run.log.path, out / "curves.png", PANELS, f"{out.name}: {run.args.blip}, {run.args.recipe}")
+
+
+def begin(run, out, resumed):
+    """The run folder, and what --resume finds in it."""
+    args, leader = run.args, run.accelerator.is_main_process
+    if resumed:
+        restore(run, out / "last.pt")
+        run.accelerator.print(f"resuming after step {run.step} of {run.total}")
+    if leader:
+        size = sum(t.nbytes for t in runfolder.trainable_state(run.model).values())
+        runfolder.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
+        runfolder.start_run(out, args)
+        run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
+        if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
+            save_best(run, out)
+        if resumed:
+            draw(run, out)
+
+
+def finish(run, out):
+    """After the last epoch: the page of cases, and the test split, where there is one, by best.pt."""
+    args, say = run.args, run.accelerator.print
+    if args.cases and run.accelerator.is_main_process:
+        told_then = json.loads((out / "val.json").read_text(encoding="utf-8"))
+        write_cases(out / "cases.html", run.val, [told_then[p.name] for p in run.val.rows], args.cases, f"{out.name}: best epoch")
+        say(f"{out / 'cases.html'}: {args.cases} worst and best")
+    if split_file(args, "test").is_file():
+        # into a fresh model: layers that were opened after the best epoch are no longer what they were then
+        run.model = load_trained(None, runfolder.load_checkpoint(out / "best.pt"), out / "best.pt")[0].to(run.accelerator.device)
+        data = Captions(limited(read_data(args, "test", say), args, "test", say), run.val.image_size, run.tokenizer)
+        numbers, captions = validate(run, data)
+        if run.accelerator.is_main_process:
+            write_captions(out / "test.json", data, captions)
+        say(f"test: {told(numbers)}")
+
+
+def fit(args):
+    """The whole run -> (Run, number of the signal that ended it or 0)."""
+    out = pathlib.Path(args.out)
+    resumed = args.resume and (out / "last.pt").exists()
+    runfolder.refuse_overwrite(out, resumed)
+    run = prepare(args)
+    say = run.accelerator.print
+    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), runfolder.StopSignal() as stop:
+        runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
+        begin(run, out, resumed)
+        say(f"{len(run.train)} training captions, {len(run.val)} validation pictures; {run.total} steps of "
+            f"{len(run.plan(0)[0][0])} captions, lr {args.lr:g}, precision {run.accelerator.mixed_precision}, "
+            f"{run.accelerator.device}")
+        rehearse(run)
+        train(run, out, stop)
+        if run.log:
+            run.log.close()
+        if not stop.number and run.marks["value"] is not None:
+            finish(run, out)
+    run.accelerator.end_training()
+    return run, stop.number
+
+
+# --- without training ------------
+
+def ready(args):
+    """What generates without training -> (model in eval mode, tokenizer, Collate, Accelerator, generation settings)."""
+    best = {"generation": GENERATION}
+    if args.checkpoint:
+        best = runfolder.load_checkpoint(args.checkpoint, ("state", "model_args", "open", "frozen", "generation", "precision"))
+        if best.get("stage") != "blip":
+            raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({best.get('stage')}) and not of this one")
+    if args.checkpoint and args.precision == "auto" and torch.cuda.is_available():
+        args.precision = best["precision"]  # as in training: rounding can change a caption
+    accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
+    with accelerator.main_process_first():
+        model, tokenizer = load_trained(args.blip, best, args.checkpoint) if args.checkpoint else load_blip(args.blip)
+    collate = Collate(model.config.text_config.pad_token_id, model.config.text_config.bos_token_id)
+    return model.eval().to(accelerator.device), tokenizer, collate, accelerator, best["generation"]
+
+
+def score(args):
+    """--zero-shot and --checkpoint: scores of the validation and test split."""
+    def say(*words):
+        accelerator.print(*words, file=sys.stderr if args.json else sys.stdout)
+
+    model, tokenizer, collate, accelerator, generation = ready(args)
+    result = {}
+    for split in ["val"] + ["test"] * split_file(args, "test").is_file():
+        pictures = limited(read_data(args, split, say), args, split, say)
+        data = Captions(pictures, model.config.vision_config.image_size, tokenizer)
+        found = evaluate(model, tokenizer, data, collate, accelerator, generation, args.val_batch, args.workers)
+        numbers, captions = numbers_of(found, data), [one["caption"] for one in found]
+        say(f"{split}: {told(numbers)}")
+        result[split] = {"scores": numbers, "captions": {p.name: text for p, text in zip(data.rows, captions)}}
+        if args.cases and split == "val" and accelerator.is_main_process:
+            path = pathlib.Path(args.out) / "cases.html"
+            write_cases(path, data, captions, args.cases, f"{args.checkpoint or args.blip}: {split}")
+            say(f"{path}: {args.cases} worst and best")
+    if args.json:
+        accelerator.print(json.dumps(result, indent=1, ensure_ascii=False))
+
+
+def caption(args):
+    """--caption: a line for each picture, or JSON. Folders stand for the pictures in them. Exit code 2 where one is broken."""
+    found = []
+    for place in map(pathlib.Path, args.caption):
+        if not place.exists():
+            raise DataError(f"--caption {place}: there is no such picture or folder")
+        known = {ending for ending, kind in Image.registered_extensions().items() if kind in rows.FORMATS}
+        inside = sorted(p for p in place.iterdir() if p.suffix.lower() in known) if place.is_dir() else [place]
+        if not inside:
+            raise DataError(f"--caption {place}: no picture in this folder")
+        found += [Picture(str(path), str(path), (), n, str(place)) for n, path in enumerate(inside, 1)]
+    broken = dict(rows.verify_images(found, max(1, args.workers)))
+    for reason in broken.values():
+        print(f"error: {reason}", file=sys.stderr)
+    found = [p for p in found if p.image not in broken]
+    if found:
+        model, tokenizer, collate, accelerator, generation = ready(args)
+        data = Captions(found, model.config.vision_config.image_size)
+        told_now = evaluate(model, tokenizer, data, collate, accelerator, generation, args.val_batch, args.workers)
+        captions = {p.name: one["caption"] for p, one in zip(found, told_now)}
+        accelerator.print(json.dumps(captions, indent=1, ensure_ascii=False) if args.json else
+                          "\n".join(f"{name}: {text}" for name, text in captions.items()))
+    return 2 * bool(broken)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    for note in runfolder.note_versions():
+        print(note, file=sys.stderr)
+    for wanted, do in ((args.check_data, check_data), (args.caption, caption), (args.zero_shot or args.checkpoint, score)):
+        if wanted:
+            return do(args)
+    run, signal_number = fit(args)
+    if signal_number:
+        return 128 + signal_number
+    if run.marks["value"] is None:
+        raise DataError("the validation score was never finite: there is no best.pt; lower --lr")
+    run.accelerator.print(f"best score {run.marks['value']:.4f} in epoch {run.marks['epoch']}: {args.out}/best.pt")
+
+
+if __name__ == "__main__":
+    sys.exit(runfolder.exit_code(main))
