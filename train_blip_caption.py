@@ -20,7 +20,6 @@ import os
 import pathlib
 import re
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -30,10 +29,11 @@ import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
 from PIL import Image, ImageEnhance, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import core
+import loop
 import metrics
 import rows
 import runfolder
@@ -298,30 +298,6 @@ class Collate:
         return batch
 
 
-def load_batches(data, collate, batches, workers):
-    """A DataLoader over given lists of row numbers."""
-    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=runfolder.outlive_signals if workers else None, timeout=600 if workers else 0)
-
-
-class LoaderError(DataError):
-    """A picture or a loader process failed between two steps: the model is as the last step left it."""
-
-
-def next_batch(batches, device):
-    """The next batch on its device; a LoaderError where one of its pictures is broken."""
-    batch = next(batches)
-    if "fault" in batch:
-        raise LoaderError(batch["fault"])
-    return core.to_device(batch, device)
-
-
-def named(group):
-    """Rows for a message: picture and place of the first few."""
-    listed = [f"{r.name} ({rows.locate(r.file, r.line)})" for r in group]
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-
-
 def check_data(args):
     """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
     splits, failed = {}, False
@@ -468,15 +444,6 @@ def parameter_groups(model, args):
             for (part, decays), found in groups.items()]
 
 
-def precision_of(args):
-    """--precision -> accelerate's word for it."""
-    if args.precision != "auto":
-        return args.precision
-    if not torch.cuda.is_available():
-        return "no"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-
-
 # --- captions and their scores ------------
 
 @torch.no_grad()
@@ -497,10 +464,10 @@ def evaluate(model, tokenizer, data, collate, accelerator, settings, batch_size,
     model.eval()
     mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
     batches, found = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)], []
-    loaded = iter(load_batches(data, collate, batches, workers))
+    loaded = iter(loop.load_batches(data, collate, batches, workers))
     for numbers in tqdm(batches, desc="captioning", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
-        batch = next_batch(loaded, accelerator.device)
+        batch = loop.next_batch(loaded, accelerator.device)
         labels, table = batch.pop("labels", None), {}
         with accelerator.autocast():
             table["caption"] = describe(model, tokenizer, batch["pixel_values"], settings)
@@ -605,13 +572,13 @@ class Run:
         self.open = layers_at(self.args, 0)
 
     def plan(self, epoch):
-        """The optimizer steps of an epoch, see runfolder.epoch_plan."""
-        return runfolder.epoch_plan(len(self.train), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
+        """The optimizer steps of an epoch, see loop.epoch_plan."""
+        return loop.epoch_plan(len(self.train), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
                                     self.accelerator.process_index, self.accelerator.num_processes)
 
     def lr(self, step):
         """Linear warm-up, then cosine to 0 at the last step of the run."""
-        return runfolder.cosine_lr(step, self.total, min(self.args.warmup, self.total // 10), self.args.lr)
+        return loop.cosine_lr(step, self.total, min(self.args.warmup, self.total // 10), self.args.lr)
 
     def open_up(self, layers):
         open_layers(self.model, layers)
@@ -679,22 +646,9 @@ def load_weights(model, content, path):
     runfolder.load_trainable(model, content["state"], path)
 
 
-def bad_loss(what, step, group):
-    """The message for a loss or gradient that is not finite."""
-    return (f"{what} at step {step}; best.pt and last.pt are as they were; look at these rows, lower --lr, or use --precision "
-            f"bf16 or no: {named(group)}")
-
-
 def is_better(value, marks):
     """Is this validation score better than the best so far? Never true of NaN."""
     return math.isfinite(value) and (marks["value"] is None or value > marks["value"])
-
-
-def stopped(accelerator, stop):
-    """Has any process been told to stop? All of them must agree, or the others would wait for ever."""
-    if accelerator.num_processes == 1:
-        return bool(stop.number)
-    return bool(accelerator.reduce(torch.tensor(stop.number, device=accelerator.device)).item())
 
 
 # --- the loop ------------
@@ -711,12 +665,12 @@ def train_step(run, batches, group, share):
     total = 0.0
     for i, (number, picked) in enumerate(share):
         # dropout is a pure function of (seed, step, micro-batch): exact resume and equal processes depend on it
-        runfolder.seed_everything(run.args.seed, run.step, number)
-        batch = next_batch(batches, run.accelerator.device)
+        loop.seed_everything(run.args.seed, run.step, number)
+        batch = loop.next_batch(batches, run.accelerator.device)
         with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
             loss = run.wrapped(**batch).loss
         if not torch.isfinite(loss):
-            raise DataError(bad_loss(f"loss is {loss.item()}", run.step, [run.train.rows[n] for n in picked]))
+            raise DataError(loop.bad_loss(f"loss is {loss.item()}", run.step, [run.train.rows[n] for n in picked]))
         portion = targets(picked) * run.accelerator.num_processes / targets(group)
         run.accelerator.backward(loss * portion)
         total += loss.item() * portion
@@ -727,7 +681,7 @@ def train_epoch(run, epoch, plan, stop):
     """The optimizer steps of `plan`, a part of the epoch's. Ends early when a signal has come."""
     accelerator = run.accelerator
     picked = [[(epoch, n) for n in numbers] for _, share in plan for _, numbers in share]
-    batches = iter(load_batches(run.train, run.collate, picked, run.args.workers))
+    batches = iter(loop.load_batches(run.train, run.collate, picked, run.args.workers))
     bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
     run.open_up(layers_at(run.args, epoch))
     trained = [p for p in run.model.parameters() if p.requires_grad]
@@ -736,15 +690,11 @@ def train_epoch(run, epoch, plan, stop):
         lr = run.lr(run.step)
         for part in run.optimizer.param_groups:
             part["lr"] = lr * part["scale"]
-        try:
+        with loop.dead_loaders_named([run.train.rows[n] for n in group]):
             loss = train_step(run, batches, group, share)
-        except RuntimeError as error:  # torch says so in the midst of whatever is done at that moment
-            if not re.search(runfolder.DEAD_LOADER, str(error)):
-                raise
-            raise LoaderError(f"{runfolder.dead_loader(error)}; it was at {named([run.train.rows[n] for n in group])}") from None
         norm = float(accelerator.clip_grad_norm_(trained, CLIP))
         if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            raise DataError(bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
+            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
@@ -753,7 +703,7 @@ def train_epoch(run, epoch, plan, stop):
             loss = accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean").item()
             if run.log:
                 run.log.write("step", run.step, epoch=epoch + 1, lr=lr, loss=loss, grad_norm=norm)
-        if stopped(accelerator, stop):
+        if loop.stopped(accelerator, stop):
             break
 
 
@@ -782,9 +732,9 @@ def prepare(args):
     """Flags -> a Run at its first step: pictures, model, optimizer."""
     # with a schedule DDP meets parameters that are still frozen
     scattered = [DistributedDataParallelKwargs(find_unused_parameters=True)] if args.unfreeze_schedule else []
-    accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available(), kwargs_handlers=scattered)
+    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available(), kwargs_handlers=scattered)
     train, val = (read_data(args, split, accelerator.print) for split in ("train", "val"))
-    runfolder.seed_everything(args.seed)
+    loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one process makes the tiny model, the others find it
         model, tokenizer = load_blip(args.blip)
     open_layers(model, layers_at(args, args.epochs))  # all that will ever be trained
@@ -807,11 +757,11 @@ def train(run, out, stop):
             break
         try:
             train_epoch(run, epoch, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
-        except LoaderError:
+        except loop.LoaderError:
             if leader and run.step:
                 save_last(run, out)
             raise
-        if stopped(run.accelerator, stop):
+        if loop.stopped(run.accelerator, stop):
             break
         numbers, captions = validate(run, run.val)
         better = is_better(numbers["score"], run.marks)
@@ -885,7 +835,7 @@ def fit(args):
     runfolder.refuse_overwrite(out, resumed)
     run = prepare(args)
     say = run.accelerator.print
-    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), runfolder.StopSignal() as stop:
+    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
         runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
         begin(run, out, resumed)
         say(f"{len(run.train)} training captions, {len(run.val)} validation pictures; {run.total} steps of "
@@ -912,7 +862,7 @@ def ready(args):
             raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({best.get('stage')}) and not of this one")
     if args.checkpoint and args.precision == "auto" and torch.cuda.is_available():
         args.precision = best["precision"]  # as in training: rounding can change a caption
-    accelerator = Accelerator(mixed_precision=precision_of(args), cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     with accelerator.main_process_first():
         model, tokenizer = load_trained(args.blip, best, args.checkpoint) if args.checkpoint else load_blip(args.blip)
     collate = Collate(model.config.text_config.pad_token_id, model.config.text_config.bos_token_id)
@@ -982,4 +932,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(runfolder.exit_code(main))
+    sys.exit(loop.exit_code(main))

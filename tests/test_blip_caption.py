@@ -10,12 +10,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from PIL import Image
 
 import make_tiny
+import loop
 import metrics
-import rows
 import runfolder
 import train_blip_caption as blip
 from rows import DataError
@@ -44,7 +43,7 @@ def one_thread():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random tiny BLIP."""
-    runfolder.seed_everything(0)
+    loop.seed_everything(0)
     return make_tiny.save_random_captioner(tmp_path_factory.mktemp("models"), TEXTS)
 
 
@@ -462,7 +461,7 @@ BAD = [  # what is done to the data folder, further flags, words of the message
 @pytest.mark.parametrize("do, more, words", BAD, ids=lambda x: x[:40] if isinstance(x, str) else "")
 def test_bad_input_is_one_line(data, flags, tmp_path, capsys, do, more, words):
     do(data)
-    assert runfolder.exit_code(blip.main, flags(*more)) == 2
+    assert loop.exit_code(blip.main, flags(*more)) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ") and re.search(words, line), line
     assert not (tmp_path / "run/best.pt").exists()
@@ -487,21 +486,21 @@ def test_broken_training_picture_leaves_a_last_pt(flags, data, tmp_path, monkeyp
         return loss
 
     monkeypatch.setattr(blip, "train_step", spoiled)
-    assert runfolder.exit_code(blip.main, flags("--batch-size", "2")) == 2
+    assert loop.exit_code(blip.main, flags("--batch-size", "2")) == 2
     assert "row " in (line := capsys.readouterr().err) and "is missing, empty (0 bytes)" in line
     assert runfolder.load_checkpoint(tmp_path / "run/last.pt")["step"] == 3
 
 
 def test_other_folders_and_checkpoints_are_refused(flags, folder, data, tiny, tmp_path, capsys):
     def error(*argv):
-        assert runfolder.exit_code(blip.main, list(argv)) == 2
+        assert loop.exit_code(blip.main, list(argv)) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
     assert "a blip-2 model and not a BLIP" in error(*flags("--zero-shot", "--blip", tiny[0]))
     blip.main(flags("--epochs", "1", "--save-last"))
     assert "already holds" in error(*flags())
     assert "--lr is 0.002, was 0.001" in error(*flags("--epochs", "1", "--save-last", "--resume", "--lr", "2e-3"))
-    runfolder.seed_everything(9)
+    loop.seed_everything(9)
     other = make_tiny.save_random_captioner(tmp_path / "other", TEXTS)
     best = str(tmp_path / "run/best.pt")
     assert "trained on another BLIP" in error("--caption", str(data / "images"), "--checkpoint", best, "--blip", other)
@@ -519,7 +518,7 @@ class Hostile:
 def test_hostile_checkpoint_never_runs(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOSTILE", str(tmp_path / "ran"))
     torch.save({"state": Hostile()}, tmp_path / "hostile.pt", pickle_module=pickle)
-    assert runfolder.exit_code(blip.main, ["--caption", str(data / "images"), "--checkpoint", str(tmp_path / "hostile.pt")]) == 2
+    assert loop.exit_code(blip.main, ["--caption", str(data / "images"), "--checkpoint", str(tmp_path / "hostile.pt")]) == 2
     assert "nothing of it was run" in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
 
