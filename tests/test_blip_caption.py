@@ -195,7 +195,7 @@ def test_accumulation_equals_the_large_batch(run):
 
     def gradients(parts):
         share = list(enumerate(parts))
-        batches = iter(blip.load_batches(run.train, run.collate, parts, 0))
+        batches = iter(loop.load_batches(run.train, run.collate, parts, 0))
         loss = blip.train_step(run, batches, group, share)
         found = {n: p.grad for n, p in run.model.named_parameters() if p.requires_grad}
         run.optimizer.zero_grad()

@@ -21,9 +21,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import conftest  # noqa: F401  (sets the import path)
-import loop
 import efficientnet
 import efficientnet_pretrain as pretrain
+import loop
 import rows
 import runfolder
 from rows import DataError

@@ -30,9 +30,9 @@ import traceback
 import pytest
 import torch
 
-import loop
 import conftest  # noqa: F401  (sets the import path)
 import eval_gated
+import loop
 import runfolder
 import train_gated
 

@@ -17,9 +17,9 @@ import yaml
 from accelerate import Accelerator
 
 import compare_gated
-import loop
 import conftest
 import eval_gated
+import loop
 import rows
 import runfolder
 import train_gated
