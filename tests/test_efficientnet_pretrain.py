@@ -32,7 +32,7 @@ from timm.utils import ModelEmaV3
 ARCH = "test_efficientnet"
 STYLES = {"Cubism": (200, 40, 40), "Pop_Art": (40, 200, 40), "Ukiyo_e": (40, 40, 200)}  # folder: colour
 COUNTS = {"Cubism": 8, "Pop_Art": 4, "Ukiyo_e": 2}  # training pictures; two each for validation
-WIKIART = pathlib.Path("/work/shared/data/wikiart_csv")
+WIKIART = pathlib.Path(__file__).resolve().parents[2] / "shared/data/wikiart_csv"
 
 
 @pytest.fixture(scope="module", autouse=True)
