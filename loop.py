@@ -144,7 +144,7 @@ def out_of_memory(error, batch_size):
     used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use" if torch.cuda.is_initialized() else ""
     what = f"{' '.join(str(error).split())[:160]}{used}" or "of this machine, not of a GPU"
     return (f"out of memory ({what}): halve {batch_size} (in training double --accumulation: the result is the same), use "
-            "--precision bf16, or train less (no --train-qformer)")
+            "--precision bf16, or train fewer parts")
 
 
 def stopped(accelerator, stop):
