@@ -467,41 +467,47 @@ def encode_prompts(tokenizer, questions, contexts=None):
 def load_blip2(name, dtype=torch.float32):
     """HuggingFace id or local folder -> (Blip2ForConditionalGeneration, tokenizer). Local files are tried first."""
     from transformers import Blip2ForConditionalGeneration
-    if pathlib.Path(name).exists():
-        refuse_other_folder(pathlib.Path(name))
-    errors = []
-    for local in (True, False):
-        try:
-            model, found = Blip2ForConditionalGeneration.from_pretrained(name, dtype=dtype, local_files_only=local,
-                                                                         output_loading_info=True, ignore_mismatched_sizes=True)
-            break
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a damaged folder raises anything, from four libraries
-            errors.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
-        if pathlib.Path(name).exists():
-            raise DataError(f"{name}: cannot be loaded as BLIP-2: {errors[0]}")
-        if not local or not hub_answers():
-            raise DataError(f"no BLIP-2 called {name!r} on this machine and none could be fetched: pass --blip2 with a local "
-                            f"folder in HuggingFace's format, or --blip2 tiny ({errors[-1]})")
-    wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
-    if wrong:  # transformers would leave them random
-        raise DataError(f"{name}: {len(wrong)} tensors are missing or of another shape, first {wrong[:3]}")
-    tokenizer = load_tokenizer(name)
+    model, tokenizer = load_published(Blip2ForConditionalGeneration, "BLIP-2", name, dtype)
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise DataError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the language model "
                         f"{model.config.text_config.vocab_size}: they do not belong together")
     return model, tokenizer
 
 
-def refuse_other_folder(path):
-    """DataError where a local --blip2 is no complete BLIP-2 folder: better than a random model of full size."""
+def load_published(model_class, kind, name, dtype=torch.float32):
+    """A transformers class, kind "BLIP-2" or "BLIP", and an id or folder -> (model, tokenizer), complete or a DataError."""
+    flag = "--" + kind.replace("-", "").lower()
+    if pathlib.Path(name).exists():
+        refuse_other_folder(pathlib.Path(name), kind)
+    errors = []
+    for local in (True, False):
+        try:
+            model, found = model_class.from_pretrained(name, dtype=dtype, local_files_only=local, output_loading_info=True,
+                                                       ignore_mismatched_sizes=True)
+            break
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a damaged folder raises anything, from four libraries
+            errors.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+        if pathlib.Path(name).exists():
+            raise DataError(f"{name}: cannot be loaded as {kind}: {errors[0]}")
+        if not local or not hub_answers():
+            raise DataError(f"no {kind} called {name!r} on this machine and none could be fetched: pass {flag} with a local "
+                            f"folder in HuggingFace's format, or {flag} tiny ({errors[-1]})")
+    wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
+    if wrong:  # transformers would leave them random
+        raise DataError(f"{name}: {len(wrong)} tensors are missing or of another shape, first {wrong[:3]}")
+    return model, load_tokenizer(name)
+
+
+def refuse_other_folder(path, kind):
+    """DataError where a local folder is no complete BLIP-2 or BLIP (kind): better than a random model of full size."""
     try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+        held = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: not a BLIP-2 folder (no readable config.json); give the folder that save_pretrained wrote") from None
-    if kind != "blip-2":
-        raise DataError(f"{path}: a {kind} model and not a BLIP-2 (model_type of its config.json)")
+        raise DataError(f"{path}: not a {kind} folder (no readable config.json); give the folder that save_pretrained wrote") from None
+    if held != kind.lower():
+        raise DataError(f"{path}: a {held} model and not a {kind} (model_type of its config.json)")
     for file in sorted(path.glob("*.safetensors")):
         refuse_incomplete(file)
 

@@ -577,7 +577,7 @@ class Run:
         """The optimizer steps of an epoch, see loop.epoch_plan, with Paintings' keys as the numbers."""
         drawn = balanced(self.train.labels, self.args.balance, self.args.seed, epoch).tolist()
         steps = loop.epoch_plan(len(drawn), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
-                                     self.accelerator.process_index, self.accelerator.num_processes)
+                                self.accelerator.process_index, self.accelerator.num_processes)
 
         def keys(places):
             return [(drawn[place], epoch, place) for place in places]
@@ -617,10 +617,7 @@ def settings(run):
 def restore(run, path):
     """Put last.pt back. DataError where anything differs that would change the result."""
     last = runfolder.load_checkpoint(path, ("state", "ema", "optimizer", "scaler", "step", "marks", "settings"))
-    now = settings(run)
-    other = [f"{name} is {now.get(name)!r}, was {was!r}" for name, was in last["settings"].items() if now.get(name) != was]
-    if other:
-        raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}: give the former ones, or another --out")
+    runfolder.refuse_other_settings(settings(run), last["settings"], path)
     efficientnet.load_strictly(run.model, last["state"], str(path))
     efficientnet.load_strictly(run.ema.module, last["ema"], str(path))
     run.optimizer.load_state_dict(last["optimizer"])

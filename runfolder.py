@@ -263,6 +263,13 @@ def refuse_overwrite(out, resume):
                         + (", or --resume" if "last.pt" in held else " (there is no last.pt to resume from)"))
 
 
+def refuse_other_settings(now, was, path):
+    """DataError that lists what would make a resumed run end otherwise. now, was: {name: value}, of this run and of last.pt."""
+    other = [f"{name} is {now.get(name)!r}, was {value!r}" for name, value in was.items() if now.get(name) != value]
+    if other:
+        raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}: give the former ones, or another --out")
+
+
 @contextlib.contextmanager
 def locked(out):
     """Make the run folder and hold it: two runs in one folder would overwrite each other's files.

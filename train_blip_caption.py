@@ -359,27 +359,8 @@ def load_blip(name):
         import make_tiny
         make_tiny.ensure_captioner()
     name = local_name(name)
-    if pathlib.Path(name).exists():
-        refuse_other_folder(pathlib.Path(name))
-    errors = []
-    for local in (True, False):
-        try:
-            model, found = BlipForConditionalGeneration.from_pretrained(name, dtype=torch.float32, local_files_only=local,
-                                                                        output_loading_info=True, ignore_mismatched_sizes=True)
-            break
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a damaged folder raises anything, from four libraries
-            errors.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
-        if pathlib.Path(name).exists():
-            raise DataError(f"{name}: cannot be loaded as BLIP: {errors[0]}")
-        if not local or not core.hub_answers():
-            raise DataError(f"no BLIP called {name!r} on this machine and none could be fetched: pass --blip with a local "
-                            f"folder in HuggingFace's format, or --blip tiny ({errors[-1]})")
-    wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
-    if wrong:  # transformers would leave them random
-        raise DataError(f"{name}: {len(wrong)} tensors are missing or of another shape, first {wrong[:3]}")
-    tokenizer, text = core.load_tokenizer(name), model.config.text_config
+    model, tokenizer = core.load_published(BlipForConditionalGeneration, "BLIP", name)
+    text = model.config.text_config
     ours, wanted = ((len(tokenizer), tokenizer.pad_token_id, tokenizer.sep_token_id),
                     (text.vocab_size, text.pad_token_id, text.sep_token_id))
     if ours[0] > wanted[0] or ours[1:] != wanted[1:]:
@@ -388,18 +369,6 @@ def load_blip(name):
         raise DataError(f"{name}: its tokenizer does not end a text with [SEP], so no caption would ever end")
     set_smoothing(model)
     return model, tokenizer
-
-
-def refuse_other_folder(path):
-    """DataError where a local --blip is no complete BLIP folder: better than a random model of full size."""
-    try:
-        kind = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: not a BLIP folder (no readable config.json): give what save_pretrained wrote") from None
-    if kind != "blip":
-        raise DataError(f"{path}: a {kind} model and not a BLIP (model_type of its config.json)")
-    for file in sorted(path.glob("*.safetensors")):
-        core.refuse_incomplete(file)
 
 
 def set_smoothing(model, value=SMOOTHING):
@@ -619,10 +588,7 @@ def settings(run):
 def restore(run, path):
     """Put last.pt back. DataError where anything differs that would change the result."""
     last = runfolder.load_checkpoint(path, ("state", "open", "optimizer", "step", "marks", "frozen", "settings"))
-    now = settings(run)
-    other = [f"{name} is {now.get(name)!r}, was {was!r}" for name, was in last["settings"].items() if now.get(name) != was]
-    if other:
-        raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}: give the former ones, or another --out")
+    runfolder.refuse_other_settings(settings(run), last["settings"], path)
     run.open_up(last["open"])
     load_weights(run.model, last, path)
     run.optimizer.load_state_dict(last["optimizer"])

@@ -423,10 +423,7 @@ def settings(run):
 def restore(run, path):
     """Put last.pt back. DataError where anything differs that would change the result."""
     last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
-    now = settings(run)
-    other = [f"{name} is {now.get(name)!r}, was {was!r}" for name, was in last["settings"].items() if now.get(name) != was]
-    if other:
-        raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}: give the former ones, or another --out")
+    runfolder.refuse_other_settings(settings(run), last["settings"], path)
     if last["frozen"] != runfolder.fingerprint(run.model):
         raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now: pass the same "
                         "--blip2 and --efficientnet, or another --out")
