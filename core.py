@@ -2,30 +2,26 @@
 
 Reading order (building blocks first, the whole last):
   masks            padding_mask, unimodal_mask, unilm_mask
-  Q-Former         QFormer, TextEmbeddings, lavis_to_hf, qformer_weights
+  Q-Former         QFormer, TextEmbeddings
   gates            KVGate, PromptMapper, GatedFusionModule
   style terms      style_vocabulary, style_hit, style_kl
   prompts          encode_prompts, encode_training
-  the system       Blip2OPTGated, load_blip2
-The style classifier is in efficientnet.py, checkpoints and run folders in runfolder.py, the tools of training loops in loop.py,
-tables and images in rows.py.
+  the system       Blip2OPTGated
+The style classifier is in efficientnet.py, the loading of published models in published.py, checkpoints and run folders in
+runfolder.py, the tools of training loops in loop.py, tables and images in rows.py.
 
 Capitals in shape comments: B batch, Q queries, L text tokens, S = Q + L, P image patches (with CLS), H Q-Former width,
 W vision width, D language model width, V vocabulary, T control tokens, M answer positions of the whole batch.
 """
 
-import json
-import pathlib
-import socket
-import urllib.parse
-import urllib.request
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efficientnet import EfficientNet28, load_foreign, load_strictly, unwrap_state
+from efficientnet import EfficientNet28
+from published import load_blip2, replace_qformer
 from rows import DataError
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
@@ -198,65 +194,6 @@ class TextEmbeddings(nn.Module):
         """input_ids [B,L] -> [B,L,H]; positions start at 0 whatever stands before the text."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)
-
-
-# LAVIS name -> HuggingFace name, applied in this order. Not covered: LAVIS's EVA vision tower ("visual_encoder."), which is
-# frozen and comes from the BLIP-2 folder, and the ITG head ("Qformer.cls."), which HuggingFace does not have.
-LAVIS_KEYS = (
-    ("Qformer.bert.embeddings.LayerNorm.", "qformer.layernorm."),
-    ("Qformer.bert.embeddings.", "embeddings."),
-    ("Qformer.bert.", "qformer."),
-    ("attention.self.", "attention.attention."),  # also inside "crossattention.self."
-    ("ln_vision.", "vision_model.post_layernorm."),
-    ("vision_proj.", "vision_projection."),
-    ("text_proj.", "text_projection."),
-    ("opt_proj.", "language_projection."),
-)
-
-
-def lavis_to_hf(state):
-    """LAVIS BLIP-2 state dict -> the same tensors under HuggingFace names (position_ids buffers are dropped)."""
-    renamed = {}
-    for name, tensor in state.items():
-        for old, new in LAVIS_KEYS:
-            name = name.replace(old, new)
-        if not name.endswith("position_ids"):
-            renamed[name] = tensor
-    return renamed
-
-
-def qformer_weights(state, text_path, source="these weights"):
-    """Pick the Q-Former out of an HF BLIP-2, HF image-text-retrieval or LAVIS state dict.
-
-    Returns {"qformer": ..., "embeddings": ..., "query_tokens": ..., "language_projection": ...}, each a state dict, those
-    that the source holds. Without text_path the text feed-forwards are left out: stage 2 has no text in the Q-Former.
-    """
-    if any(name.startswith("Qformer.") for name in state):
-        state = lavis_to_hf(state)
-    parts = {}
-    for name, tensor in state.items():
-        part, _, rest = name.partition(".")
-        is_text = ".intermediate.dense." in name or (".output." in name and "attention.output." not in name)
-        if part in ("qformer", "embeddings", "query_tokens", "language_projection") and (text_path or not is_text):
-            parts.setdefault(part, {})[rest] = tensor
-    if "qformer" not in parts:
-        raise DataError(f"no Q-Former in {source}: found {sorted({n.split('.')[0] for n in state})[:8]}")
-    return parts
-
-
-def read_weights(source):
-    """All tensors but the towers of an HF folder (safetensors), or of a .pth / .bin file: {name: tensor}."""
-    path = pathlib.Path(source)
-    if not path.is_dir():
-        return unwrap_state(load_foreign(path, safe=True, advice="give a Q-Former's tensors alone, as a plain dict"))[0]
-    from safetensors import safe_open
-    state = {}
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            state |= {n: tensors.get_tensor(n) for n in tensors.keys() if not n.startswith(("vision_model.", "language_model."))}
-    if not state:
-        raise DataError(f"{path}: no .safetensors file with a Q-Former in this folder")
-    return state
 
 
 # --- gates ------------
@@ -463,116 +400,6 @@ def encode_prompts(tokenizer, questions, contexts=None):
 
 
 # --- the system ------------
-
-def load_blip2(name, dtype=torch.float32):
-    """HuggingFace id or local folder -> (Blip2ForConditionalGeneration, tokenizer). Local files are tried first."""
-    from transformers import Blip2ForConditionalGeneration
-    model, tokenizer = load_published(Blip2ForConditionalGeneration, "BLIP-2", name, dtype)
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        raise DataError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the language model "
-                        f"{model.config.text_config.vocab_size}: they do not belong together")
-    return model, tokenizer
-
-
-def load_published(model_class, kind, name, dtype=torch.float32):
-    """A transformers class, kind "BLIP-2" or "BLIP", and an id or folder -> (model, tokenizer), complete or a DataError."""
-    flag = "--" + kind.replace("-", "").lower()
-    if pathlib.Path(name).exists():
-        refuse_other_folder(pathlib.Path(name), kind)
-    errors = []
-    for local in (True, False):
-        try:
-            model, found = model_class.from_pretrained(name, dtype=dtype, local_files_only=local, output_loading_info=True,
-                                                       ignore_mismatched_sizes=True)
-            break
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a damaged folder raises anything, from four libraries
-            errors.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
-        if pathlib.Path(name).exists():
-            raise DataError(f"{name}: cannot be loaded as {kind}: {errors[0]}")
-        if not local or not hub_answers():
-            raise DataError(f"no {kind} called {name!r} on this machine and none could be fetched: pass {flag} with a local "
-                            f"folder in HuggingFace's format, or {flag} tiny ({errors[-1]})")
-    wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
-    if wrong:  # transformers would leave them random
-        raise DataError(f"{name}: {len(wrong)} tensors are missing or of another shape, first {wrong[:3]}")
-    return model, load_tokenizer(name)
-
-
-def refuse_other_folder(path, kind):
-    """DataError where a local folder is no complete BLIP-2 or BLIP (kind): better than a random model of full size."""
-    try:
-        held = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: not a {kind} folder (no readable config.json); give the folder that save_pretrained wrote") from None
-    if held != kind.lower():
-        raise DataError(f"{path}: a {held} model and not a {kind} (model_type of its config.json)")
-    for file in sorted(path.glob("*.safetensors")):
-        refuse_incomplete(file)
-
-
-def refuse_incomplete(path):
-    """DataError for a .safetensors file whose header does not fit its size: a broken download, a pointer, a web page."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = file.read(length) if length < size else b""
-    try:
-        expected = 8 + length + max(entry["data_offsets"][1] for key, entry in json.loads(header).items() if key != "__metadata__")
-    except (ValueError, TypeError, KeyError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise DataError(f"{path}: not a safetensors file ({size} bytes; a web page or a git-lfs pointer saved under this name?): "
-                        "download it again") from None
-    if size != expected:
-        raise DataError(f"{path}: incomplete ({size:,} of {expected:,} bytes): download it again")
-
-
-def load_tokenizer(name):
-    """The tokenizer alone, without a weight."""
-    from transformers import AutoTokenizer
-    local = pathlib.Path(name).exists() or not hub_answers()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-    except Exception as error:  # as above
-        raise DataError(f"{name}: its tokenizer cannot be read ({' '.join(str(error).split())[:120]})") from None
-    if not tokenizer("a", add_special_tokens=False).input_ids:
-        raise DataError(f"{name}: no tokenizer files there (OPT's are vocab.json and merges.txt, or tokenizer.json)")
-    return tokenizer
-
-
-def image_size_of(name):
-    """Side of the pictures that a BLIP-2 takes, from its config alone."""
-    from transformers import AutoConfig
-    try:
-        return AutoConfig.from_pretrained(name, local_files_only=not hub_answers()).vision_config.image_size
-    except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{name}: not a BLIP-2 ({' '.join(str(error).split())[:120]})") from None
-
-
-def hub_answers():
-    """Can the hub be reached? Asked first, since the library would try again for a minute. A proxy is taken at its word."""
-    from huggingface_hub import constants
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies().get("https"):
-        return not constants.HF_HUB_OFFLINE
-    try:
-        socket.create_connection((urllib.parse.urlparse(constants.ENDPOINT).hostname, 443), timeout=5).close()
-    except OSError:
-        return False
-    return True
-
-
-def replace_qformer(blip2, source):
-    """Put another checkpoint's Q-Former and queries (and projection, where it holds one) into a transformers BLIP-2."""
-    parts = qformer_weights(read_weights(source), text_path=False, source=source)
-    load_strictly(blip2.qformer, parts["qformer"], f"Q-Former of {source}")
-    queries = parts.get("query_tokens", {}).get("")
-    if queries is None or queries.shape != blip2.query_tokens.shape:
-        raise DataError(f"{source}: query tokens {None if queries is None else tuple(queries.shape)} for "
-                        f"{tuple(blip2.query_tokens.shape)}")
-    blip2.query_tokens.data.copy_(queries)
-    if "language_projection" in parts:
-        load_strictly(blip2.language_projection, parts["language_projection"], f"language projection of {source}")
-
 
 class Blip2OPTGated(nn.Module):
     """BLIP-2 (frozen vision tower, Q-Former, frozen OPT) whose cross-attention is gated by art style.

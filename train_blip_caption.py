@@ -35,6 +35,7 @@ from tqdm import tqdm
 import core
 import loop
 import metrics
+import published
 import rows
 import runfolder
 from rows import DataError
@@ -328,7 +329,7 @@ def check_data(args):
 def check_tokens(args, splits):
     """What the decoder will read: captions that are cut, and three of them piece by piece."""
     try:
-        tokenizer = core.load_tokenizer(local_name(args.blip))
+        tokenizer = published.load_tokenizer(local_name(args.blip))
     except DataError as error:
         print(f"tokens not checked: {error}")
         return
@@ -353,13 +354,13 @@ def local_name(name):
 
 
 def load_blip(name):
-    """HuggingFace id, folder or tiny -> (BlipForConditionalGeneration with label smoothing, tokenizer), see core.load_blip2."""
+    """HuggingFace id, folder or tiny -> (BlipForConditionalGeneration with label smoothing, tokenizer), see published.load_blip2."""
     from transformers import BlipForConditionalGeneration
     if name == "tiny":
         import make_tiny
         make_tiny.ensure_captioner()
     name = local_name(name)
-    model, tokenizer = core.load_published(BlipForConditionalGeneration, "BLIP", name)
+    model, tokenizer = published.load_published(BlipForConditionalGeneration, "BLIP", name)
     text = model.config.text_config
     ours, wanted = ((len(tokenizer), tokenizer.pad_token_id, tokenizer.sep_token_id),
                     (text.vocab_size, text.pad_token_id, text.sep_token_id))

@@ -26,9 +26,10 @@ from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 import core
-import loop
 import efficientnet
+import loop
 import metrics
+import published
 import rows
 import runfolder
 from rows import DataError
@@ -151,7 +152,7 @@ def joined(args, split, read, say):
 def predicted_styles(args, blip2, checkpoint, splits, device, say=print):
     """--style efficientnet: the rows of every split with the classifier's likeliest style of their picture."""
     net = efficientnet.EfficientNet28.from_checkpoint(checkpoint, args.safe_load).eval().to(device)
-    names, size = net.style_names(), core.image_size_of(blip2)
+    names, size = net.style_names(), published.image_size_of(blip2)
     paths = list(dict.fromkeys(row.image for read in splits for row in read))
     style = {}
     with ThreadPoolExecutor(max(1, args.workers)) as pool:
@@ -238,7 +239,7 @@ def check_tokens(args, splits):
     """What the language model will read: answers that --max-answer cuts, and three rows with the masked tokens in brackets."""
     places = local_names(args.blip2, args.efficientnet)
     try:
-        tokenizer = core.load_tokenizer(places["blip2"])
+        tokenizer = published.load_tokenizer(places["blip2"])
     except DataError as error:
         print(f"tokens not checked: {error}")
         return

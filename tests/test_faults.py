@@ -33,6 +33,7 @@ import loop
 import core
 import eval_gated
 import make_tiny
+import published
 import runfolder
 import train_gated
 from test_rows import bomb
@@ -827,7 +828,7 @@ def test_loaders_can_be_spawned(finished, tiny):
 def questions_and_collate(finished, tiny):
     args = train_gated.get_args(["--data", str(finished / "data")])
     return (train_gated.Questions(train_gated.read_data(args, "train"), make_tiny.SIZE),
-            train_gated.Collate(core.load_tokenizer(tiny[0]), ["Cubism", "Pop Art"], 16))
+            train_gated.Collate(published.load_tokenizer(tiny[0]), ["Cubism", "Pop Art"], 16))
 
 
 def test_pictures_leave_no_file_open(finished, tiny):

@@ -20,6 +20,7 @@ from transformers import Blip2QFormerConfig
 
 import core
 import metrics
+import published
 from metrics import bleu, cider_d, coco_meteor, exact_match, meteor, normalise_answer, rouge_l, sentence_bleu
 from metrics import strip_punctuation, tokenize, vqa_accuracy
 
@@ -50,7 +51,7 @@ class Stage1:
     def __init__(self, weights_folder, source):
         self.config = json.loads((weights_folder / "config.json").read_text())
         state = load_file(weights_folder / f"weights_{source}.safetensors")
-        parts = core.qformer_weights(state, text_path=True)
+        parts = published.qformer_weights(state, text_path=True)
         c = self.config
         config = Blip2QFormerConfig(vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], layer_norm_eps=c["layer_norm_eps"],
                                     num_hidden_layers=c["num_hidden_layers"], num_attention_heads=c["num_attention_heads"],
@@ -61,7 +62,7 @@ class Stage1:
         self.qformer.load_state_dict(parts["qformer"], strict=True)
         self.embeddings.load_state_dict(parts["embeddings"], strict=True)
         self.queries, self.Q = parts["query_tokens"][""], c["num_query_tokens"]
-        self.state = core.lavis_to_hf(state)
+        self.state = published.lavis_to_hf(state)
 
     def head(self, name, x):
         return F.linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
