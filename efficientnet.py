@@ -139,7 +139,7 @@ class EfficientNet28(nn.Module):
         return self.net.get_classifier()(feature)
 
 
-def load_strictly(module, state, source):
+def load_strictly(module, state, source, assign=False):
     """load_state_dict that says in one line what does not fit."""
     own = module.state_dict()
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -148,4 +148,4 @@ def load_strictly(module, state, source):
     if missing or unexpected or shapes:
         raise DataError(f"{source} does not fit: missing {missing[:5]} ({len(missing)}), unexpected {unexpected[:5]} "
                         f"({len(unexpected)}), other shapes {shapes[:5]} ({len(shapes)})")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=assign)

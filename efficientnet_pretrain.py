@@ -12,22 +12,19 @@ STYLE/ alone (a tenth of each is held out), or a classes.csv (filename, subset; 
 The recipe. The original's README (RMSprop, AutoAugment, EMA 0.9999, 100 epochs) and its code (AdamW 3e-4, CutMix, balanced
 classes, 30 epochs) disagree. Taken here: the code's, which its checkpoint should come from; the README's EMA; CutMix on half of
 the batches only, so that whole pictures are seen too. No AutoAugment or RandAugment: a posterised or sheared painting is of
-another style. Flow: list -> Paintings -> collate -> CutMix -> timm's EfficientNet -> loss; the averaged weights are scored.
+another style. Flow: list -> rows (wikiart.py) -> Paintings -> collate -> CutMix -> timm's EfficientNet -> loss; the averaged
+weights are scored.
 """
 
 import argparse
 import csv
-import hashlib
 import math
-import os
 import pathlib
 import random
-import re
 import sys
-import unicodedata
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import timm
@@ -40,11 +37,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-import loop
 import efficientnet
+import loop
 import rows
 import runfolder
-import tables
+import wikiart
 from rows import IMAGENET_MEAN, IMAGENET_STD, DataError
 
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
@@ -54,9 +51,6 @@ PANELS = [("loss", [("step", "loss", "training (smoothed, mixed)"), ("epoch", "l
           ("validation", [("epoch", "f1", "macro F1"), ("epoch", "balanced", "balanced accuracy"), ("epoch", "top1", "top-1"),
                           ("epoch", "top5", "top-5")]),
           ("learning", [("step", "grad_norm", "gradient norm")])]
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # folders and subsets, the first that is there
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
-PHOTOGRAPH, PER_PHOTO = "Photograph", 27  # one photograph for so many paintings
 
 
 def get_args(argv=None):
@@ -67,7 +61,7 @@ def get_args(argv=None):
     data.add_argument("--val-share", type=runfolder.share, default=0.1, help="share of each style held out for validation where "
                                                                              "--data is STYLE/ folders alone (default: 0.1)")
     data.add_argument("--photos", metavar="DIR", help="photographs of anything, e.g. COCO's: a class of their own, one for "
-                                                      f"{PER_PHOTO} paintings (default: none)")
+                                                      f"{wikiart.PER_PHOTO} paintings (default: none)")
     data.add_argument("--encoding", default="utf-8", help="of the tables (default: utf-8)")
     data.add_argument("--separator", help="of the tables, tab spelled out (default: told from the first line)")
     data.add_argument("--check-data", action="store_true", help="decode every picture, list the broken ones in DATA/broken.txt, "
@@ -80,8 +74,8 @@ def get_args(argv=None):
     model.add_argument("--init", metavar="FILE", help="start from this state dict (.pt, .pth, .safetensors)")
     model.add_argument("--dropout", type=runfolder.share, default=0.3, help="before the classifier (default: 0.3)")
     model.add_argument("--drop-path", type=runfolder.share, default=0.2, help="of the deepest block, less above (default: 0.2)")
-    model.add_argument("--freeze-bn", action="store_true", help="keep the batch-norm statistics of the first weights: for "
-                                                                "batches of a few pictures, with --lr 1e-4 or less")
+    model.add_argument("--freeze-bn", action="store_true", help="leave the batch-norm statistics as the first weights have "
+                                                                "them; scale and shift are trained")
     run = parser.add_argument_group("training")
     run.add_argument("--epochs", type=runfolder.positive, default=30, help="(default: 30)")
     run.add_argument("--batch-size", type=runfolder.positive, default=32, help="pictures a step and process (default: 32)")
@@ -105,233 +99,13 @@ def get_args(argv=None):
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
-    return runfolder.parse_args(parser, argv)
+    args = runfolder.parse_args(parser, argv)
+    if args.cutmix + args.mixup > 1:
+        parser.error(f"--cutmix {args.cutmix:g} and --mixup {args.mixup:g} are shares of the same batches: more than 1 in all")
+    return args
 
 
 # --- data: your own data set goes here ------------
-
-def style_key(name):
-    return re.sub(r"[\s_-]+", " ", rows.folded(name))
-
-
-KNOWN = {style_key(name): name for name in efficientnet.WIKIART} | {"art nouveau modern": "Art Nouveau"}  # folder, list
-
-
-def style_name(name):
-    """A folder's or a list's name of a style as it is shown: 'Art_Nouveau_Modern' -> 'Art Nouveau', 'Ukiyo_e' -> 'Ukiyo-e'."""
-    return KNOWN.get(style_key(name)) or " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
-
-
-def read_artgan(args):
-    """style_class.txt ('index name' a line), style_SPLIT.csv ('path,index' a line, no header) -> (classes, {split: entries})."""
-    path, names, found = os.path.join(args.data, "style_class.txt"), {}, {}
-    for number, text in enumerate(tables.read_text(path, args.encoding).splitlines(), 1):
-        match = re.fullmatch(r"\s*([0-9]+)[\s,]+(\S.*)", text)
-        if match is None and text.strip() or match and int(match[1]) in names:
-            raise DataError(f"{path}, line {number}: {tables.shown(text)} is not 'index name' with an index of its own")
-        if match:
-            names[int(match[1])] = style_name(match[2])
-    if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
-        raise DataError(f"{path}: the indices must be 0 to {len(names) - 1} and the names all different")
-    classes = [names[index] for index in range(len(names))]
-    for split in SPLITS:
-        path, found[split] = os.path.join(args.data, f"style_{split}.csv"), []
-        text = tables.read_text(path, args.encoding)
-        for line, values in tables.split_lines(path, text, tables.pick_separator(path, text, args.separator)):
-            index = values[-1].strip()
-            if len(values) != 2 or not re.fullmatch("[0-9]+", index):
-                raise DataError(f"{path}, line {line}: {tables.shown(values)} is not 'path,index of the class'")
-            if int(index) >= len(classes):
-                raise DataError(f"{path}, line {line}: class {index}, but style_class.txt ends at {len(classes) - 1}")
-            found[split].append((values[0].strip(), classes[int(index)], path, line))
-    return classes, found
-
-
-def read_subsets(args, path, say):
-    """A classes.csv with the columns filename and subset -> (classes, {split: entries}); other subsets are left out."""
-    table, found = rows.read_table(path, args.encoding, args.separator), {}
-    for column in ("filename", "subset"):
-        if column not in table[0][1]:
-            raise DataError(f"{path}: no column {column!r}; it has {tables.shown(', '.join(table[0][1]), 300)}: check --data")
-    count = Counter(cells["subset"].strip() for _, cells in table)
-    for split, wanted in SPLITS.items():
-        subset = next((name for name in wanted if count[name]), None)
-        if subset is None:
-            raise DataError(f"{path}: no row of the subset {' or '.join(wanted)}; it has {tables.shown(', '.join(count), 300)}")
-        chosen = [(line, cells["filename"].strip()) for line, cells in table if cells["subset"].strip() == subset]
-        for line, name in chosen:
-            if not re.search(r"[^\\/][\\/]", name):
-                raise DataError(f"{path}, line {line}: {tables.shown(name)} has no folder, which names the style")
-        found[split] = [(name, style_name(re.split(r"[\\/]", name)[0]), path, line) for line, name in chosen]
-        del count[subset]
-    if count:
-        say(f"{path}: left out the subsets {rows.histogram(count.elements())}")
-    return sorted({style for entries in found.values() for _, style, _, _ in entries}), found
-
-
-def list_pictures(root, folder=""):
-    """Entries of the pictures in root/folder/STYLE/, named from root."""
-    found = []
-    for style in sorted(rows.entries(os.path.join(root, folder))):
-        names = sorted(n for n in rows.entries(os.path.join(root, folder, style)) if n.lower().endswith(SUFFIXES) and n[0] != ".")
-        # composed accents, so that the split by hash is the same on every system
-        found += [(unicodedata.normalize("NFC", os.path.join(folder, style, name)), style_name(style), root, 0) for name in names]
-    if not found:
-        raise DataError(f"{os.path.join(root, folder)}: no STYLE/ folder with pictures in it ({', '.join(SUFFIXES)}), no "
-                        "style_train.csv and no classes.csv: check --data")
-    return found
-
-
-def spellings(name):
-    """What is left of a file name when accents are taken off, and when they are dropped since they were garbled (grã©goire)."""
-    name = re.sub(r"#U([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), name)  # what Info-ZIP's unzip makes of them
-    return {re.sub(r"[^a-z0-9.]", "", unicodedata.normalize(form, name).casefold()) for form in ("NFKD", "NFC")}
-
-
-def find_image(root, name, homes, listings, nearest):
-    """rows.resolve_image, and where that finds nothing once more in the folder of the style's other name and without accents."""
-    try:
-        return rows.resolve_image(root, name, listings, nearest)
-    except DataError as error:
-        *folders, file = re.split(r"[\\/]", name)
-        folders[:1] = [homes.get(style_name(first), first) for first in folders[:1]]
-        place = os.path.join(root, *folders)
-        if ("accents", place) not in listings:
-            known = listings["accents", place] = {}
-            for entry in rows.entries(place):
-                for spelling in spellings(entry):
-                    known.setdefault(spelling, set()).add(entry)
-        close = set().union(*(listings["accents", place].get(s, ()) for s in spellings(file)))
-        for entry in [file, *close] if len(close) < 2 else [file]:
-            try:
-                return rows.resolve_image(root, "/".join([*folders, entry]), listings, False)
-            except DataError:
-                pass
-        raise error
-
-
-def make_rows(entries, root):
-    """Entries (name, style, file, line) -> rows.Row whose style is the class; question and answer stay empty."""
-    homes, listings, missed, found = {style_name(entry): entry for entry in sorted(rows.entries(root))}, {}, 0, []
-    for name, style, file, line in entries:
-        try:
-            image, fault = find_image(root, name, homes, listings, nearest=missed < 5), ""
-        except DataError as error:
-            image, fault, missed = "", str(error), missed + 1
-        if image and not os.path.getsize(image):
-            fault = f"image {tables.shown(name)} has 0 bytes"
-        found.append(rows.Row(image, name, "", "", "", style, line, file, fault))
-    return found
-
-
-def hold_out(read, share, held):
-    """rows.hold_out within each style, so that the rarest have validation pictures too; a style's only picture is trained on."""
-    styles = {}
-    for row in read:
-        styles.setdefault(row.style, []).append(row)
-    return [row for group in styles.values() for row in (rows.hold_out(group, share, held) if len(group) > 1 else group[held:])]
-
-
-def add_photos(folder, classes, splits, say):
-    """The class Photograph: one for 27 paintings of a split, in the order of their names' hashes, none in both."""
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder}: there is no such folder: check --photos")
-    names = [os.path.relpath(os.path.join(place, name), folder) for place, _, files in os.walk(folder) for name in files
-             if name.lower().endswith(SUFFIXES) and name[0] != "."]
-    names.sort(key=lambda name: hashlib.sha256(unicodedata.normalize("NFC", name).encode()).digest())
-    wanted = {split: max(1, round(len(read) / PER_PHOTO)) for split, read in splits.items()}
-    if len(names) < sum(wanted.values()):
-        raise DataError(f"{folder}: {len(names)} photographs where {sum(wanted.values())} are wanted, one for {PER_PHOTO} "
-                        "paintings: check --photos")
-    for split, count in wanted.items():
-        chosen, names = names[:count], names[count:]
-        read = make_rows([(name, PHOTOGRAPH, folder, 0) for name in chosen], folder)
-        splits[split] = splits[split] + [replace(row, name=f"{PHOTOGRAPH}/{row.name}") for row in read]
-        say(f"{split}: {count} photographs of {folder}")
-    return classes if PHOTOGRAPH in classes else [*classes, PHOTOGRAPH]
-
-
-def read_lists(args, say=print):
-    """(classes, {split: rows}) in whichever layout --data is; faults of single pictures stay in the rows."""
-    place = args.data
-    if not os.path.exists(place):
-        raise DataError(f"{place}: there is no such file or folder: check --data")
-    table = place if os.path.isfile(place) else os.path.join(place, "classes.csv")
-    if {"style_train.csv", "style_val.csv", "style_class.txt"} & set(rows.entries(place)):
-        layout, (classes, found), table = "ArtGAN's lists", read_artgan(args), os.path.join(place, "style_train.csv")
-    elif os.path.isfile(table):
-        layout, (classes, found) = "a table of subsets", read_subsets(args, table, say)
-    else:
-        folders = {split: next((name for name in names if os.path.isdir(os.path.join(place, name))), "")
-                   for split, names in SPLITS.items()}
-        if bool(folders["train"]) != bool(folders["val"]):
-            raise DataError(f"{place}: only one of train/ and val/ is there")
-        layout, table = "a folder per style", None
-        found = {split: list_pictures(place, folder) for split, folder in folders.items()}
-        classes = sorted({style for entries in found.values() for _, style, _, _ in entries})
-    if not found["train"] or not found["val"]:
-        raise DataError(f"{place}: no training or no validation rows")
-    root = rows.image_root(table, args.images, "", found["train"][0][0]) if table else place
-    if table is None and not folders["train"]:
-        read = make_rows(found["train"], root)
-        splits = {"train": hold_out(read, args.val_share, False), "val": hold_out(read, args.val_share, True)}
-    else:
-        splits = {split: make_rows(entries, root) for split, entries in found.items()}
-    say(f"{place}: {layout}, pictures in {root}")
-    return (add_photos(args.photos, classes, splits, say) if args.photos else classes), splits
-
-
-def broken_list(args):
-    """The file that --check-data writes: a name, a tab and the reason on each line."""
-    return pathlib.Path(args.data if os.path.isdir(args.data) else os.path.dirname(args.data) or ".") / "broken.txt"
-
-
-def read_data(args, say=print):
-    """(classes, {split: rows}), without the pictures that broken.txt names. DataError for any other that is missing or empty."""
-    classes, splits = read_lists(args, say)
-    path = broken_list(args)
-    listed = {line.split("\t")[0] for line in path.read_text(encoding="utf-8").splitlines()} if path.exists() else set()
-    for split, read in splits.items():
-        left_out = [row.name for row in read if row.name in listed]
-        good = splits[split] = [row for row in read if row.name not in listed]
-        if left_out:
-            say(f"{split}: {len(left_out)} of {len(read)} pictures left out, {path} lists them: {', '.join(left_out[:10])}"
-                + (" ..." if len(left_out) > 10 else ""))
-        faults = [f"{rows.locate(row.file, row.line) + ': ' if row.line else ''}{row.fault}" for row in good if row.fault]
-        if faults or not good:
-            listed_all = f"all are listed in {path}"
-            raise DataError(f"{read[0].file}: {len(faults) or len(read)} of {len(read)} pictures cannot be used: "
-                            f"{' | '.join(faults[:5]) or listed_all}: mend them, check --images, or let --check-data list them: "
-                            "training will leave them out")
-        none = [name for name in classes if not any(row.style == name for row in good)]
-        say(f"{split}: {len(good)} pictures, {len(classes) - len(none)} of {len(classes)} classes"
-            + (f"; none of {', '.join(none)}" if none else ""))
-    return classes, splits
-
-
-def check_data(args):
-    """--check-data: decode everything, write broken.txt, print what is there. No weight is loaded."""
-    classes, splits = read_lists(args)
-    faults = {}
-    for split, read in splits.items():
-        decoded = dict(rows.verify_images([row for row in read if not row.fault], max(1, args.workers)))
-        faults |= {row.name: row.fault or decoded[row.image] for row in read if row.fault or row.image in decoded}
-        good = [row for row in read if row.name not in faults]
-        if not good:
-            raise DataError(f"{split}: none of {len(read)} pictures can be read, first {faults[read[0].name]}: check --data and "
-                            "--images")
-        print(f"{split}: {len(good)} of {len(read)} pictures can be read: {rows.histogram((row.style for row in good), 30)}")
-    for name, reason in faults.items():
-        print(f"broken: {name}: {reason}")
-    for image, names in list(rows.shared_images(splits).items())[:10]:
-        print(f"in {' and '.join(names)}: {image}")
-    path = broken_list(args)
-    if faults or path.exists():
-        with runfolder.whole_file(path) as file:
-            file.writelines(f"{name}\t{' '.join(reason.split())}\n" for name, reason in faults.items())
-        print(f"{len(faults)} broken pictures listed in {path}: training leaves them out")
-    print("training can start")
-
 
 def balanced(labels, power, seed, epoch):
     """Row numbers of an epoch [N] from labels [N]: class c, of n_c rows, has n_c^(1-power) / sum_k n_k^(1-power) of the N places.
@@ -484,7 +258,7 @@ def build(args, classes, say, blank=False):
     wanted = dict(num_classes=len(classes), drop_rate=args.dropout, drop_path_rate=args.drop_path)
     try:
         net = timm.create_model(args.arch, **wanted)
-    except (RuntimeError, TypeError) as error:  # a name that timm does not know, or a net without drop-path
+    except (RuntimeError, TypeError, ValueError, OSError) as error:  # unknown to timm or the hub, a net without drop-path
         raise DataError(f"--arch {args.arch} cannot be built ({' '.join(str(error).split())[:200]})") from None
     if "classifier.weight" not in net.state_dict():
         raise DataError(f"--arch {args.arch} is not one of timm's EfficientNets")
@@ -515,7 +289,7 @@ def start_from(net, path, say):
         advice = "save its state dict alone: torch.save(model.state_dict(), FILE)"
         state, where = efficientnet.unwrap_state(efficientnet.load_foreign(path, True, advice))
     own, head = net.state_dict(), ("classifier.weight", "classifier.bias")
-    other = [name for name in head if name in state and state[name].shape != own[name].shape]
+    other = [n for n in head if n in state and state[n].shape[:1] != own[n].shape[:1] and state[n].ndim == own[n].ndim]
     if other:
         say(f"{path}: its classifier head of {len(state[other[0]])} classes is left out, the new one has {len(own[other[0]])}")
         state = {**state, **{name: own[name] for name in head}}
@@ -532,9 +306,8 @@ def make_optimizer(model, lr, weight_decay):
 def to_train(run):
     """Training mode; with --freeze-bn the norms stay in evaluation mode, but their scale and shift are trained.
 
-    Batch norm and small batches: a picture brings many positions, so that statistics of 16 pictures serve. With 4 the frozen ones
-    were better (one run, 180 paintings, 4 epochs: top-1 33.9 against 31.1 %), at a third of the learning rate: at 1e-3 the nets
-    with frozen statistics fell to chance. Several GPUs: each has its own, the first one's running statistics are kept."""
+    Batch norm and small batches: a picture brings many positions, so that the statistics of 16 pictures serve; of a few they are
+    noisy. Several GPUs: each has its own, the first one's running statistics are kept."""
     run.wrapped.train()
     for module in run.model.modules():
         if run.args.freeze_bn and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
@@ -626,11 +399,6 @@ def restore(run, path):
     run.step, run.marks = last["step"], last["marks"]
 
 
-def is_better(value, marks):
-    """Is this macro F1 better than the best so far? Never true of NaN."""
-    return math.isfinite(value) and (marks["value"] is None or value > marks["value"])
-
-
 # --- the loop ------------
 
 def train_step(run, batches, group, share):
@@ -692,7 +460,13 @@ def rehearse(run):
     before = [buffer.clone() for buffer in run.model.buffers()]  # batch norm's statistics, which a step changes
     group, share = run.plan(0)[0]
     to_train(run)
-    train_step(run, iter(loop.load_batches(run.train, collate, [keys for _, keys in share], 0)), group, share)
+    try:
+        train_step(run, iter(loop.load_batches(run.train, collate, [keys for _, keys in share], 0)), group, share)
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise DataError(f"--batch-size {run.args.batch_size} with --size {run.args.size}: a single picture comes down to one "
+                        "pixel, which has no spread for batch norm: give a greater one, or --freeze-bn") from None
     run.optimizer.zero_grad()
     for buffer, value in zip(run.model.buffers(), before):
         buffer.copy_(value)
@@ -705,7 +479,7 @@ def rehearse(run):
 def prepare(args, resumed=False):
     """Flags -> a Run at its first step: rows, model, average, optimizer."""
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
-    classes, splits = read_data(args, accelerator.print)
+    classes, splits = wikiart.read_data(args, accelerator.print)
     loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one downloads, the others find it
         model = build(args, classes, accelerator.print, blank=resumed).to(accelerator.device)
@@ -732,7 +506,7 @@ def train(run, out, stop):
         if loop.stopped(run.accelerator, stop):
             break
         numbers, confusion = validate(run, run.val)
-        better = is_better(numbers["f1"], run.marks)
+        better = loop.is_better(numbers["f1"], run.marks)
         run.marks |= {"done": epoch + 1}
         if better:
             run.marks |= {"value": numbers["f1"], "epoch": epoch + 1, "confusion": confusion.tolist()}
@@ -811,8 +585,9 @@ def main(argv=None):
     for note in runfolder.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
-        return check_data(args)
-    run, signal_number = fit(args)
+        return wikiart.check_data(args)
+    with loop.batch_size_in_memory_errors(args.batch_size):
+        run, signal_number = fit(args)
     if signal_number:
         return 128 + signal_number
     if run.marks["value"] is None:

@@ -2,6 +2,7 @@
 
     load_batches, next_batch, LoaderError   a DataLoader over given row numbers, and what it says when it fails
     epoch_plan, seed_everything, cosine_lr  who sees which row when, and with which dropout: pure functions of whole numbers
+    batch_size_in_memory_errors, is_better  which batch size was too large; whether best.pt is to be written
     StopSignal, stopped, exit_code          Ctrl-C, SIGTERM; an error that a user can mend is one line
 """
 
@@ -112,6 +113,8 @@ def exit_code(main, argv=None):
         message, code = "interrupted", 130
     except OSError as error:  # a full disk, a folder without rights
         message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
+    except ModuleNotFoundError as error:  # of those that are imported where they are needed
+        message, code = f"{error}: pip install -r requirements.txt", 2
     except (MemoryError, RuntimeError) as error:
         if ran_out_of_memory(error):
             message, code = out_of_memory(error, "--batch-size"), 2
@@ -129,22 +132,22 @@ def ran_out_of_memory(error):
 
 
 @contextlib.contextmanager
-def batch_size_in_memory_errors(batch_size):
-    """Memory that runs out within is a DataError that says the batch size."""
+def batch_size_in_memory_errors(batch_size, flag="--batch-size"):
+    """Memory that runs out within is a DataError that says the batch size and the flag for it."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not ran_out_of_memory(error):
             raise
-        raise DataError(out_of_memory(error, f"--batch-size {batch_size}")) from None
+        raise DataError(out_of_memory(error, f"{flag} {batch_size}")) from None
 
 
 def out_of_memory(error, batch_size):
-    """The message for a GPU or a machine that is too small; says what was used where that is known."""
+    """The message for a GPU or a machine that is too small, with what was used where that is known. batch_size: the flag."""
     used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use" if torch.cuda.is_initialized() else ""
     what = f"{' '.join(str(error).split())[:160]}{used}" or "of this machine, not of a GPU"
-    return (f"out of memory ({what}): halve {batch_size} (in training double --accumulation: the result is the same), use "
-            "--precision bf16, or train fewer parts")
+    same = " (in training double --accumulation: the result is the same)" if batch_size.startswith("--batch-size") else ""
+    return f"out of memory ({what}): halve {batch_size}{same}, use --precision bf16, or train fewer parts"
 
 
 def stopped(accelerator, stop):
@@ -199,6 +202,11 @@ def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1
         micro = [(k, part.tolist()) for k, part in enumerate(np.array_split(group, parts))]
         plan.append((group, micro[rank::processes]))
     return plan
+
+
+def is_better(value, marks):
+    """Is this score above the best so far, marks["value"] (None: there is none yet)? Never true of NaN."""
+    return math.isfinite(value) and (marks["value"] is None or value > marks["value"])
 
 
 def precision_of(precision):

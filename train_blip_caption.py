@@ -7,28 +7,23 @@
     python train_blip_caption.py --caption photo.jpg folder/ --checkpoint runs/blip/best.pt
 
 Trained: the text decoder and the last layers of the vision tower (--unfreeze, --unfreeze-schedule). Data flow: {file: caption}
--> Picture -> Captions -> Collate -> BLIP's loss; validation, evaluation and --caption generate through describe() alone.
+-> captions.Picture -> Captions -> Collate -> BLIP's loss; validation, evaluation and --caption generate through describe() alone.
 """
 
 import argparse
-import base64
-import hashlib
-import io
 import json
 import math
-import os
 import pathlib
 import re
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
-from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -38,20 +33,20 @@ import metrics
 import published
 import rows
 import runfolder
+from captions import (LONGEST, MAX_LENGTH, augmented, check_data, fingerprint, limited, pictures_in, read_data, split_file,
+                      token_ids)
+from cases import numbers_of, told, write_cases
 from rows import DataError
 
 DEFAULT = "Salesforce/blip-image-captioning-base"
 # conservative: what the analysis of the first runs recommends; original: what was run
 RECIPES = {"conservative": {"unfreeze": 1, "lr": 1e-5, "vision_lr": 0.05, "weight_decay": 0.05, "patience": 3},
            "original": {"unfreeze": 3, "lr": 3e-5, "vision_lr": 0.1, "weight_decay": 0.01, "patience": 5}}
-MAX_LENGTH = 60  # tokens of a caption, [DEC] among them, in training and in generation
 GENERATION = {"max_length": MAX_LENGTH, "num_beams": 5, "no_repeat_ngram_size": 2, "repetition_penalty": 1.1,
               "length_penalty": 1.0, "early_stopping": False, "do_sample": False}
 # early_stopping True, as first run, ends a search with the fifth caption that ends, however bad: the end of good ones is lost
 SMOOTHING = 0.1  # BLIP's own (med.py); transformers had it up to 4.37 and has 0 since
 CLIP = 2.0  # gradient norm
-LONGEST = 100  # words; what is longer is no caption
-LEFT_RIGHT = re.compile(r"\b(left|right)|左|右", re.IGNORECASE)  # also leftmost, right-hand
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm", "layers", "images", "meteor", "rouge_l", "cider_d", "bleu_4",
                "score")
@@ -67,6 +62,7 @@ def get_args(argv=None):
     data.add_argument("--data", metavar="DIR", help="folder with train_captions.json, val_captions.json and, if you like, "
                                                     "test_captions.json: {file: caption or list of captions}")
     data.add_argument("--images", metavar="DIR", help="image root (default: DATA/images, else DATA)")
+    data.add_argument("--encoding", default="utf-8", help="of the files of captions (default: utf-8)")
     data.add_argument("--shots", type=runfolder.positive, metavar="N", help="train on N pictures only, picked by --seed")
     data.add_argument("--train-texts-clean", action="store_true",
                       help=f"remove empty, duplicate (twice on a picture) and absurdly long (over {LONGEST} words) captions")
@@ -83,7 +79,7 @@ def get_args(argv=None):
                        help="defaults of the flags marked (recipe): " + "; ".join(
                            f"{name}: {', '.join(f'{k} {v:g}' for k, v in flags.items())}" for name, flags in RECIPES.items()))
     model.add_argument("--unfreeze", type=runfolder.whole, metavar="LAYERS", help="vision layers trained, from the last (recipe)")
-    model.add_argument("--unfreeze-schedule", type=opening, nargs="+", default=[], metavar="EPOCH:LAYERS",
+    model.add_argument("--unfreeze-schedule", nargs="+", default=[], metavar="EPOCH:LAYERS",
                        help="open more as epochs go by: 3:2 5:4 trains 2 layers from the third epoch on, 4 from the fifth")
     run = parser.add_argument_group("training")
     run.add_argument("--epochs", type=runfolder.positive, default=15, help="(default: 15)")
@@ -112,136 +108,24 @@ def get_args(argv=None):
     look.add_argument("--cases", type=runfolder.whole, default=0, metavar="N",
                       help="write OUT/cases.html: the N worst and the N best validation pictures")
     args = runfolder.parse_args(parser, argv)
-    if not args.data and not args.caption:
+    if not args.data and (args.check_data or not args.caption):
         parser.error("--data is needed, but for --caption")
     if args.zero_shot and args.checkpoint:
         parser.error("--zero-shot is without --checkpoint")
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not args.checkpoint:
+    steps = args.unfreeze_schedule or []
+    args.unfreeze_schedule = steps if isinstance(steps, list) else [steps]  # of a --config
+    for step in args.unfreeze_schedule:  # YAML takes 3:2 for 182
+        if not re.fullmatch(r"[1-9]\d*:\d+", str(step)):
+            parser.error(f"--unfreeze-schedule: {step} is not EPOCH:LAYERS, such as 3:2 (in a file in quotes)")
+    if args.check_data or not args.checkpoint:
         args.blip = args.blip or DEFAULT
     return args
 
 
-def opening(text):
-    """argparse type: EPOCH:LAYERS, two whole numbers."""
-    if not re.fullmatch(r"[1-9]\d*:\d+", text):
-        raise argparse.ArgumentTypeError(f"{text} is not EPOCH:LAYERS, such as 3:2")
-    return text
-
-
 # --- data: your own data set goes here ------------
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A picture and its captions; `fault` says why it cannot be used ("" if it can)."""
-    image: str  # absolute path, "" where it was not found
-    name: str  # as the file of captions has it
-    captions: tuple
-    line: int  # number in that file, from 1
-    file: str
-    fault: str = ""
-
-
-def split_file(args, split):
-    return pathlib.Path(args.data) / f"{split}_captions.json"
-
-
-def read_data(args, split, say=print):
-    """Pictures of a split, bad ones refused, with --skip-bad left out and listed; training captions cleaned if asked for."""
-    path = str(split_file(args, split))
-    if not os.path.isfile(path):
-        raise DataError(f"{path}: there is no such file: --data is a folder with train_captions.json and val_captions.json")
-    captions, names = metrics.read_captions(path)
-    root, listings, missed, found = rows.image_root(path, args.images, "", next(iter(captions))), {}, 0, []
-    for number, (key, texts) in enumerate(captions.items(), 1):
-        name, image, fault = names.get(key, key), "", ""
-        try:  # the search for the nearest name is slow in a big folder, and five are shown
-            image = rows.resolve_image(root, name, listings, nearest=missed < 5)
-        except DataError as error:
-            fault, missed = str(error), missed + 1
-        found.append(Picture(image, name, tuple(" ".join(text.split()) for text in texts), number, path, fault))
-    if split == "train" and args.train_texts_clean:
-        found = clean(found, say)
-    say(f"{split}: {path}: {len(found)} pictures, {sum(len(p.captions) for p in found)} captions, images in {root}")
-    empty = "an empty caption (--train-texts-clean removes those of the training file)"
-    found = [p if p.fault or (p.captions and all(p.captions)) else replace(p, fault=empty) for p in found]
-    if args.skip_bad:
-        broken = dict(rows.verify_images([p for p in found if not p.fault], max(1, args.workers)))
-        found = [replace(p, fault=broken.get(p.image, p.fault)) for p in found]
-    good = usable(found, args.skip_bad, say)
-    return chosen(good, args.shots, args.seed, path) if split == "train" and args.shots else good
-
-
-def usable(found, skip_bad, say):
-    """The pictures without fault. DataError where more than the share skip_bad has one, or all have."""
-    bad = [p for p in found if p.fault]
-    good = [p for p in found if not p.fault]
-    if bad and (len(bad) > skip_bad * len(found) or not good):
-        listed = " | ".join(f"{rows.locate(p.file, p.line)}: {p.fault}" for p in bad[:5])
-        raise DataError(f"{bad[0].file}: {len(bad)} of {len(found)} pictures cannot be used: {listed}: mend them, check "
-                        f"--images, or leave them out with --skip-bad {min(1, len(bad) / len(found) + 0.005):.2f}")
-    for p in bad:
-        say(f"left out: {p.file}, {rows.locate(p.file, p.line)}: {p.fault}")
-    return good
-
-
-def clean(found, say):
-    """--train-texts-clean: the pictures with the captions worth training on; says what was removed."""
-    empty = twice = long = 0
-    kept = []
-    for picture in found:
-        texts = {}  # by what counts as the same
-        for text in picture.captions:
-            same = text.lower().rstrip(" .")
-            empty, twice, long = empty + (not same), twice + (same in texts), long + (len(text.split()) > LONGEST)
-            if same and len(text.split()) <= LONGEST:
-                texts.setdefault(same, text)
-        if texts:
-            kept.append(replace(picture, captions=tuple(texts.values())))
-    say(f"--train-texts-clean: {empty} empty, {twice} duplicate and {long} absurdly long captions removed, and "
-        f"{len(found) - len(kept)} pictures that have no other")
-    if not kept:
-        raise DataError(f"{found[0].file}: --train-texts-clean leaves no caption")
-    return kept
-
-
-def chosen(pictures, count, seed, path):
-    """`count` of the pictures, in their order: a pure function of their names and the seed."""
-    if count > len(pictures):
-        raise DataError(f"{path}: --shots {count} of {len(pictures)} pictures: ask for fewer")
-    order = sorted(pictures, key=lambda p: hashlib.sha256(f"{seed} {p.name}".encode()).digest())
-    picked = {p.name for p in order[:count]}
-    return [p for p in pictures if p.name in picked]
-
-
-def limited(pictures, args, split, say=print):
-    """The pictures that are scored: all, or with --max-val so many, which is said."""
-    if not args.max_val or args.max_val >= len(pictures):
-        return pictures
-    say(f"{split}: {args.max_val} of {len(pictures)} pictures are scored (--max-val): not comparable with the whole split")
-    return chosen(pictures, args.max_val, 0, "")
-
-
-def fingerprint(pictures):
-    """Short hash of names and captions: tells whether a run is resumed on other data."""
-    return hashlib.sha256(json.dumps([(p.name, p.captions) for p in pictures]).encode()).hexdigest()[:16]
-
-
-def token_ids(tokenizer, texts):
-    """[CLS] words [SEP] of each text. One that is too long loses its end, [SEP] too: nobody shall learn to stop there."""
-    return [ids[:MAX_LENGTH] for ids in tokenizer(list(texts), verbose=False).input_ids] if len(texts) else []
-
-
-def augmented(image, caption, rng):
-    """Mirrored, brighter or darker, more or less contrast, turned by up to 10 degrees: a pure function of its arguments."""
-    mirror, bright, contrast, turn = rng.random(), *rng.uniform(0.8, 1.2, 2), rng.uniform(-10, 10)
-    if mirror < 0.5 and not LEFT_RIGHT.search(caption):
-        image = ImageOps.mirror(image)
-    image = ImageEnhance.Contrast(ImageEnhance.Brightness(image).enhance(bright)).enhance(contrast)
-    return image.rotate(turn, Image.Resampling.BICUBIC, fillcolor=tuple(round(255 * m) for m in rows.BLIP_MEAN))
-
 
 class Captions(Dataset):
     """Number, or (epoch, number) in training -> (sample, Picture); (the DataError of a broken picture, Picture), see train_gated.
@@ -299,49 +183,6 @@ class Collate:
         return batch
 
 
-def check_data(args):
-    """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
-    splits, failed = {}, False
-    for split in [s for s in ("train", "val", "test") if s != "test" or split_file(args, s).is_file()]:
-        try:
-            splits[split] = read_data(args, split)
-        except DataError as error:
-            print(f"{split}: error: {error}")
-            failed = True
-            continue
-        texts = [text for p in splits[split] for text in p.captions]
-        lengths = sorted(len(text.split()) for text in texts)
-        print(f"{split}: {len(set(texts))} different captions of {lengths[0]} to {lengths[-1]} words, half up to "
-              f"{lengths[len(lengths) // 2]}; {sum(bool(LEFT_RIGHT.search(t)) for t in texts)} say left or right")
-        for path, reason in rows.verify_images(splits[split], max(1, args.workers)) if not args.skip_bad else []:
-            print(f"broken image: {path}: {reason}")
-            failed = True
-    shared = rows.shared_images(splits)
-    for image, homes in list(shared.items())[:10]:
-        print(f"in {' and '.join(homes)}: {image}")
-    if len(shared) > 10:
-        print(f"... {len(shared)} pictures stand in more than one split")
-    check_tokens(args, splits)
-    print("training would fail" if failed else "training can start")
-    return int(failed)
-
-
-def check_tokens(args, splits):
-    """What the decoder will read: captions that are cut, and three of them piece by piece."""
-    try:
-        tokenizer = published.load_tokenizer(local_name(args.blip))
-    except DataError as error:
-        print(f"tokens not checked: {error}")
-        return
-    for split, pictures in splits.items():
-        texts = [text for p in pictures for text in p.captions]
-        cut = sum(len(ids) > MAX_LENGTH for ids in tokenizer(texts, verbose=False).input_ids)
-        print(f"{split}: {cut} of {len(texts)} captions are cut at {MAX_LENGTH} tokens")
-    for picture in splits.get("train", [])[:3]:
-        pieces = tokenizer.convert_ids_to_tokens(token_ids(tokenizer, picture.captions[:1])[0])
-        print(f"{picture.name}: [DEC] {' '.join(pieces[1:])}")
-
-
 # --- model ------------
 
 def local_name(name):
@@ -361,6 +202,8 @@ def load_blip(name):
         make_tiny.ensure_captioner()
     name = local_name(name)
     model, tokenizer = published.load_published(BlipForConditionalGeneration, "BLIP", name)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one without a word where the files are missing
+        raise DataError(f"{name}: no tokenizer files there: give the folder that save_pretrained of model and tokenizer wrote")
     text = model.config.text_config
     ours, wanted = ((len(tokenizer), tokenizer.pad_token_id, tokenizer.sep_token_id),
                     (text.vocab_size, text.pad_token_id, text.sep_token_id))
@@ -439,7 +282,7 @@ def evaluate(model, tokenizer, data, collate, accelerator, settings, batch_size,
                         disable=None if accelerator.is_main_process else True):
         batch = loop.next_batch(loaded, accelerator.device)
         labels, table = batch.pop("labels", None), {}
-        with accelerator.autocast():
+        with loop.batch_size_in_memory_errors(batch_size, "--val-batch"), accelerator.autocast():
             table["caption"] = describe(model, tokenizer, batch["pixel_values"], settings)
             if labels is not None:
                 logits = model(**batch).logits[:, :-1].float()  # [B,L-1,V]
@@ -447,75 +290,6 @@ def evaluate(model, tokenizer, data, collate, accelerator, settings, batch_size,
                 table |= {"loss": loss.sum(1).tolist(), "tokens": (labels[:, 1:] != -100).sum(1).tolist()}
         found += [{"row": i, **{name: values[k] for name, values in table.items()}} for k, i in enumerate(numbers)]
     return sorted(gather_object(found), key=lambda one: one["row"])
-
-
-def mean_of_three(scores):
-    """Mean of METEOR, ROUGE-L and CIDEr-D: what best.pt is chosen by. CIDEr-D has no value for a single picture."""
-    values = [scores[name] for name in (metrics.meteor_name(), "ROUGE-L", "CIDEr-D") if scores[name] is not None]
-    return sum(values) / len(values)
-
-
-def numbers_of(found, data):
-    """The numbers of an evaluation that are logged, over the rows of `data` with all their captions as references."""
-    corpus = metrics.score_captions([one["caption"] for one in found], [list(p.captions) for p in data.rows])["corpus"]
-    numbers = {"images": len(found), "loss": sum(one["loss"] for one in found) / sum(one["tokens"] for one in found),
-               "meteor": corpus[metrics.meteor_name()], "rouge_l": corpus["ROUGE-L"], "cider_d": corpus["CIDEr-D"],
-               "bleu_4": corpus["BLEU-4"], "score": mean_of_three(corpus)}
-    return {name: value for name, value in numbers.items() if value is not None}
-
-
-def told(numbers):
-    """Numbers for the terminal."""
-    line = ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items())
-    return line + ("" if metrics.meteor_name() == "METEOR" else f" ({metrics.meteor_name()})")
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222;background:#fafafa}
-.all{display:grid;grid-template-columns:repeat(auto-fill,minmax(20em,1fr));gap:1em}
-figure{margin:0;padding:.8em;background:#fff;border:1px solid #ddd;border-radius:6px;overflow-wrap:anywhere}
-img{display:block;max-width:100%;height:12em;object-fit:contain;margin:0 auto .6em}
-small{color:#666}p{margin:.3em 0}.said{font-weight:600}td,th{padding:.1em .8em .1em 0;text-align:left}</style>
-<h1>{{ title }}</h1><table><tr>{% for name in corpus %}<th>{{ name }}</th>{% endfor %}</tr>
-<tr>{% for value in corpus.values() %}<td>{{ value }}</td>{% endfor %}</tr></table>
-{% for heading, cases in parts %}<h2>{{ heading }}</h2><div class="all">{% for case in cases %}<figure>
-<img src="{{ case.thumbnail }}" alt=""><p class="said">{{ case.caption or "(nothing)" }}</p>
-{% for text in case.references %}<p>{{ text }}</p>{% endfor %}
-<small>{{ case.scores }}<br>{{ case.name }}</small></figure>{% endfor %}</div>{% endfor %}</html>
-"""
-
-
-def thumbnail(path, side=320):
-    """A picture as the data URI of a small JPEG."""
-    image, file = rows.load_image(path), io.BytesIO()
-    image.thumbnail((side, side))
-    image.save(file, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def write_cases(path, data, captions, count, title):
-    """A page of its own with the `count` worst and best rows by mean_of_three: what was said in bold, then the references."""
-    import jinja2
-    def shown(value):
-        return "-" if value is None else f"{value:.3f}"
-
-    scores = metrics.score_captions(captions, [list(p.captions) for p in data.rows])
-    each = [dict(zip(scores["per_item"], values)) for values in zip(*scores["per_item"].values())]
-    order = sorted(range(len(each)), key=lambda i: mean_of_three(each[i]))
-    count = min(count, max(1, len(order) // 2))  # no picture on both sides
-    three = (metrics.meteor_name(), "ROUGE-L", "CIDEr-D")
-
-    def case(i):
-        return {"thumbnail": thumbnail(data.rows[i].image), "caption": captions[i], "references": data.rows[i].captions,
-                "name": data.rows[i].name, "scores": ", ".join(f"{name} {shown(each[i][name])}" for name in three)}
-
-    parts = [(f"The {count} worst of {len(order)}", map(case, order[:count])),
-             (f"The {count} best", map(case, order[:-count - 1:-1]))]
-    corpus = {name: shown(value) for name, value in scores["corpus"].items()}
-    page = jinja2.Environment(autoescape=True).from_string(PAGE).render(title=title, corpus=corpus, parts=parts)
-    with runfolder.whole_file(path) as file:
-        file.write(page)
 
 
 # --- one run: what the functions of the loop share ------------
@@ -544,7 +318,7 @@ class Run:
     def plan(self, epoch):
         """The optimizer steps of an epoch, see loop.epoch_plan."""
         return loop.epoch_plan(len(self.train), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
-                                    self.accelerator.process_index, self.accelerator.num_processes)
+                               self.accelerator.process_index, self.accelerator.num_processes)
 
     def lr(self, step):
         """Linear warm-up, then cosine to 0 at the last step of the run."""
@@ -611,11 +385,6 @@ def load_weights(model, content, path):
     if content["frozen"] != runfolder.fingerprint(model.vision_model):
         raise DataError(f"{path} was trained on another BLIP than the one given now: pass the same --blip")
     runfolder.load_trainable(model, content["state"], path)
-
-
-def is_better(value, marks):
-    """Is this validation score better than the best so far? Never true of NaN."""
-    return math.isfinite(value) and (marks["value"] is None or value > marks["value"])
 
 
 # --- the loop ------------
@@ -699,7 +468,8 @@ def prepare(args):
     """Flags -> a Run at its first step: pictures, model, optimizer."""
     # with a schedule DDP meets parameters that are still frozen
     scattered = [DistributedDataParallelKwargs(find_unused_parameters=True)] if args.unfreeze_schedule else []
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available(), kwargs_handlers=scattered)
+    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available(),
+                              kwargs_handlers=scattered)
     train, val = (read_data(args, split, accelerator.print) for split in ("train", "val"))
     loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one process makes the tiny model, the others find it
@@ -731,7 +501,7 @@ def train(run, out, stop):
         if loop.stopped(run.accelerator, stop):
             break
         numbers, captions = validate(run, run.val)
-        better = is_better(numbers["score"], run.marks)
+        better = loop.is_better(numbers["score"], run.marks)
         run.marks |= {"done": epoch + 1, "stale": run.marks["stale"] + 1}
         if better:
             run.marks |= {"value": numbers["score"], "epoch": epoch + 1, "stale": 0}
@@ -841,6 +611,9 @@ def score(args):
     def say(*words):
         accelerator.print(*words, file=sys.stderr if args.json else sys.stdout)
 
+    page = pathlib.Path(args.out) / "cases.html"
+    if args.cases:
+        runfolder.refuse_unwritable(page)
     model, tokenizer, collate, accelerator, generation = ready(args)
     result = {}
     for split in ["val"] + ["test"] * split_file(args, "test").is_file():
@@ -851,24 +624,15 @@ def score(args):
         say(f"{split}: {told(numbers)}")
         result[split] = {"scores": numbers, "captions": {p.name: text for p, text in zip(data.rows, captions)}}
         if args.cases and split == "val" and accelerator.is_main_process:
-            path = pathlib.Path(args.out) / "cases.html"
-            write_cases(path, data, captions, args.cases, f"{args.checkpoint or args.blip}: {split}")
-            say(f"{path}: {args.cases} worst and best")
+            write_cases(page, data, captions, args.cases, f"{args.checkpoint or args.blip}: {split}")
+            say(f"{page}: {args.cases} worst and best")
     if args.json:
         accelerator.print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
 def caption(args):
     """--caption: a line for each picture, or JSON. Folders stand for the pictures in them. Exit code 2 where one is broken."""
-    found = []
-    for place in map(pathlib.Path, args.caption):
-        if not place.exists():
-            raise DataError(f"--caption {place}: there is no such picture or folder")
-        known = {ending for ending, kind in Image.registered_extensions().items() if kind in rows.FORMATS}
-        inside = sorted(p for p in place.iterdir() if p.suffix.lower() in known) if place.is_dir() else [place]
-        if not inside:
-            raise DataError(f"--caption {place}: no picture in this folder")
-        found += [Picture(str(path), str(path), (), n, str(place)) for n, path in enumerate(inside, 1)]
+    found = pictures_in(args.caption)
     broken = dict(rows.verify_images(found, max(1, args.workers)))
     for reason in broken.values():
         print(f"error: {reason}", file=sys.stderr)
@@ -887,10 +651,12 @@ def main(argv=None):
     args = get_args(argv)
     for note in runfolder.note_versions():
         print(note, file=sys.stderr)
-    for wanted, do in ((args.check_data, check_data), (args.caption, caption), (args.zero_shot or args.checkpoint, score)):
-        if wanted:
-            return do(args)
-    run, signal_number = fit(args)
+    if args.check_data:
+        return check_data(args, local_name(args.blip))
+    if args.caption or args.zero_shot or args.checkpoint:
+        return caption(args) if args.caption else score(args)
+    with loop.batch_size_in_memory_errors(args.batch_size):
+        run, signal_number = fit(args)
     if signal_number:
         return 128 + signal_number
     if run.marks["value"] is None:

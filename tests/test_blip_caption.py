@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-import make_tiny
+import cases
 import loop
+import make_tiny
 import metrics
 import runfolder
 import train_blip_caption as blip
@@ -257,8 +258,8 @@ def test_score_is_the_mean_of_three_with_all_references(run):
 
 def test_better_and_patience(flags, tmp_path, monkeypatch, capsys):
     marks = {"value": None}
-    assert not blip.is_better(float("nan"), marks) and blip.is_better(0.0, marks)
-    assert not blip.is_better(0.5, {"value": 0.5}) and blip.is_better(0.6, {"value": 0.5})
+    assert not loop.is_better(float("nan"), marks) and loop.is_better(0.0, marks)
+    assert not loop.is_better(0.5, {"value": 0.5}) and loop.is_better(0.6, {"value": 0.5})
     values = iter([0.0, 0.3, 0.5, 0.4, 0.5, 0.6])  # the first is the rehearsal's
     monkeypatch.setattr(blip, "numbers_of", lambda found, data: {"score": next(values)})
     blip.main(flags("--epochs", "9", "--patience", "2"))
@@ -423,7 +424,7 @@ def test_cases_page_holds_text_as_text_and_needs_nothing_else(flags, data, tmp_p
 
 def test_cases_are_the_worst_and_the_best(run, tmp_path):
     captions = ["nothing like it", "a blue square", "the green square", "a red one"]
-    blip.write_cases(tmp_path / "c.html", run.val, captions, 1, "t")
+    cases.write_cases(tmp_path / "c.html", run.val, captions, 1, "t")
     page = (tmp_path / "c.html").read_text()
     worst, best = page.split("The 1 best")
     assert "nothing like it" in worst and "a red one" in best and page.count("<figure>") == 2
@@ -446,7 +447,7 @@ BAD = [  # what is done to the data folder, further flags, words of the message
     (spoil("val_captions.json", {"v0.png": "a", "v1.png": " "}), [], "1 of 2 pictures.*row 2: an empty caption"),
     (spoil("train_captions.json", {"../t1.png": "a"}), [], r"holds '\.\.'"),
     (spoil("train_captions.json", {"t1.jpg": "a"}), [], "'t1.jpg' is not there .*nearest is 't1.png'"),
-    (spoil("images/v2.png", b""), [], "v2.png: is missing, empty"),
+    (spoil("images/v2.png", b""), [], "row 3: image 'v2.png' has 0 bytes"),
     (spoil("images/v2.png", b"GIF8"), ["--skip-bad", "0.1"], "1 of 4 pictures.*v2.png"),
     (spoil("images/t3.png", b"no picture"), ["--zero-shot", "--blip", "nowhere/blip"], "no BLIP called 'nowhere/blip'"),
     (lambda data: None, ["--unfreeze", "4"], "asks for 4 vision layers and this BLIP has 3"),

@@ -26,6 +26,7 @@ import efficientnet_pretrain as pretrain
 import loop
 import rows
 import runfolder
+import wikiart
 from rows import DataError
 from timm.utils import ModelEmaV3
 
@@ -98,7 +99,7 @@ def finished(source, tmp_path_factory):
 
 def read(data, *more):
     said = []
-    classes, splits = pretrain.read_data(pretrain.get_args(flags(data, "x", *more)), said.append)
+    classes, splits = wikiart.read_data(pretrain.get_args(flags(data, "x", *more)), said.append)
     return classes, splits, "\n".join(said)
 
 
@@ -115,7 +116,7 @@ def test_artgan(data):
 
 @pytest.mark.skipif(not WIKIART.is_dir(), reason="ArtGAN's own lists are not here")
 def test_artgans_own_lists_have_our_classes_in_our_order():
-    classes, found = pretrain.read_artgan(pretrain.get_args(["--data", str(WIKIART)]))
+    classes, found = wikiart.read_artgan(pretrain.get_args(["--data", str(WIKIART)]))
     assert classes == efficientnet.WIKIART[:27]
     assert [len(found[s]) for s in ("train", "val")] == [57025, 24421]
     assert Counter(style for _, style, _, _ in found["train"])["Action Painting"] == 69
@@ -130,14 +131,14 @@ def test_artgans_own_lists_have_our_classes_in_our_order():
 def test_folders_and_names_that_differ(tmp_path, listed, there):
     picture(tmp_path / there)
     picture(tmp_path / "Cubism/other.jpg")
-    row, = pretrain.make_rows([(listed, "x", "list.csv", 1)], str(tmp_path))
+    row, = wikiart.make_rows([(listed, "x", "list.csv", 1)], str(tmp_path))
     assert not row.fault and os.path.samefile(row.image, tmp_path / there)
 
 
 def test_a_name_that_could_be_two_pictures_is_a_fault(tmp_path):
     for name in ("caf\u00e8.jpg", "caf\u00e9.jpg"):
         picture(tmp_path / "Cubism" / name)
-    row, = pretrain.make_rows([("Cubism/cafe.jpg", "x", "list.csv", 1)], str(tmp_path))
+    row, = wikiart.make_rows([("Cubism/cafe.jpg", "x", "list.csv", 1)], str(tmp_path))
     assert "not there" in row.fault and not row.image
 
 
@@ -269,7 +270,7 @@ def test_a_picture_is_a_pure_function_of_seed_epoch_and_place(data):
 
 def test_training_pixels_are_in_imagenets_normalisation(tmp_path):
     picture(tmp_path / "Cubism/a.png", (128, 128, 128))
-    row, = pretrain.make_rows([("Cubism/a.png", "Cubism", "", 0)], str(tmp_path))
+    row, = wikiart.make_rows([("Cubism/a.png", "Cubism", "", 0)], str(tmp_path))
     pixels = pretrain.Paintings([row], ["Cubism"], 32, 0.75)
     augmented, plain = (torch.stack([pixels[key][0] for key in keys]).mean() for keys in ([(0, 0, p) for p in range(20)], [0]))
     assert augmented == pytest.approx(plain.item(), abs=0.1)
