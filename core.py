@@ -6,12 +6,14 @@ Reading order (building blocks first, the whole last):
   gates            KVGate, PromptMapper, GatedFusionModule
   style terms      style_vocabulary, style_hit, style_kl
   prompts          encode_prompts, encode_training
+  stage 1          Blip2Retrieval, text_ids, itc_targets, itc_loss, max_similarity
   the system       Blip2OPTGated
 The style classifier is in efficientnet.py, the loading of published models in published.py, checkpoints and run folders in
 runfolder.py, the tools of training loops in loop.py, tables and images in rows.py.
 
 Capitals in shape comments: B batch, Q queries, L text tokens, S = Q + L, P image patches (with CLS), H Q-Former width,
-W vision width, D language model width, V vocabulary, T control tokens, M answer positions of the whole batch.
+W vision width, D language model width, V vocabulary, T control tokens, M answer positions of the whole batch, E width of the
+space in which images and texts are compared.
 """
 
 from typing import NamedTuple
@@ -20,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from efficientnet import EfficientNet28
-from published import load_blip2, replace_qformer
+from efficientnet import EfficientNet28, load_strictly
+from published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
 from rows import DataError
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
 PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
+MAX_TEXT = 32  # tokens of a text in the Q-Former, [CLS] and [SEP] among them
 CONTEXT = "Context: {} "  # before it, where a data set has text about the picture
 
 
@@ -397,6 +400,109 @@ def encode_prompts(tokenizer, questions, contexts=None):
     prompts = [prompt_ids(tokenizer, q, c) for q, c in zip(questions, contexts or [""] * len(questions))]
     return {"input_ids": pad_ids(prompts, tokenizer.pad_token_id, left=True),
             "attention_mask": pad_ids([[1] * len(p) for p in prompts], 0, left=True)}
+
+
+# --- stage 1: image and text in one space ------------
+
+class Blip2Retrieval(nn.Module):
+    """BLIP-2 as stage 1 leaves it: frozen vision tower, Q-Former with its text path, projections into one space.
+
+    Names as in transformers' Blip2ForImageTextRetrieval, plus `temp` of LAVIS (logits are divided by it; start 0.07).
+    vision_model: a transformers Blip2VisionModel; config: a Blip2Config.
+    """
+
+    def __init__(self, vision_model, config, tokenizer):
+        super().__init__()
+        settings, E = config.qformer_config, config.image_text_hidden_size
+        self.config, self.tokenizer, self.image_size = config, tokenizer, config.vision_config.image_size
+        self.vision_model = vision_model
+        self.query_tokens = nn.Parameter(torch.randn(1, config.num_query_tokens, settings.hidden_size) * 0.02)
+        self.embeddings, self.qformer = TextEmbeddings(settings), QFormer(settings)
+        self.vision_projection = nn.Linear(settings.hidden_size, E)
+        self.text_projection = nn.Linear(settings.hidden_size, E)
+        self.itm_head = nn.Linear(settings.hidden_size, 2)
+        self.temp = nn.Parameter(torch.tensor(0.07))
+        self.vision_model.requires_grad_(False)
+        self.train(self.training)
+
+    @classmethod
+    def load(cls, name, qformer=None, dtype=torch.float32, **settings):
+        """name: HuggingFace id or folder (image-text-retrieval format). qformer: another folder or a LAVIS .pth whose
+        Q-Former, queries and heads are put in. dtype is that of the frozen vision tower."""
+        from transformers import Blip2ForImageTextRetrieval
+        published, tokenizer = load_published(Blip2ForImageTextRetrieval, "BLIP-2", name, dtype)
+        model = cls(published.vision_model, published.config, tokenizer, **settings)
+        state = {n: p.float() for n, p in published.state_dict().items()} | stage1_extras(name)
+        for source, tensors in ((name, state), *([(qformer, read_weights(qformer))] if qformer else [])):
+            model.load_parts(qformer_weights(tensors, text_path=True, source=source), source)
+        return model
+
+    def load_parts(self, parts, source):
+        """Put in what qformer_weights found. Only temp and lm_head may be absent (HuggingFace's folders have none)."""
+        wanted = {"query_tokens", "embeddings", "qformer", "vision_projection", "text_projection", "itm_head"}
+        if wanted - parts.keys():
+            raise DataError(f"{source}: no {', '.join(sorted(wanted - parts.keys()))}: give an image-text-retrieval folder or a "
+                            "stage-1 checkpoint")
+        for part, state in parts.items():
+            if part in ("query_tokens", "temp"):
+                own = getattr(self, part)
+                if own.numel() != state[""].numel():
+                    raise DataError(f"{source}: {part} is {tuple(state[''].shape)}, {tuple(own.shape)} is wanted")
+                own.data.copy_(state[""].view_as(own))
+            elif hasattr(self, part):
+                load_strictly(getattr(self, part), state, f"{part} of {source}")
+
+    def train(self, mode=True):
+        """The frozen vision tower stays in eval mode."""
+        super().train(mode)
+        self.vision_model.eval()
+        return self
+
+    @torch.no_grad()
+    def image_embeds(self, images):
+        """images [B,3,h,w] in BLIP's normalisation -> the frozen tower's [B,P,W]; may be computed before and kept."""
+        return self.vision_model(pixel_values=images).last_hidden_state.float()
+
+    def joint(self, image_embeds, input_ids, attention_mask, mask=padding_mask):
+        """[queries; text] with the image -> states [B,Q+L,H]; mask: one of the mask functions."""
+        queries = self.query_tokens.expand(len(input_ids), -1, -1)  # [B,Q,H]
+        Q = queries.shape[1]
+        embeds = torch.cat([queries, self.embeddings(input_ids)], 1)
+        return self.qformer(embeds, image_embeds, mask(attention_mask, Q), query_length=Q)
+
+    def image_features(self, image_embeds):
+        """image_embeds [B,P,W] -> unit vectors [B,Q,E]."""
+        states = self.qformer(self.query_tokens.expand(len(image_embeds), -1, -1), image_embeds)
+        return F.normalize(self.vision_projection(states), dim=-1)
+
+    def text_features(self, input_ids, attention_mask):
+        """The text alone -> the unit vector of its [CLS], [B,E]."""
+        states = self.qformer(self.embeddings(input_ids), mask=padding_mask(attention_mask))
+        return F.normalize(self.text_projection(states[:, 0]), dim=-1)
+
+
+def text_ids(tokenizer, texts, max_length=MAX_TEXT):
+    """Texts -> dict of [B,L]: input_ids ([CLS] words [SEP], a long one loses its end and keeps [SEP]), attention_mask."""
+    ids = [i if len(i) <= max_length else i[:max_length - 1] + i[-1:] for i in tokenizer(list(texts), verbose=False).input_ids]
+    return {"input_ids": pad_ids(ids, tokenizer.pad_token_id), "attention_mask": pad_ids([[1] * len(i) for i in ids], 0)}
+
+
+def itc_targets(own, everyone, smoothing=0.1):
+    """Image ids [B] of this process and [N] of all -> soft targets [B,N]: what is left of 1 after smoothing goes to the pairs
+    of the same image in equal shares, so that two captions of one image are never each other's negatives."""
+    same = (own[:, None] == everyone[None]).float()
+    return (1 - smoothing) * same / same.sum(1, keepdim=True) + smoothing / len(everyone)
+
+
+def itc_loss(i2t, t2i, targets):
+    """Image-text contrastive loss: soft cross-entropy of the logits [B,N] in both directions, averaged. [B]"""
+    return -((i2t.log_softmax(-1) + t2i.log_softmax(-1)) * targets).sum(-1) / 2
+
+
+def max_similarity(vectors, images):
+    """vectors [A,E], images [B,Q,E], all of unit length -> cosines [A,B], the largest over the Q queries of an image."""
+    with torch.autocast(vectors.device.type, enabled=False):  # rounded to bf16, near scores would tie
+        return torch.einsum("ae,bqe->abq", vectors.float(), images.float()).amax(-1)
 
 
 # --- the system ------------

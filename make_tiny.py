@@ -3,6 +3,7 @@
     python make_tiny.py                      # models/tiny-blip2/ and models/tiny-efficientnet-28.pt, three minutes on 2 cores
     python train_gated.py --blip2 tiny       # calls this when the files are not there
     python make_tiny.py --captioner          # models/tiny-blip/, one minute; train_blip_caption.py --blip tiny calls it
+    python make_tiny.py --retrieval          # models/tiny-blip2-itm/, one minute more; train_cir.py --blip2 tiny calls it
 
 The folder is in the published format (Blip2ForConditionalGeneration.save_pretrained, tokenizer, processor), so the code that
 loads it is the code that loads Salesforce/blip2-opt-2.7b. Its parts are trained here on freshly drawn scenes (other seeds
@@ -11,7 +12,9 @@ Q-Former, projection and OPT on content questions, with style only as words that
 the language model knows the words but never saw a style; then the style classifier on the eight manners.
 
 The captioner (BlipForConditionalGeneration, BERT's kind of tokenizer) is made apart and only where it is asked for: its vision
-tower learns the same, its decoder is stopped early, so that fine-tuning has something left to do.
+tower learns the same, its decoder is stopped early, so that fine-tuning has something left to do. The retrieval model
+(Blip2ForImageTextRetrieval) has the tiny BLIP-2's tower and a Q-Former of its own with a text path, trained on image-text
+contrast.
 """
 
 import argparse
@@ -31,6 +34,7 @@ from tqdm import tqdm
 
 import core
 import efficientnet
+import published
 import rows
 import runfolder
 
@@ -73,6 +77,8 @@ def get_args(argv=None):
     parser.add_argument("--captioner", action="store_true", help="make tiny-blip/, the captioner, and nothing else")
     parser.add_argument("--caption-steps", type=int, nargs=2, default=[360, 40], metavar=("VISION", "TEXT"),
                         help="steps of 32 for the captioner: its vision tower, then its decoder")
+    parser.add_argument("--retrieval", action="store_true", help="make tiny-blip2-itm/, the retrieval model, too")
+    parser.add_argument("--retrieval-steps", type=int, default=400, help="steps of 32 for the retrieval model's Q-Former")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and batches")
     return parser.parse_args(argv)
 
@@ -356,6 +362,99 @@ def save_random_captioner(folder, texts=("three red boats on the water", "at nig
     return str(folder)
 
 
+# --- the retrieval model ------------
+
+def make_retrieval(tokenizer, vision):
+    """Blip2ForImageTextRetrieval of the tiny sizes with this vision tower (a Blip2VisionModel), else random."""
+    from transformers import Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerConfig
+    qformer = Blip2QFormerConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=8,
+                                 intermediate_size=2 * WIDTH, encoder_hidden_size=vision.config.hidden_size,
+                                 max_position_embeddings=64, use_qformer_text_input=True)
+    config = Blip2Config(vision_config=vision.config.to_dict(), qformer_config=qformer.to_dict(), num_query_tokens=QUERIES,
+                         image_text_hidden_size=WIDTH // 2)
+    model = Blip2ForImageTextRetrieval(config)
+    model.vision_model.load_state_dict(vision.state_dict())
+    for part in (model.qformer, model.vision_projection, model.text_projection):
+        for module in part.modules():  # as in make_model
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    for table in (model.embeddings.word_embeddings, model.embeddings.position_embeddings):
+        nn.init.normal_(table.weight, std=0.5)
+    nn.init.normal_(model.query_tokens, std=1.0)
+    return model
+
+
+def train_retrieval(model, scenes, pixels, steps, generator, rng):
+    """Q-Former with its text path on image-text contrast, over kept vision states; equal captions are never negatives."""
+    with torch.no_grad():
+        states = torch.cat([model.image_embeds(normalised(p)) for p in pixels.split(64)])  # [N,P,W]
+
+    def step_loss(step):
+        picked = torch.randint(len(states), (32,), generator=generator).tolist()
+        shown = [(scenes[i]["kind"], scenes[i]["count"], scenes[i]["colour"], scenes[i]["ground"]) for i in picked]
+        ids = torch.tensor([shown.index(content) for content in shown])
+        batch = core.text_ids(model.tokenizer, [make_sample.caption(scenes[i], rng) for i in picked])
+        images, texts = model.image_features(states[picked]), model.text_features(**batch)
+        t2i = core.max_similarity(texts, images) / model.temp  # [32,32]; seen from the images it is the same numbers
+        return core.itc_loss(t2i.T, t2i, core.itc_targets(ids, ids)).mean()
+
+    model.train()
+    fit([p for p in model.parameters() if p.requires_grad], step_loss, steps, 1e-3, "retrieval Q-Former")
+    model.eval()
+
+
+def save_retrieval(model, tokenizer, folder):
+    """Model, tokenizer and processor as the published folder has them."""
+    from transformers import Blip2Processor, BlipImageProcessor
+    model.save_pretrained(folder)
+    image_processor = BlipImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD)
+    Blip2Processor(image_processor, tokenizer).save_pretrained(folder)
+
+
+def retrieval_place(args):
+    """The retrieval model's folder, whether it is there or not."""
+    return pathlib.Path(args.out) / "tiny-blip2-itm"
+
+
+def ensure_retrieval(argv=()):
+    """Make the tiny retrieval model where it is missing -> its folder."""
+    from transformers import Blip2ForConditionalGeneration
+    args = get_args(argv)
+    folder = retrieval_place(args)
+    if not folder.is_dir():
+        blip2, _ = ensure(argv)
+        print(f"making the tiny retrieval model in {args.out} (once, about a minute) ...", flush=True)
+        start = time.monotonic()
+        loop.seed_everything(args.seed, 1)
+        generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
+        scenes, _, pixels = draw_scenes(args.pictures, args.seed)
+        part = folder.with_name(folder.name + ".part")  # as in make_blip2
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        tokenizer = make_wordpiece([make_sample.caption(scene, rng) for scene in scenes], part)
+        whole = make_retrieval(tokenizer, Blip2ForConditionalGeneration.from_pretrained(blip2).vision_model)
+        model = core.Blip2Retrieval(whole.vision_model, whole.config, tokenizer)
+        model.load_parts(published.qformer_weights(whole.state_dict(), text_path=True), "the random model")
+        train_retrieval(model, scenes, pixels, args.retrieval_steps, generator, rng)
+        whole.load_state_dict({n: p for n, p in model.state_dict().items() if n != "temp"})
+        save_retrieval(whole, tokenizer, part)
+        part.rename(folder)
+        print(f"made in {time.monotonic() - start:.0f} s")
+    return str(folder)
+
+
+def save_random_retrieval(folder, texts=("three red boats on the water", "show two and paint it in small dots")):
+    """An untrained tiny retrieval model in the published format, for tests -> its folder."""
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+    folder = pathlib.Path(folder) / "blip2-itm"
+    folder.mkdir(parents=True)
+    tokenizer = make_wordpiece([*texts] * 2, folder)
+    vision = Blip2VisionModel(Blip2VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                                                image_size=SIZE, patch_size=28))
+    save_retrieval(make_retrieval(tokenizer, vision), tokenizer, folder)
+    return str(folder)
+
+
 # --- assembly ------------
 
 def save_folder(blip2, tokenizer, folder):
@@ -429,6 +528,9 @@ def ensure(argv=()):
 def main(argv=None):
     if get_args(argv).captioner:
         print(f"BLIP captioner: {ensure_captioner(argv)}")
+        return
+    if get_args(argv).retrieval:
+        print(f"BLIP-2 for retrieval: {ensure_retrieval(argv)}")
         return
     folder, checkpoint = ensure(argv)
     print(f"BLIP-2: {folder}\nEfficientNet-28: {checkpoint}")

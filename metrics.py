@@ -10,7 +10,7 @@
 Every score lies between 0 and 1 (the exceptions are said: CIDEr-D goes up to 10). VQA accuracy follows the official
 VQAv2 evaluator, BLEU, ROUGE-L and CIDEr-D the COCO caption tools, exact match and sentence BLEU the ArtQuest code,
 their oddities included, so that the numbers compare with published ones. METEOR is NLTK's, which is NOT the METEOR 1.5
-of the COCO tools and of papers: see meteor and coco_meteor.
+of the COCO tools and of papers: see meteor and coco_meteor. Recalls (cirr_scores, fashioniq_scores) are percent.
 """
 
 import argparse
@@ -428,6 +428,84 @@ def score_captions(hypotheses, references, with_coco_meteor=False):
     for name, (value, values) in java.items():
         corpus[name], per_item[name] = value, values
     return {"corpus": corpus, "per_item": per_item}
+
+
+# --------------------------------------------------------------------------- retrieval
+
+def target_ranks(scores, target, excluded=None):
+    """Where the target stands in each query's ranking: scores [N,G], higher is better, target [N] columns -> [N], from 1.
+
+    excluded [N]: columns that are left out of the ranking (CIRR's references), or None. What ties with the target, and NaN
+    on either side, counts against it: a model that says the same of all pictures gets the last rank. ValueError: shapes;
+    a column outside the gallery; a target that is excluded.
+    """
+    scores, target = np.asarray(scores), np.asarray(target)
+    columns = [target] if excluded is None else [target, np.asarray(excluded)]
+    if scores.ndim != 2 or any(c.shape != scores.shape[:1] for c in columns):
+        raise ValueError(f"scores [N,G] and columns [N] wanted, got {scores.shape} and {[c.shape for c in columns]}")
+    if any(((c < 0) | (c >= scores.shape[1])).any() for c in columns):
+        raise ValueError(f"a column is outside the gallery of {scores.shape[1]}")
+    if excluded is not None and (columns[0] == columns[1]).any():
+        raise ValueError(f"query {np.flatnonzero(columns[0] == columns[1])[0]}: the target is excluded from its own ranking")
+    queries = np.arange(len(scores))
+    ahead = ~(scores < scores[queries, target][:, None])  # [N,G], true for ties and NaN as well
+    for column in columns:
+        ahead[queries, column] = False
+    return 1 + ahead.sum(axis=1)
+
+
+def best_ranks(scores, right):
+    """Where the best of several right columns stands: scores [N,G], right [N,G] bool -> [N], from 1; ties and NaN as above."""
+    best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+    return 1 + (~right & ~(scores < best)).sum(axis=1)
+
+
+def subset_ranks(scores, target, excluded, members):
+    """target_ranks among the members [N,M] of each query's image set. ValueError: target or excluded not there just once."""
+    members, places = np.asarray(members), []
+    for column in (target, excluded):
+        found = members == np.asarray(column)[:, None]  # [N,M]
+        if (found.sum(axis=1) != 1).any():
+            raise ValueError(f"query {np.flatnonzero(found.sum(axis=1) != 1)[0]}: target and reference belong once in its set")
+        places.append(found.argmax(axis=1))
+    return target_ranks(np.take_along_axis(np.asarray(scores), members, axis=1), *places)
+
+
+def recall_at(ranks, k):
+    """Percent of the ranks that are at most k. ValueError: no ranks."""
+    if not len(ranks):
+        raise ValueError("recall of no queries")
+    return 100 * float(np.mean(np.asarray(ranks) <= k))
+
+
+def cirr_scores(scores, target, reference, members):
+    """CIRR's recalls in percent. scores [N,G] over the whole split; target, reference [N] and members [N,6] are columns.
+
+    The reference is left out of both rankings; Rs@K ranks the other five members. mean: of R@5 and Rs@1, as papers rank.
+    """
+    ranks, inner = target_ranks(scores, target, reference), subset_ranks(scores, target, reference, members)
+    found = {f"R@{k}": recall_at(ranks, k) for k in (1, 5, 10, 50)} | {f"Rs@{k}": recall_at(inner, k) for k in (1, 2, 3)}
+    return found | {"mean": (found["R@5"] + found["Rs@1"]) / 2}
+
+
+def fashioniq_scores(scores, target):
+    """FashionIQ's recalls in percent over one category's gallery, from which the reference is NOT removed."""
+    ranks = target_ranks(scores, target)
+    found = {f"R@{k}": recall_at(ranks, k) for k in (10, 50)}
+    return found | {"mean": (found["R@10"] + found["R@50"]) / 2}
+
+
+def chance_level(gallery, members=None):
+    """The scores of a random ranking of `gallery` pictures: cirr_scores' where members (6) is given, else fashioniq_scores'."""
+    def recall(k, candidates):
+        return 100 * min(1.0, k / candidates)
+
+    if members is None:
+        found = {f"R@{k}": recall(k, gallery) for k in (10, 50)}
+        return found | {"mean": (found["R@10"] + found["R@50"]) / 2}
+    found = {f"R@{k}": recall(k, gallery - 1) for k in (1, 5, 10, 50)}
+    found |= {f"Rs@{k}": recall(k, members - 1) for k in (1, 2, 3)}
+    return found | {"mean": (found["R@5"] + found["Rs@1"]) / 2}
 
 
 # --------------------------------------------------------------------------- command line

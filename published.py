@@ -1,7 +1,7 @@
 """published.py: models that others have published: HuggingFace ids and folders, LAVIS checkpoints; their names, their faults.
 
     load_blip2, load_published   an id or a folder, complete or one line that says what is wrong with it
-    load_tokenizer, image_size_of, hub_answers
+    load_config, load_tokenizer, load_vision, load_bert, image_size_of, hub_answers   one part alone
     read_weights, qformer_weights, replace_qformer   a Q-Former from another folder or from a LAVIS .pth
 """
 
@@ -52,6 +52,53 @@ def load_published(model_class, kind, name, dtype=torch.float32):
     if wrong:  # transformers would leave them random
         raise DataError(f"{name}: {len(wrong)} tensors are missing or of another shape, first {wrong[:3]}")
     return model, load_tokenizer(name)
+
+
+def load_config(name):
+    """The config alone of a HuggingFace id or folder."""
+    from transformers import AutoConfig
+    try:
+        return AutoConfig.from_pretrained(name, local_files_only=pathlib.Path(name).exists() or not hub_answers())
+    except Exception as error:  # as above
+        raise DataError(f"{name}: no readable config.json on this machine, and none could be fetched: give a local folder in "
+                        f"HuggingFace's format ({' '.join(str(error).split())[:120]})") from None
+
+
+def load_vision(name, dtype=torch.float32):
+    """The vision tower alone -> (Blip2VisionModel, config of the whole). name: any BLIP-2 in HuggingFace's format, or a folder
+    that holds its vision part alone. The language model beside it is never read."""
+    from safetensors import safe_open
+    from transformers import Blip2VisionModel
+    config, folder = load_config(name), pathlib.Path(name)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+        folder = pathlib.Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], local_files_only=not hub_answers()))
+    state = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        refuse_incomplete(file)
+        with safe_open(file, "pt") as tensors:
+            names = list(tensors.keys())
+            inner = [n for n in names if n.startswith("vision_model.")] if config.model_type == "blip-2" else names
+            state |= {n.removeprefix("vision_model."): tensors.get_tensor(n).to(dtype) for n in inner}
+    if not state:
+        raise DataError(f"{name}: no vision tower in its .safetensors files (model_type {config.model_type})")
+    with torch.device("meta"):
+        model = Blip2VisionModel(getattr(config, "vision_config", config))
+    load_strictly(model, state, f"vision tower of {name}", assign=True)
+    return model, config
+
+
+def load_bert(name):
+    """The state dict of a BERT with its word head (transformers' BertForMaskedLM)."""
+    from transformers import BertForMaskedLM
+    try:
+        local = pathlib.Path(name).exists() or not hub_answers()
+        model, found = BertForMaskedLM.from_pretrained(name, local_files_only=local, output_loading_info=True)
+    except Exception as error:  # as above
+        raise DataError(f"{name}: no BERT that can be loaded ({' '.join(str(error).split())[:160]})") from None
+    if found["missing_keys"]:
+        raise DataError(f"{name}: {len(found['missing_keys'])} tensors of a BERT are missing, first {sorted(found['missing_keys'])[:3]}")
+    return model.state_dict()
 
 
 def refuse_other_folder(path, kind):
@@ -117,18 +164,21 @@ def hub_answers():
 
 # --- a Q-Former from elsewhere ------------
 
-# LAVIS name -> HuggingFace name, applied in this order. Not covered: LAVIS's EVA vision tower ("visual_encoder."), which is
-# frozen and comes from the BLIP-2 folder, and the ITG head ("Qformer.cls."), which HuggingFace does not have.
+# LAVIS name -> HuggingFace name, applied in this order; lm_head (of ITG) is a name of ours, HuggingFace has no such head. Not
+# covered: LAVIS's EVA vision tower ("visual_encoder."), which is frozen and comes from the BLIP-2 folder.
 LAVIS_KEYS = (
     ("Qformer.bert.embeddings.LayerNorm.", "qformer.layernorm."),
     ("Qformer.bert.embeddings.", "embeddings."),
     ("Qformer.bert.", "qformer."),
+    ("Qformer.cls.predictions.", "lm_head."),
     ("attention.self.", "attention.attention."),  # also inside "crossattention.self."
     ("ln_vision.", "vision_model.post_layernorm."),
     ("vision_proj.", "vision_projection."),
     ("text_proj.", "text_projection."),
     ("opt_proj.", "language_projection."),
 )
+QFORMER_PARTS = ("qformer", "embeddings", "query_tokens", "language_projection", "vision_projection", "text_projection",
+                 "itm_head", "temp", "lm_head")
 
 
 def lavis_to_hf(state):
@@ -145,16 +195,18 @@ def lavis_to_hf(state):
 def qformer_weights(state, text_path, source="these weights"):
     """Pick the Q-Former out of an HF BLIP-2, HF image-text-retrieval or LAVIS state dict.
 
-    Returns {"qformer": ..., "embeddings": ..., "query_tokens": ..., "language_projection": ...}, each a state dict, those
-    that the source holds. Without text_path the text feed-forwards are left out: stage 2 has no text in the Q-Former.
+    Returns {"qformer": ..., "embeddings": ..., "query_tokens": ..., ...}, each a state dict, those of QFORMER_PARTS that the
+    source holds. Without text_path the text feed-forwards are left out: stage 2 has no text in the Q-Former.
     """
     if any(name.startswith("Qformer.") for name in state):
         state = lavis_to_hf(state)
     parts = {}
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
+        if name.startswith("lm_head.decoder."):
+            continue  # the word embeddings once more
         is_text = ".intermediate.dense." in name or (".output." in name and "attention.output." not in name)
-        if part in ("qformer", "embeddings", "query_tokens", "language_projection") and (text_path or not is_text):
+        if part in QFORMER_PARTS and (text_path or not is_text):
             parts.setdefault(part, {})[rest] = tensor
     if "qformer" not in parts:
         raise DataError(f"no Q-Former in {source}: found {sorted({n.split('.')[0] for n in state})[:8]}")
@@ -174,6 +226,13 @@ def read_weights(source):
     if not state:
         raise DataError(f"{path}: no .safetensors file with a Q-Former in this folder")
     return state
+
+
+def stage1_extras(folder):
+    """temp and lm_head, which pretrain_qformer.py puts beside HuggingFace's weights: {name: tensor}, {} where there are none."""
+    from safetensors.torch import load_file
+    path = pathlib.Path(folder) / "stage1.safetensors"
+    return load_file(path) if path.is_file() else {}
 
 
 def replace_qformer(blip2, source):

@@ -280,15 +280,16 @@ def to_rgb(image):
     return image
 
 
-def load_image(path, max_pixels=178_956_970):
+def load_image(path, max_pixels=178_956_970, file=None):
     """Decode the first frame of a picture as an upright RGB image, alpha on white, 16-bit scaled to 8.
 
     `max_pixels` is checked against the header before any pixel is decoded; above the default (about 0.5 GB as RGB)
-    Pillow itself refuses. DataError: missing, empty, no picture, cut off, too large."""
+    Pillow itself refuses. file: an open binary file that is read instead; then `path` is only its name in messages.
+    DataError: missing, empty, no picture, cut off, too large."""
     try:
-        if not os.path.isfile(path) or os.path.getsize(path) == 0:
+        if file is None and (not os.path.isfile(path) or os.path.getsize(path) == 0):
             raise DataError(f"{path}: is missing, empty (0 bytes) or no regular file: replace it")
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(file or path, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise DataError(f"{path}: {image.width} x {image.height} is over {max_pixels:,} pixels: scale it down")
             image.load()
@@ -298,8 +299,9 @@ def load_image(path, max_pixels=178_956_970):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{path}: too many pixels to be safe ({error}): scale it down") from error
     except Image.UnidentifiedImageError as error:
-        with open(path, "rb") as file:
-            start = shown(file.read(24))
+        with file or open(path, "rb") as opened:
+            opened.seek(0)
+            start = shown(opened.read(24))
         raise DataError(f"{path}: no picture in {', '.join(FORMATS)} (it starts with {start}): replace it") from error
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error and more
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -313,6 +315,12 @@ def image_tensor(image, size, mean=BLIP_MEAN, std=BLIP_STD):
     pixels = torch.from_numpy(np.asarray(squashed, dtype=np.float32) / 255)  # [size, size, 3]
     pixels = (pixels - torch.tensor(mean)) / torch.tensor(std)
     return pixels.permute(2, 0, 1).contiguous()  # [3, size, size]
+
+
+def tensor_image(pixels, mean=BLIP_MEAN, std=BLIP_STD):
+    """The way back: float [3, h, w] normalised -> RGB image, for looking at what the model saw."""
+    colours = pixels.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)  # [h, w, 3]
+    return Image.fromarray((colours * 255).round().clamp(0, 255).byte().numpy())
 
 
 # --- checks ------------

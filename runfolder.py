@@ -146,7 +146,7 @@ def load_trainable(model, state, source):
     wrong = [n for n in own.keys() ^ state.keys()] + [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
     if wrong:
         raise DataError(f"{source} does not fit this model: {len(wrong)} of {len(own)} tensors are missing, unknown or of "
-                        f"another shape, first {sorted(wrong)[:3]}: was it trained with other --gating, --per or BLIP-2?")
+                        f"another shape, first {sorted(wrong)[:3]}: it is of another model or was trained with other flags")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
@@ -228,10 +228,12 @@ def _config_path(argv):
 def _checked(action, value, path):
     """A YAML value as the flag's type (YAML reads 1e-4 as text)."""
     try:
-        if value is not None and action.type is not None and not isinstance(value, list):
-            value = action.type(str(value))
+        if isinstance(action.default, list) and not isinstance(value, list):
+            value = [value]
+        if value is not None and not isinstance(value, list) and not isinstance(action.default, bool):
+            value = (action.type or str)(str(value))
     except (TypeError, ValueError, argparse.ArgumentTypeError):
-        raise DataError(f"--config {path}: {action.dest}: {value!r} will not do as {action.type.__name__}") from None
+        raise DataError(f"--config {path}: {action.dest}: {value!r} will not do as {(action.type or str).__name__}") from None
     if isinstance(action.default, bool) and not isinstance(value, bool):
         raise DataError(f"--config {path}: {action.dest}: {value!r} is not true or false")
     if action.choices and value not in action.choices:

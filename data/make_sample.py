@@ -3,6 +3,7 @@
     python data/make_sample.py
     python data/make_sample.py --out data/artquest --seed 0 --pictures 480
     python data/make_sample.py --sheet data/manners.jpg       # the same scenes in all eight manners
+    python data/make_sample.py --cirr                         # data/cirr for train_cir.py instead (sample_cirr.py)
 
 Every picture shows one to four things of one kind and one colour on a ground.
 The manners differ in TEXTURE only: what is shown, where, and the mean and spread
@@ -722,12 +723,13 @@ def draw_sheet(path, seed, size=150, gap=6, head=22):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("data/artquest"),
-                        help="folder to write to (default: %(default)s)")
+    parser.add_argument("--out", type=Path,
+                        help="folder to write to (default: data/artquest, with --cirr data/cirr)")
     parser.add_argument("--seed", type=int, default=0,
                         help="another seed gives another set (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=480,
-                        help="number of pictures, at least 64 (default: %(default)s)")
+                        help="number of pictures, at least 64, with --cirr those of training (default: %(default)s)")
+    parser.add_argument("--cirr", action="store_true", help="draw a set for composed image retrieval in CIRR's files")
     parser.add_argument("--sheet", metavar="FILE.jpg",
                         help="only draw one picture that shows the same scenes in all manners")
     args = parser.parse_args(argv)
@@ -736,6 +738,11 @@ def main(argv=None):
         return
     if args.pictures < 64 or args.seed < 0:
         parser.error("--pictures must be at least 64 and --seed at least 0")
+    args.out = args.out or Path("data/cirr" if args.cirr else "data/artquest")
+    if args.cirr:
+        import sample_cirr
+        sample_cirr.make(args.out, args.seed, args.pictures, parser.error)
+        return
     stamp = {"version": VERSION, "seed": args.seed, "pictures": args.pictures}
     if is_complete(args.out, stamp):
         print(f"{args.out} already holds this set ({args.pictures} pictures, seed {args.seed}).")

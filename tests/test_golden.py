@@ -16,11 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import Blip2QFormerConfig
+from transformers import Blip2Config, Blip2QFormerConfig
 
 import core
 import metrics
+import pretrain_qformer
 import published
+import train_cir
 from metrics import bleu, cider_d, coco_meteor, exact_match, meteor, normalise_answer, rouge_l, sentence_bleu
 from metrics import strip_punctuation, tokenize, vqa_accuracy
 
@@ -45,6 +47,16 @@ def test_the_folder_holds_cases():
 
 # --- Q-Former ------------
 
+def qformer_config(c):
+    """A case's config.json -> transformers' Blip2QFormerConfig."""
+    return Blip2QFormerConfig(vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], layer_norm_eps=c["layer_norm_eps"],
+                              num_hidden_layers=c["num_hidden_layers"], num_attention_heads=c["num_attention_heads"],
+                              intermediate_size=c["intermediate_size"], cross_attention_frequency=c["cross_attention_freq"],
+                              encoder_hidden_size=c["encoder_width"], max_position_embeddings=c["max_position_embeddings"],
+                              hidden_dropout_prob=c["dropout"], attention_probs_dropout_prob=c["dropout"],
+                              pad_token_id=c["pad_token_id"], use_qformer_text_input=True)
+
+
 class Stage1:
     """Q-Former, embeddings and heads of a case, loaded from the LAVIS or the HF file."""
 
@@ -53,11 +65,7 @@ class Stage1:
         state = load_file(weights_folder / f"weights_{source}.safetensors")
         parts = published.qformer_weights(state, text_path=True)
         c = self.config
-        config = Blip2QFormerConfig(vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], layer_norm_eps=c["layer_norm_eps"],
-                                    num_hidden_layers=c["num_hidden_layers"], num_attention_heads=c["num_attention_heads"],
-                                    intermediate_size=c["intermediate_size"], cross_attention_frequency=c["cross_attention_freq"],
-                                    encoder_hidden_size=c["encoder_width"], max_position_embeddings=c["max_position_embeddings"],
-                                    pad_token_id=c["pad_token_id"], use_qformer_text_input=True)
+        config = qformer_config(c)
         self.qformer, self.embeddings = core.QFormer(config).eval(), core.TextEmbeddings(config).eval()
         self.qformer.load_state_dict(parts["qformer"], strict=True)
         self.embeddings.load_state_dict(parts["embeddings"], strict=True)
@@ -118,6 +126,64 @@ def test_unilm_mask_is_the_stored_one(case):
     assert torch.equal(found, expected["itg_mask_3d"].bool())
 
 
+def stage1_model(case):
+    """Our Stage1 with the case's weights, in eval mode."""
+    c, state = read(case / "config.json"), load_file(case / "weights_lavis.safetensors")
+    config = Blip2Config(vision_config={"hidden_size": c["encoder_width"]}, qformer_config=qformer_config(c).to_dict(),
+                         num_query_tokens=c["num_query_tokens"], image_text_hidden_size=c["embed_dim"])
+    model = pretrain_qformer.Stage1(torch.nn.Identity(), config, None).eval()
+    model.load_parts(published.qformer_weights(state, text_path=True), case)
+    return model
+
+
+@pytest.mark.parametrize("ids", ["", "imageid_"])
+@named("qformer_stage1")
+def test_stage1_losses_and_gradients(case, ids):
+    model, x, expected = stage1_model(case), load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors")
+    values = read(case / "expected.json")
+    image = x["image_embeds"].requires_grad_()
+    image_ids = x["image_id"] if ids else torch.arange(len(image))
+    drawn = tuple(expected[f"{ids}neg_{side}_idx"].long() for side in ("image", "text"))
+    parts = model(image, x["input_ids"], x["attention_mask"], image_ids, negatives=drawn)
+    for name, theirs in (("itc", "loss_itc"), ("itm", "loss_itm"), ("itg", "loss_lm"), ("loss", "loss")):
+        assert parts[name].item() == pytest.approx(values[ids + theirs], rel=1e-5), name
+    if ids:
+        return
+    parts["loss"].backward()
+    own, start = {**dict(model.named_parameters()), "image_embeds": image}, "grad_full."
+    wanted = {n.removeprefix(start): g for n, g in expected.items() if n.startswith(start)}
+    for name, gradient in published.lavis_to_hf(wanted).items():
+        close(own[name].grad, gradient, 2e-4)
+    assert len(wanted) >= 10
+
+
+@pytest.mark.parametrize("ids", ["", "imageid_"])
+@named("qformer_stage1")
+def test_stage1_negatives_are_drawn_with_those_weights(case, ids, monkeypatch):
+    expected, x = load_file(case / "expected.safetensors"), load_file(case / "inputs.safetensors")
+    image_ids = x["image_id"] if ids else torch.arange(len(x["image_embeds"]))
+    seen = []
+    monkeypatch.setattr(torch, "multinomial", lambda weights, count: seen.append(weights) or torch.zeros(len(weights), count))
+    for side in ("t2i", "i2t"):
+        pretrain_qformer.draw_negatives(expected[f"sim_{side}"], image_ids[:, None] != image_ids[None])
+        close(seen[-1], expected[f"{ids}weights_{side}"])
+
+
+@named("qformer_tasks")
+@torch.no_grad()
+def test_score_matrices(case):
+    model = stage1_model(GOLDEN / "qformer_stage1" / case.name)
+    x, expected = load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors")
+    images, text = x["image_embeds"], (x["input_ids"], x["attention_mask"])
+    cosines = core.max_similarity(model.text_features(*text), model.image_features(images))  # [texts, images]
+    k = read(case / "expected.json")["k_test"]
+    for found, name in zip(pretrain_qformer.reranked(model, cosines, images, *text, k, chunk=3), ("t2i", "i2t")):
+        close(found, expected[f"score_matrix_{name}"])
+    pairs = x["pair_image_idx"].long(), x["pair_text_idx"].long()
+    logits = model.match(images[pairs[0]], *(t[pairs[1]] for t in text))
+    close(logits, expected["itm_head_logits"])
+
+
 @named("qformer_tasks")
 @torch.no_grad()
 def test_tasks(case):
@@ -156,6 +222,51 @@ def test_sprc_passes(case, source):
     whole = whole + model.embeddings.position_embeddings(torch.arange(whole.shape[1]))
     out = model.qformer(whole, mask=seen)
     close(F.normalize(model.head("text_projection", out[:, 0]), dim=-1), expected["text_only_feat"])
+
+
+@pytest.fixture
+def sprc():
+    """Function: case -> (train_cir.Sprc without gate and with the case's weights, in eval mode; inputs; expected tensors, values)."""
+    def load(case):
+        c, state = read(case / "config.json"), load_file(case / "weights_lavis.safetensors")
+        config = Blip2Config(vision_config={"hidden_size": c["encoder_width"]}, qformer_config=qformer_config(c).to_dict(),
+                             num_query_tokens=c["num_query_tokens"], image_text_hidden_size=c["embed_dim"])
+        model = train_cir.Sprc(torch.nn.Identity(), config, None, gate=False).eval()
+        model.load_parts(published.qformer_weights(state, text_path=True), case)
+        model.prompt_tokens.data.copy_(state["prompt_tokens"])
+        return model, load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors"), read(case / "expected.json")
+    return load
+
+
+@named("sprc")
+def test_sprc_losses_and_gradients(case, sprc):
+    model, x, expected, values = sprc(case)
+    images = {name: x[f"{name}_embeds"].requires_grad_() for name in ("reference", "target")}
+    parts = model(**images, input_ids=x["input_ids"], attention_mask=x["attention_mask"], rtc=0.4, align=0.4)
+    for name in ("itc", "rtc", "align"):
+        assert parts[name].item() == pytest.approx(values[f"loss_{name}"], rel=1e-5)
+    assert parts["loss"].item() == pytest.approx(values["total_loss_rtc0.4_align0.4"], rel=1e-5)
+    parts["loss"].backward()
+    own = {**dict(model.named_parameters()), **{f"{name}_embeds": tensor for name, tensor in images.items()}}
+    start, checked = "grad_total_rtc0.4_align0.4.", 0
+    for name, gradient in published.lavis_to_hf({n.removeprefix(start): g for n, g in expected.items() if n.startswith(start)}).items():
+        close(own[name].grad, gradient, 2e-4)
+        checked += 1
+    assert checked >= 10 and model.itm_head.weight.grad is None
+
+
+@named("sprc")
+@torch.no_grad()
+def test_sprc_inference(case, sprc):
+    model, x, expected, _ = sprc(case)
+    text = {"input_ids": x["input_ids"], "attention_mask": x["attention_mask"]}
+    prompt, query = model.query(x["reference_embeds"], **text)
+    features = model.image_features(x["gallery_embeds"])
+    close(prompt, expected["fusion_pass_hidden"][:, :prompt.shape[1]], 1e-4)
+    close(query, expected["fusion_feats"])
+    close(model.prompted(**text), expected["text_only_feat"])
+    close(features, expected["gallery_feats"])
+    close(torch.from_numpy(train_cir.scored(query, features, chunk=4)), expected["inference_sim"])
 
 
 # --- answers ------------
@@ -349,3 +460,42 @@ def test_blip_collate_gives_those_inputs(case):
     length = x["attention_mask"].sum(1).max()
     expected = train_blip_caption.decoder_inputs(x["input_ids"].long(), x["attention_mask"].long(), text.bos_token_id)
     assert all(torch.equal(batch[name], expected[name][:, :length]) for name in expected)
+
+
+# --- composed image retrieval ------------
+
+CIRR = sorted(GOLDEN.glob("cirr_metrics/*/names.json"))
+
+
+@pytest.mark.parametrize("path", CIRR, ids=lambda p: p.parent.name)
+def test_cirr_recalls(path):
+    case, names, expected = path.parent, read(path), read(path.parent / "expected.json")
+    scores = np.load(case / "inputs.npz")["similarity"]
+    column = {name: number for number, name in enumerate(names["gallery_names"])}
+    target, reference = ([column[q[what]] for q in names["queries"]] for what in ("target", "reference"))
+    members = [[column[name] for name in q["members"]] for q in names["queries"]]
+    assert metrics.target_ranks(scores, target, reference).tolist() == expected["target_rank"]
+    assert metrics.subset_ranks(scores, target, reference, members).tolist() == expected["target_rank_in_subset"]
+    found = metrics.cirr_scores(scores, target, reference, members)
+    wanted = {f"R@{k}": expected[f"recall_at{k}"] for k in (1, 5, 10, 50)}
+    wanted |= {f"Rs@{k}": expected[f"group_recall_at{k}"] for k in (1, 2, 3)} | {"mean": expected["mean_R@5_and_Rs@1"]}
+    assert found == pytest.approx(wanted, abs=1e-4)  # SPRC's are float32
+    found, kept = metrics.fashioniq_scores(scores, target), metrics.target_ranks(scores, target)
+    assert [found["R@10"], found["R@50"]] == pytest.approx([expected[f"fashioniq_recall_at{k}"] for k in (10, 50)], abs=1e-4)
+    for name, recall in expected["if_reference_were_not_removed"].items():
+        assert metrics.recall_at(kept, int(name.removeprefix("recall_at"))) == pytest.approx(recall, abs=1e-4)
+
+
+@pytest.mark.parametrize("path", CIRR, ids=lambda p: p.parent.name)
+def test_cirr_submission_files(path, tmp_path):
+    import cirr
+    names = read(path.with_name("test_names.json"))
+    queries = [cirr.Query(str(q["pairid"]), q["reference"], "", ("",), tuple(q["members"]), "", 0) for q in names["queries"]]
+    gallery = dict.fromkeys(names["gallery_names"], "")
+    cirr.write_submission(tmp_path, queries, gallery, np.load(path.with_name("test_inputs.npz"))["similarity"])
+    for name in ("recall_submission.json", "recall_subset_submission.json"):
+        assert list(read(tmp_path / name).items()) == list(read(path.with_name(f"test1_{name}")).items())
+
+
+def test_cirr_cases_are_there():
+    assert len(CIRR) >= 2, f"cases are missing in {GOLDEN}"

@@ -408,6 +408,9 @@ def test_config_file(flags, tmp_path):
     config.write_text("lr: 1e-5\ntrain_qformer: true\nepochs: 7\n")
     args = train_gated.get_args(["--data", "d", "--config", str(config), "--epochs", "3"])
     assert (args.lr, args.train_qformer, args.epochs) == (1e-5, True, 3)
+    config.write_text("data: 2024\nout: 7\ncolumns: answer=label\n")  # YAML's numbers are text where the flag is
+    args = train_gated.get_args(["--config", str(config)])
+    assert (args.data, args.out, args.columns) == ("2024", "7", ["answer=label"])
 
 
 @pytest.mark.parametrize("text, message", [("learning_rate: 1", "unknown settings learning_rate"), ("gating: tanh", "none of film"),

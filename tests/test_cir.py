@@ -1,0 +1,437 @@
+"""pytest tests/test_cir.py: train_cir.py on random tiny weights and a small drawn set. Behaviour-checked; the losses and scores of
+SPRC are checked against the original's in test_golden.py, recalls in test_cirr.py."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+import cirr
+import core
+import loop
+import make_sample
+import make_tiny
+import metrics
+import published
+import runfolder
+import train_cir
+from rows import DataError
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A drawn CIRR-like folder: 60 training pictures."""
+    folder = tmp_path_factory.mktemp("cir") / "cirr"
+    make_sample.main(["--cirr", "--out", str(folder), "--pictures", "64"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random tiny BLIP-2 in the image-text-retrieval format."""
+    loop.seed_everything(0)
+    return make_tiny.save_random_retrieval(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def build(folder):
+    """Function that builds an Sprc from the random tiny weights, in eval mode."""
+    def build_model(**settings):
+        loop.seed_everything(1)
+        return train_cir.Sprc.load(folder, **settings).eval()
+    return build_model
+
+
+@pytest.fixture
+def command(drawn, folder, tmp_path):
+    """Command line of a short run; add your own after it."""
+    def make(*more, out="run"):
+        return ["--data", str(drawn), "--blip2", folder, "--epochs", "2", "--batch-size", "32", "--lr", "1e-3", "--workers", "0",
+                "--precision", "no", "--out", str(tmp_path / out), *more]
+    return make
+
+
+def make_batch(model, count=5, negatives=0):
+    """Random features and sentences of different length, as Sprc.forward takes them."""
+    generator = torch.Generator().manual_seed(2)
+    patches, width = 17, model.vision_model.config.hidden_size
+    sentences = ["make it red", "show two instead of three and paint it in small dots", "at night", "a", "blue now", "on the sand"]
+    reference, target = torch.randn(2, count, patches, width, generator=generator)
+    batch = {"reference": reference, "target": target, **core.text_ids(model.tokenizer, sentences[:count])}
+    if negatives:
+        batch["negatives"] = torch.randn(count, negatives, patches, width, generator=generator)
+    return batch
+
+
+def opened(model):
+    """Move the fusion off its start, so that it does something."""
+    torch.nn.init.normal_(model.fusion.up.weight, std=0.3)
+    if model.fusion.ask is not None:
+        torch.nn.init.normal_(model.fusion.ask.weight, std=0.3)
+    return model
+
+
+def state_of(path):
+    return runfolder.load_checkpoint(path)["state"]
+
+
+# --- the model ------------
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_fresh_fusion_is_the_identity(build, spatial):
+    model, plain = build(spatial=spatial), build(gate=False)
+    batch = make_batch(model)
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(model.fused(batch["reference"], **text), batch["reference"])
+    assert torch.equal(model.query(batch["reference"], **text)[1], plain.query(batch["reference"], **text)[1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"spatial": True}, {"gate": False}])
+def test_every_trained_tensor_gets_a_gradient_within_two_steps(build, settings):
+    model = build(**settings)
+    batch, seen = make_batch(model, negatives=2), set()
+    optimizer = train_cir.make_optimizer(model, 1e-3, 0.05)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(**batch, patch=0.1, hard_batch=1.0)["loss"].backward()
+        seen |= {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+        optimizer.step()
+    missing = {n for n in trained - seen if not n.endswith("key.bias")}  # a bias on keys cancels in the softmax
+    assert not missing and not any(n.startswith(("vision_model", "itm_head")) for n in seen | trained)
+
+
+def test_padding_and_company_change_nothing(build):
+    model = opened(build(spatial=True))
+    batch = make_batch(model)
+    alone = model.query(batch["reference"][:1], **core.text_ids(model.tokenizer, ["make it red"]))[1]
+    together = model.query(batch["reference"], batch["input_ids"], batch["attention_mask"])[1]
+    assert batch["input_ids"].shape[1] > 8 and torch.allclose(alone[0], together[0], atol=1e-5)
+    text = core.text_ids(model.tokenizer, ["make it red"])
+    prompted = model.prompted(batch["input_ids"], batch["attention_mask"])
+    assert torch.allclose(model.prompted(**text)[0], prompted[0], atol=1e-5)
+
+
+def test_the_sentence_and_the_reference_both_count(build):
+    model = opened(build())
+    batch = make_batch(model)
+    one, other = (model.query(batch["reference"][:1], **core.text_ids(model.tokenizer, [text]))[1] for text in ("make it red", "two"))
+    swapped = model.query(batch["reference"][1:2], **core.text_ids(model.tokenizer, ["make it red"]))[1]
+    assert (one - other).abs().max() > 1e-3 and (one - swapped).abs().max() > 1e-3
+
+
+def test_spatial_attention_weighs_the_change_with_mean_one(build):
+    model = opened(build(spatial=True))
+    image, batch = make_batch(model)["reference"], make_batch(model)
+    words, mask = model.qformer.layernorm(model.embeddings(batch["input_ids"])), batch["attention_mask"]
+    weighed = model.fusion(image, words, mask) - image
+    low, ask = model.fusion.down(image), model.fusion.ask
+    model.fusion.ask = None
+    plain = model.fusion(image, words, mask) - image
+    ratio = ((weighed - model.fusion.up.bias) / (plain - model.fusion.up.bias)).median(-1).values  # [B,P]
+    wanted = (low @ ask(core.masked_mean(words, mask))[:, :, None] / low.shape[-1] ** 0.5).softmax(1)[..., 0] * image.shape[1]
+    assert torch.allclose(ratio, wanted, rtol=1e-3) and torch.allclose(ratio.mean(1), torch.ones(len(ratio)), atol=1e-3)
+    assert ratio.std() > 0.1
+
+
+def test_frozen_tower_stays_frozen(build):
+    model = build().train()
+    assert not model.vision_model.training and model.qformer.training
+    assert not any(p.requires_grad for p in model.vision_model.parameters())
+
+
+# --- losses ------------
+
+def test_contrastive_loss_by_hand():
+    similarity, temp = torch.tensor([[0.5, 0.1, 0.3], [0.2, 0.4, 0.1]]).requires_grad_(), 0.5
+    none = torch.zeros(2, 2, dtype=torch.bool)
+    rows = [[0.5, 0.1, 0.3], [0.4, 0.2, 0.1]]  # the right one first
+    plain = np.mean([-np.log(np.exp(r[0] / temp) / sum(np.exp(np.array(r) / temp))) for r in rows])
+    assert train_cir.contrastive_loss(similarity, temp, none).item() == pytest.approx(plain, rel=1e-5)
+    weighed = []
+    for r in rows:
+        weight = np.exp(3.0 * np.array(r[1:]))
+        weight = weight / weight.mean()
+        weighed.append(-np.log(np.exp(r[0] / temp) / (np.exp(r[0] / temp) + (weight * np.exp(np.array(r[1:]) / temp)).sum())))
+    assert train_cir.contrastive_loss(similarity, temp, none, 3.0).item() == pytest.approx(np.mean(weighed), rel=1e-5)
+    same = torch.tensor([[False, True], [True, False]])  # both queries want the same picture: only the third column is wrong
+    left = np.mean([-np.log(np.exp(r[0] / temp) / sum(np.exp(np.array([r[0], r[2]]) / temp))) for r in rows])
+    for beta in (0.0, 3.0):  # one negative is left, whose weight is 1
+        assert train_cir.contrastive_loss(similarity, temp, same, beta).item() == pytest.approx(left, rel=1e-5)
+    train_cir.contrastive_loss(similarity, temp, same, 3.0).backward()
+    assert torch.isfinite(similarity.grad).all()
+
+
+def test_late_interaction_by_hand():
+    tokens, images = torch.randn(3, 2, 4), torch.randn(3, 5, 4)
+    wanted = [[np.mean([max(float(q @ v) for v in images[j]) for q in tokens[i]]) for j in range(3)] for i in range(3)]
+    assert torch.allclose(train_cir.late_interaction(tokens, images), torch.tensor(wanted, dtype=torch.float32), atol=1e-5)
+
+
+def test_negatives_are_wrong_for_their_own_query_alone(build):
+    model = build()
+    batch = make_batch(model, negatives=2)
+    few = model(**{**batch, "negatives": None})
+    more = model(**batch)
+    assert more["itc"] > few["itc"] and more["rtc"] > few["rtc"] and more["align"] == few["align"]
+    query, images = model.query(batch["reference"], batch["input_ids"], batch["attention_mask"])[1], model.image_features(batch["target"])
+    own = torch.stack([model.image_features(one) for one in batch["negatives"]])  # [B,N,Q,E]
+    wanted = torch.cat([core.max_similarity(query, images),
+                        torch.stack([core.max_similarity(query[i:i + 1], own[i])[0] for i in range(len(query))])], 1)
+    assert torch.allclose(train_cir.similarities(query, images, own), wanted, atol=1e-6)
+
+
+def test_weights_switch_terms(build):
+    model = build()
+    batch = make_batch(model)
+    parts = model(**batch, rtc=0.4, align=0.3, patch=0.2)
+    total = parts["itc"] + 0.4 * parts["rtc"] + 0.3 * parts["align"] + 0.2 * parts["patch"]
+    assert parts["loss"].item() == pytest.approx(total.item(), rel=1e-6)
+    alone = model(**batch, rtc=0, align=0)
+    assert alone.keys() == {"loss", "itc"} and torch.equal(alone["loss"], alone["itc"])
+
+
+def test_two_queries_of_one_target_are_no_negatives(build):
+    model = build()
+    batch = make_batch(model, 4)
+    batch["target"] = batch["target"][[0, 1, 2, 0]]
+    apart, together = (model(**batch, target_ids=torch.tensor(ids))["itc"] for ids in ([0, 1, 2, 3], [0, 1, 2, 0]))
+    assert together < apart
+
+
+def test_one_batch_is_overfitted(build):
+    model = build().train()
+    batch = make_batch(model, negatives=1)
+    optimizer = train_cir.make_optimizer(model, 1e-3, 0.0)
+    before = model(**batch)
+    for _ in range(60):
+        optimizer.zero_grad()
+        parts = model(**batch)
+        parts["loss"].backward()
+        optimizer.step()
+    parts = model.eval()(**batch)
+    assert parts["itc"] < 0.05 and parts["rtc"] < 0.05 and parts["align"] < before["align"]
+
+
+# --- weights ------------
+
+def test_same_scores_as_transformers(build, folder):
+    from transformers import Blip2ForImageTextRetrieval
+    theirs = Blip2ForImageTextRetrieval.from_pretrained(folder).eval()
+    model, images = build(), torch.randn(3, 3, make_tiny.SIZE, make_tiny.SIZE, generator=torch.Generator().manual_seed(0))
+    text = core.text_ids(model.tokenizer, ["two red boats", "at night, three stars on the water", "a fish"])
+    with torch.no_grad():
+        wanted = theirs(pixel_values=images, **text, use_image_text_matching_head=False).logits_per_image  # [3,3]
+        embeds = model.image_embeds(images)
+        found = core.max_similarity(model.text_features(**text), model.image_features(embeds))  # [texts, images]
+        matched = theirs(pixel_values=images, **text, use_image_text_matching_head=True).logits_per_image
+        own = model.itm_head(model.joint(embeds, **text)[:, :model.query_tokens.shape[1]]).mean(1)
+    assert torch.allclose(found.T, wanted, atol=1e-5) and torch.allclose(own, matched, atol=1e-5)
+
+
+def to_lavis(state):
+    """HuggingFace names -> LAVIS's, the other way round than published.lavis_to_hf."""
+    renamed = {}
+    for name, tensor in state.items():
+        for old, new in reversed(published.LAVIS_KEYS):
+            name = name.replace(new, old) if name.startswith(new) or new.startswith("attention.") else name
+        renamed[name] = tensor
+    return renamed
+
+
+def test_a_lavis_checkpoint_takes_its_place(build, folder, tmp_path):
+    other = build()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.1
+    kept = {n: p for n, p in other.state_dict().items() if not n.startswith(("vision_model", "prompt_tokens", "fusion"))}
+    lavis = to_lavis(kept)
+    assert "Qformer.bert.encoder.layer.0.attention.self.query.weight" in lavis and "text_proj.weight" in lavis
+    torch.save({"model": lavis}, tmp_path / "stage1.pth")
+    loaded = build(qformer=str(tmp_path / "stage1.pth"))
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in kept.items())
+    assert loaded.temp.item() == pytest.approx(0.17)
+    del lavis["text_proj.weight"], lavis["text_proj.bias"]
+    torch.save(lavis, tmp_path / "no_head.pth")
+    with pytest.raises(DataError, match="no text_projection"):
+        build(qformer=str(tmp_path / "no_head.pth"))
+
+
+# --- data ------------
+
+def test_triplets_are_a_pure_function_of_epoch_and_number(drawn):
+    pools = cirr.read_split(drawn, "cirr", "train", say=lambda *words: None)
+    data = train_cir.Triplets(pools, train_cir.Opener(28, "targetpad", 1.25), negatives=3, seed=5)
+    (images, query, text), again = data[0, 2], data[0, 2]
+    assert images.shape == (5, 3, 28, 28) and torch.equal(images, again[0]) and text == query.captions[0]
+    assert torch.equal(images[0], data.open(data.paths[query.reference])) and torch.equal(images[1], data.open(data.paths[query.target]))
+    allowed = [data.open(data.paths[name]) for name in query.members if name not in (query.reference, query.target)]
+    assert all(any(torch.equal(image, other) for other in allowed) for image in images[2:])
+    assert any(not torch.equal(images[2:], data[epoch, 2][0][2:]) for epoch in range(1, 6))
+
+
+def test_a_broken_picture_stops_the_run_with_its_row(command, drawn, folder, tmp_path, capsys):
+    name = json.loads((drawn / "captions/cap.rc2.train.json").read_text())[0]["reference"]
+    path = drawn / "img_raw" / json.loads((drawn / "image_splits/split.rc2.train.json").read_text())[name]
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:400])
+        assert loop.exit_code(train_cir.main, command()) == 2
+    finally:
+        path.write_bytes(content)
+    told = capsys.readouterr().err
+    assert told.count("error:") == 1 and path.name in told and "row" in told and "Traceback" not in told
+
+
+# --- evaluation ------------
+
+def test_encoding_equals_one_at_a_time_and_fuses(build, drawn):
+    model = opened(build())
+    pool, = cirr.read_split(drawn, "cirr", "val", say=lambda *words: None)
+    opener, accelerator = train_cir.Opener(model.image_size, "targetpad", 1.25), Accelerator(cpu=True)
+    features, vectors, change = train_cir.encode(model, pool, opener, accelerator, 7, 0)
+    assert features.shape[0] == len(pool.gallery) and vectors.shape[0] == len(pool.queries) and change > 0
+    with torch.no_grad():
+        for number in (0, len(pool.queries) - 1):
+            query = pool.queries[number]
+            embeds = model.image_embeds(opener(pool.gallery[query.reference])[None])
+            text = core.text_ids(model.tokenizer, [cirr.text_of(query)])
+            assert torch.allclose(vectors[number], model.query(embeds, **text)[1][0], atol=1e-5)
+            place = list(pool.gallery).index(query.reference)
+            assert torch.allclose(features[place], model.image_features(embeds)[0], atol=1e-5)
+    model.fusion = None
+    assert (train_cir.encode(model, pool, opener, accelerator, 7, 0)[1] - vectors).abs().max() > 1e-3
+
+
+def test_training_writes_what_it_says(command, tmp_path, capsys):
+    assert train_cir.main(command("--hard-set", "1", "--hard-batch", "1", "--loss-patch", "0.1", "--spatial-attention")) is None
+    out, printed = tmp_path / "run", capsys.readouterr().out
+    assert {p.name for p in out.iterdir()} >= {"best.pt", "args.yaml", "training_log.csv", "curves.png"}
+    assert "a random order scores R@1" in printed
+    log = runfolder.read_log(out / "training_log.csv")
+    epochs = [row for row in log if row["kind"] == "epoch"]
+    assert len(epochs) == 2 and all(float(row["mean"]) >= 0 and float(row["change"]) > 0 for row in epochs)
+    best = runfolder.load_checkpoint(out / "best.pt")
+    assert best["metric"] == "mean" and not any(name.startswith("vision_model") for name in best["state"])
+    assert best["value"] == pytest.approx(max(float(row["mean"]) for row in epochs), abs=1e-3)
+
+
+def test_checkpoint_scores_what_training_said_and_submits(command, drawn, tmp_path, capsys):
+    train_cir.main(command())
+    best = runfolder.load_checkpoint(tmp_path / "run/best.pt")
+    capsys.readouterr()
+    train_cir.main(["--data", str(drawn), "--checkpoint", str(tmp_path / "run/best.pt"), "--workers", "0",
+                    "--submit", str(tmp_path / "submission")])
+    assert f"mean {best['value']:.2f}" in capsys.readouterr().out
+    pool, = cirr.read_split(drawn, "cirr", "test1", say=lambda *words: None)
+    for metric in ("recall", "recall_subset"):
+        content = json.loads((tmp_path / f"submission/{metric}_submission.json").read_text())
+        cirr.check_submission(content, pool.queries, pool.gallery)
+
+
+def test_validation_frequency_validates_the_last_epoch_too(command, tmp_path):
+    train_cir.main(command("--epochs", "3", "--validation-frequency", "2"))
+    epochs = [row["epoch"] for row in runfolder.read_log(tmp_path / "run/training_log.csv") if row["kind"] == "epoch"]
+    assert epochs == ["2", "3"]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed_equals_undisturbed(command, tmp_path, monkeypatch, number, code):
+    more = ("--save-last", "--hard-set", "1")
+    train_cir.main(command(*more, out="whole"))
+    step, calls = train_cir.train_step, []
+
+    def interrupt(*args):
+        calls.append(1)
+        if len(calls) == 4:  # the rehearsal is the first
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(train_cir, "train_step", interrupt)
+    assert train_cir.main(command(*more, out="cut")) == code
+    assert runfolder.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 3
+    monkeypatch.setattr(train_cir, "train_step", step)
+    train_cir.main(command(*more, "--resume", out="cut"))
+    for name in ("best.pt", "last.pt"):
+        whole, cut = (state_of(tmp_path / place / name) for place in ("whole", "cut"))
+        assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole), name
+    assert (tmp_path / "whole/training_log.csv").read_bytes() == (tmp_path / "cut/training_log.csv").read_bytes()
+
+
+
+
+def test_resume_refuses_other_settings_and_other_data(command, drawn, tmp_path, capsys):
+    train_cir.main(command("--save-last", "--epochs", "1"))
+    assert loop.exit_code(train_cir.main, command("--save-last", "--epochs", "1", "--resume", "--lr", "5e-4")) == 2
+    assert "--lr is 0.0005, was 0.001" in capsys.readouterr().err
+    path = drawn / "captions/cap.rc2.train.json"
+    content = path.read_text()
+    try:
+        changed = json.loads(content)
+        changed[0]["caption"] += " now"
+        path.write_text(json.dumps(changed))
+        assert loop.exit_code(train_cir.main, command("--save-last", "--epochs", "1", "--resume")) == 2
+    finally:
+        path.write_text(content)
+    assert "training queries (hash)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more, wanted", [
+    (["--submit", "x"], "need --checkpoint"), (["--hard-set", "5"], "at most 4"), (["--target-ratio", "0.5"], "1 or more"),
+    (["--format", "fashioniq", "--hard-set", "1"], "FashionIQ has none"), (["--spatial-attention", "--no-gate"], "leave --no-gate out"),
+    (["--search", "red"], "--search needs"), (["--unknown"], "unrecognized")])
+def test_flags_that_do_not_go_together(command, capsys, more, wanted):
+    with pytest.raises(SystemExit) as stop:
+        train_cir.get_args(command(*more))
+    assert stop.value.code == 2 and wanted in capsys.readouterr().err
+
+
+def test_checkpoints_of_others_are_refused(command, drawn, folder, tiny, tmp_path, capsys):
+    train_cir.main(command("--epochs", "1"))
+    path = tmp_path / "run/best.pt"
+    best = runfolder.load_checkpoint(path)
+    runfolder.save_checkpoint(tmp_path / "gated.pt", {**best, "stage": "gated"})
+    runfolder.save_checkpoint(tmp_path / "other.pt", {**best, "frozen": "0" * 16})
+    runfolder.save_checkpoint(tmp_path / "short.pt", {**best, "state": dict(list(best["state"].items())[:-1])})
+    capsys.readouterr()
+    for name, wanted in (("gated", "another stage (gated)"), ("other", "another vision tower"), ("short", "does not fit"),
+                         ("absent", "no such checkpoint")):
+        code = loop.exit_code(train_cir.main, ["--data", str(drawn), "--checkpoint", str(tmp_path / f"{name}.pt"), "--workers", "0"])
+        told = capsys.readouterr().err
+        assert code == 2 and wanted in told and told.count("error:") == 1, (name, told)
+    assert loop.exit_code(train_cir.main, command("--blip2", tiny[0], out="wrong")) == 2  # a BLIP-2 with OPT has no text path
+    assert "tensors are missing" in capsys.readouterr().err
+
+
+def test_chance_is_what_a_random_model_scores():
+    rng, queries, gallery = np.random.default_rng(0), 4000, 61
+    scores = rng.random((queries, gallery))
+    members = np.stack([rng.permutation(gallery)[:6] for _ in range(queries)])
+    found = metrics.cirr_scores(scores, members[:, 0], members[:, 1], members)
+    for name, value in metrics.chance_level(gallery, 6).items():
+        assert found[name] == pytest.approx(value, abs=3), name
+
+
+def test_fashioniq_trains_and_scores_each_category(folder, tmp_path, capsys):
+    rng, data = np.random.default_rng(0), tmp_path / "fiq"
+    for place in ("captions", "image_splits", "images"):
+        (data / place).mkdir(parents=True)
+    from PIL import Image
+    for category in cirr.CATEGORIES:
+        for split in ("train", "val"):
+            names = [f"{category}{split}{n}" for n in range(6)]
+            for name in names:
+                Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(data / "images" / f"{name}.png")
+            rows = [{"candidate": names[n], "target": names[n + 1], "captions": ["is red.", "has long sleeves"]} for n in range(4)]
+            (data / f"captions/cap.{category}.{split}.json").write_text(json.dumps(rows))
+            (data / f"image_splits/split.{category}.{split}.json").write_text(json.dumps(names))
+    train_cir.main(["--data", str(data), "--format", "fashioniq", "--blip2", folder, "--epochs", "1", "--batch-size", "4", "--lr", "1e-3",
+                    "--workers", "0", "--out", str(tmp_path / "run"), "--precision", "no"])
+    log = runfolder.read_log(tmp_path / "run/training_log.csv")
+    assert log[-1]["kind"] == "epoch" and float(log[-1]["R@10"]) == 100 and not log[-1]["R@1"]
+    assert "6 + 6 + 6" in capsys.readouterr().out

@@ -1,0 +1,796 @@
+"""train_cir.py: composed image retrieval: a reference picture and a sentence ("the same dog, but lying on grass") find the target.
+
+    python train_cir.py --data data/cirr                                        # BLIP-2 ViT-g, one GPU of 24-80 GB
+    python train_cir.py --data data/cirr --blip2 tiny --lr 1e-3 --epochs 8      # the drawn set, laptop CPU
+    python train_cir.py --data data/cirr --checkpoint runs/cir/best.pt --submit submission --gate-maps maps
+    python train_cir.py --search "on the grass" --image dog.jpg --gallery photos --checkpoint runs/cir/best.pt
+
+The system is SPRC (Bai et al. 2024) with a gated fusion of the sentence into the reference picture's patches, before the Q-Former
+looks at them. Trained: Q-Former, heads, prompts, fusion; frozen: the vision tower. Data flow: annotations -> Query -> Triplets ->
+Collate -> Sprc.forward -> losses; validation, --submit, --gate-maps and --search all go through Sprc.query. Copy and edit it.
+"""
+
+import argparse
+import hashlib
+import math
+import os
+import pathlib
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+import cirr
+import core
+import gallery
+import loop
+import metrics
+import rows
+import runfolder
+from rows import DataError
+
+DEFAULT = "Salesforce/blip2-itm-vit-g"
+CLIP = 1.0  # gradient norm
+LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
+RECALLS = {"cirr": ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"), "fashioniq": ("R@10", "R@50", "mean")}
+MODEL_ARGS = ("blip2", "qformer", "no_gate", "spatial_attention", "transform", "target_ratio", "loss_rtc")  # kept in best.pt
+FREE = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "skip_bad", "checkpoint", "submit",
+        "gate_maps", "search", "image", "gallery", "top")  # flags that may differ on --resume
+MAPS = 8  # queries that --gate-maps draws
+LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "itc", "rtc", "align", "patch", "temp", "grad_norm", "change",
+               *RECALLS["cirr"])
+PANELS = [("loss", [("step", name, label) for name, label in (("loss", "sum"), ("itc", "itc"), ("rtc", "rtc"), ("align", "align"))]),
+          ("validation", [("epoch", name, name) for name in ("mean", "R@1", "R@5", "R@10", "Rs@1")]),
+          ("learning", [("step", "grad_norm", "gradient norm"), ("epoch", "change", "change by the gate")])]
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", metavar="DIR", help="folder with captions/ and image_splits/ of CIRR or FashionIQ")
+    data.add_argument("--format", choices=tuple(RECALLS), default="cirr", help="whose layout it is (default: cirr)")
+    data.add_argument("--images", metavar="DIR", help="image root (default: the first of DATA/img_raw, DATA/images, DATA that fits)")
+    data.add_argument("--transform", choices=("targetpad", "squarepad", "plain"), default="targetpad",
+                      help="pad to a ratio and crop, pad to a square, or squash (default: targetpad)")
+    data.add_argument("--target-ratio", type=runfolder.rate, default=1.25, help="of targetpad, 1 or more (default: 1.25)")
+    data.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
+                      help="leave missing or broken pictures out and list them, up to this share (0.01 where no number is given); "
+                           "recall is then over a smaller gallery")
+    data.add_argument("--check-data", action="store_true", help="read everything, list missing pictures, and stop; loads no weight")
+    data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--blip2", metavar="ID|DIR|tiny", help="HuggingFace id or folder in its image-text-retrieval format, or tiny "
+                                                              f"(made on first use); default {DEFAULT}")
+    model.add_argument("--qformer", metavar="DIR|FILE", help="Q-Former and heads from elsewhere: a folder of pretrain_qformer.py, "
+                                                             "or a LAVIS stage-1 .pth")
+    model.add_argument("--no-gate", action="store_true", help="SPRC without the gated fusion, the baseline")
+    model.add_argument("--spatial-attention", action="store_true", help="the sentence also says where in the picture the fusion acts")
+    loss = parser.add_argument_group("loss (0 switches a term off)")
+    loss.add_argument("--loss-rtc", type=runfolder.weight, default=0.4, help="learned prompts with the sentence find the target "
+                                                                             "(default: 0.4)")
+    loss.add_argument("--loss-align", type=runfolder.weight, default=0.4, help="the sentence-level prompt near the learned ones "
+                                                                               "(default: 0.4)")
+    loss.add_argument("--loss-patch", type=runfolder.weight, default=0.0, help="late interaction of query tokens with target tokens "
+                                                                               "(default: 0)")
+    loss.add_argument("--hard-batch", type=runfolder.weight, default=0.0, metavar="BETA",
+                      help="weigh the negatives of a batch by exp(BETA cosine) (default: 0)")
+    loss.add_argument("--hard-set", type=runfolder.whole, default=0, metavar="N",
+                      help="N more negatives from the query's own image set, at most 4 (default: 0)")
+    run = parser.add_argument_group("training")
+    run.add_argument("--epochs", type=runfolder.positive, default=10, help="(default: 10)")
+    run.add_argument("--batch-size", type=runfolder.positive, default=64, help="queries a step and process, each the others' "
+                                                                               "negative (default: 64)")
+    run.add_argument("--lr", type=runfolder.rate, default=1e-5, help="peak learning rate (default: 1e-5)")
+    run.add_argument("--warmup", type=runfolder.share, default=0.02, help="share of all steps spent warming up (default: 0.02)")
+    run.add_argument("--weight-decay", type=runfolder.weight, default=0.05, help="not on biases and norms (default: 0.05)")
+    run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
+                     help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
+    run.add_argument("--validation-frequency", type=runfolder.positive, default=1, metavar="EPOCHS", help="(default: 1)")
+    run.add_argument("--seed", type=runfolder.whole, default=42, help="(default: 42)")
+    run.add_argument("--out", default="runs/cir", metavar="DIR", help="run folder (default: runs/cir)")
+    run.add_argument("--save-last", action="store_true", help="write last.pt after every validation")
+    run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
+    run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
+    look = parser.add_argument_group("without training")
+    look.add_argument("--checkpoint", metavar="FILE", help="a best.pt: score the validation split, or use it for --search")
+    look.add_argument("--submit", metavar="DIR", help="write the two files of CIRR's test server for the split test1")
+    look.add_argument("--gate-maps", metavar="DIR", help="a picture for each of 8 validation queries: what the gate changed, what was found")
+    look.add_argument("--search", metavar="TEXT", help="find pictures of --gallery by --image and this text")
+    look.add_argument("--image", metavar="FILE", help="reference picture of --search, whose matches go to OUT/search.html too")
+    look.add_argument("--gallery", metavar="DIR", help="folder of pictures, indexed once")
+    look.add_argument("--top", type=runfolder.positive, default=12, help="matches shown (default: 12)")
+    args = runfolder.parse_args(parser, argv)
+    if args.search is not None and not (args.image and args.gallery and args.checkpoint):
+        parser.error("--search needs --image, --gallery and --checkpoint")
+    if args.search is None and not args.data:
+        parser.error("--data is needed, but for --search")
+    if (args.submit or args.gate_maps) and not args.checkpoint:
+        parser.error("--submit and --gate-maps need --checkpoint")
+    if args.hard_set > (4 if args.format == "cirr" else 0):
+        parser.error("--hard-set is at most 4, the other members of CIRR's image sets; FashionIQ has none")
+    if args.spatial_attention and args.no_gate:
+        parser.error("--spatial-attention weighs the gated fusion: leave --no-gate out")
+    if args.target_ratio < 1:
+        parser.error("--target-ratio is the longer side over the shorter one: 1 or more")
+    return args
+
+
+# --- data: your own data set goes here ------------
+
+def read_data(args, split, say=print):
+    """The pools of a split, every picture found; missing ones refused, with --skip-bad left out and listed."""
+    return cirr.read_split(args.data, args.format, split, args.images, skip_bad=args.skip_bad, workers=max(1, args.workers), say=say)
+
+
+class Triplets(Dataset):
+    """(epoch, number) -> (images [2+N,3,s,s], Query, sentence), or (the DataError of a broken picture, Query, "").
+
+    images: reference, target, and with --hard-set N other members of the image set, another choice in every epoch.
+    """
+
+    def __init__(self, pools, open_picture, negatives=0, seed=0):
+        self.rows = [query for pool in pools for query in pool.queries]
+        self.paths = {name: path for pool in pools for name, path in pool.gallery.items()}
+        self.open, self.negatives, self.seed = open_picture, negatives, seed
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        epoch, number = key
+        query, rng = self.rows[number], np.random.default_rng([self.seed, epoch, number])
+        others = rng.permutation([name for name in query.members if name not in (query.reference, query.target)])
+        try:
+            names = (query.reference, query.target, *others[:self.negatives])
+            return torch.stack([self.open(self.paths[name]) for name in names]), query, cirr.text_of(query, rng.random())
+        except DataError as error:
+            return error, query, ""
+
+
+class Gallery(Dataset):
+    """Number -> (picture [3,s,s], its name), or (the DataError of a broken picture, its name)."""
+
+    def __init__(self, paths, open_picture):
+        self.names, self.paths, self.open = list(paths), paths, open_picture
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, number):
+        name = self.names[number]
+        try:
+            return self.open(self.paths[name]), name
+        except DataError as error:
+            return error, name
+
+
+class Opener:
+    """Path -> picture [3,s,s] as --transform wants it. A class and not a closure: it also works where loaders are spawned."""
+
+    def __init__(self, size, transform, ratio):
+        self.size, self.transform, self.ratio = size, transform, ratio
+
+    def __call__(self, path):
+        return cirr.prepare(rows.load_image(path), self.size, self.transform, self.ratio)
+
+
+class Collate:
+    """Samples of Triplets -> batch: images [B,2+N,3,s,s], input_ids, attention_mask [B,L], target_ids [B]."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, samples):
+        images, queries, texts = zip(*samples)
+        for found, query, _ in samples:
+            if isinstance(found, DataError):
+                return {"fault": f"{query.file}, {rows.locate(query.file, query.line)}: {found}"}
+        targets = [query.target for query in queries]
+        return {"images": torch.stack(images), **core.text_ids(self.tokenizer, texts),
+                "target_ids": torch.tensor([targets.index(name) for name in targets])}
+
+
+def collate_gallery(samples):
+    """Samples of Gallery -> {"images": [B,3,s,s]}."""
+    for found, name in samples:
+        if isinstance(found, DataError):
+            return {"fault": str(found)}
+    return {"images": torch.stack([image for image, _ in samples])}
+
+
+# --- model ------------
+
+class ResidualFusion(nn.Module):
+    """GatedFusionModule at the Q-Former's width, between two projections: out = image + up(fused - down(image)).
+
+    up starts at zero, so a fresh fusion is the identity to the bit, whatever the vision width (1408 in BLIP-2). spatial: an
+    attention of the sentence over the patches, with mean 1, weighs the change; it starts uniform.
+    """
+
+    def __init__(self, vision_width, hidden, spatial=False):
+        super().__init__()
+        self.down, self.up = nn.Linear(vision_width, hidden), nn.Linear(hidden, vision_width)
+        self.module = core.GatedFusionModule(hidden)
+        self.ask = nn.Linear(hidden, hidden) if spatial else None
+        for last in (self.up, self.ask):
+            if last is not None:
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
+
+    def forward(self, image, text, text_mask):
+        """image [B,P,W], text [B,L,H], text_mask [B,L] -> [B,P,W]."""
+        low = self.down(image)  # [B,P,H]
+        change = self.module(low, text, text_mask) - low
+        if self.ask is not None:
+            asked = self.ask(core.masked_mean(text, text_mask))[:, :, None]  # [B,H,1]
+            attention = (low @ asked / low.shape[-1] ** 0.5).softmax(1)  # [B,P,1], sums to 1 over the patches
+            change = change * attention * attention.shape[1]
+        return image + self.up(change)
+
+
+class Sprc(core.Blip2Retrieval):
+    """SPRC on BLIP-2 (Bai et al. 2024, "Sentence-level prompts benefit composed image retrieval"), with a fusion before it.
+
+    Differs from the original in what was a fault there: the fusion also runs in validation; the sentence is the mean over its
+    real tokens; text is padded to the batch and not to 32; two queries of a batch with one target are no negatives.
+    """
+
+    def __init__(self, vision_model, config, tokenizer, gate=True, spatial=False):
+        super().__init__(vision_model, config, tokenizer)
+        self.prompt_tokens = nn.Parameter(torch.randn_like(self.query_tokens) * 0.02)  # [1,Q,H]
+        width = config.qformer_config.hidden_size
+        self.fusion = ResidualFusion(config.vision_config.hidden_size, width, spatial) if gate else None
+        self.itm_head.requires_grad_(False)  # no loss of this stage uses it
+
+    def fused(self, image_embeds, input_ids, attention_mask):
+        """Reference patches [B,P,W] with the sentence fused in -> [B,P,W]."""
+        if self.fusion is None:
+            return image_embeds
+        words = self.qformer.layernorm(self.embeddings(input_ids))  # [B,L,H], as the Q-Former itself takes them in
+        return self.fusion(image_embeds, words, attention_mask)
+
+    def query(self, image_embeds, input_ids, attention_mask):
+        """Reference image [B,P,W] and sentence [B,L] -> (sentence-level prompt [B,Q,H], unit vectors [B,E])."""
+        fused = self.fused(image_embeds, input_ids, attention_mask)
+        Q = self.query_tokens.shape[1]
+        prompt = self.joint(fused, input_ids, attention_mask)[:, :Q]
+        # second pass without the image: the prompt stands before the text, everything takes the text path
+        states = self.qformer(torch.cat([prompt, self.embeddings(input_ids)], 1), mask=core.padding_mask(attention_mask, Q))
+        return prompt, F.normalize(self.text_projection(states[:, Q]), dim=-1)  # at the text's [CLS]
+
+    def prompted(self, input_ids, attention_mask):
+        """[CLS], the learned prompts, the rest of the text, without any image -> unit vectors [B,E]."""
+        words = self.embeddings.word_embeddings(input_ids)  # [B,L,H]
+        whole = torch.cat([words[:, :1], self.prompt_tokens.expand(len(words), -1, -1), words[:, 1:]], 1)  # [B,Q+L,H]
+        places = self.embeddings.position_embeddings(torch.arange(whole.shape[1], device=whole.device))
+        states = self.qformer(whole + places, mask=core.padding_mask(attention_mask, self.prompt_tokens.shape[1]))
+        return F.normalize(self.text_projection(states[:, 0]), dim=-1)
+
+    def forward(self, reference, target, input_ids, attention_mask, target_ids=None, negatives=None, rtc=0.4, align=0.4,
+                patch=0.0, hard_batch=0.0):
+        """Losses of a batch of triplets.
+
+        reference, target [B,P,W]: features of the vision tower, as image_embeds gives them. target_ids [B]: equal numbers for
+        equal targets. negatives [B,N,P,W]: further pictures that are wrong for each query alone.
+        Returns {"loss", "itc", "rtc", "align", "patch"}: scalars, those whose weight is not 0.
+        """
+        prompt, query = self.query(reference, input_ids, attention_mask)
+        images = self.image_features(target)  # [B,Q,E]
+        own = None if negatives is None else self.image_features(negatives.flatten(0, 1)).unflatten(0, negatives.shape[:2])
+        ids = torch.arange(len(query), device=query.device) if target_ids is None else target_ids
+        same = (ids[:, None] == ids[None]).fill_diagonal_(False)  # [B,B]
+
+        def contrast(similarity):
+            return contrastive_loss(similarity, self.temp, same, hard_batch)
+
+        parts = {"itc": contrast(similarities(query, images, own))}
+        if rtc:
+            parts["rtc"] = contrast(similarities(self.prompted(input_ids, attention_mask), images, own))
+        if align:  # the prompts learn from rtc only
+            parts["align"] = F.mse_loss(prompt.mean(1), self.prompt_tokens.mean(1).detach().expand(len(prompt), -1))
+        if patch:
+            parts["patch"] = contrast(late_interaction(F.normalize(self.vision_projection(prompt), dim=-1), images))
+        weights = {"itc": 1.0, "rtc": rtc, "align": align, "patch": patch}
+        return {"loss": sum(weights[name] * part for name, part in parts.items()), **{n: p.detach() for n, p in parts.items()}}
+
+
+def similarities(query, images, own=None):
+    """query [B,E], images [B,Q,E], own [B,N,Q,E] or None -> cosines [B,B+N], the largest over the Q tokens of a picture."""
+    scores = core.max_similarity(query, images)
+    if own is None:
+        return scores
+    return torch.cat([scores, torch.einsum("be,bnqe->bnq", query, own).amax(-1)], 1)
+
+
+def late_interaction(tokens, images):
+    """Each query token's best target token, averaged (as in ColBERT, FILIP): tokens, images [B,Q,E] -> [B,B]."""
+    return torch.einsum("ike,jle->ijkl", tokens, images).amax(-1).mean(-1)
+
+
+def contrastive_loss(similarity, temp, same, hard_batch=0.0):
+    """Cross-entropy of row i against column i. similarity [B,B+N] cosines; same [B,B]: other rows of the same target, left out.
+
+    hard_batch: negatives are weighed by exp(hard_batch * cosine), with mean 1 (Robinson et al. 2021, without debiasing).
+    """
+    B, columns = similarity.shape
+    same = F.pad(same, (0, columns - B))  # [B,B+N]
+    logits = similarity / temp
+    if hard_batch:
+        negative = ~same & ~torch.eye(B, columns, dtype=torch.bool, device=same.device)
+        weight = (hard_batch * similarity.detach()).masked_fill(~negative, -torch.inf)
+        weight = weight - weight.logsumexp(1, keepdim=True) + negative.sum(1, keepdim=True).log()
+        logits = logits + weight.masked_fill(~negative, 0.0)
+    return F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(B, device=logits.device))
+
+
+def load_model(args, dtype):
+    """--blip2 and --qformer -> Sprc. The default id is looked for in models/ first; tiny is made on first use."""
+    name = args.blip2 or DEFAULT
+    if name == "tiny":
+        import make_tiny
+        name = make_tiny.ensure_retrieval()
+    elif name == DEFAULT and pathlib.Path("models/blip2-itm-vit-g").is_dir():
+        name = "models/blip2-itm-vit-g"
+    model = Sprc.load(name, args.qformer, dtype, gate=not args.no_gate, spatial=args.spatial_attention)
+    if not args.loss_rtc:
+        model.prompt_tokens.requires_grad_(False)  # a trained part without a gradient would hang several processes
+    return model
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW as SPRC has it: betas (0.9, 0.98), eps 1e-7; but no decay on biases, norms and scalars."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98), eps=1e-7)
+
+
+# --- evaluation ------------
+
+@torch.no_grad()
+def encode(model, pool, opener, accelerator, batch_size, workers):
+    """Every picture of a pool goes through the vision tower once, as a gallery picture and as the reference of its queries.
+
+    -> (gallery features [G,Q,E], query vectors [N,E], mean relative change of the patches by the gate), on every process.
+    """
+    model.eval()
+    data, queries_of = Gallery(pool.gallery, opener), {}
+    for number, query in enumerate(pool.queries):
+        queries_of.setdefault(query.reference, []).append(number)
+    mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
+    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    loaded, found = iter(loop.load_batches(data, collate_gallery, batches, workers)), []
+    for numbers in tqdm(batches, desc="encoding", leave=False, mininterval=1, disable=None if accelerator.is_main_process else True):
+        embeds = model.image_embeds(loop.next_batch(loaded, accelerator.device)["images"])  # [B,P,W]
+        with accelerator.autocast():
+            features = model.image_features(embeds).float().cpu()
+        asked = [(k, n) for k, i in enumerate(numbers) for n in queries_of.get(data.names[i], ())]
+        for start in range(0, len(asked), batch_size):
+            places, which = zip(*asked[start:start + batch_size])
+            text = core.to_device(core.text_ids(model.tokenizer, [cirr.text_of(pool.queries[n]) for n in which]), accelerator.device)
+            reference = embeds[list(places)]
+            with accelerator.autocast():
+                vectors = model.query(reference, **text)[1].float().cpu()
+                change = patch_change(model, reference, text).mean(1).cpu()
+            found += [("query", *one) for one in zip(which, vectors, change.tolist())]
+        found += [("gallery", *one) for one in zip(numbers, features)]
+    together = gather_object(found)
+    gallery_rows = sorted((one[1:] for one in together if one[0] == "gallery"), key=lambda one: one[0])
+    query_rows = sorted((one[1:] for one in together if one[0] == "query"), key=lambda one: one[0])
+    features, vectors = (torch.stack([one[1] for one in part]) for part in (gallery_rows, query_rows))
+    return features, vectors, float(np.mean([one[2] for one in query_rows]))
+
+
+def patch_change(model, image_embeds, text):
+    """How much the gate changes each patch, relative to its length: [B,P]; 0 without a gate."""
+    fused = model.fused(image_embeds, **text).float()
+    return (fused - image_embeds).norm(dim=-1) / image_embeds.norm(dim=-1).clamp(min=1e-6)
+
+
+def scored(vectors, features, chunk=256):
+    """query vectors [N,E], gallery features [G,Q,E] -> cosines [N,G], the largest over Q; `chunk` queries at a time."""
+    return torch.cat([core.max_similarity(part, features) for part in vectors.split(chunk)]).numpy()
+
+
+def columns(pool):
+    """The pool's queries as column numbers of its gallery: target [N], reference [N], members [N,6] (None in FashionIQ)."""
+    place = {name: column for column, name in enumerate(pool.gallery)}
+    target, reference = (np.array([place[getattr(q, side)] for q in pool.queries]) for side in ("target", "reference"))
+    members = np.array([[place[name] for name in q.members] for q in pool.queries]) if pool.queries[0].members else None
+    return target, reference, members
+
+
+def recalls(scores, pool, layout):
+    """The recalls of one pool, in percent."""
+    target, reference, members = columns(pool)
+    return metrics.cirr_scores(scores, target, reference, members) if layout == "cirr" else metrics.fashioniq_scores(scores, target)
+
+
+def validate(run):
+    """Recalls over the validation pools (their mean, in FashionIQ over the categories) and the change by the gate."""
+    found = []
+    for pool in run.val:
+        features, vectors, change = encode(run.model, pool, run.opener, run.accelerator, run.args.batch_size, run.args.workers)
+        found.append({**recalls(scored(vectors, features), pool, run.args.format), "change": change})
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
+def chance(pools, layout):
+    """What a random order of the galleries scores, in the form of validate."""
+    found = [metrics.chance_level(len(pool.gallery), cirr.MEMBERS if layout == "cirr" else None) for pool in pools]
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+
+
+def told(numbers):
+    return ", ".join(f"{name} {value:.4f}" if name == "change" else f"{name} {value:.2f}" for name, value in numbers.items())
+
+
+# --- one run: what the functions of the loop share ------------
+
+@dataclass
+class Run:
+    """A run under way. `model` is the Sprc; `wrapped` the same as accelerate trains it."""
+    args: argparse.Namespace
+    accelerator: Accelerator
+    model: Sprc
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    collate: Collate
+    opener: Opener
+    train: Triplets
+    val: list  # of cirr.Pool
+    step: int = 0  # optimizer steps done
+    log: runfolder.RunLog | None = None  # only where files are written
+
+    def __post_init__(self):
+        self.marks = {"metric": "mean", "value": None, "epoch": None, "done": 0}  # done: epochs trained and, where due, validated
+        self.per_epoch = len(self.plan(0))
+        self.total = self.args.epochs * self.per_epoch
+
+    def plan(self, epoch):
+        """The optimizer steps of an epoch, see loop.epoch_plan."""
+        return loop.epoch_plan(len(self.train), self.args.batch_size, 1, self.args.seed, epoch, self.accelerator.process_index,
+                               self.accelerator.num_processes)
+
+    def lr(self, step):
+        return loop.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
+
+    def weights(self):
+        return {"rtc": self.args.loss_rtc, "align": self.args.loss_align, "patch": self.args.loss_patch,
+                "hard_batch": self.args.hard_batch}
+
+
+# --- checkpoints ------------
+
+def save_best(run, out):
+    """best.pt: trained tensors and plain values only."""
+    import transformers
+    model_args = {name: getattr(run.args, name) for name in MODEL_ARGS}
+    runfolder.save_checkpoint(out / "best.pt", {
+        "stage": "cir", "state": runfolder.trainable_state(run.model), "model_args": model_args, "args": vars(run.args), **run.marks,
+        "frozen": runfolder.fingerprint(run.model), "precision": run.accelerator.mixed_precision,
+        "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
+
+
+def load_best(args):
+    """--checkpoint -> (its content, Sprc in eval mode as it was trained, Accelerator). A --blip2 on the command line wins."""
+    best = runfolder.load_checkpoint(args.checkpoint, ("state", "model_args", "frozen", "precision"))
+    if best.get("stage") != "cir":
+        raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({best.get('stage')}) and not of this one")
+    for name in MODEL_ARGS:
+        if name != "blip2" or not args.blip2:
+            setattr(args, name, best["model_args"][name])
+    if args.precision == "auto" and torch.cuda.is_available():
+        args.precision = best["precision"]
+    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    with accelerator.main_process_first():
+        model = load_model(args, core.DTYPES[accelerator.mixed_precision])
+    if runfolder.fingerprint(model) != best["frozen"]:
+        raise DataError(f"{args.checkpoint} was trained on another vision tower than {args.blip2 or DEFAULT}: pass --blip2 with its folder")
+    runfolder.load_trainable(model, best["state"], args.checkpoint)
+    return best, model.eval().to(accelerator.device), accelerator
+
+
+def save_last(run, out):
+    """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
+    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
+    runfolder.save_checkpoint(out / "last.pt", {
+        "stage": "cir", "state": runfolder.trainable_state(run.model), "step": run.step, "optimizer": run.optimizer.state_dict(),
+        "scaler": scaler, "marks": run.marks, "frozen": runfolder.fingerprint(run.model), "settings": settings(run)})
+
+
+def settings(run):
+    """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
+    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in FREE}
+    return {**flags, "training queries (hash)": cirr.fingerprint(run.train.rows),
+            "validation queries (hash)": cirr.fingerprint([query for pool in run.val for query in pool.queries]),
+            "processes": run.accelerator.num_processes}
+
+
+def restore(run, path):
+    """Put last.pt back. DataError where anything differs that would change the result."""
+    last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
+    runfolder.refuse_other_settings(settings(run), last["settings"], path)
+    if last["frozen"] != runfolder.fingerprint(run.model):
+        raise DataError(f"{path} was trained on another vision tower than the one given now: pass the same --blip2, or another --out")
+    runfolder.load_trainable(run.model, last["state"], path)
+    run.optimizer.load_state_dict(last["optimizer"])
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(last["scaler"])
+    run.step, run.marks = last["step"], last["marks"]
+
+
+# --- the loop ------------
+
+def train_step(run, batches, group, share):
+    """Forward and backward of one optimizer step on this process's share of the group -> its part of the losses.
+
+    The queries of a process are each other's negatives; nothing is gathered, as in SPRC.
+    """
+    sums = {}
+    for i, (number, picked) in enumerate(share):
+        # dropout is a pure function of (seed, step, micro-batch): exact resume depends on it
+        loop.seed_everything(run.args.seed, run.step, number)
+        batch = loop.next_batch(batches, run.accelerator.device)
+        images = batch.pop("images")  # [B,2+N,3,s,s]
+        embeds = run.model.image_embeds(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # [B,2+N,P,W]
+        negatives = embeds[:, 2:] if run.args.hard_set else None
+        with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
+            parts = run.wrapped(embeds[:, 0], embeds[:, 1], **batch, negatives=negatives, **run.weights())
+        if not torch.isfinite(parts["loss"]):
+            raise DataError(loop.bad_loss(f"loss is {parts['loss'].item()}", run.step, [run.train.rows[n] for n in picked]))
+        portion = len(picked) * run.accelerator.num_processes / len(group)
+        run.accelerator.backward(parts["loss"] * portion)
+        for name, part in parts.items():
+            sums[name] = sums.get(name, 0.0) + part.item() * portion
+    return sums
+
+
+def train_epoch(run, epoch, plan, stop):
+    """The optimizer steps of `plan`, a part of the epoch's. Ends early when a signal has come."""
+    accelerator = run.accelerator
+    picked = [[(epoch, n) for n in numbers] for _, share in plan for _, numbers in share]
+    batches = iter(loop.load_batches(run.train, run.collate, picked, run.args.workers))
+    bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    run.wrapped.train()
+    for group, share in bar:
+        lr = run.lr(run.step)
+        for part in run.optimizer.param_groups:
+            part["lr"] = lr
+        with loop.dead_loaders_named([run.train.rows[n] for n in group]):
+            sums = train_step(run, batches, group, share)
+        norm = float(accelerator.clip_grad_norm_(trained, CLIP))
+        if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.step += 1
+        bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{lr:.1e}")
+        if run.step % LOG_EVERY == 0:
+            together = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
+            if run.log:
+                run.log.write("step", run.step, epoch=epoch + 1, lr=lr, grad_norm=norm, temp=run.model.temp.item(),
+                              **dict(zip(sums, together.tolist())))
+        if loop.stopped(accelerator, stop):
+            break
+
+
+def rehearse(run):
+    """The longest sentences as a batch, and a validation batch, before anything is trained: memory that runs out shows now."""
+    picked = sorted(range(len(run.train)), key=lambda n: len(cirr.text_of(run.train.rows[n])))[-run.args.batch_size:]
+    run.wrapped.train()
+    train_step(run, iter([run.collate([run.train[0, n] for n in picked])]), picked, [(0, picked)])
+    run.optimizer.zero_grad()
+    pool = run.val[0]
+    names = dict.fromkeys([pool.queries[0].reference, *list(pool.gallery)[:run.args.batch_size]])
+    few = replace(pool, queries=pool.queries[:1], gallery={name: pool.gallery[name] for name in names})
+    encode(run.model, few, run.opener, run.accelerator, run.args.batch_size, run.args.workers)
+    if torch.cuda.is_available():
+        run.accelerator.print(f"most GPU memory in a rehearsal of the longest batches: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
+def prepare(args):
+    """Flags -> a Run at its first step: annotations, model, optimizer."""
+    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    train, val = (read_data(args, split, accelerator.print) for split in ("train", "val"))
+    loop.seed_everything(args.seed)
+    with accelerator.main_process_first():  # one process makes the tiny model, the others find it
+        model = load_model(args, core.DTYPES[accelerator.mixed_precision])
+    if accelerator.is_main_process:
+        runfolder.print_parts(model)
+    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
+    opener = Opener(model.image_size, args.transform, args.target_ratio)
+    return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer), opener,
+               Triplets(train, opener, args.hard_set, args.seed), val)
+
+
+def train(run, out, stop):
+    """The epochs that are left. Returns early, with a last.pt, when a signal has come."""
+    args, leader, say = run.args, run.accelerator.is_main_process, run.accelerator.print
+    for epoch in range(run.marks["done"], args.epochs):
+        try:
+            train_epoch(run, epoch, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
+        except loop.LoaderError:
+            if leader and run.step:
+                save_last(run, out)
+            raise
+        if loop.stopped(run.accelerator, stop):
+            break
+        run.marks |= {"done": epoch + 1}
+        if (epoch + 1) % args.validation_frequency and epoch + 1 < args.epochs:
+            continue
+        numbers = validate(run)
+        better = loop.is_better(numbers["mean"], run.marks)
+        if better:
+            run.marks |= {"value": numbers["mean"], "epoch": epoch + 1}
+        say(f"epoch {epoch + 1}: {told(numbers)}" + (" *" if better else ""))
+        if leader:
+            run.log.write("epoch", run.step, epoch=epoch + 1, lr=run.lr(run.step - 1), temp=run.model.temp.item(), **numbers)
+            if args.save_last:  # before best.pt: begin() makes up a best.pt that a kill between the two has left behind
+                save_last(run, out)
+            if better:
+                save_best(run, out)
+            draw(run, out)
+    if stop.number and leader:
+        save_last(run, out)
+        say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
+
+
+def draw(run, out):
+    """curves.png of the log so far."""
+    gate = "without gate" if run.args.no_gate else "gated"
+    runfolder.draw_curves(run.log.path, out / "curves.png", PANELS, f"{out.name}: {gate}, {run.args.blip2 or DEFAULT}")
+
+
+def begin(run, out, resumed):
+    """The run folder, and what --resume finds in it."""
+    args, leader = run.args, run.accelerator.is_main_process
+    if resumed:
+        restore(run, out / "last.pt")
+        run.accelerator.print(f"resuming after step {run.step} of {run.total}")
+    if leader:
+        size = sum(t.nbytes for t in runfolder.trainable_state(run.model).values())
+        runfolder.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
+        runfolder.start_run(out, args)
+        run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
+        if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
+            save_best(run, out)
+        if resumed:
+            draw(run, out)
+
+
+def fit(args):
+    """The whole run -> (Run, number of the signal that ended it or 0)."""
+    out = pathlib.Path(args.out)
+    resumed = args.resume and (out / "last.pt").exists()
+    runfolder.refuse_overwrite(out, resumed)
+    run = prepare(args)
+    say = run.accelerator.print
+    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
+        runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
+        begin(run, out, resumed)
+        say(f"{len(run.train)} training and {sum(len(pool.queries) for pool in run.val)} validation queries, gallery of "
+            f"{' + '.join(str(len(pool.gallery)) for pool in run.val)}; {run.total} steps of {len(run.plan(0)[0][0])} queries, "
+            f"lr {args.lr:g}, precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
+        say(f"a random order scores {told(chance(run.val, args.format))}")
+        rehearse(run)
+        train(run, out, stop)
+        if run.log:
+            run.log.close()
+    run.accelerator.end_training()
+    return run, stop.number
+
+
+# --- without training ------------
+
+def score(args):
+    """--checkpoint: the recalls of the validation split; --submit and --gate-maps."""
+    best, model, accelerator = load_best(args)
+    say, opener = accelerator.print, Opener(model.image_size, args.transform, args.target_ratio)
+    found, pools = [], read_data(args, "val", say)
+    say(f"a random order scores {told(chance(pools, args.format))}")
+    for pool in pools:
+        features, vectors, change = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
+        scores = scored(vectors, features)
+        found.append({**recalls(scores, pool, args.format), "change": change})
+        say(f"{pool.name}: {told(found[-1])}")
+        if args.gate_maps and accelerator.is_main_process:
+            draw_maps(model, pool, scores, opener, pathlib.Path(args.gate_maps), say)
+    if len(found) > 1:
+        say(f"mean: {told({name: float(np.mean([one[name] for one in found])) for name in found[0]})}")
+    if args.submit:
+        pool, = read_data(args, "test1", say)
+        features, vectors, _ = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
+        if accelerator.is_main_process:
+            paths = cirr.write_submission(args.submit, pool.queries, pool.gallery, scored(vectors, features))
+            say(f"for CIRR's test server: {', '.join(map(str, paths))}")
+
+
+@torch.no_grad()
+def draw_maps(model, pool, scores, opener, folder, say):
+    """--gate-maps: MAPS queries spread over the split, each as a picture of what the gate changed and of what was found."""
+    device, names = model.query_tokens.device, list(pool.gallery)
+    for number in np.linspace(0, len(pool.queries) - 1, min(MAPS, len(pool.queries))).round().astype(int):
+        query = pool.queries[number]
+        pixels = opener(pool.gallery[query.reference])
+        text = core.to_device(core.text_ids(model.tokenizer, [cirr.text_of(query)]), device)
+        change = patch_change(model, model.image_embeds(pixels[None].to(device)), text)[0, 1:]  # [P-1], without [CLS]
+        side = math.isqrt(len(change))
+        best = [name for name in next(cirr.ranking(scores[[number]], names)) if name != query.reference][:5]
+        path = folder / f"{query.pairid}.png"
+        gallery.draw_gate_map(path, rows.tensor_image(pixels), change.view(side, side).cpu().numpy(), cirr.text_of(query),
+                              pool.gallery[query.target], [(pool.gallery[name], name == query.target) for name in best])
+    say(f"{folder}: gate maps of {min(MAPS, len(pool.queries))} queries")
+
+
+@torch.no_grad()
+def search(args):
+    """--search: index --gallery (once, beside the checkpoint), print the best matches, write OUT/search.html."""
+    best, model, accelerator = load_best(args)
+    opener, device = Opener(model.image_size, args.transform, args.target_ratio), accelerator.device
+    reference = opener(args.image)
+    # everything that a feature depends on: a stale one can never be read
+    key = f"{digest(best['state'])} {best['frozen']} {accelerator.mixed_precision} {args.transform} {args.target_ratio}"
+    place = hashlib.sha256(os.path.realpath(args.gallery).encode()).hexdigest()[:16]
+    store = pathlib.Path(args.checkpoint).parent / "galleries" / place
+    width = model.query_tokens.shape[1], model.vision_projection.out_features  # (Q, E)
+
+    def encode(images):
+        embeds = model.image_embeds(torch.stack(images).to(device))
+        with accelerator.autocast():
+            return model.image_features(embeds)
+
+    names, features = gallery.open_index(args.gallery, store, key, width, opener, encode, args.workers, args.batch_size)
+    text = core.to_device(core.text_ids(model.tokenizer, [cirr.clean_text(args.search)]), device)
+    embeds = model.image_embeds(reference[None].to(device))
+    with accelerator.autocast():
+        vector = model.query(embeds, **text)[1][0].float().cpu().numpy()  # [E]
+    paths = [os.path.join(args.gallery, name) for name in names]
+    itself = [number for number, path in enumerate(paths) if os.path.samefile(path, args.image)]
+    numbers, scores = gallery.best(features, vector, args.top, itself)
+    for rank, (number, score) in enumerate(zip(numbers, scores), 1):
+        print(f"{rank:3}  {score:.3f}  {paths[number]}")
+    page = pathlib.Path(args.out) / "search.html"
+    gallery.write_page(page, "Composed image retrieval", args.image, args.search,
+                       [(paths[number], names[number], float(score)) for number, score in zip(numbers, scores)],
+                       f"{len(names):,} pictures of {args.gallery}, model {args.checkpoint}")
+    print(page)
+
+
+def digest(state):
+    """Hash of all bytes of {name: tensor}."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def main(argv=None):
+    args = get_args(argv)
+    for note in runfolder.note_versions():
+        print(note, file=sys.stderr)
+    if args.check_data:
+        return cirr.check(args.data, args.format, args.images, workers=max(1, args.workers))
+    with loop.batch_size_in_memory_errors(args.batch_size):
+        if args.search is not None:
+            return search(args)
+        if args.checkpoint:
+            return score(args)
+        run, signal_number = fit(args)
+    if signal_number:
+        return 128 + signal_number
+    if run.marks["value"] is None:
+        raise DataError("the validation recall was never finite: there is no best.pt; lower --lr")
+    run.accelerator.print(f"best mean {run.marks['value']:.2f} in epoch {run.marks['epoch']}: {args.out}/best.pt")
+
+
+if __name__ == "__main__":
+    sys.exit(loop.exit_code(main))
