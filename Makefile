@@ -1,9 +1,10 @@
-# make demo: from nothing to a trained and evaluated model on a laptop. make test: all checks. Both make .venv first.
+# make demo: from nothing to a trained and evaluated Gated BLIP-2 on a laptop. make demo-all: every other stage after it.
+# make test: all checks. All make .venv first.
 PYTHON ?= python3
 PY = .venv/bin/python
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test
+.PHONY: setup demo demo-all test
 setup: .venv/installed
 
 .venv/installed: requirements.txt
@@ -18,6 +19,18 @@ demo: setup
 	$(PY) train_gated.py --data data/artquest --blip2 tiny --accumulation 1 --batch-size 32 --lr 1e-3 --epochs 5 --out runs/demo
 	$(PY) eval_gated.py --checkpoint runs/demo/best.pt --split test --predictions runs/demo/test.json
 	@echo "best.pt, curves.png, training_log.csv, test.json and test.csv are in runs/demo"
+
+demo-all: demo
+	rm -rf runs/demo-style runs/demo-caption runs/demo-qformer runs/demo-gated2 runs/demo-cir
+	$(PY) efficientnet_pretrain.py --data data/artquest --arch test_efficientnet --size 112 --epochs 12 --batch-size 16 --lr 1e-2 \
+	    --cutmix 0 --dropout 0 --out runs/demo-style
+	$(PY) train_blip_caption.py --data data/artquest --blip tiny --lr 2e-3 --epochs 4 --batch-size 16 --cases 6 --out runs/demo-caption
+	$(PY) data/make_sample.py --cirr
+	$(PY) pretrain_qformer.py --data drawn=data/artquest --blip2 tiny --lr 1e-3 --epochs 20 --batch-size 32 --out runs/demo-qformer
+	$(PY) train_gated.py --data data/artquest --blip2 tiny --qformer runs/demo-qformer/hf --accumulation 1 --batch-size 32 --lr 1e-3 \
+	    --epochs 1 --out runs/demo-gated2
+	$(PY) train_cir.py --data data/cirr --blip2 tiny --qformer runs/demo-qformer/hf --lr 1e-3 --epochs 5 --out runs/demo-cir
+	$(PY) train_cir.py --data data/cirr --checkpoint runs/demo-cir/best.pt --gate-maps runs/demo-cir/maps --submit runs/demo-cir/submission
 
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile

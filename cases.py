@@ -12,14 +12,17 @@ import rows
 import runfolder
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>body{font:15px/1.45 system-ui,sans-serif;margin:2em auto;max-width:72em;padding:0 1em;color:#222;background:#fafafa}
 .all{display:grid;grid-template-columns:repeat(auto-fill,minmax(20em,1fr));gap:1em}
 figure{margin:0;padding:.8em;background:#fff;border:1px solid #ddd;border-radius:6px;overflow-wrap:anywhere}
 img{display:block;max-width:100%;height:12em;object-fit:contain;margin:0 auto .6em}
-small{color:#666}p{margin:.3em 0}.said{font-weight:600}td,th{padding:.1em .8em .1em 0;text-align:left}</style>
+small{color:#666}p{margin:.3em 0}.said{font-weight:600}td,th{padding:.1em .8em .1em 0;text-align:left}
+table{display:block;overflow-x:auto;white-space:nowrap}</style>
 <h1>{{ title }}</h1><table><tr>{% for name in corpus %}<th>{{ name }}</th>{% endfor %}</tr>
 <tr>{% for value in corpus.values() %}<td>{{ value }}</td>{% endfor %}</tr></table>
+<p><small>Bold: what the model says. Below it: what people say.</small></p>
 {% for heading, cases in parts %}<h2>{{ heading }}</h2><div class="all">{% for case in cases %}<figure>
 <img src="{{ case.thumbnail }}" alt=""><p class="said">{{ case.caption or "(nothing)" }}</p>
 {% for text in case.references %}<p>{{ text }}</p>{% endfor %}

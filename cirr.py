@@ -96,6 +96,10 @@ def needed_file(folder, inner, name):
         there = sorted(entry for entry in rows.entries(os.path.dirname(path)) if entry.endswith(".json"))
         listed = shown(", ".join(there), 300) if there else "no JSON"
         raise DataError(f"{path}: there is no such file; {inner}/ holds {listed}: check --data")
+    try:
+        pathlib.Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is not UTF-8 text: download it again, or save it as UTF-8") from None
     return path
 
 

@@ -303,7 +303,10 @@ class GatedFusionModule(nn.Module):
         if text_mask is None:
             text_mask = torch.ones(text.shape[:2], device=text.device)
         t = masked_mean(text, text_mask)[:, None]  # [B,1,H]
-        gate = torch.sigmoid(self.gate(torch.cat([image, t.expand_as(image)], -1)))  # [B,N,H]
+        first, *rest = self.gate
+        # first([image; t]) in two halves: that of the text is the same for all image tokens
+        both = F.linear(image, first.weight[:, :t.shape[-1]], first.bias) + F.linear(t, first.weight[:, t.shape[-1]:])
+        gate = torch.sigmoid(nn.Sequential(*rest)(both))  # [B,N,H]
         return image + self.alpha * gate * torch.tanh(self.delta(t))
 
 

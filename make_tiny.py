@@ -78,7 +78,7 @@ def get_args(argv=None):
     parser.add_argument("--caption-steps", type=int, nargs=2, default=[360, 40], metavar=("VISION", "TEXT"),
                         help="steps of 32 for the captioner: its vision tower, then its decoder")
     parser.add_argument("--retrieval", action="store_true", help="make tiny-blip2-itm/, the retrieval model, too")
-    parser.add_argument("--retrieval-steps", type=int, default=400, help="steps of 32 for the retrieval model's Q-Former")
+    parser.add_argument("--retrieval-steps", type=int, default=300, help="steps of 32 for the retrieval model's Q-Former")
     parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and batches")
     return parser.parse_args(argv)
 
@@ -364,10 +364,10 @@ def save_random_captioner(folder, texts=("three red boats on the water", "at nig
 
 # --- the retrieval model ------------
 
-def make_retrieval(tokenizer, vision):
+def make_retrieval(tokenizer, vision, layers=6):
     """Blip2ForImageTextRetrieval of the tiny sizes with this vision tower (a Blip2VisionModel), else random."""
     from transformers import Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerConfig
-    qformer = Blip2QFormerConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=8,
+    qformer = Blip2QFormerConfig(vocab_size=len(tokenizer) + 1, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=8,
                                  intermediate_size=2 * WIDTH, encoder_hidden_size=vision.config.hidden_size,
                                  max_position_embeddings=64, use_qformer_text_input=True)
     config = Blip2Config(vision_config=vision.config.to_dict(), qformer_config=qformer.to_dict(), num_query_tokens=QUERIES,
@@ -451,7 +451,7 @@ def save_random_retrieval(folder, texts=("three red boats on the water", "show t
     tokenizer = make_wordpiece([*texts] * 2, folder)
     vision = Blip2VisionModel(Blip2VisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
                                                 image_size=SIZE, patch_size=28))
-    save_retrieval(make_retrieval(tokenizer, vision), tokenizer, folder)
+    save_retrieval(make_retrieval(tokenizer, vision, layers=3), tokenizer, folder)
     return str(folder)
 
 

@@ -60,7 +60,7 @@ def named_places(specs):
     """["NAME=PLACE", ...] -> {name: place}. DataError: another form, a name twice."""
     places = {}
     for spec in specs:
-        name, equals, place = spec.partition("=")
+        name, equals, place = str(spec).partition("=")  # a config file may hold a number
         if not (name and equals and place):
             raise DataError(f"--data {spec}: give NAME=PLACE, such as coco=data/coco")
         if name in places:

@@ -18,6 +18,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ def get_args(argv=None):
                       help="a set of caption pairs, any number of times: a folder or JSON file of COCO's (Karpathy), Visual Genome's "
                            "or the plain {file: captions} kind, or WebDataset shards (folder of .tar, or a brace pattern)")
     data.add_argument("--images", metavar="DIR", help="image root of all sets (default: PLACE/images, else PLACE)")
+    data.add_argument("--encoding", default="utf-8", help="of the caption files (default: utf-8)")
     data.add_argument("--val-share", type=runfolder.share, default=0.1, help="share of the pictures held out where no set has a "
                                                                              "validation file (default: 0.1)")
     data.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
@@ -91,9 +93,13 @@ def get_args(argv=None):
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     other = parser.add_argument_group("without training")
-    other.add_argument("--convert", metavar="FILE", help="write OUT/hf of this LAVIS stage-1 .pth, with the tower of --blip2, and stop")
+    other.add_argument("--convert", metavar="FILE", help="write OUT/hf of this LAVIS stage-1 .pth or best.pt, with the tower "
+                                                              "of --blip2, and stop")
     args = runfolder.parse_args(parser, argv)
-    if not args.data and not args.convert:
+    own = argparse.ArgumentParser(add_help=False)
+    own.add_argument("--data", action="append")
+    args.data = own.parse_known_args(argv)[0].data or args.data  # argparse would add them to those of --config
+    if not args.data and (args.check_data or not args.convert):
         parser.error("--data NAME=PLACE is needed, but for --convert")
     if not args.init:
         args.init = "random" if args.blip2 == "tiny" else BERT
@@ -102,14 +108,20 @@ def get_args(argv=None):
 
 # --- data: your own data set goes here ------------
 
-def read_data(args, say=print):
-    """--data -> (training Pairs, validation Pairs of --max-val pictures, [Shard]); bad ones refused, with --skip-bad left out."""
+def places_of(args):
+    """--data -> ({name: place} of caption files, {name: place} of tar files)."""
     places = pairs.named_places(args.data)
     tars = {name: place for name, place in places.items() if shards.is_shards(place)}
     files = {name: place for name, place in places.items() if name not in tars}
     if not files:
         raise DataError("--data: only sets of tar files: add one with pictures in a folder, of which a part is held out for validation")
-    train, val = (pairs.read_sets(files, split, args.images, args.skip_bad, args.val_share, workers=args.workers, say=say)
+    return files, tars
+
+
+def read_data(args, say=print):
+    """--data -> (training Pairs, validation Pairs of --max-val pictures, [Shard]); bad ones refused, with --skip-bad left out."""
+    files, tars = places_of(args)
+    train, val = (pairs.read_sets(files, split, args.images, args.skip_bad, args.val_share, args.encoding, args.workers, say)
                   for split in ("train", "val"))
     shown = sorted({pair.image_id for pair in val})[:args.max_val]  # by their hash
     if len(shown) < len({pair.image_id for pair in val}):
@@ -121,12 +133,11 @@ def read_data(args, say=print):
 
 def check_data(args):
     """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
-    places = pairs.named_places(args.data)
-    tars = {name: place for name, place in places.items() if shards.is_shards(place)}
-    files = {name: place for name, place in places.items() if name not in tars}
-    failed = shards.check(tars, args.skip_broken)
-    if files:
-        failed |= pairs.check(files, args.images, args.skip_bad, args.val_share, workers=args.workers)
+    files, tars = places_of(args)
+    failed = pairs.check(files, args.images, args.skip_bad, args.val_share, args.encoding, args.workers)
+    if shards.check(tars, args.skip_broken):
+        print("training would fail at the tar files")
+        failed = 1
     return failed
 
 
@@ -302,15 +313,17 @@ def load_model(args, dtype, say=print):
         if not getattr(getattr(own, "qformer_config", None), "use_qformer_text_input", False):
             raise DataError(f"{source}: no BLIP-2 in image-text-retrieval format, whose Q-Former reads text: give such a folder, "
                             f"or start from a BERT with --init {BERT}")
-        own.vision_config = vision.config
+        own.vision_config, own.qformer_config.encoder_hidden_size = vision.config, vision.config.hidden_size
         config = own
+    published.refuse_other_tokenizer(tokenizer, config.qformer_config.vocab_size, args.init if kind else name)
     model = Stage1(vision, config, tokenizer)
     if kind == "bert":
         absent = start_from_bert(model, published.load_bert(args.init), args.init)
     elif args.init == "random":
         absent = start_at_random(model)
     else:
-        parts = published.qformer_weights(published.read_weights(args.init), text_path=True, source=args.init)
+        weights = published.read_weights(published.local_folder(args.init) if kind else args.init)
+        parts = published.qformer_weights(weights, text_path=True, source=args.init)
         model.load_parts(parts, args.init)
         absent = [part for part in ("temp", "lm_head") if part not in parts]
     say(f"Q-Former: {args.init}; fresh: {', '.join(absent) or 'nothing'}")
@@ -377,6 +390,7 @@ def export(model, folder):
     """A folder that transformers' Blip2ForImageTextRetrieval, train_cir.py and train_gated.py --qformer load.
 
     temp and the captioning head, which that class does not have, go into stage1.safetensors beside."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import Blip2ForImageTextRetrieval, Blip2Processor, BlipImageProcessor
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -384,14 +398,20 @@ def export(model, folder):
     with torch.device("meta"):
         theirs = Blip2ForImageTextRetrieval(model.config)
     theirs.load_state_dict(state, strict=True, assign=True)
+    size = {"height": model.image_size, "width": model.image_size}
+    pixels = BlipImageProcessor(size=size, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD)
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    theirs.save_pretrained(part)
-    save_file(extra, part / "stage1.safetensors")
-    size = {"height": model.image_size, "width": model.image_size}
-    Blip2Processor(BlipImageProcessor(size=size, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD), model.tokenizer).save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    try:
+        theirs.save_pretrained(part)
+        save_file(extra, part / "stage1.safetensors")
+        Blip2Processor(pixels, model.tokenizer).save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise DataError(f"{folder}: could not be written ({' '.join(str(error).split())}): free some space; --convert "
+                        "writes it from a best.pt") from None
 
 
 # --- evaluation ------------
@@ -555,6 +575,8 @@ def settings(run):
 def restore(run, path):
     """Put last.pt back. DataError where anything differs that would change the result."""
     last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
+    if last.get("stage") != "qformer":
+        raise DataError(f"{path}: a checkpoint of another stage ({last.get('stage')}) and not of this one")
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
     if last["frozen"] != runfolder.fingerprint(run.model):
         raise DataError(f"{path} was trained on another vision tower than the one given now: pass the same --blip2, or another --out")
@@ -591,7 +613,8 @@ def train_epoch(run, epoch, stop):
         lr = run.lr(run.step)
         for part in run.optimizer.param_groups:
             part["lr"] = lr
-        with loop.dead_loaders_named([run.train.rows[n] for n in mine or ()]):
+        of_tars = [SimpleNamespace(name="the tar files", line=0)]
+        with loop.dead_loaders_named([run.train.rows[n] for n in mine] if mine else of_tars):
             batch = loop.next_batch(batches, accelerator.device)
         found = batch["pairs"]
         sums = train_step(run, batch)
@@ -660,13 +683,13 @@ def train(run, out, stop):
     for epoch in range(run.marks["done"], args.epochs):
         try:
             train_epoch(run, epoch, stop)
+            if loop.stopped(run.accelerator, stop):
+                break
+            numbers = validate(run)
         except loop.LoaderError:
             if leader and run.step:
                 save_last(run, out)
             raise
-        if loop.stopped(run.accelerator, stop):
-            break
-        numbers = validate(run)
         better = loop.is_better(numbers["mean"], run.marks)
         run.marks |= {"done": epoch + 1}
         if better:
@@ -739,7 +762,7 @@ def fit(args):
 
 
 def convert(args):
-    """--convert: a LAVIS stage-1 .pth as a folder in HuggingFace's format."""
+    """--convert: a LAVIS stage-1 .pth or a best.pt as a folder in HuggingFace's format."""
     folder = pathlib.Path(args.out) / "hf"
     if folder.exists():
         raise DataError(f"{folder} is there already: choose another --out")
@@ -757,7 +780,7 @@ def main(argv=None):
         return check_data(args)
     if args.convert:
         return convert(args)
-    with loop.batch_size_in_memory_errors(args.batch_size):
+    with loop.batch_size_in_memory_errors(args.batch_size, "the --batch-size"):  # there is no --accumulation here
         run, signal_number = fit(args)
     if signal_number:
         return 128 + signal_number

@@ -1,7 +1,7 @@
 """published.py: models that others have published: HuggingFace ids and folders, LAVIS checkpoints; their names, their faults.
 
     load_blip2, load_published   an id or a folder, complete or one line that says what is wrong with it
-    load_config, load_tokenizer, load_vision, load_bert, image_size_of, hub_answers   one part alone
+    load_config, load_tokenizer, load_vision, load_bert, image_size_of, local_folder, hub_answers   one part alone
     read_weights, qformer_weights, replace_qformer   a Q-Former from another folder or from a LAVIS .pth
 """
 
@@ -56,9 +56,13 @@ def load_published(model_class, kind, name, dtype=torch.float32):
 
 def load_config(name):
     """The config alone of a HuggingFace id or folder."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, Blip2VisionConfig
+    local = pathlib.Path(name).exists() or not hub_answers()
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=pathlib.Path(name).exists() or not hub_answers())
+        settings, _ = Blip2VisionConfig.get_config_dict(name, local_files_only=local)
+        if settings.get("model_type") == Blip2VisionConfig.model_type:  # transformers 4 has it, but AutoConfig does not know it
+            return Blip2VisionConfig.from_dict(settings)
+        return AutoConfig.from_pretrained(name, local_files_only=local)
     except Exception as error:  # as above
         raise DataError(f"{name}: no readable config.json on this machine, and none could be fetched: give a local folder in "
                         f"HuggingFace's format ({' '.join(str(error).split())[:120]})") from None
@@ -69,12 +73,12 @@ def load_vision(name, dtype=torch.float32):
     that holds its vision part alone. The language model beside it is never read."""
     from safetensors import safe_open
     from transformers import Blip2VisionModel
-    config, folder = load_config(name), pathlib.Path(name)
-    if not folder.exists():
-        from huggingface_hub import snapshot_download
-        folder = pathlib.Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"], local_files_only=not hub_answers()))
-    state = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    config, state = load_config(name), {}
+    vision = getattr(config, "vision_config", config)
+    if not isinstance(vision, Blip2VisionModel.config_class):
+        raise DataError(f"{name}: a {config.model_type} model and neither a BLIP-2 nor its vision tower (model_type of its "
+                        "config.json)")
+    for file in sorted(local_folder(name).glob("*.safetensors")):
         refuse_incomplete(file)
         with safe_open(file, "pt") as tensors:
             names = list(tensors.keys())
@@ -83,9 +87,22 @@ def load_vision(name, dtype=torch.float32):
     if not state:
         raise DataError(f"{name}: no vision tower in its .safetensors files (model_type {config.model_type})")
     with torch.device("meta"):
-        model = Blip2VisionModel(getattr(config, "vision_config", config))
+        model = Blip2VisionModel(vision)
     load_strictly(model, state, f"vision tower of {name}", assign=True)
     return model, config
+
+
+def local_folder(name):
+    """A folder, or that of a HuggingFace id's weights on this machine, fetched where they are not there."""
+    from huggingface_hub import snapshot_download
+    if pathlib.Path(name).exists():
+        return pathlib.Path(name)
+    try:
+        return pathlib.Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"],
+                                              local_files_only=not hub_answers()))
+    except Exception as error:  # as above
+        raise DataError(f"{name}: its weights are not on this machine and could not be fetched: give a local folder in "
+                        f"HuggingFace's format ({' '.join(str(error).split())[:120]})") from None
 
 
 def load_bert(name):
@@ -136,9 +153,22 @@ def load_tokenizer(name):
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except Exception as error:  # as above
         raise DataError(f"{name}: its tokenizer cannot be read ({' '.join(str(error).split())[:120]})") from None
-    if not tokenizer("a", add_special_tokens=False).input_ids:
-        raise DataError(f"{name}: no tokenizer files there (OPT's are vocab.json and merges.txt, or tokenizer.json)")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one without a word where the files are missing
+        raise DataError(f"{name}: no tokenizer files there: give the folder that save_pretrained of model and tokenizer wrote "
+                        "(tokenizer.json; or vocab.json and merges.txt, or vocab.txt)")
     return tokenizer
+
+
+def refuse_other_tokenizer(tokenizer, words, name):
+    """DataError where a tokenizer is not that of a Q-Former with this many words, which reads [CLS] text [SEP]."""
+    if len(tokenizer) > words:
+        raise DataError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the Q-Former {words}: they do not belong "
+                        "together")
+    ids = tokenizer("a").input_ids
+    if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id) or (
+            ids[0] != tokenizer.cls_token_id or ids[-1] != tokenizer.sep_token_id):
+        raise DataError(f"{name}: its tokenizer does not put a text between [CLS] and [SEP] as BERT's does: give the folder that "
+                        "save_pretrained of model and tokenizer wrote")
 
 
 def image_size_of(name):
@@ -214,13 +244,16 @@ def qformer_weights(state, text_path, source="these weights"):
 
 
 def read_weights(source):
-    """All tensors but the towers of an HF folder (safetensors), or of a .pth / .bin file: {name: tensor}."""
+    """All tensors but the towers of an HF folder (safetensors), of a .pth / .bin file or of a best.pt: {name: tensor}."""
     path = pathlib.Path(source)
     if not path.is_dir():
-        return unwrap_state(load_foreign(path, safe=True, advice="give a Q-Former's tensors alone, as a plain dict"))[0]
+        loaded = load_foreign(path, safe=True, advice="give a Q-Former's tensors alone, as a plain dict")
+        own = loaded.get("state") if isinstance(loaded, dict) else None  # a best.pt of pretrain_qformer.py
+        return unwrap_state(own or loaded)[0]
     from safetensors import safe_open
     state = {}
     for file in sorted(path.glob("*.safetensors")):
+        refuse_incomplete(file)
         with safe_open(file, "pt") as tensors:
             state |= {n: tensors.get_tensor(n) for n in tensors.keys() if not n.startswith(("vision_model.", "language_model."))}
     if not state:

@@ -72,7 +72,10 @@ def shard_files(place):
     if os.path.isdir(place):
         paths = [os.path.join(place, name) for name in sorted(rows.entries(place)) if name.endswith(".tar")]
     else:
-        paths = reader().shardlists.expand_urls(place)
+        try:
+            paths = reader().shardlists.expand_urls(place)
+        except ValueError as error:  # of braceexpand
+            raise DataError(f"{place}: no brace pattern ({error}): give one such as cc/{{000..331}}.tar") from None
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing or not paths:
         listed = ", ".join(missing[:3])

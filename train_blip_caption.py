@@ -202,8 +202,6 @@ def load_blip(name):
         make_tiny.ensure_captioner()
     name = local_name(name)
     model, tokenizer = published.load_published(BlipForConditionalGeneration, "BLIP", name)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one without a word where the files are missing
-        raise DataError(f"{name}: no tokenizer files there: give the folder that save_pretrained of model and tokenizer wrote")
     text = model.config.text_config
     ours, wanted = ((len(tokenizer), tokenizer.pad_token_id, tokenizer.sep_token_id),
                     (text.vocab_size, text.pad_token_id, text.sep_token_id))

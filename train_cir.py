@@ -33,6 +33,7 @@ import core
 import gallery
 import loop
 import metrics
+import published
 import rows
 import runfolder
 from rows import DataError
@@ -41,7 +42,7 @@ DEFAULT = "Salesforce/blip2-itm-vit-g"
 CLIP = 1.0  # gradient norm
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 RECALLS = {"cirr": ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"), "fashioniq": ("R@10", "R@50", "mean")}
-MODEL_ARGS = ("blip2", "qformer", "no_gate", "spatial_attention", "transform", "target_ratio", "loss_rtc")  # kept in best.pt
+MODEL_ARGS = ("blip2", "no_gate", "spatial_attention", "transform", "target_ratio", "loss_rtc")  # kept in best.pt
 FREE = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "skip_bad", "checkpoint", "submit",
         "gate_maps", "search", "image", "gallery", "top")  # flags that may differ on --resume
 MAPS = 8  # queries that --gate-maps draws
@@ -114,6 +115,8 @@ def get_args(argv=None):
         parser.error("--data is needed, but for --search")
     if (args.submit or args.gate_maps) and not args.checkpoint:
         parser.error("--submit and --gate-maps need --checkpoint")
+    if args.submit and args.format != "cirr":
+        parser.error("--submit writes what CIRR's test server wants: FashionIQ has none")
     if args.hard_set > (4 if args.format == "cirr" else 0):
         parser.error("--hard-set is at most 4, the other members of CIRR's image sets; FashionIQ has none")
     if args.spatial_attention and args.no_gate:
@@ -248,7 +251,7 @@ class Sprc(core.Blip2Retrieval):
         self.prompt_tokens = nn.Parameter(torch.randn_like(self.query_tokens) * 0.02)  # [1,Q,H]
         width = config.qformer_config.hidden_size
         self.fusion = ResidualFusion(config.vision_config.hidden_size, width, spatial) if gate else None
-        self.itm_head.requires_grad_(False)  # no loss of this stage uses it
+        del self.itm_head  # no loss of this stage uses it
 
     def fused(self, image_embeds, input_ids, attention_mask):
         """Reference patches [B,P,W] with the sentence fused in -> [B,P,W]."""
@@ -340,8 +343,9 @@ def load_model(args, dtype):
     elif name == DEFAULT and pathlib.Path("models/blip2-itm-vit-g").is_dir():
         name = "models/blip2-itm-vit-g"
     model = Sprc.load(name, args.qformer, dtype, gate=not args.no_gate, spatial=args.spatial_attention)
-    if not args.loss_rtc:
-        model.prompt_tokens.requires_grad_(False)  # a trained part without a gradient would hang several processes
+    published.refuse_other_tokenizer(model.tokenizer, model.embeddings.word_embeddings.num_embeddings, name)
+    if not args.loss_rtc:  # nothing trains the prompts, and a trained part without a gradient would hang several processes
+        nn.init.zeros_(model.prompt_tokens.requires_grad_(False))
     return model
 
 
@@ -517,6 +521,8 @@ def settings(run):
 def restore(run, path):
     """Put last.pt back. DataError where anything differs that would change the result."""
     last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
+    if last.get("stage") != "cir":
+        raise DataError(f"{path}: a checkpoint of another stage ({last.get('stage')}) and not of this one")
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
     if last["frozen"] != runfolder.fingerprint(run.model):
         raise DataError(f"{path} was trained on another vision tower than the one given now: pass the same --blip2, or another --out")
@@ -616,18 +622,19 @@ def train(run, out, stop):
     """The epochs that are left. Returns early, with a last.pt, when a signal has come."""
     args, leader, say = run.args, run.accelerator.is_main_process, run.accelerator.print
     for epoch in range(run.marks["done"], args.epochs):
+        due = (epoch + 1) % args.validation_frequency == 0 or epoch + 1 == args.epochs
         try:
             train_epoch(run, epoch, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
+            if loop.stopped(run.accelerator, stop):
+                break
+            numbers = validate(run) if due else {}
         except loop.LoaderError:
             if leader and run.step:
                 save_last(run, out)
             raise
-        if loop.stopped(run.accelerator, stop):
-            break
         run.marks |= {"done": epoch + 1}
-        if (epoch + 1) % args.validation_frequency and epoch + 1 < args.epochs:
+        if not due:
             continue
-        numbers = validate(run)
         better = loop.is_better(numbers["mean"], run.marks)
         if better:
             run.marks |= {"value": numbers["mean"], "epoch": epoch + 1}
@@ -696,6 +703,9 @@ def score(args):
     best, model, accelerator = load_best(args)
     say, opener = accelerator.print, Opener(model.image_size, args.transform, args.target_ratio)
     found, pools = [], read_data(args, "val", say)
+    unseen = read_data(args, "test1", say) if args.submit else []
+    for folder in filter(None, (args.submit, args.gate_maps)):  # now, and not after everything has been encoded
+        runfolder.refuse_unwritable(pathlib.Path(folder, "a file"))
     say(f"a random order scores {told(chance(pools, args.format))}")
     for pool in pools:
         features, vectors, change = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
@@ -706,8 +716,7 @@ def score(args):
             draw_maps(model, pool, scores, opener, pathlib.Path(args.gate_maps), say)
     if len(found) > 1:
         say(f"mean: {told({name: float(np.mean([one[name] for one in found])) for name in found[0]})}")
-    if args.submit:
-        pool, = read_data(args, "test1", say)
+    for pool in unseen:
         features, vectors, _ = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
         if accelerator.is_main_process:
             paths = cirr.write_submission(args.submit, pool.queries, pool.gallery, scored(vectors, features))
@@ -736,7 +745,8 @@ def search(args):
     """--search: index --gallery (once, beside the checkpoint), print the best matches, write OUT/search.html."""
     best, model, accelerator = load_best(args)
     opener, device = Opener(model.image_size, args.transform, args.target_ratio), accelerator.device
-    reference = opener(args.image)
+    reference, page = opener(args.image), pathlib.Path(args.out) / "search.html"
+    runfolder.refuse_unwritable(page)
     # everything that a feature depends on: a stale one can never be read
     key = f"{digest(best['state'])} {best['frozen']} {accelerator.mixed_precision} {args.transform} {args.target_ratio}"
     place = hashlib.sha256(os.path.realpath(args.gallery).encode()).hexdigest()[:16]
@@ -758,7 +768,6 @@ def search(args):
     numbers, scores = gallery.best(features, vector, args.top, itself)
     for rank, (number, score) in enumerate(zip(numbers, scores), 1):
         print(f"{rank:3}  {score:.3f}  {paths[number]}")
-    page = pathlib.Path(args.out) / "search.html"
     gallery.write_page(page, "Composed image retrieval", args.image, args.search,
                        [(paths[number], names[number], float(score)) for number, score in zip(numbers, scores)],
                        f"{len(names):,} pictures of {args.gallery}, model {args.checkpoint}")
@@ -779,7 +788,7 @@ def main(argv=None):
         print(note, file=sys.stderr)
     if args.check_data:
         return cirr.check(args.data, args.format, args.images, workers=max(1, args.workers))
-    with loop.batch_size_in_memory_errors(args.batch_size):
+    with loop.batch_size_in_memory_errors(args.batch_size, "the --batch-size"):  # there is no --accumulation here
         if args.search is not None:
             return search(args)
         if args.checkpoint:

@@ -1,15 +1,21 @@
-"""pytest tests/test_cir.py: train_cir.py on random tiny weights and a small drawn set. Behaviour-checked; the losses and scores of
-SPRC are checked against the original's in test_golden.py, recalls in test_cirr.py."""
+"""pytest tests/test_cir.py: train_cir.py on random tiny weights and a small drawn set. Behaviour-checked; the losses and
+scores of SPRC are checked against the original's in test_golden.py, recalls in test_cirr.py."""
 
+import contextlib
+import io
 import json
 import os
+import pathlib
+import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
 import cirr
 import core
@@ -31,11 +37,22 @@ def drawn(tmp_path_factory):
     return folder
 
 
+def random_retrieval(place):
+    """A random tiny BLIP-2 in the image-text-retrieval format, whose tower tells pictures apart (transformers starts it at 0)."""
+    loop.seed_everything(0)
+    folder = make_tiny.save_random_retrieval(place)
+    path = pathlib.Path(folder, "model.safetensors")
+    state = load_file(path)
+    for name, tensor in state.items():
+        if name.startswith("vision_model.") and name.endswith("weight") and tensor.ndim > 1:
+            torch.nn.init.normal_(tensor, std=tensor[0].numel() ** -0.5)
+    save_file(state, path, metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random tiny BLIP-2 in the image-text-retrieval format."""
-    loop.seed_everything(0)
-    return make_tiny.save_random_retrieval(tmp_path_factory.mktemp("models"))
+    return random_retrieval(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -47,20 +64,42 @@ def build(folder):
     return build_model
 
 
+def flags(data, folder, out, *more):
+    return ["--data", str(data), "--blip2", str(folder), "--epochs", "2", "--batch-size", "32", "--lr", "1e-3", "--workers",
+            "0",
+            "--precision", "no", "--out", str(out), *more]
+
+
 @pytest.fixture
 def command(drawn, folder, tmp_path):
     """Command line of a short run; add your own after it."""
-    def make(*more, out="run"):
-        return ["--data", str(drawn), "--blip2", folder, "--epochs", "2", "--batch-size", "32", "--lr", "1e-3", "--workers", "0",
-                "--precision", "no", "--out", str(tmp_path / out), *more]
-    return make
+    return lambda *more, out="run": flags(drawn, folder, tmp_path / out, *more)
+
+
+MORE = ("--save-last", "--hard-set", "1", "--hard-batch", "1", "--loss-patch", "0.1", "--spatial-attention")
+
+
+@pytest.fixture(scope="module")
+def trained(drawn, folder, tmp_path_factory):
+    """(run folder of an undisturbed run with MORE, what it printed), not to be written to."""
+    out, printed = tmp_path_factory.mktemp("trained") / "run", io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert train_cir.main(flags(drawn, folder, out, *MORE)) is None
+    return out, printed.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """They are drawn in `trained` alone, which is made before."""
+    monkeypatch.setattr(runfolder, "draw_curves", lambda *args: None)
 
 
 def make_batch(model, count=5, negatives=0):
     """Random features and sentences of different length, as Sprc.forward takes them."""
     generator = torch.Generator().manual_seed(2)
     patches, width = 17, model.vision_model.config.hidden_size
-    sentences = ["make it red", "show two instead of three and paint it in small dots", "at night", "a", "blue now", "on the sand"]
+    sentences = ["make it red", "show two instead of three and paint it in small dots", "at night", "a", "blue now",
+                 "on the sand"]
     reference, target = torch.randn(2, count, patches, width, generator=generator)
     batch = {"reference": reference, "target": target, **core.text_ids(model.tokenizer, sentences[:count])}
     if negatives:
@@ -120,7 +159,8 @@ def test_padding_and_company_change_nothing(build):
 def test_the_sentence_and_the_reference_both_count(build):
     model = opened(build())
     batch = make_batch(model)
-    one, other = (model.query(batch["reference"][:1], **core.text_ids(model.tokenizer, [text]))[1] for text in ("make it red", "two"))
+    one, other = (model.query(batch["reference"][:1], **core.text_ids(model.tokenizer, [text]))[1]
+                  for text in ("make it red", "two"))
     swapped = model.query(batch["reference"][1:2], **core.text_ids(model.tokenizer, ["make it red"]))[1]
     assert (one - other).abs().max() > 1e-3 and (one - swapped).abs().max() > 1e-3
 
@@ -137,6 +177,52 @@ def test_spatial_attention_weighs_the_change_with_mean_one(build):
     wanted = (low @ ask(core.masked_mean(words, mask))[:, :, None] / low.shape[-1] ** 0.5).softmax(1)[..., 0] * image.shape[1]
     assert torch.allclose(ratio, wanted, rtol=1e-3) and torch.allclose(ratio.mean(1), torch.ones(len(ratio)), atol=1e-3)
     assert ratio.std() > 0.1
+
+
+def test_without_a_gate_nothing_changes_and_the_words_come_as_the_qformer_takes_them(build):
+    model, seen = opened(build()), []
+    image, batch = make_batch(model)["reference"], make_batch(model)
+    with torch.no_grad():
+        model.fusion.module.alpha.zero_()
+    text = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.allclose(model.fused(image, **text), image + model.fusion.up.bias, atol=1e-6)
+    model.qformer.layernorm.bias.data.fill_(0.7)
+    model.fusion.module.register_forward_hook(lambda module, given, found: seen.append(given))
+    model.fused(image, **text)
+    assert seen[0][1].mean(-1).sub(0.7).abs().max() < 1e-5 and torch.equal(seen[0][2], batch["attention_mask"])
+
+
+def test_query_prompts_and_alignment_by_hand(build):
+    model = opened(build())
+    batch = make_batch(model)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    Q, words = model.query_tokens.shape[1], model.embeddings(ids)
+    long = torch.cat([torch.ones(len(ids), Q), mask], 1)
+    prompt = model.joint(model.fused(batch["reference"], ids, mask), ids, mask)[:, :Q]
+    states = model.qformer(torch.cat([prompt, words], 1), mask=core.padding_mask(long))
+    wanted = F.normalize(model.text_projection(states[torch.arange(len(ids)), [Q] * len(ids)]), dim=-1)
+    found_prompt, found = model.query(batch["reference"], ids, mask)
+    assert torch.allclose(found_prompt, prompt, atol=1e-6) and torch.allclose(found, wanted, atol=1e-6)
+    plain = model.embeddings.word_embeddings(ids)
+    row = torch.stack([torch.cat([plain[i, :1], model.prompt_tokens[0], plain[i, 1:]]) for i in range(len(ids))])
+    row = row + model.embeddings.position_embeddings.weight[:row.shape[1]]
+    wanted = F.normalize(model.text_projection(model.qformer(row, mask=core.padding_mask(long))[:, 0]), dim=-1)
+    assert torch.allclose(model.prompted(ids, mask), wanted, atol=1e-6)
+    parts = model(**batch, rtc=0, align=1.0)
+    apart = (prompt.mean(1) - model.prompt_tokens.mean(1)).square().mean()
+    assert parts["align"].item() == pytest.approx(apart.item(), rel=1e-5)
+    parts["loss"].backward()
+    assert model.prompt_tokens.grad is None  # they learn from rtc only
+
+
+def test_optimizer_is_that_of_sprc(build):
+    model = build()
+    optimizer = train_cir.make_optimizer(model, 1e-3, 0.05)
+    decayed, others = optimizer.param_groups
+    assert (decayed["weight_decay"], others["weight_decay"], decayed["betas"], decayed["eps"]) == (0.05, 0.0, (0.9, 0.98),
+                                                                                                   1e-7)
+    assert all(p.ndim > 1 for p in decayed["params"]) and all(p.ndim < 2 for p in others["params"])
+    assert len(decayed["params"]) + len(others["params"]) == sum(p.requires_grad for p in model.parameters())
 
 
 def test_frozen_tower_stays_frozen(build):
@@ -165,6 +251,14 @@ def test_contrastive_loss_by_hand():
         assert train_cir.contrastive_loss(similarity, temp, same, beta).item() == pytest.approx(left, rel=1e-5)
     train_cir.contrastive_loss(similarity, temp, same, 3.0).backward()
     assert torch.isfinite(similarity.grad).all()
+    similarity.grad = None
+    train_cir.contrastive_loss(similarity, temp, none, 3.0).backward()
+    given = torch.tensor(rows).requires_grad_()
+    weights = F.softmax(3.0 * given.detach()[:, 1:], 1) * 2  # mean 1, and no gradient through them
+    (F.cross_entropy(torch.cat([given[:, :1], given[:, 1:] + temp * weights.log()], 1) / temp,
+                     torch.zeros(2, dtype=torch.long))).backward()
+    assert torch.allclose(similarity.grad[[0, 1, 0, 1, 0, 1], [0, 1, 1, 0, 2, 2]],
+                          given.grad[[0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 2, 2]], atol=1e-6)
 
 
 def test_late_interaction_by_hand():
@@ -179,7 +273,8 @@ def test_negatives_are_wrong_for_their_own_query_alone(build):
     few = model(**{**batch, "negatives": None})
     more = model(**batch)
     assert more["itc"] > few["itc"] and more["rtc"] > few["rtc"] and more["align"] == few["align"]
-    query, images = model.query(batch["reference"], batch["input_ids"], batch["attention_mask"])[1], model.image_features(batch["target"])
+    query, images = model.query(batch["reference"], batch["input_ids"],
+                                batch["attention_mask"])[1], model.image_features(batch["target"])
     own = torch.stack([model.image_features(one) for one in batch["negatives"]])  # [B,N,Q,E]
     wanted = torch.cat([core.max_similarity(query, images),
                         torch.stack([core.max_similarity(query[i:i + 1], own[i])[0] for i in range(len(query))])], 1)
@@ -220,10 +315,11 @@ def test_one_batch_is_overfitted(build):
 
 # --- weights ------------
 
-def test_same_scores_as_transformers(build, folder):
+def test_same_scores_as_transformers(folder):
     from transformers import Blip2ForImageTextRetrieval
     theirs = Blip2ForImageTextRetrieval.from_pretrained(folder).eval()
-    model, images = build(), torch.randn(3, 3, make_tiny.SIZE, make_tiny.SIZE, generator=torch.Generator().manual_seed(0))
+    model, images = core.Blip2Retrieval.load(folder).eval(), torch.randn(3, 3, make_tiny.SIZE, make_tiny.SIZE,
+                                                                         generator=torch.Generator().manual_seed(0))
     text = core.text_ids(model.tokenizer, ["two red boats", "at night, three stars on the water", "a fish"])
     with torch.no_grad():
         wanted = theirs(pixel_values=images, **text, use_image_text_matching_head=False).logits_per_image  # [3,3]
@@ -245,16 +341,17 @@ def to_lavis(state):
 
 
 def test_a_lavis_checkpoint_takes_its_place(build, folder, tmp_path):
-    other = build()
+    other = core.Blip2Retrieval.load(folder)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter += 0.1
-    kept = {n: p for n, p in other.state_dict().items() if not n.startswith(("vision_model", "prompt_tokens", "fusion"))}
+    kept = {n: p for n, p in other.state_dict().items() if not n.startswith("vision_model")}
     lavis = to_lavis(kept)
     assert "Qformer.bert.encoder.layer.0.attention.self.query.weight" in lavis and "text_proj.weight" in lavis
     torch.save({"model": lavis}, tmp_path / "stage1.pth")
     loaded = build(qformer=str(tmp_path / "stage1.pth"))
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in kept.items())
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in kept.items()
+               if not name.startswith("itm_head"))
     assert loaded.temp.item() == pytest.approx(0.17)
     del lavis["text_proj.weight"], lavis["text_proj.bias"]
     torch.save(lavis, tmp_path / "no_head.pth")
@@ -269,10 +366,24 @@ def test_triplets_are_a_pure_function_of_epoch_and_number(drawn):
     data = train_cir.Triplets(pools, train_cir.Opener(28, "targetpad", 1.25), negatives=3, seed=5)
     (images, query, text), again = data[0, 2], data[0, 2]
     assert images.shape == (5, 3, 28, 28) and torch.equal(images, again[0]) and text == query.captions[0]
-    assert torch.equal(images[0], data.open(data.paths[query.reference])) and torch.equal(images[1], data.open(data.paths[query.target]))
+    assert torch.equal(images[0], data.open(data.paths[query.reference])) and torch.equal(images[1],
+                                                                                          data.open(data.paths[query.target]))
     allowed = [data.open(data.paths[name]) for name in query.members if name not in (query.reference, query.target)]
-    assert all(any(torch.equal(image, other) for other in allowed) for image in images[2:])
+    for epoch in range(6):
+        assert all(any(torch.equal(image, other) for other in allowed) for image in data[epoch, 2][0][2:])
     assert any(not torch.equal(images[2:], data[epoch, 2][0][2:]) for epoch in range(1, 6))
+
+
+def test_equal_targets_have_equal_numbers_in_a_batch(build, drawn):
+    pools = cirr.read_split(drawn, "cirr", "train", say=lambda *words: None)
+    data = train_cir.Triplets(pools, train_cir.Opener(28, "targetpad", 1.25))
+    by_target = {}
+    for number, query in enumerate(data.rows):
+        by_target.setdefault(query.target, []).append(number)
+    one, other = next(pair for pair in by_target.values() if len(pair) > 1)[:2]
+    apart = next(number for number in range(len(data)) if data.rows[number].target != data.rows[one].target)
+    ids = train_cir.Collate(build().tokenizer)([data[0, number] for number in (one, apart, other)])["target_ids"]
+    assert ids[0] == ids[2] != ids[1]
 
 
 def test_a_broken_picture_stops_the_run_with_its_row(command, drawn, folder, tmp_path, capsys):
@@ -308,9 +419,8 @@ def test_encoding_equals_one_at_a_time_and_fuses(build, drawn):
     assert (train_cir.encode(model, pool, opener, accelerator, 7, 0)[1] - vectors).abs().max() > 1e-3
 
 
-def test_training_writes_what_it_says(command, tmp_path, capsys):
-    assert train_cir.main(command("--hard-set", "1", "--hard-batch", "1", "--loss-patch", "0.1", "--spatial-attention")) is None
-    out, printed = tmp_path / "run", capsys.readouterr().out
+def test_training_writes_what_it_says(trained):
+    out, printed = trained
     assert {p.name for p in out.iterdir()} >= {"best.pt", "args.yaml", "training_log.csv", "curves.png"}
     assert "a random order scores R@1" in printed
     log = runfolder.read_log(out / "training_log.csv")
@@ -321,11 +431,9 @@ def test_training_writes_what_it_says(command, tmp_path, capsys):
     assert best["value"] == pytest.approx(max(float(row["mean"]) for row in epochs), abs=1e-3)
 
 
-def test_checkpoint_scores_what_training_said_and_submits(command, drawn, tmp_path, capsys):
-    train_cir.main(command())
-    best = runfolder.load_checkpoint(tmp_path / "run/best.pt")
-    capsys.readouterr()
-    train_cir.main(["--data", str(drawn), "--checkpoint", str(tmp_path / "run/best.pt"), "--workers", "0",
+def test_checkpoint_scores_what_training_said_and_submits(trained, drawn, tmp_path, capsys):
+    best = runfolder.load_checkpoint(trained[0] / "best.pt")
+    train_cir.main(["--data", str(drawn), "--checkpoint", str(trained[0] / "best.pt"), "--workers", "0",
                     "--submit", str(tmp_path / "submission")])
     assert f"mean {best['value']:.2f}" in capsys.readouterr().out
     pool, = cirr.read_split(drawn, "cirr", "test1", say=lambda *words: None)
@@ -334,40 +442,64 @@ def test_checkpoint_scores_what_training_said_and_submits(command, drawn, tmp_pa
         cirr.check_submission(content, pool.queries, pool.gallery)
 
 
-def test_validation_frequency_validates_the_last_epoch_too(command, tmp_path):
+def test_validation_frequency_validates_the_last_epoch_too(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_cir, "train_epoch", lambda run, epoch, plan, stop: setattr(run, "step", run.step + len(plan)))
     train_cir.main(command("--epochs", "3", "--validation-frequency", "2"))
     epochs = [row["epoch"] for row in runfolder.read_log(tmp_path / "run/training_log.csv") if row["kind"] == "epoch"]
     assert epochs == ["2", "3"]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_and_resumed_equals_undisturbed(command, tmp_path, monkeypatch, number, code):
-    more = ("--save-last", "--hard-set", "1")
-    train_cir.main(command(*more, out="whole"))
-    step, calls = train_cir.train_step, []
+def test_a_step_takes_what_the_flags_say(command, monkeypatch):
+    seen = {}
 
-    def interrupt(*args):
+    def forward(model, *args, **kwargs):
+        seen.update(kwargs)
+        return true_forward(model, *args, **kwargs)
+
+    def clip(accelerator, parameters, limit):
+        seen["limit"] = limit
+        raise KeyboardInterrupt
+
+    true_forward = train_cir.Sprc.forward
+    monkeypatch.setattr(train_cir.Sprc, "forward", forward)
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
+    assert loop.exit_code(train_cir.main, command("--hard-set", "2", "--hard-batch", "3", "--loss-rtc", "0.5", "--loss-align",
+                                                  "0.6",
+                                                  "--loss-patch", "0.7")) == 130
+    assert {name: seen[name] for name in ("rtc", "align", "patch", "hard_batch", "limit")} == {
+        "rtc": 0.5, "align": 0.6, "patch": 0.7, "hard_batch": 3.0, "limit": 1.0}
+    assert seen["negatives"].shape[:2] == (32, 2) and seen["target_ids"].shape == (32,)
+    run = SimpleNamespace(args=SimpleNamespace(warmup=0.1, lr=1.0), total=100)
+    assert train_cir.Run.lr(run, 4) == pytest.approx(0.5) and train_cir.Run.lr(run, 10) == 1.0
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed_equals_undisturbed(trained, command, tmp_path, monkeypatch, number, code):
+    step, calls, epochs, read = train_cir.train_step, [], set(), train_cir.Triplets.__getitem__
+    monkeypatch.setattr(train_cir.Triplets, "__getitem__", lambda data, key: epochs.add(key[0]) or read(data, key))
+
+    def interrupt(run, *args):
         calls.append(1)
-        if len(calls) == 4:  # the rehearsal is the first
+        if len(calls) > 1:  # the rehearsal is the first
+            assert run.wrapped.training and run.optimizer.param_groups[0]["lr"] == run.lr(run.step)
+        if len(calls) == 5:
             os.kill(os.getpid(), number)
-        return step(*args)
+        return step(run, *args)
 
     monkeypatch.setattr(train_cir, "train_step", interrupt)
-    assert train_cir.main(command(*more, out="cut")) == code
-    assert runfolder.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 3
+    assert train_cir.main(command(*MORE, out="cut")) == code
+    assert runfolder.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 4 and epochs == {0, 1}
     monkeypatch.setattr(train_cir, "train_step", step)
-    train_cir.main(command(*more, "--resume", out="cut"))
+    train_cir.main(command(*MORE, "--resume", out="cut"))
     for name in ("best.pt", "last.pt"):
-        whole, cut = (state_of(tmp_path / place / name) for place in ("whole", "cut"))
+        whole, cut = (state_of(place / name) for place in (trained[0], tmp_path / "cut"))
         assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole), name
-    assert (tmp_path / "whole/training_log.csv").read_bytes() == (tmp_path / "cut/training_log.csv").read_bytes()
+    assert (trained[0] / "training_log.csv").read_bytes() == (tmp_path / "cut/training_log.csv").read_bytes()
 
 
-
-
-def test_resume_refuses_other_settings_and_other_data(command, drawn, tmp_path, capsys):
-    train_cir.main(command("--save-last", "--epochs", "1"))
-    assert loop.exit_code(train_cir.main, command("--save-last", "--epochs", "1", "--resume", "--lr", "5e-4")) == 2
+def test_resume_refuses_other_settings_and_other_data(trained, command, drawn, tmp_path, capsys):
+    shutil.copytree(trained[0], tmp_path / "run")
+    assert loop.exit_code(train_cir.main, command(*MORE, "--resume", "--lr", "5e-4")) == 2
     assert "--lr is 0.0005, was 0.001" in capsys.readouterr().err
     path = drawn / "captions/cap.rc2.train.json"
     content = path.read_text()
@@ -375,7 +507,7 @@ def test_resume_refuses_other_settings_and_other_data(command, drawn, tmp_path, 
         changed = json.loads(content)
         changed[0]["caption"] += " now"
         path.write_text(json.dumps(changed))
-        assert loop.exit_code(train_cir.main, command("--save-last", "--epochs", "1", "--resume")) == 2
+        assert loop.exit_code(train_cir.main, command(*MORE, "--resume")) == 2
     finally:
         path.write_text(content)
     assert "training queries (hash)" in capsys.readouterr().err
@@ -383,7 +515,8 @@ def test_resume_refuses_other_settings_and_other_data(command, drawn, tmp_path, 
 
 @pytest.mark.parametrize("more, wanted", [
     (["--submit", "x"], "need --checkpoint"), (["--hard-set", "5"], "at most 4"), (["--target-ratio", "0.5"], "1 or more"),
-    (["--format", "fashioniq", "--hard-set", "1"], "FashionIQ has none"), (["--spatial-attention", "--no-gate"], "leave --no-gate out"),
+    (["--format", "fashioniq", "--hard-set", "1"], "FashionIQ has none"),
+    (["--spatial-attention", "--no-gate"], "leave --no-gate out"),
     (["--search", "red"], "--search needs"), (["--unknown"], "unrecognized")])
 def test_flags_that_do_not_go_together(command, capsys, more, wanted):
     with pytest.raises(SystemExit) as stop:
@@ -391,21 +524,88 @@ def test_flags_that_do_not_go_together(command, capsys, more, wanted):
     assert stop.value.code == 2 and wanted in capsys.readouterr().err
 
 
-def test_checkpoints_of_others_are_refused(command, drawn, folder, tiny, tmp_path, capsys):
-    train_cir.main(command("--epochs", "1"))
-    path = tmp_path / "run/best.pt"
-    best = runfolder.load_checkpoint(path)
+def test_checkpoints_of_others_are_refused(trained, command, drawn, tiny, tmp_path, capsys):
+    best = runfolder.load_checkpoint(trained[0] / "best.pt")
     runfolder.save_checkpoint(tmp_path / "gated.pt", {**best, "stage": "gated"})
     runfolder.save_checkpoint(tmp_path / "other.pt", {**best, "frozen": "0" * 16})
     runfolder.save_checkpoint(tmp_path / "short.pt", {**best, "state": dict(list(best["state"].items())[:-1])})
     capsys.readouterr()
     for name, wanted in (("gated", "another stage (gated)"), ("other", "another vision tower"), ("short", "does not fit"),
                          ("absent", "no such checkpoint")):
-        code = loop.exit_code(train_cir.main, ["--data", str(drawn), "--checkpoint", str(tmp_path / f"{name}.pt"), "--workers", "0"])
+        code = loop.exit_code(train_cir.main, ["--data", str(drawn), "--checkpoint", str(tmp_path / f"{name}.pt"), "--workers",
+                                               "0"])
         told = capsys.readouterr().err
         assert code == 2 and wanted in told and told.count("error:") == 1, (name, told)
     assert loop.exit_code(train_cir.main, command("--blip2", tiny[0], out="wrong")) == 2  # a BLIP-2 with OPT has no text path
     assert "tensors are missing" in capsys.readouterr().err
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """A copy of the trained best.pt: an index is kept beside it."""
+    return shutil.copy(trained[0] / "best.pt", tmp_path / "best.pt")
+
+
+def loaded(path):
+    args = train_cir.get_args(["--data", "x", "--checkpoint", str(path)])
+    model = train_cir.load_best(args)[1]
+    return model, train_cir.Opener(model.image_size, args.transform, args.target_ratio)
+
+
+def test_search_ranks_by_the_fused_query_without_the_picture_itself(checkpoint, drawn, tmp_path, capsys):
+    shelf = sorted((drawn / "img_raw/dev").rglob("*.*g"))
+    image, names = shelf[1], [str(path.relative_to(drawn / "img_raw/dev")) for path in shelf]
+    command = ["--search", "At night!", "--image", str(image), "--gallery", str(drawn / "img_raw/dev"), "--checkpoint",
+               str(checkpoint),
+               "--workers", "0", "--top", "5", "--out", str(tmp_path / "found")]
+    assert train_cir.main(command) is None
+    printed = capsys.readouterr().out
+    model, opener = loaded(checkpoint)
+    with torch.no_grad():
+        text = core.text_ids(model.tokenizer, ["at night"])
+        vector = model.query(model.image_embeds(opener(image)[None]), **text)[1]
+        scores = core.max_similarity(vector, model.image_features(model.image_embeds(torch.stack([opener(p)
+                                                                                                  for p in shelf]))))[0]
+    scores[1] = -2
+    told = [line.split() for line in printed.splitlines() if line.startswith("  ")]
+    assert [float(line[1]) for line in told] == pytest.approx(sorted(scores.tolist(), reverse=True)[:5],
+                                                              abs=2e-3) and len(told) == 5
+    assert all(scores[shelf.index(pathlib.Path(line[2]))].item() == pytest.approx(float(line[1]), abs=2e-3) for line in told)
+    page = (tmp_path / "found/search.html").read_text()
+    assert "At night!" in page and sum(name in page for name in names) == 5
+    train_cir.main(command)
+    assert f"{len(shelf)} of them indexed before" in capsys.readouterr().out
+
+
+def test_gate_maps_show_the_change_of_each_patch_and_what_was_found(checkpoint, drawn, tmp_path, monkeypatch):
+    drawings = []
+    monkeypatch.setattr(train_cir.gallery, "draw_gate_map", lambda *args: drawings.append(args))
+    train_cir.main(["--data", str(drawn), "--checkpoint", str(checkpoint), "--workers", "0", "--gate-maps",
+                    str(tmp_path / "maps")])
+    pool, = cirr.read_split(drawn, "cirr", "val", say=lambda *words: None)
+    model, opener = loaded(checkpoint)
+    features, vectors, _ = train_cir.encode(model, pool, opener, Accelerator(cpu=True), 8, 0)
+    scores, names = train_cir.scored(vectors, features), list(pool.gallery)
+    assert len(drawings) == train_cir.MAPS and drawings[0][0].name == f"{pool.queries[0].pairid}.png"
+    for (path, reference, heat, text, target, found), number in ((drawings[0], 0), (drawings[-1], len(pool.queries) - 1)):
+        query = pool.queries[number]
+        assert (text, target, reference.size) == (cirr.text_of(query), pool.gallery[query.target], (model.image_size,) * 2)
+        with torch.no_grad():
+            embeds = model.image_embeds(opener(pool.gallery[query.reference])[None])
+            fused = model.fused(embeds, **core.text_ids(model.tokenizer, [text]))
+        wanted = ((fused - embeds)[0].norm(dim=-1) / embeds[0].norm(dim=-1))[1:]  # without [CLS]
+        assert np.allclose(heat.flatten(), wanted, rtol=1e-3) and heat.shape == (4, 4)
+        best = [n for n in next(cirr.ranking(scores[[number]], names)) if n != query.reference][:5]
+        assert found == [(pool.gallery[n], n == query.target) for n in best]
+
+
+def test_losses_of_weight_zero_leave_no_parameter_without_a_gradient(command, folder):
+    for more in (("--loss-rtc", "0"), ("--loss-align", "0"), ("--no-gate",), ()):
+        args = train_cir.get_args(command(*more))
+        model = train_cir.load_model(args, torch.float32).train()
+        for _ in range(2):  # a fresh fusion passes nothing on before its first step
+            model(**make_batch(model), rtc=args.loss_rtc, align=args.loss_align)["loss"].backward()
+        assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None], more
 
 
 def test_chance_is_what_a_random_model_scores():
@@ -427,10 +627,15 @@ def test_fashioniq_trains_and_scores_each_category(folder, tmp_path, capsys):
             names = [f"{category}{split}{n}" for n in range(6)]
             for name in names:
                 Image.fromarray(rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)).save(data / "images" / f"{name}.png")
-            rows = [{"candidate": names[n], "target": names[n + 1], "captions": ["is red.", "has long sleeves"]} for n in range(4)]
+            rows = [{"candidate": names[n], "target": names[n + 1], "captions": ["is red.", "has long sleeves"]}
+                    for n in range(4)]
             (data / f"captions/cap.{category}.{split}.json").write_text(json.dumps(rows))
             (data / f"image_splits/split.{category}.{split}.json").write_text(json.dumps(names))
-    train_cir.main(["--data", str(data), "--format", "fashioniq", "--blip2", folder, "--epochs", "1", "--batch-size", "4", "--lr", "1e-3",
+    pools = cirr.read_split(data, "fashioniq", "train", say=lambda *words: None)
+    triplets = train_cir.Triplets(pools, train_cir.Opener(28, "targetpad", 1.25))
+    assert len({triplets[epoch, 0][2] for epoch in range(30)}) == 4  # both captions, either first, or one alone
+    train_cir.main(["--data", str(data), "--format", "fashioniq", "--blip2", folder, "--epochs", "1", "--batch-size", "4",
+                    "--lr", "1e-3",
                     "--workers", "0", "--out", str(tmp_path / "run"), "--precision", "no"])
     log = runfolder.read_log(tmp_path / "run/training_log.csv")
     assert log[-1]["kind"] == "epoch" and float(log[-1]["R@10"]) == 100 and not log[-1]["R@1"]

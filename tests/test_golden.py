@@ -252,7 +252,7 @@ def test_sprc_losses_and_gradients(case, sprc):
     for name, gradient in published.lavis_to_hf({n.removeprefix(start): g for n, g in expected.items() if n.startswith(start)}).items():
         close(own[name].grad, gradient, 2e-4)
         checked += 1
-    assert checked >= 10 and model.itm_head.weight.grad is None
+    assert checked >= 10
 
 
 @named("sprc")

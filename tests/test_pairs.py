@@ -415,7 +415,7 @@ def seen(stream, epoch, workers):
     return order
 
 
-@pytest.mark.parametrize("processes, workers", [(2, 2), (1, 0), (3, 1), (24, 0)])
+@pytest.mark.parametrize("processes, workers", [(2, 2), (1, 0), (3, 1), (11, 0), (24, 0)])
 def test_shard_samples_come_exactly_once_over_processes_and_workers(twenty, processes, workers):
     folder, total = twenty
     found = counted(folder)
@@ -465,6 +465,8 @@ def test_shard_steps_are_what_arrives(twenty):
             assert [len(batch) for batch in batches] == [batch_size] * steps
             texts = [pair.text for batch in batches for _, pair in batch]
             assert len(set(texts)) == len(texts) == steps * batch_size
+    loaded = iter([([], [], []), ([1, 2], ["a", "b"], []), ([3], ["c"], []), ([4], ["d"], [])])
+    assert list(shards.batches_of(loaded, 2, 1, list)) == [[(1, "a"), (2, "b")]] and len(list(loaded)) == 2  # reads no further
     assert shards.steps_per_epoch(found, 149, 2) == 1
     refusal("no batch of 151 for each of 2", call=lambda: shards.steps_per_epoch(found, 151, 2))
 
@@ -493,8 +495,11 @@ def test_shards_are_counted_once(twenty, tmp_path, monkeypatch):
     os.utime(copies[1], ns=(5, 5))
     counted(tmp_path, cache=cache)
     assert len(calls) == 5
+    pack(copies[1], sample_members(0, 17))
+    os.utime(copies[1], ns=(5, 5))
+    assert [s.samples for s in counted(tmp_path, cache=cache)] == [2, 17, 4] and len(calls) == 6
     cache.write_text("[1, 2")
-    assert [s.samples for s in counted(tmp_path, cache=cache)] == [2, 7, 4] and len(calls) == 8
+    assert [s.samples for s in counted(tmp_path, cache=cache)] == [2, 17, 4] and len(calls) == 9
     assert sum(s.samples for s in counted(folder)) == total
 
 
@@ -596,7 +601,7 @@ class Trap:
 
 def test_no_member_of_a_shard_is_unpickled_unpacked_or_taken_for_a_path(tmp_path):
     trap = pickle.dumps(Trap(str(tmp_path / "sprung")))
-    members = sample_members(0, 1, "../../up/")
+    members = {"first.pyd": trap, **sample_members(0, 1, "../../up/"), "trap.png": trap, "trap.txt": trap}
     for suffix in ("pyd", "pickle", "pkl", "pth", "npy", "cbor", "jpg.pyd"):
         members[f"../../up/00000.{suffix}"] = trap
     pack(tmp_path / "in/a.tar", members)
@@ -606,8 +611,9 @@ def test_no_member_of_a_shard_is_unpickled_unpacked_or_taken_for_a_path(tmp_path
         tar.addfile(link)
     before = sorted(tmp_path.rglob("*"))
     found = counted(tmp_path / "in")
-    (image, pair), = streams(found, 1)[0]
-    assert image.shape == (3, 8, 8) and pair.text == "number 0" and pair.image == "" and found[0].samples == 1
+    fault, (image, pair) = sorted(streams(found, 1)[0], key=lambda sample: sample[1].text)
+    assert image.shape == (3, 8, 8) and pair.text == "number 0" and pair.image == "" and found[0].samples == 2
+    assert isinstance(fault[0], DataError) and fault[1].name == "trap"
     assert sorted(tmp_path.rglob("*")) == before and not (tmp_path / "sprung").exists()
 
 

@@ -4,6 +4,7 @@ matrices are checked against LAVIS's in test_golden.py, its data in test_pairs.p
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from PIL import Image, ImageDraw
 
 import core
 import loop
-import make_tiny
 import metrics
 import pretrain_qformer
 import published
@@ -24,15 +26,16 @@ import runfolder
 import train_cir
 from conftest import ROOT
 from rows import DataError
+from test_cir import random_retrieval, to_lavis
+from test_pairs import pack, sample_members
 
-TEXTS = ["three red boats on the water", "a house", "at night, two blue stars all over the sky", "an orange fish", "one tree in a meadow"]
+TEXTS = ["three red boats on the water", "a house", "at night, two blue stars all over the sky", "an orange fish",
+         "one tree in a meadow"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random tiny BLIP-2 in the image-text-retrieval format."""
-    loop.seed_everything(0)
-    return make_tiny.save_random_retrieval(tmp_path_factory.mktemp("models"))
+    return random_retrieval(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture
@@ -72,11 +75,56 @@ def test_no_word_is_predicted_from_a_later_one_and_all_from_the_image(build):
     assert ((logits(ids, image + 0.5 * torch.randn_like(image)) - whole).abs().amax(-1) > 1e-5).all()
 
 
+def test_losses_by_hand(build, monkeypatch):
+    """One picture and one unpadded text at a time."""
+    model, ids = build(), [0, 1, 2, 1, 3]
+    batch, B, Q = make_batch(model, 5, ids), 5, model.query_tokens.shape[1]
+    images = [batch["image_embeds"][i:i + 1] for i in range(B)]
+    texts = [core.text_ids(model.tokenizer, [text]) for text in TEXTS]
+    image_of, text_of = torch.tensor([1, 0, 4, 2, 2]), torch.tensor([4, 2, 1, 0, 3])
+    parts = model(**batch, negatives=(image_of, text_of))
+    shown = [model.image_features(image)[0] for image in images]
+    t2i = torch.stack([(model.text_features(**text) @ torch.stack(shown).transpose(1, 2)).amax((1, 2))
+                       for text in texts]) / model.temp
+    targets = torch.tensor([[0.02 + 0.9 * (a == b) / ids.count(a) for b in ids] for a in ids])
+    itc = -(targets * (t2i.log_softmax(1) + t2i.T.log_softmax(1))).sum(1).mean() / 2
+    assert parts["itc"].item() == pytest.approx(itc.item(), rel=1e-4)
+    pairs = [(i, i, 1) for i in range(B)] + [(image_of[i], i, 0) for i in range(B)] + [(i, text_of[i], 0) for i in range(B)]
+    yes = [F.cross_entropy(model.itm_head(model.joint(images[i], **texts[t])[0, :Q]).mean(0), torch.tensor(label)) for i, t,
+           label in pairs]
+    assert parts["itm"].item() == pytest.approx(torch.stack(yes).mean().item(), rel=1e-4)
+    words = []
+    for image, text in zip(images, texts):
+        said = text["input_ids"].clone()
+        said[0, 0] = model.config.qformer_config.vocab_size - 1  # [DEC]
+        states = model.joint(image, said, text["attention_mask"], core.unilm_mask)[0, Q:]
+        logits = model.lm_head(states, model.embeddings.word_embeddings.weight).log_softmax(-1)
+        words += [-0.9 * logits[k, said[0, k + 1]] - 0.1 * logits[k].mean() for k in range(len(logits) - 1)]
+    assert parts["itg"].item() == pytest.approx(torch.stack(words).mean().item(), rel=1e-4)
+    asked = []
+    monkeypatch.setattr(pretrain_qformer, "draw_negatives", lambda *args: asked.append(args) or image_of)
+    model(**batch)
+    apart = torch.tensor([[a != b for b in ids] for a in ids])
+    for (logits, other), wanted in zip(asked, (t2i, t2i.T), strict=True):
+        assert torch.allclose(logits, wanted, atol=1e-3) and torch.equal(other, apart)
+    model.image_features(images[0]).sum().backward()
+    assert model.query_tokens.grad.abs().sum() > 0
+
+
+def test_negatives_are_drawn_by_likeness_and_long_texts_keep_their_end(build):
+    logits, other = torch.tensor([[9.0, 0.0, 5.0]]).expand(200, 3), torch.tensor([[False, True, True]]).expand(200, 3)
+    torch.manual_seed(0)
+    assert (pretrain_qformer.draw_negatives(logits, other) == 2).sum() > 190
+    tokenizer = build().tokenizer
+    ids = core.text_ids(tokenizer, ["red " * 60])["input_ids"][0]
+    assert len(ids) == core.MAX_TEXT and (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+
+
 def test_one_batch_is_overfitted(build):
     model = build().train()
     batch = make_batch(model)
     optimizer = pretrain_qformer.make_optimizer(model, 2e-3, 0.0)
-    for step in range(150):
+    for step in range(80):
         torch.manual_seed(step)
         optimizer.zero_grad()
         model(**batch)["loss"].backward()
@@ -130,43 +178,31 @@ def test_itc_of_distinct_ids_is_smoothed_cross_entropy():
     assert core.itc_loss(i2t, t2i, core.itc_targets(ids, ids)).mean() == pytest.approx(wanted.item(), rel=1e-6)
 
 
-TWO = """
-    import sys, torch
-    sys.path[:0] = [{root!r}, {tests!r}]
-    import test_qformer, pretrain_qformer, core, loop
-    from accelerate import Accelerator
-    torch.set_num_threads(1)
+def whole_batch(folder, path):
+    """Losses and gradients of one batch of six, shared out over all processes, go to `path`."""
     accelerator = Accelerator(cpu=True)
     loop.seed_everything(1)
-    args = pretrain_qformer.get_args(["--data", "x=y", "--blip2", {folder!r}, "--init", "random"])
+    args = pretrain_qformer.get_args(["--data", "x=y", "--blip2", folder, "--init", "random"])
     model = pretrain_qformer.load_model(args, torch.float32, lambda *words: None).eval()
-    batch = test_qformer.make_batch(model, 6, [0, 1, 2, 3, 1, 5])
+    batch = make_batch(model, 6, [0, 1, 2, 3, 1, 5])
     rank, count = accelerator.process_index, accelerator.num_processes
-    share = {{name: value[rank * 6 // count:(rank + 1) * 6 // count] for name, value in batch.items()}}
+    mine = slice(rank * 6 // count, (rank + 1) * 6 // count)
+    share = {name: value[mine] for name, value in batch.items()}
     if rank:  # lengths may differ between processes
-        share["input_ids"], share["attention_mask"] = (torch.nn.functional.pad(share[n], (0, 3)) for n in ("input_ids", "attention_mask"))
+        share |= {name: F.pad(share[name], (0, 3)) for name in ("input_ids", "attention_mask")}
+    drawn = torch.tensor([5, 4, 3, 2, 0, 1])[mine]  # always the same negatives, as numbers of the whole batch
     wrapped = accelerator.prepare(model)
-    # always the same negatives, as numbers of the whole batch
-    drawn = torch.tensor([5, 4, 3, 2, 0, 1])[rank * 6 // count:(rank + 1) * 6 // count]
     parts = wrapped(**share, negatives=(drawn, drawn))
     parts["loss"].backward()
     losses = accelerator.reduce(torch.stack([parts[n] for n in ("itc", "itm", "itg")]), "mean")
     if accelerator.is_main_process:
-        torch.save([losses, {{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}], sys.argv[1])
-"""
+        torch.save([losses, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}], path)
 
 
-def test_two_processes_equal_one_with_the_whole_batch(folder, tmp_path):
-    script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent(TWO.format(root=str(ROOT), tests=str(ROOT / "tests"), folder=folder)))
-    found = []
-    for count in (1, 2):
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        command = [sys.executable, *(launch if count == 2 else []), str(script), str(tmp_path / "x.pt")]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(torch.load(tmp_path / "x.pt", weights_only=True))
-    (one_losses, one), (two_losses, two) = found
+def test_two_processes_equal_one_with_the_whole_batch(two_processes, folder, tmp_path):
+    whole_batch(folder, tmp_path / "x.pt")
+    (one_losses, one), (two_losses, two) = (torch.load(path, weights_only=True)
+                                            for path in (tmp_path / "x.pt", two_processes[0] / "x.pt"))
     assert torch.allclose(one_losses[:2], two_losses[:2], rtol=1e-5)  # ITC and ITM; ITG is a mean over words, of each process
     assert one.keys() == two.keys()
     for name in ("vision_projection.weight", "text_projection.weight", "temp", "itm_head.weight"):  # no ITG in these
@@ -184,9 +220,45 @@ def test_recalls_by_brute_force():
         for k in (1, 5):
             hits = [sum(not scores[t, g] < scores[t, owner[t]] for g in range(5) if g != owner[t]) < k for t in range(8)]
             assert found[f"t2i R@{k}"] == pytest.approx(100 * np.mean(hits))
-            wrong = [min(sum(not i2t[g, t] < i2t[g, right] for t in range(8) if owner[t] != g) for right in np.flatnonzero(owner == g))
+            wrong = [min(sum(not i2t[g, t] < i2t[g, right] for t in range(8) if owner[t] != g)
+                         for right in np.flatnonzero(owner == g))
                      for g in range(5)]
             assert found[f"i2t R@{k}"] == pytest.approx(100 * np.mean([w < k for w in wrong]))
+
+
+def test_evaluation_by_hand(build, sets):
+    """Two captions a picture, pictures shuffled: against one at a time, in eval mode."""
+    model, found = build().train(), pretrain_qformer.pairs.read_sets({"drawn": str(sets[0])}, "train", say=lambda *words: None)
+    found = [found[n] for n in np.random.default_rng(0).permutation(len(found))]
+    data = pretrain_qformer.Captioned(found, model.image_size)
+    told = pretrain_qformer.evaluate(model, data, pretrain_qformer.Collate(model.tokenizer), Accelerator(cpu=True), 5, 0, 3)
+    assert not model.training
+    shown = list(dict.fromkeys(pair.image_id for pair in found))
+    owner = np.array([shown.index(pair.image_id) for pair in found])
+    with torch.no_grad():
+        embeds = [model.image_embeds(data[0, list(owner).index(i)][0][None]) for i in range(len(shown))]
+        texts = [core.text_ids(model.tokenizer, [pair.text]) for pair in found]
+        cosines = core.max_similarity(torch.cat([model.text_features(**text) for text in texts]),
+                                      torch.cat([model.image_features(image) for image in embeds]))
+        itg = [model.caption_loss(embeds[i], **text).item() for i, text in zip(owner, texts)]
+        right = []
+        for number, (i, text) in enumerate(zip(owner, texts)):
+            wrong = max((k for k in range(len(shown)) if k != i), key=lambda k: cosines[number, k])
+            right += [model.match(embeds[i], **text).argmax().item() == 1,
+                      model.match(embeds[wrong], **text).argmax().item() == 0]
+        scores, tables = torch.full_like(cosines, -100), []
+        for table in (cosines, cosines.T):
+            scores = torch.full_like(table, -100)
+            for r in range(len(table)):
+                for c in table[r].topk(3).indices:
+                    t, i = (r, c) if table is cosines else (c, r)
+                    scores[r, c] = table[r, c] + model.match(embeds[i], **texts[t])[0, 1]
+            tables.append(scores.numpy())
+    wanted = pretrain_qformer.recalls(cosines.numpy(), cosines.T.numpy(), owner)
+    wanted |= {f"reranked {name}": value for name, value in pretrain_qformer.recalls(*tables, owner).items()}
+    wanted |= {"itm_accuracy": 100 * np.mean(right)}
+    assert told.pop("itg") == pytest.approx(np.mean(itg), rel=0.02)  # there a mean over the words of a batch
+    assert told == {name: pytest.approx(value, abs=0.06) for name, value in wanted.items()}
 
 
 def test_best_ranks_with_one_right_column_are_target_ranks():
@@ -220,6 +292,7 @@ def test_start_from_bert(tmp_path, folder):
         assert torch.allclose(states[real], wanted[real], atol=1e-5)
         logits = model.lm_head(states, model.embeddings.word_embeddings.weight)
         assert torch.allclose(logits[real][:, :-1], bert(**text).logits[real], atol=1e-4)
+    assert model.embeddings.word_embeddings.weight[-1].std().item() == pytest.approx(0.02, rel=0.5)  # [DEC]
     layer = model.qformer.encoder.layer[1]
     assert torch.equal(layer.intermediate_query.dense.weight, layer.intermediate.dense.weight)
     assert torch.equal(layer.output_query.LayerNorm.bias, layer.output.LayerNorm.bias)
@@ -242,9 +315,11 @@ def test_export_loads_in_transformers_and_in_the_next_stages(build, tmp_path):
         ours = core.max_similarity(model.text_features(**text), model.image_features(model.image_embeds(images))).T
     assert torch.allclose(ours, wanted, atol=1e-5)
     assert AutoProcessor.from_pretrained(tmp_path / "hf").tokenizer("a house").input_ids == model.tokenizer("a house").input_ids
-    again = pretrain_qformer.load_model(pretrain_qformer.get_args(["--data", "x=y", "--blip2", str(tmp_path / "hf"), "--init", str(tmp_path / "hf")]),
+    again = pretrain_qformer.load_model(pretrain_qformer.get_args(["--data", "x=y", "--blip2", str(tmp_path / "hf"), "--init",
+                                                                   str(tmp_path / "hf")]),
                                         torch.float32, lambda *words: None)
-    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())  # temp and lm_head too
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name,
+               tensor in model.state_dict().items())  # temp and lm_head too
     cir = train_cir.Sprc.load(str(tmp_path / "hf"))
     assert cir.temp.item() == pytest.approx(0.05) and torch.equal(cir.text_projection.weight, model.text_projection.weight)
 
@@ -263,7 +338,6 @@ def test_train_gated_takes_the_exported_qformer(tiny, tmp_path):
 
 
 def test_convert_of_a_lavis_checkpoint(build, folder, tmp_path, capsys):
-    from test_cir import to_lavis
     model = build()
     state = {n: t for n, t in model.state_dict().items() if not n.startswith("vision_model.")}
     lavis = {n.replace("lm_head.", "Qformer.cls.predictions."): t for n, t in to_lavis(state).items()}
@@ -272,7 +346,8 @@ def test_convert_of_a_lavis_checkpoint(build, folder, tmp_path, capsys):
     pretrain_qformer.main(["--convert", str(tmp_path / "stage1.pth"), "--blip2", folder, "--out", str(tmp_path / "run")])
     loaded = published.read_weights(tmp_path / "run/hf")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items()) and loaded.keys() == state.keys()
-    code = loop.exit_code(pretrain_qformer.main, ["--convert", str(tmp_path / "stage1.pth"), "--blip2", folder, "--out", str(tmp_path / "run")])
+    code = loop.exit_code(pretrain_qformer.main, ["--convert", str(tmp_path / "stage1.pth"), "--blip2", folder, "--out",
+                                                  str(tmp_path / "run")])
     assert code == 2 and "is there already" in capsys.readouterr().err
 
 
@@ -285,3 +360,250 @@ def test_the_vision_tower_of_other_folders(folder, tiny, tmp_path):
     assert next(opt.parameters()).dtype == torch.bfloat16
     with pytest.raises(DataError, match="no readable config"):
         published.load_vision(str(tmp_path))
+
+
+# --- the script ------------
+
+STEP_ROWS = 2  # instead of LOG_EVERY
+
+
+def draw_pairs(folder):
+    """Twelve pictures with two captions each to train on, four with one to validate."""
+    (folder / "images").mkdir(parents=True)
+    colours = ("red", "green", "blue", "orange")
+    for split, count in (("train", 12), ("val", 4)):
+        table = {}
+        for n in range(count):
+            picture, (kind, colour) = Image.new("RGB", (60, 48), "white"), (divmod(n, 4)[0], colours[n % 4])
+            shape = ImageDraw.Draw(picture)
+            (shape.ellipse, shape.rectangle, shape.line)[kind]((6 + n, 6, 40 + n, 40), fill=colour)
+            picture.save(folder / f"images/{split}{n}.png")
+            table[f"{split}{n}.png"] = [f"a {colour} {('disc', 'box', 'line')[kind]}", f"{colour} on white, picture {n}"][:1
+                                                                                                                          if split == "val" else 2]
+        (folder / f"{split}_captions.json").write_text(json.dumps(table))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """(folder of pairs, folder of two tar files of eight samples), not to be written to."""
+    folder = tmp_path_factory.mktemp("sets")
+    for k in range(2):
+        pack(folder / f"tars/cc-{k}.tar", sample_members(8 * k, 8))
+    return draw_pairs(folder / "drawn"), folder / "tars"
+
+
+def flags(folder, data, out, *more):
+    return ["--data", f"drawn={data}", "--blip2", folder, "--init", "random", "--epochs", "2", "--batch-size", "8", "--lr",
+            "1e-3",
+            "--workers", "0", "--precision", "no", "--out", str(out), *more]
+
+
+@pytest.fixture
+def command(folder, sets, tmp_path):
+    """Command line of a short run; add your own after it."""
+    return lambda *more, out="run": flags(folder, sets[0], tmp_path / out, *more)
+
+
+@pytest.fixture(scope="module")
+def more(sets):
+    """{name of a run: flags}."""
+    return {"pairs": ("--save-last",), "shards": ("--save-last", "--data", f"cc={sets[1]}", "--workers", "2")}
+
+
+@pytest.fixture(scope="module")
+def trained(folder, sets, more, tmp_path_factory):
+    """{name: folder of an undisturbed run}, not to be written to."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain_qformer, "LOG_EVERY", STEP_ROWS)
+        for name in more:
+            found[name] = tmp_path_factory.mktemp("trained") / name
+            assert pretrain_qformer.main(flags(folder, sets[0], found[name], *more[name])) is None
+            patch.setattr(runfolder, "draw_curves", lambda *args: None)  # one is enough
+    return found
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """No curves."""
+    monkeypatch.setattr(pretrain_qformer, "LOG_EVERY", STEP_ROWS)
+    monkeypatch.setattr(runfolder, "draw_curves", lambda *args: None)
+
+
+def test_training_writes_what_it_says(trained):
+    out = trained["pairs"]
+    assert {p.name for p in out.iterdir()} >= {"best.pt", "last.pt", "args.yaml", "training_log.csv", "curves.png", "hf"}
+    log = runfolder.read_log(out / "training_log.csv")
+    steps, epochs = ([row for row in log if row["kind"] == kind] for kind in ("step", "epoch"))
+    assert [int(row["step"]) for row in steps] == [2, 4, 6] and [row["epoch"] for row in epochs] == ["1", "2"]
+    words = runfolder.load_checkpoint(out / "best.pt")["state"]["embeddings.word_embeddings.weight"].shape[0]
+    for row in steps:
+        assert float(row["loss"]) == pytest.approx(sum(float(row[name]) for name in ("itc", "itm", "itg")), abs=1e-3)
+        assert [float(row[f"{name} chance"]) for name in ("itc", "itm", "itg")] == pytest.approx(
+            [math.log(8), -math.log(1 / 3) / 3 - 2 * math.log(2 / 3) / 3, math.log(words)], abs=1e-4)
+    best = runfolder.load_checkpoint(out / "best.pt")
+    assert best["value"] == pytest.approx(max(float(row["mean"]) for row in epochs), abs=1e-3)
+    assert all(0 <= float(row[name]) <= 100 for row in epochs for name in (*pretrain_qformer.RECALLS, "reranked mean",
+                                                                           "itm_accuracy"))
+    exported = published.read_weights(out / "hf")
+    assert exported.keys() == best["state"].keys() and all(torch.equal(exported[n], tensor) for n,
+                                                           tensor in best["state"].items())
+
+
+@pytest.mark.parametrize("name, number, code", [("pairs", signal.SIGINT, 130), ("shards", signal.SIGTERM, 143)])
+def test_interrupted_and_resumed_equals_undisturbed(trained, more, command, short, tmp_path, monkeypatch, name, number, code):
+    if name == "shards":
+        pytest.importorskip("webdataset")
+    per_epoch = 3 if name == "pairs" else 5
+    step, stop = pretrain_qformer.train_step, per_epoch + 2  # in the second epoch
+
+    epochs, read = set(), pretrain_qformer.Captioned.__getitem__
+    if name == "pairs":  # no loader processes
+        monkeypatch.setattr(pretrain_qformer.Captioned, "__getitem__", lambda data, key: epochs.add((data.seed, key[0]))
+                            or read(data, key))
+
+    def interrupt(run, *args):
+        if run.step:
+            assert run.wrapped.training and run.optimizer.param_groups[0]["lr"] == run.lr(run.step)
+        if run.step == stop - 1:
+            os.kill(os.getpid(), number)
+        return step(run, *args)
+
+    monkeypatch.setattr(pretrain_qformer, "train_step", interrupt)
+    assert pretrain_qformer.main(command(*more[name], out="cut")) == code
+    last = runfolder.load_checkpoint(tmp_path / "cut/last.pt")
+    assert last["step"] == stop and last["marks"]["done"] == 1
+    assert epochs in ({(42, 0), (42, 1), (None, 0)}, set())  # another view in every epoch, one in validation
+    monkeypatch.setattr(pretrain_qformer, "train_step", step)
+    pretrain_qformer.main(command(*more[name], "--resume", out="cut"))
+    for file in ("best.pt", "last.pt"):
+        whole, cut = (runfolder.load_checkpoint(place / file)["state"] for place in (trained[name], tmp_path / "cut"))
+        assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole), file
+    assert (trained[name] / "training_log.csv").read_bytes() == (tmp_path / "cut/training_log.csv").read_bytes()
+
+
+def test_resume_refuses_other_settings_and_other_data(trained, folder, sets, more, command, tmp_path, capsys):
+    shutil.copytree(trained["pairs"], tmp_path / "run")
+    for flag, value, wanted in (("--lr", "5e-4", "--lr is 0.0005, was 0.001"), ("--init", folder, "--init is"),
+                                ("--max-val", "3", "validation pairs"),
+                                ("--data", f"cc={sets[1]}", "tar files is [[")):
+        assert loop.exit_code(pretrain_qformer.main, command("--save-last", "--resume", flag, value)) == 2, flag
+        assert wanted in capsys.readouterr().err, flag
+    data = tmp_path / "data"
+    shutil.copytree(sets[0], data)
+    (data / "train_captions.json").write_text((data / "train_captions.json").read_text().replace("red", "pink", 1))
+    assert loop.exit_code(pretrain_qformer.main, flags(folder, data, tmp_path / "run", "--save-last", "--resume")) == 2
+    assert "training pairs (hash)" in capsys.readouterr().err
+    assert loop.exit_code(pretrain_qformer.main, command("--save-last")) == 2
+    assert "already holds best.pt and last.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more, wanted", [
+    ([], "--data NAME=PLACE is needed"), (["--check-data", "--convert", "x"], "--data NAME=PLACE is needed"),
+    (["--unknown"], "unrecognized"),
+    (["--data", "a=b", "--val-share", "2"], "between 0 and 1"), (["--data"], "expected one argument")])
+def test_flags_that_do_not_go_together(capsys, more, wanted):
+    with pytest.raises(SystemExit) as stop:
+        pretrain_qformer.get_args(more)
+    assert stop.value.code == 2 and wanted in capsys.readouterr().err
+
+
+def test_defaults_of_init_and_data(tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("data: 3")
+    assert loop.exit_code(pretrain_qformer.main, ["--config", str(tmp_path / "c.yaml")]) == 2
+    assert "error: --data 3: give NAME=PLACE" in capsys.readouterr().err
+    (tmp_path / "c.yaml").write_text("data: [a=b, c=d]")
+    assert pretrain_qformer.get_args(["--config", str(tmp_path / "c.yaml")]).data == ["a=b", "c=d"]
+    given = pretrain_qformer.get_args(["--config", str(tmp_path / "c.yaml"), "--data", "a=x", "--data", "y=z"])
+    assert given.data == ["a=x", "y=z"] and given.init == pretrain_qformer.BERT  # the command line wins
+    assert pretrain_qformer.get_args(["--data", "a=b", "--blip2", "tiny"]).init == "random"
+
+
+def test_check_data_says_whether_training_can_start(folder, sets, tmp_path, capsys):
+    pytest.importorskip("webdataset")
+    data, tars = (shutil.copytree(place, tmp_path / place.name) for place in sets)
+    check = ["--data", f"drawn={data}", "--data", f"cc={tars}", "--check-data", "--workers", "0"]
+    assert pretrain_qformer.main(check) == 0
+    told = capsys.readouterr().out
+    assert "training can start" in told and "24 captions of 12 pictures" in told and "16 of 16 samples" in told
+    (tars / "cc-1.tar").write_bytes((tars / "cc-1.tar").read_bytes()[:700])
+    assert pretrain_qformer.main(check) == 1 and "would fail at the tar files" in capsys.readouterr().out
+    assert pretrain_qformer.main([*check, "--skip-broken"]) == 0
+    (data / "images/train3.png").write_bytes(b"broken")
+    assert pretrain_qformer.main([*check, "--skip-broken"]) == 1
+    assert "bad: train3.png" in capsys.readouterr().out
+    assert pretrain_qformer.main([*check, "--skip-broken", "--skip-bad", "0.1"]) == 0
+    assert loop.exit_code(pretrain_qformer.main, ["--data", f"cc={tars}", "--check-data"]) == 2  # nothing to validate on
+    assert "only sets of tar files" in capsys.readouterr().err
+
+
+def test_what_is_broken_stops_the_run_or_is_left_out_and_said(folder, sets, short, tmp_path, capsys):
+    pytest.importorskip("webdataset")
+    data, tars = (shutil.copytree(place, tmp_path / place.name) for place in sets)
+    command = flags(folder, data, tmp_path / "run", "--data", f"cc={tars}", "--epochs", "1")
+    (data / "images/train3.png").write_bytes(b"broken")
+    pack(tars / "cc-0.tar", sample_members(0, 8) | {"00003.png": b"broken"})
+    pack(tars / "cc-2.tar", {}).write_bytes(b"broken")
+    for more, wanted in (((), ("cc-2.tar", "--skip-broken")), (("--skip-broken",), ("train3.png", "row 4", "replace it")),
+                         (("--skip-broken", "--skip-bad", "0.01"), ("train3.png", "--skip-bad 0.09"))):
+        assert loop.exit_code(pretrain_qformer.main, [*command, *more]) == 2
+        told = capsys.readouterr().err
+        assert told.count("error:") == 1 and "Traceback" not in told and all(word in told for word in wanted), told
+    assert loop.exit_code(pretrain_qformer.main, [*command, "--skip-broken", "--skip-bad", "0.1"]) == 0
+    told = capsys.readouterr().out
+    assert "left out (--skip-bad): 2 of 24 train captions (1 pictures)" in told and "22 training pairs and 16 in tar files" in told
+    assert all(f"left out: {tars.resolve() / name}" in told for name in ("cc-2.tar",
+                                                                         "cc-0.tar")) and "1 broken samples" in told
+
+
+def recorded_run(folder):
+    """The script, with sys.argv; what each process saw and ended with goes to FOLDER/RANK.pt."""
+    names, step, fit = [], pretrain_qformer.train_step, pretrain_qformer.fit
+
+    def recorded(run, batch):
+        names.append([pair.name for pair in batch["pairs"] if not pair.image])
+        return step(run, batch)
+
+    def recorded_fit(args):
+        run, number = fit(args)
+        content = {"state": runfolder.trainable_state(run.model), "names": names[1:], "writes": run.log is not None,
+                   "step": run.step}
+        torch.save(content, f"{folder}/{run.accelerator.process_index}.pt")
+        return run, number
+
+    pretrain_qformer.train_step, pretrain_qformer.fit = recorded, recorded_fit
+    return loop.exit_code(pretrain_qformer.main)
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder, sets, tmp_path_factory):
+    """(folder, printed) of whole_batch and of recorded_run under torchrun, in one go since it starts slowly."""
+    pytest.importorskip("webdataset")
+    place = tmp_path_factory.mktemp("two")
+    (place / "two.py").write_text(textwrap.dedent(f"""
+        import sys
+        sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+        import conftest, torch, test_qformer
+        torch.set_num_threads(1)
+        test_qformer.whole_batch({folder!r}, {str(place / "x.pt")!r})
+        sys.exit(test_qformer.recorded_run({str(place)!r}))
+    """))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+              "--rdzv_endpoint", "localhost:0"]
+    done = subprocess.run([*launch, str(place / "two.py"), *flags(folder, sets[0], place / "run", "--data", f"cc={sets[1]}",
+                                                                  "--workers", "2",
+                                                                  "--epochs", "1", "--batch-size", "4")],
+                          capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return place, done.stdout
+
+
+def test_two_processes_with_two_loaders_each_see_every_shard_sample_once(two_processes):
+    place, printed = two_processes
+    one, two = (torch.load(place / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one["step"] == two["step"] == 3 + 2 and (one["writes"], two["writes"]) == (True, False)
+    assert all(torch.equal(tensor, two["state"][name]) for name, tensor in one["state"].items())
+    assert [len(n) for n in one["names"]] == [len(n) for n in two["names"]]  # both take from the tar files at the same steps
+    assert sorted(sum(one["names"] + two["names"], [])) == sorted(f"{n:05}" for n in range(16))
+    assert (place / "run/hf/config.json").exists() and printed.count("epoch 1: i2t") == 1
