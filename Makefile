@@ -29,7 +29,7 @@ demo-all: demo
 	$(PY) pretrain_qformer.py --data drawn=data/artquest --blip2 tiny --lr 1e-3 --epochs 20 --batch-size 32 --out runs/demo-qformer
 	$(PY) train_gated.py --data data/artquest --blip2 tiny --qformer runs/demo-qformer/hf --accumulation 1 --batch-size 32 --lr 1e-3 \
 	    --epochs 1 --out runs/demo-gated2
-	$(PY) train_cir.py --data data/cirr --blip2 tiny --qformer runs/demo-qformer/hf --lr 1e-3 --epochs 5 --out runs/demo-cir
+	$(PY) train_cir.py --data data/cirr --blip2 tiny --qformer runs/demo-qformer/hf --lr 1e-3 --epochs 3 --out runs/demo-cir
 	$(PY) train_cir.py --data data/cirr --checkpoint runs/demo-cir/best.pt --gate-maps runs/demo-cir/maps --submit runs/demo-cir/submission
 
 test: setup
