@@ -146,7 +146,8 @@ def load_trainable(model, state, source):
     wrong = [n for n in own.keys() ^ state.keys()] + [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
     if wrong:
         raise DataError(f"{source} does not fit this model: {len(wrong)} of {len(own)} tensors are missing, unknown or of "
-                        f"another shape, first {sorted(wrong)[:3]}: it is of another model or was trained with other flags")
+                        f"another shape, first {sorted(wrong)[:3]}: was it trained on another model, "
+                        "or with other flags (--gating, --per, --no-gate)?")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])
