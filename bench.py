@@ -1,52 +1,591 @@
-"""bench.py: what a part costs, two recipes side by side in one run: interleaved pairs, the median of their ratios.
+"""bench.py: what a run costs, two recipes side by side in one run: interleaved pairs, the median of their ratios.
 
-    python bench.py gate                # train_cir.py's step with and without gated fusion, at BLIP-2's real widths (random weights)
+    python bench.py                     # training and answering: transformers' BLIP-2 as it comes against ours, small sizes, a minute
+    python bench.py --size full         # BLIP-2 OPT-2.7B's shapes with random weights on a GPU: memory, samples/s, TFLOP/s
+    python bench.py --size full --plan  # the same table computed from the shapes, without a GPU
+    python bench.py growth              # the cache and training at 1x, 4x and 16x the pictures, and in two processes
+    python bench.py fusion              # train_cir.py's step with and without gated fusion, at BLIP-2's widths (random weights)
     python bench.py captions            # the tiny BLIP's captions one by one and in batches: the same captions?
 
 Absolute times depend on the machine and on what else it does; a ratio of neighbours in time does not.
 """
 
 import argparse
+import contextlib
+import csv
+import itertools
+import json
+import os
+import pathlib
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import torch
+from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
+import core
 import loop
+import make_tiny
+import rows
 import runfolder
 import train_blip_caption
 import train_cir
+import train_gated
+
+# BLIP-2 OPT-2.7B, and one in which vision tower, language model, Q-Former and word head have about the same shares of the work
+FULL = {"vision": {},  # ViT-g: transformers' defaults
+        "qformer": {"vocab_size": 30523, "encoder_hidden_size": 1408},
+        "text": {"hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "num_attention_heads": 32,
+                 "vocab_size": 50304, "max_position_embeddings": 2048, "dropout": 0.0}, "queries": 32}
+SMALL = {"vision": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 6, "image_size": 224,
+                    "patch_size": 14},
+         "qformer": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6, "encoder_hidden_size": 192,
+                     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 64},
+         "text": {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
+                  "vocab_size": 1256, "max_position_embeddings": 256, "dropout": 0.0}, "queries": 32}
+PADDED = 64  # text tokens of the plain recipe
+ANSWER = {"num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": 0.0, "do_sample": False}
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=tuple(BENCHES), help="gate: the fusion of train_cir.py; captions: beam search in batches")
-    parser.add_argument("--batch-size", type=runfolder.positive, help="(default: gate 4, captions 32)")
+    parser.add_argument("what", nargs="?", choices=tuple(BENCHES), default="gated", help="(default: gated)")
+    parser.add_argument("--size", choices=("small", "full"), default="small", help="of gated (default: small)")
+    parser.add_argument("--plan", action="store_true", help="with --size full: compute the memory from the shapes and run nothing")
+    parser.add_argument("--batch-size", type=runfolder.positive, help="(default: gated 16, fusion 4, captions 32)")
     parser.add_argument("--data", default="data/artquest", metavar="DIR", help="of captions (default: data/artquest)")
-    parser.add_argument("--cached", action="store_true", help="gate: without the vision tower, as with a cache of its features")
-    parser.add_argument("--repeats", type=runfolder.positive, default=10, help="pairs of steps (default: 10)")
-    return parser.parse_args(argv)
+    parser.add_argument("--cached", action="store_true", help="fusion: without the vision tower, as with a cache of its features")
+    parser.add_argument("--repeats", type=runfolder.positive, help="pairs (default: gated 5, fusion and captions 10)")
+    parser.add_argument("--json", metavar="FILE", help="the figures of gated")
+    args = parser.parse_args(argv)
+    if args.plan and args.size != "full":
+        parser.error("--plan is for --size full")
+    return args
+
+
+# --- measuring ------------
+
+def seconds(function):
+    """Seconds that a function takes, with everything that it started on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def paired(first, second, repeats):
     """Run two functions in turns -> (median seconds of the first, of the second, median of second / first)."""
-    def seconds(function):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     first(), second()  # warm up
     pairs = [(seconds(first), seconds(second)) for _ in tqdm(range(repeats), desc="pairs", disable=None)]
     return *(statistics.median(side) for side in zip(*pairs)), statistics.median(b / a for a, b in pairs)
 
 
-def gate(args):
+def peak_memory(function):
+    """Bytes that a function needs above what is held before it: of the GPU, else of the process (Linux; None elsewhere)."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+        before = resident("VmRSS")
+        function()
+        return resident("VmHWM") - before
+    except OSError:
+        return None
+
+
+def resident(name):
+    """A memory figure of this process in bytes, from Linux."""
+    line = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+# --- gated: a task with random weights in the files that the scripts read ------------
+
+def config_of(sizes, tokenizer=None):
+    """A transformers Blip2Config of these sizes."""
+    from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} if tokenizer else {}
+    image = tokenizer.convert_tokens_to_ids("<image>") if tokenizer else 50265
+    return Blip2Config(vision_config=Blip2VisionConfig(**sizes["vision"]).to_dict(), qformer_config=Blip2QFormerConfig(**sizes["qformer"]).to_dict(),
+                       text_config=OPTConfig(**sizes["text"], **ids).to_dict(), num_query_tokens=sizes["queries"], image_token_index=image)
+
+
+def write_task(folder, sizes, pictures, questions, seed=0):
+    """A BLIP-2 of these sizes with random weights, and `questions` questions of mixed length on each of the pictures, as files.
+
+    Texts have about 10 to 60 tokens with the answer, 20 in the mean; answers have one token each, so that a mean over tokens
+    and a mean over samples are the same.
+    """
+    from transformers import Blip2ForConditionalGeneration
+    loop.seed_everything(seed)
+    words, blip2 = make_tiny.PHOTO_WORDS.split(), folder / "blip2"
+    (folder / "images").mkdir(parents=True)
+    blip2.mkdir()
+    tokenizer = make_tiny.make_tokenizer([core.PROMPT.format(" ".join(words)) + " " + " ".join(words) + "\n"] * 3, blip2)
+    model = Blip2ForConditionalGeneration(config_of({**sizes, "qformer": {**sizes["qformer"], "vocab_size": len(tokenizer)}}, tokenizer))
+    for module in model.modules():  # the library's std of 0.02 makes all answers about equally likely at such widths
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=1.5 * module.weight.shape[1] ** -0.5)
+    nn.init.normal_(model.query_tokens)
+    model.language_model.tie_weights()
+    make_tiny.save_folder(model, tokenizer, blip2)
+    short = [word for word in words if len(tokenizer(" " + word, add_special_tokens=False).input_ids) == 1]
+    draw = np.random.default_rng(seed)
+    for split in ("train", "val"):
+        with runfolder.whole_file(folder / f"{split}.csv") as file:
+            table = csv.writer(file)
+            table.writerow(("image", "question", "answer", "question_type"))
+            for number in range(pictures):
+                pixels = Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((256, 256))
+                pixels.save(folder / "images" / f"{split}{number}.jpg")
+                for length in np.clip(draw.lognormal(2.0, 0.75, questions), 2, 40).astype(int):
+                    table.writerow((f"{split}{number}.jpg", " ".join(draw.choice(short, length)) + "?", draw.choice(short), "what"))
+    return tokenizer
+
+
+def lean_run(folder, *more, batch_size=16):
+    """train_gated.py's Run on that task, with a cache and a Q-Former that is trained, at a learning rate of 0."""
+    flags = ["--data", str(folder), "--blip2", str(folder / "blip2"), "--cache", str(folder / "cache"), "--train-qformer", "--gating", "none",
+             "--hit-weight", "0", "--kl-weight", "0", "--batch-size", str(batch_size), "--accumulation", "1", "--workers", "0", "--style", "none"]
+    with contextlib.redirect_stdout(None):
+        run = train_gated.prepare(train_gated.get_args([*flags, *more]))
+    run.lr = lambda step: 0.0  # the whole work of a step, but the weights stay, so that losses can be compared
+    return run
+
+
+class Plain:
+    """The recipe of the textbooks: transformers' BLIP-2, the vision tower in each step, text padded to 64, logits at every place,
+    AdamW as it comes; answers one at a time."""
+
+    def __init__(self, folder, run):
+        from transformers import Blip2ForConditionalGeneration
+        self.run, self.device, self.rows = run, run.accelerator.device, run.train.rows
+        dtype = core.DTYPES[run.accelerator.mixed_precision]
+        self.model = Blip2ForConditionalGeneration.from_pretrained(folder / "blip2", dtype=dtype).to(self.device)
+        self.model.requires_grad_(False)
+        for part in (self.model.qformer, self.model.language_projection):
+            part.float().requires_grad_(True)
+        self.model.query_tokens.data = self.model.query_tokens.data.float()
+        self.model.query_tokens.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.0)
+        self.tokenizer, self.image_id = run.model.tokenizer, self.model.config.image_token_index
+        self.losses, self.answers = [], []
+
+    def inputs(self, chosen, width=None):
+        """Rows -> the processor's fields; width: text tokens, padded on the right, with labels; None: prompts alone."""
+        Q, size = self.model.config.num_query_tokens, self.run.model.image_size
+        pixels = torch.stack([rows.picture_tensor(row.image, size) for row in chosen])  # [B,3,s,s]
+        if width is None:
+            text = core.encode_prompts(self.tokenizer, [row.question for row in chosen])
+        else:
+            text = core.encode_training(self.tokenizer, [row.question for row in chosen], [row.answer for row in chosen], multiple=width)
+            text["labels"] = torch.cat([torch.full((len(chosen), Q), -100), text["labels"]], 1)
+            text.pop("prompt_mask")
+        B = len(chosen)
+        text["input_ids"] = torch.cat([torch.full((B, Q), self.image_id), text["input_ids"]], 1)  # [B,Q+L]
+        text["attention_mask"] = torch.cat([torch.ones(B, Q, dtype=torch.long), text["attention_mask"]], 1)
+        return core.to_device({"pixel_values": pixels, **text}, self.device)
+
+    def epoch(self):
+        """One pass over the training rows, in random order."""
+        self.model.train()
+        losses = []
+        for _, share in loop.epoch_plan(len(self.rows), self.run.args.batch_size, 1, 0, 0):
+            for _, picked in share:
+                with self.run.accelerator.autocast():
+                    loss = self.model(**self.inputs([self.rows[n] for n in picked], PADDED)).loss
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], train_gated.CLIP)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                losses.append(loss.item())
+        self.losses = losses
+
+    @torch.no_grad()
+    def answer(self, count):
+        """Answers to the first validation questions, one at a time."""
+        self.model.eval()
+        newline = core.newline_id(self.tokenizer)
+        self.answers = []
+        for row in self.run.val.rows[:count]:
+            inputs = self.inputs([row])
+            ids = self.model.generate(**inputs, **ANSWER, eos_token_id=newline, pad_token_id=self.tokenizer.pad_token_id)[0]
+            new = ids[inputs["input_ids"].shape[1]:] if len(ids) > ANSWER["max_new_tokens"] + 1 else ids
+            self.answers.append(self.tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].strip())
+
+
+def lean_epoch(run):
+    """One pass over the training rows, with train_gated.py's own loop -> mean loss."""
+    losses = []
+    handle = run.model.register_forward_hook(lambda module, inputs, parts: losses.append(parts["loss"].item()))
+    run.step = 0
+    train_gated.train_epoch(run, run.plan(0), SimpleNamespace(number=0))
+    handle.remove()
+    return statistics.mean(losses)
+
+
+@torch.no_grad()
+def lean_answers(run, count, batch_size):
+    """Answers to the first validation questions in batches of about equal length, from the cache."""
+    run.model.eval()
+    read, found = run.val.rows[:count], {}
+    order = sorted(range(count), key=lambda n: train_gated.text_length(read[n]))
+    for start in range(0, count, batch_size):
+        picked = order[start:start + batch_size]
+        features = [run.val[n][0]["image_embeds"] for n in picked]
+        embeds = torch.stack(features).to(run.accelerator.device)  # [B,P,W]
+        found |= zip(picked, run.model.predict_answers(None, [read[n].question for n in picked], image_embeds=embeds, max_new_tokens=ANSWER["max_new_tokens"]))
+    return [found[n] for n in range(count)]
+
+
+def gated(args):
+    """The plain recipe against ours, the same weights and samples."""
+    if args.size == "full":
+        found = plan_table() if args.plan else full(args)
+    else:
+        with tempfile.TemporaryDirectory() as place:
+            found = small(pathlib.Path(place), args.batch_size or 16, args.repeats or 5)
+    if args.json:
+        with runfolder.whole_file(args.json) as file:
+            json.dump(found, file, indent=1)
+
+
+def small(folder, batch_size, repeats, pictures=32, questions=3, asked=32):
+    write_task(folder, SMALL, pictures, questions)
+    building = time.perf_counter()
+    run = lean_run(folder, batch_size=batch_size)
+    building = time.perf_counter() - building
+    plain, lean = Plain(folder, run), {}
+    lengths, count = run.lengths, len(run.train) // batch_size * batch_size
+    print(f"{count} questions on {pictures} pictures, {statistics.mean(lengths):.0f} text tokens in the mean, {max(lengths)} at most; batch "
+          f"{batch_size}, {run.accelerator.device}, precision {run.accelerator.mixed_precision}, {torch.get_num_threads()} threads")
+
+    def ours():
+        lean["loss"] = lean_epoch(run)
+
+    def ours_answers():
+        lean["answers"] = lean_answers(run, asked, 32)
+
+    lean_s, plain_s, train_speedup = paired(ours, plain.epoch, repeats)
+    lean_a, plain_a, answer_speedup = paired(ours_answers, lambda: plain.answer(asked), repeats)
+    equal = sum(a == b for a, b in zip(lean["answers"], plain.answers))
+    memory = {name: peak_memory(function) for name, function in (("plain", plain.epoch), ("lean", ours))}
+    gates = make_gates(folder, batch_size)
+    with_s, without_s, cost = paired(lambda: lean_epoch(gates[1]), lambda: lean_epoch(gates[0]), repeats)
+    found = {"train_speedup": train_speedup, "answer_speedup": answer_speedup, "loss_difference": abs(statistics.mean(plain.losses) - lean["loss"]),
+             "answers_equal": equal / asked, "gate_cost": 1 / cost - 1, "plain_samples_per_second": count / plain_s,
+             "lean_samples_per_second": count / lean_s, "plain_answers_per_second": asked / plain_a, "lean_answers_per_second": asked / lean_a,
+             "plain_loss": statistics.mean(plain.losses), "lean_loss": lean["loss"], "plain_peak_bytes": memory["plain"],
+             "lean_peak_bytes": memory["lean"], "seconds_to_load_and_cache": building}
+    report(found, asked)
+    return found
+
+
+def make_gates(folder, batch_size):
+    """Runs of train_gated.py on the task, without gates and with them; both train the Q-Former."""
+    import efficientnet
+    net = efficientnet.EfficientNet28(28, make_tiny.ARCH, efficientnet.WIKIART)
+    runfolder.save_checkpoint(folder / "style.pt", {"model": net.net.state_dict(), "arch": make_tiny.ARCH, "classes": efficientnet.WIKIART})
+    return [lean_run(folder, "--gating", gating, "--efficientnet", str(folder / "style.pt"), batch_size=batch_size) for gating in ("none", "film")]
+
+
+def report(found, asked):
+    """The two columns."""
+    print(f"\n{'':34}{'plain':>12}{'ours':>12}{'ratio':>9}")
+    for name, unit, key, ratio in (("training, samples/s", 1, "samples_per_second", found["train_speedup"]),
+                                   ("answers of 5 beams, questions/s", 1, "answers_per_second", found["answer_speedup"]),
+                                   ("training, MiB above the weights", 2**20, "peak_bytes", None), ("loss", 1, "loss", None)):
+        plain, lean = found[f"plain_{key}"], found[f"lean_{key}"]
+        if plain is not None and lean is not None:
+            ratio = ratio or lean / plain
+            print(f"{name:34}{plain / unit:>12.4g}{lean / unit:>12.4g}{ratio:>9.2f}")
+    print(f"losses differ by {found['loss_difference']:.1e}; {found['answers_equal']:.1%} of {asked} answers are the same; the gates cost "
+          f"{found['gate_cost']:.1%} of a training step")
+
+
+# --- gated, full size ------------
+
+def random_model(sizes, device, dtype, lm="bf16", train_qformer=True, gating="film"):
+    """Blip2OPTGated of these sizes with random weights, without a vision tower: features come from a cache. lm: bf16 or nf4."""
+    from transformers import Blip2ForConditionalGeneration
+    config = config_of(sizes)
+    width = config.vision_config.hidden_size
+    config.vision_config.num_hidden_layers = 0
+    with tempfile.TemporaryDirectory() as place, torch.device("cpu"):
+        tokenizer = make_tiny.make_tokenizer(["Question: Answer: " + make_tiny.PHOTO_WORDS] * 3, pathlib.Path(place))
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            blip2 = Blip2ForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    blip2.vision_model = None
+    if lm == "nf4":
+        pack(blip2.language_model.model.decoder.layers, device, dtype)
+    style = nn.Identity()
+    style.width = 1536  # EfficientNet-B3's
+    model = core.Blip2OPTGated(blip2, tokenizer, style, [], gating, train_qformer=train_qformer).to(device)
+    assert model.qformer.config.encoder_hidden_size == width
+    return model
+
+
+def pack(layers, device, dtype):
+    """Put the linear layers into nf4 with double quantisation, as load_blip2 does."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    for module in list(layers.modules()):
+        for name, linear in list(module.named_children()):
+            if isinstance(linear, nn.Linear):
+                packed = Linear4bit(linear.in_features, linear.out_features, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
+                packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+                packed.bias = linear.bias
+                setattr(module, name, packed.to(device))
+
+
+def random_batch(model, sizes, batch_size, words=28, labels=4):
+    """A batch of collate's fields with features in place of pictures: `words` text tokens, the last `labels` of them the answer."""
+    device, vocabulary = model.query_tokens.device, sizes["text"]["vocab_size"]
+    patches = (sizes["vision"].get("image_size", 224) // sizes["vision"].get("patch_size", 14)) ** 2 + 1
+    width = model.qformer.config.encoder_hidden_size
+    ids = torch.randint(5, vocabulary, (batch_size, words), device=device)
+    is_prompt = (torch.arange(words, device=device) < words - labels).expand(batch_size, -1)
+    dtype = model.language_model.get_input_embeddings().weight.dtype
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_mask": is_prompt.long(), "labels": ids.masked_fill(is_prompt, -100),
+            "image_embeds": torch.randn(batch_size, patches, width, device=device).to(dtype), "style_feature": torch.randn(batch_size, 1536, device=device)}
+
+
+def step_flops(sizes, model, words=28, labels=4):
+    """Operations of a training step a sample (one multiply-add = 2): the frozen language model forward and its input gradient, the
+    head at label rows, the Q-Former; norms, softmax and the optimizer left out."""
+    text, Q = sizes["text"], sizes["queries"]
+    d, L, S = text["hidden_size"], text["num_hidden_layers"], sizes["queries"] + words
+    linear = L * (4 * d * d + 2 * d * text["ffn_dim"])
+    language = 2 * (2 * linear * S) + 3 * (4 * S * S * d * L) + 2 * (2 * labels * d * text["vocab_size"])
+    cross = [a for layer in model.qformer.encoder.layer if layer.has_cross for a in (layer.crossattention.attention.key, layer.crossattention.attention.value)]
+    image = sum(linear.weight.numel() for linear in cross) * ((224 // 14) ** 2 + 1)
+    queries = (sum(p.numel() for p in model.qformer.parameters() if p.ndim == 2) - sum(linear.weight.numel() for linear in cross)) * Q
+    trained = model.query_tokens.requires_grad
+    # backward: the gradient of the queries, and with a trained Q-Former that of all its weights; the image's features need none
+    return language + 2 * (queries + image) + 2 * queries * (2 if trained else 1) + (2 * image if trained else 0)
+
+
+def train_step_of(model, batch, precision):
+    """Function that does a whole training step on this batch."""
+    optimizer = train_gated.make_optimizer(model, 0.0, 0.01)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    device = model.query_tokens.device.type
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
+            loss = model.train()(**batch)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, train_gated.CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def full(args, sizes=FULL, batches=(2, 16, 64, 128), asked=256):
+    """Memory, rates and the share of the card's own matrix-product rate, for each precision of the language model."""
+    if not torch.cuda.is_available() and sizes is FULL:
+        raise rows.DataError("--size full needs a GPU; --plan computes the memory from the shapes")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    card, found = torch.cuda.get_device_name() if device == "cuda" else "a CPU", []
+    rate = matrix_product_rate(device)
+    print(f"{card}: {rate / 1e12:.0f} TFLOP/s in bf16 products of 8192 x 8192\n\n{'language model':16}{'trained':20}{'batch':>6}{'loaded':>8}{'forward':>9}"
+          f"{'training':>9}{'answers':>9}{'samples/s':>11}{'TFLOP/s':>9}{'share':>7}{'answers/s':>11}")
+    for lm, train_qformer in itertools.product(("bf16", "nf4"), (True, False)):
+        for batch_size in batches:
+            torch.cuda.empty_cache()
+            try:
+                one = full_size_row(sizes, device, lm, train_qformer, batch_size, rate, args.repeats or 10)
+            except torch.OutOfMemoryError as error:
+                print(f"{lm:16}{'Q-Former and gates' if train_qformer else 'gates':20}{batch_size:>6}  out of memory: {str(error)[:60]}")
+                continue
+            found.append({"card": card, **one})
+            memory = "".join(f"{one[name] / 2**30:>{width}.2f}" for name, width in (("loaded", 8), ("forward", 9), ("training", 9), ("answering", 9)))
+            print(f"{lm:16}{one['trained']:20}{batch_size:>6}{memory}{one['samples_per_second']:>11.1f}{one['tflops']:>9.1f}{one['share']:>7.1%}"
+                  f"{one['answers_per_second']:>11.1f}")
+    print("memory in GiB, all of it: weights, gradients, optimizer, activations")
+    return {"matrix_product_flops": rate, "rows": found}
+
+
+def full_size_row(sizes, device, lm, train_qformer, batch_size, rate, repeats):
+    model = random_model(sizes, device, torch.bfloat16, lm, train_qformer)
+    batch = random_batch(model, sizes, batch_size)
+    questions = ["a man in a blue coat and a dog"] * batch_size
+
+    def total(function):
+        held = torch.cuda.memory_allocated() if device == "cuda" else 0
+        return held + (peak_memory(function) or 0)
+
+    def answer():
+        with torch.autocast(device, torch.bfloat16):
+            model.eval().predict_answers(None, questions, image_embeds=batch["image_embeds"], style_feature=batch["style_feature"])
+
+    loaded = total(lambda: None)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        forward = total(lambda: model.eval()(**batch))
+    answering = total(answer)
+    step = train_step_of(model, batch, "bf16")
+    step()
+    training = total(step)
+    per_step = statistics.median(seconds(step) for _ in range(repeats))
+    per_answer = statistics.median(seconds(answer) for _ in range(3)) / batch_size
+    flops = step_flops(sizes, model) * batch_size
+    return {"lm": lm, "trained": "Q-Former and gates" if train_qformer else "gates", "batch": batch_size, "loaded": loaded, "forward": forward,
+            "training": training, "answering": answering, "samples_per_second": batch_size / per_step, "tflops": flops / per_step / 1e12,
+            "share": flops / per_step / rate, "answers_per_second": 1 / per_answer}
+
+
+def matrix_product_rate(device, size=8192):
+    """Operations a second of a large bf16 matrix product: what this card can do at best."""
+    size = size if device == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a @ b
+    return 2 * size ** 3 / statistics.median(seconds(lambda: a @ b) for _ in range(10))
+
+
+# --- gated, full size, on paper ------------
+
+NF4_BITS = 4.127  # a weight, with double quantisation (QLoRA, 2023)
+
+
+def kept_bytes(model, batch):
+    """Bytes of activations that a training step of this model keeps for the backward pass; on the meta device nothing is computed."""
+    seen, held = {}, []  # else a storage's address could be used twice
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        held.append(storage)
+        seen[storage._cdata] = storage.nbytes()
+        return tensor
+
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        model.train()(**batch)
+    return sum(size for place, size in seen.items() if place not in weights)
+
+
+def plan_table(sizes=FULL, batches=(2, 8, 64)):
+    """The memory of training computed from the shapes: weights, gradients, optimizer, activations."""
+    print(f"{'language model':16}{'trained':20}{'activations':13}{'weights':>9}{'trained x 16 B':>16}" + "".join(f"{f'batch {b}':>10}" for b in batches))
+    found = []
+    for lm, train_qformer, how in itertools.product(("bf16", "nf4"), (True, False), ("keep", "bits", "recompute")):
+        model = random_model(sizes, "meta", torch.bfloat16, train_qformer=train_qformer)
+        core.save_activations(model.language_model, how)
+        weights, trained = planned_weights(model, lm)
+        sample = kept_bytes(model, random_batch(model, sizes, 2)) / 2
+        peaks = [weights + trained + sample * b for b in batches]
+        what = "Q-Former and gates" if train_qformer else "gates"
+        found.append({"lm": lm, "trained": what, "activations": how, "weights": weights, "trained_bytes": trained, "sample": sample,
+                      **{f"batch {b}": peak for b, peak in zip(batches, peaks)}})
+        print(f"{lm:16}{what:20}{how:13}{weights / 2**30:>9.2f}{trained / 2**30:>16.2f}" + "".join(f"{peak / 2**30:>10.2f}" for peak in peaks))
+    print("computed from the shapes, GiB, torch's own peak: 32 queries + 28 text tokens, 4 label rows, features from a cache; the context of "
+          "CUDA (about 0.5) comes on top")
+    return {"computed": True, "rows": found}
+
+
+def planned_weights(model, lm):
+    """(bytes of the frozen weights, bytes of what is trained: weight, gradient and AdamW's two moments in float32)."""
+    linear = {id(m.weight) for m in model.language_model.model.decoder.layers.modules() if isinstance(m, nn.Linear)}
+    frozen = trained = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trained += 16 * parameter.numel()
+        else:
+            frozen += parameter.numel() * (NF4_BITS / 8 if lm == "nf4" and id(parameter) in linear else parameter.element_size())
+    return frozen, trained
+
+
+# --- growth ------------
+
+GROWTH = (64, 256, 1024)  # pictures
+
+
+def growth(args):
+    """Time and memory of one epoch of train_gated.py on 1x, 4x and 16x the pictures, in one process and in two -> table, OUT.png."""
+    found = []
+    for pictures in GROWTH:
+        with tempfile.TemporaryDirectory() as place:
+            folder = pathlib.Path(place)
+            write_task(folder, SMALL, pictures, 3)
+            first, peak = command_cost(folder, "first")
+            again, peak_again = command_cost(folder, "again")
+            size = sum(file.stat().st_size for file in (folder / "cache").glob("*.rows"))
+            two, peak_two = command_cost(folder, "two", processes=2)
+        found.append({"pictures": 2 * pictures, "questions": 3 * pictures, "cache_bytes": size, "first_seconds": first, "seconds": again,
+                      "peak_bytes": max(peak, peak_again), "two_seconds": two, "two_peak_bytes": peak_two})
+    print(f"\n{'pictures':>9}{'questions':>11}{'cache, MB':>11}{'first run, s':>14}{'again, s':>10}{'peak, GiB':>11}{'two processes, s':>18}"
+          f"{'peak of each':>14}")
+    for one in found:
+        print(f"{one['pictures']:>9}{one['questions']:>11}{one['cache_bytes'] / 2**20:>11.0f}{one['first_seconds']:>14.0f}{one['seconds']:>10.0f}"
+              f"{one['peak_bytes'] / 2**30:>11.2f}{one['two_seconds']:>18.0f}{one['two_peak_bytes'] / 2**30:>14.2f}")
+    if args.json:
+        with runfolder.whole_file(args.json) as file:
+            json.dump(found, file, indent=1)
+        draw_growth(found, pathlib.Path(args.json).with_suffix(".png"))
+
+
+def command_cost(folder, out, processes=1):
+    """(seconds, peak resident bytes of the largest process) of an epoch of train_gated.py, as a command of its own."""
+    script = str(pathlib.Path(__file__).with_name("train_gated.py"))
+    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+                                                     "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    flags = ["--data", folder, "--blip2", folder / "blip2", "--cache", folder / "cache", "--gating", "none", "--train-qformer", "--style", "none",
+             "--epochs", 1, "--batch-size", 16 // processes, "--accumulation", 1, "--workers", 0, "--out", folder / out]
+    began = time.perf_counter()
+    threads = str(max(1, torch.get_num_threads() // processes))
+    done = subprocess.Popen([*start, script, *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": threads})
+    error = done.stderr.read()
+    _, status, used = os.wait4(done.pid, 0)
+    if status:
+        raise rows.DataError(f"{script} failed: {error.strip().splitlines()[-1]}")
+    return time.perf_counter() - began, used.ru_maxrss * 1024
+
+
+def draw_growth(found, path):
+    """Seconds and memory over the number of pictures."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.4), layout="constrained")
+    pictures = [one["pictures"] for one in found]
+    for label, key, colour in (("first run: cache and epoch", "first_seconds", "C0"), ("again, from the cache", "seconds", "C1"),
+                               ("again, two processes", "two_seconds", "C2")):
+        axes[0].plot(pictures, [one[key] for one in found], "o-", label=label, color=colour)
+    axes[1].plot(pictures, [one["peak_bytes"] / 2**30 for one in found], "o-", label="peak memory of the process", color="C0")
+    axes[1].plot(pictures, [one["two_peak_bytes"] / 2**30 for one in found], "o-", label="each of two processes", color="C2")
+    axes[1].plot(pictures, [one["cache_bytes"] / 2**30 for one in found], "o--", label="cache on disk", color="C7")
+    for axis, heading in zip(axes, ("seconds", "GiB")):
+        axis.set_title(heading, loc="left", fontsize=11)
+        axis.set_xlabel("pictures")
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=9)
+    with runfolder.whole_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=120)
+    plt.close(figure)
+
+
+# --- parts of other stages ------------
+
+def fusion(args):
     """A training step of SPRC, without and with the fusion: EVA-ViT-g, 257 patches of 1408, Q-Former of BERT-base's size, 32
     queries, sentences of 16 tokens. --cached: the features are there, so that the vision tower does not hide the gate."""
     from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionModel
@@ -71,7 +610,7 @@ def gate(args):
             optimizer.zero_grad()
         return step
 
-    plain, gated, ratio = paired(step_of(False), step_of(True), args.repeats)
+    plain, gated, ratio = paired(step_of(False), step_of(True), args.repeats or 10)
     print(f"training step of {B} triplets on {device}: {plain:.3f} s without the gate, {gated:.3f} s with it, ratio {ratio:.3f}")
 
 
@@ -89,13 +628,13 @@ def captions(args):
                        for text in train_blip_caption.describe(model, tokenizer, part, train_blip_caption.GENERATION)]
 
     size = args.batch_size or 32
-    batched, single, ratio = paired(lambda: captioned(size), lambda: captioned(1), args.repeats)
+    batched, single, ratio = paired(lambda: captioned(size), lambda: captioned(1), args.repeats or 10)
     same = sum(a == b for a, b in zip(found[size], found[1]))
     print(f"{len(pixels)} captions, 5 beams, on {device}: {single:.2f} s one by one, {batched:.2f} s in batches of {size}, ratio {ratio:.1f}; "
           f"{same} of {len(pixels)} are the same")
 
 
-BENCHES = {"gate": gate, "captions": captions}
+BENCHES = {"gated": gated, "growth": growth, "fusion": fusion, "captions": captions}
 
 
 def main(argv=None):

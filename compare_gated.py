@@ -4,9 +4,9 @@
 
 Four systems: with gates or without, the Q-Former frozen or trained. Each has the same data and steps and the same search: one
 run for each of --lrs on the first seed, the best by validation loss; with that rate a run for each of --seeds. Every run is
-train_gated.py and eval_gated.py as they stand (its folder is OUT/<name>), on features of the frozen towers computed once and
-kept in memory (1.4 MB a picture at full size in float32); seconds a step are therefore without the towers. Finished runs
-are not repeated when the command is given again. All other flags go to train_gated.py.
+train_gated.py and eval_gated.py as they stand (its folder is OUT/<name>), on features of the frozen towers computed once
+(--cache OUT/cache); seconds a step are therefore without the towers. Finished runs are not repeated when the command is given
+again. All other flags go to train_gated.py.
 """
 
 import argparse
@@ -16,9 +16,6 @@ import statistics
 import sys
 import time
 from types import SimpleNamespace
-
-import torch
-from tqdm import tqdm
 
 import eval_gated
 import loop
@@ -42,29 +39,9 @@ def get_args(argv=None):
     return parser.parse_known_args(argv)
 
 
-# --- features of the frozen towers ------------
-
-@torch.no_grad()
-def tower_features(argv, split):
-    """{path: {"image_embeds": [P,W], "style_feature": [F]}} of every picture of training, validation and `split`."""
-    args = train_gated.get_args([*argv, "--gating", "film"])
-    run = train_gated.prepare(args)
-    every = [*run.train.rows, *run.val.rows, *train_gated.read_data(args, split)]
-    firsts = list({row.image: row for row in every}.values())
-    data = train_gated.Questions(firsts, run.model.image_size)
-    batches = [list(range(i, min(i + 32, len(firsts)))) for i in range(0, len(firsts), 32)]
-    loaded, found = iter(loop.load_batches(data, run.collate, batches, args.workers)), {}
-    for numbers in tqdm(batches, desc="tower features", mininterval=1, disable=None):
-        batch = loop.next_batch(loaded, run.accelerator.device)
-        features = {name: tensor.cpu() for name, tensor in run.model.eval().image_features(batch["images"]).items()}
-        for k, n in enumerate(numbers):
-            found[firsts[n].image] = {name: tensor[k].clone() for name, tensor in features.items()}
-    return found
-
-
 # --- runs ------------
 
-def one_run(args, others, system, lr, seed, features):
+def one_run(args, others, system, lr, seed):
     """Train one system (where that is not done yet) -> what run.json holds, and the folder."""
     name = system.replace(", Q-Former", "").replace(" ", "-")
     folder = pathlib.Path(args.out) / f"{name}-lr{lr:g}-seed{seed}"
@@ -75,8 +52,8 @@ def one_run(args, others, system, lr, seed, features):
         if held["flags"] != flags:
             raise DataError(f"{done} is of other flags ({' '.join(held['flags'])}): choose another --out")
         return held, folder
-    settings = train_gated.get_args([*flags, "--out", str(folder), "--resume", "--save-last", "--workers", "0"])
-    run, signal_number = train_gated.fit(settings, features)
+    settings = train_gated.get_args([*flags, "--out", str(folder), "--resume", "--save-last"])
+    run, signal_number = train_gated.fit(settings)
     if signal_number:
         raise KeyboardInterrupt
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
@@ -86,9 +63,9 @@ def one_run(args, others, system, lr, seed, features):
     return held, folder
 
 
-def step_seconds(others, features, rounds=5, steps=10):
+def step_seconds(others, rounds=5, steps=10):
     """{system: median seconds of an optimizer step}, measured in turns so that a slow minute of the machine falls on all alike."""
-    runs = {system: train_gated.prepare(train_gated.get_args([*others, *flags, "--workers", "0"]), features)
+    runs = {system: train_gated.prepare(train_gated.get_args([*others, *flags]))
             for system, flags in SYSTEMS.items()}
     found = {system: [] for system in SYSTEMS}
     for _ in range(rounds):
@@ -99,12 +76,12 @@ def step_seconds(others, features, rounds=5, steps=10):
     return {system: statistics.median(seconds) for system, seconds in found.items()}
 
 
-def scores(args, folder, features):
+def scores(args, others, folder):
     """Rows of eval_gated's table for the run in `folder`."""
     table = folder / f"{args.split}.json"
     if not table.exists():
         eval_gated.main(["--checkpoint", str(folder / "best.pt"), "--split", args.split, "--table", str(table), "--no-baselines",
-                         "--shuffle-style", "--workers", "0"], features)
+                         "--shuffle-style", "--workers", "0", "--cache", others[-1]])
     return json.loads(table.read_text(encoding="utf-8"))
 
 
@@ -122,22 +99,22 @@ def spread(values):
 
 def main(argv=None):
     args, others = get_args(argv)
-    features = tower_features(others, args.split)
+    others += ["--workers", "0", "--cache", str(pathlib.Path(args.out) / "cache")]
     rates = {}
     for system in SYSTEMS:
-        tried = {lr: one_run(args, others, system, lr, args.seeds[0], features)[0]["value"] for lr in args.lrs}
+        tried = {lr: one_run(args, others, system, lr, args.seeds[0])[0]["value"] for lr in args.lrs}
         rates[system] = min(tried, key=lambda lr: float("inf") if tried[lr] is None else tried[lr])
         print(f"{system}: validation loss by lr {tried}, chosen {rates[system]:g}")
     results = {system: [] for system in SYSTEMS}
     for seed in args.seeds:  # seeds outside, so that a slow hour of the machine falls on all systems alike
         for system in SYSTEMS:
-            held, folder = one_run(args, others, system, rates[system], seed, features)
-            table = scores(args, folder, features)
+            held, folder = one_run(args, others, system, rates[system], seed)
+            table = scores(args, others, folder)
             content = {r["type"] for r in table} - {*args.style_types, "all"}
             results[system].append({**held, "style": exact_match(table, args.style_types, False),
                                     "content": exact_match(table, content, False),
                                     "another's style": exact_match(table, args.style_types, True)})
-    seconds = step_seconds(others, features)
+    seconds = step_seconds(others)
     print(f"\nexact match in % on {args.split}, mean +- standard deviation over the seeds {args.seeds}, {held['steps']} steps at most")
     print(f"{'system':28}{'lr':>8}{'trained':>13}{'s a step':>10}{'style':>14}{'content':>14}{'style, shuffled':>17}")
     for system, found in results.items():

@@ -7,6 +7,7 @@ Reading order (building blocks first, the whole last):
   style terms      style_vocabulary, style_hit, style_kl
   prompts          encode_prompts, encode_training
   stage 1          Blip2Retrieval, text_ids, itc_targets, itc_loss, max_similarity
+  memory           PackedReLU, save_activations
   the system       Blip2OPTGated
 The style classifier is in efficientnet.py, the loading of published models in published.py, checkpoints and run folders in
 runfolder.py, the tools of training loops in loop.py, tables and images in rows.py.
@@ -16,11 +17,14 @@ W vision width, D language model width, V vocabulary, T control tokens, M answer
 space in which images and texts are compared.
 """
 
+import copy
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from efficientnet import EfficientNet28, load_strictly
 from published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
@@ -378,24 +382,34 @@ def answer_ids(tokenizer, answer, max_tokens=16):
     return ids[:max_tokens - 1] + [newline_id(tokenizer)]
 
 
-def pad_ids(rows, value, left=False):
-    """Lists of ids -> LongTensor [B,L], padded with value on the right, or on the left for generation."""
-    L = max(map(len, rows))
+def pad_ids(rows, value, left=False, multiple=1):
+    """Lists of ids -> LongTensor [B,L], padded with value on the right, or on the left for generation; L a multiple of `multiple`."""
+    L = -(-max(map(len, rows)) // multiple) * multiple
     return torch.tensor([[value] * (L - len(r)) + r if left else r + [value] * (L - len(r)) for r in rows])
 
 
-def encode_training(tokenizer, questions, answers, max_answer=16, contexts=None):
-    """Questions and answers -> dict of [B,L] tensors, right-padded: input_ids, attention_mask, prompt_mask, labels.
+def text_lengths(tokenizer, questions, answers, contexts):
+    """Tokens of each prompt with its answer, nearly (nothing is cut here): what batches of equal length are made by."""
+    texts = [CONTEXT.format(c.strip()) * bool(c.strip()) + PROMPT.format(q) + f" {a}" for q, a, c in zip(questions, answers, contexts)]
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+
+
+def encode_training(tokenizer, questions, answers, max_answer=16, contexts=None, multiple=1):
+    """Questions and answers -> dict of [B,L] tensors, right-padded to a multiple: input_ids, attention_mask, prompt_mask, labels.
 
     labels are -100 on the prompt and on pads, so the loss sees the answer alone. prompt_mask marks the prompt: the gates
     read the question there and never the answer.
     """
     prompts = [prompt_ids(tokenizer, q, c) for q, c in zip(questions, contexts or [""] * len(questions))]
     targets = [answer_ids(tokenizer, a, max_answer) for a in answers]
-    return {"input_ids": pad_ids([p + t for p, t in zip(prompts, targets)], tokenizer.pad_token_id),
-            "attention_mask": pad_ids([[1] * len(p + t) for p, t in zip(prompts, targets)], 0),
-            "prompt_mask": pad_ids([[1] * len(p) + [0] * len(t) for p, t in zip(prompts, targets)], 0),
-            "labels": pad_ids([[-100] * len(p) + t for p, t in zip(prompts, targets)], -100)}
+    def padded(rows, value):
+        return pad_ids(rows, value, multiple=multiple)
+
+    pairs = list(zip(prompts, targets))
+    return {"input_ids": padded([p + t for p, t in pairs], tokenizer.pad_token_id),
+            "attention_mask": padded([[1] * len(p + t) for p, t in pairs], 0),
+            "prompt_mask": padded([[1] * len(p) + [0] * len(t) for p, t in pairs], 0),
+            "labels": padded([[-100] * len(p) + t for p, t in pairs], -100)}
 
 
 def encode_prompts(tokenizer, questions, contexts=None):
@@ -458,12 +472,15 @@ class Blip2Retrieval(nn.Module):
     def train(self, mode=True):
         """The frozen vision tower stays in eval mode."""
         super().train(mode)
-        self.vision_model.eval()
+        if self.vision_model is not None:
+            self.vision_model.eval()
         return self
 
     @torch.no_grad()
     def image_embeds(self, images):
-        """images [B,3,h,w] in BLIP's normalisation -> the frozen tower's [B,P,W]; may be computed before and kept."""
+        """images [B,3,h,w] in BLIP's normalisation -> the frozen tower's [B,P,W]; or [B,P,W] of a cache, handed on."""
+        if images.ndim == 3:
+            return images.float()
         return self.vision_model(pixel_values=images).last_hidden_state.float()
 
     def joint(self, image_embeds, input_ids, attention_mask, mask=padding_mask):
@@ -508,6 +525,52 @@ def max_similarity(vectors, images):
         return torch.einsum("ae,bqe->abq", vectors.float(), images.float()).amax(-1)
 
 
+# --- activations of the frozen language model ------------
+
+class PackedReLU(torch.autograd.Function):
+    """ReLU that keeps one bit a number for the backward pass, not its output: the same values and gradients to the bit.
+
+    Of a frozen OPT the ReLU outputs are the largest thing that training keeps: the linear layer behind them, whose weight gets no
+    gradient, needs no input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """x of any shape with a multiple of 8 numbers."""
+        out = F.relu(x)
+        bits = (out > 0).view(-1, 8) * _powers(x.device)  # [N/8,8]
+        ctx.save_for_backward(bits.sum(-1, dtype=torch.uint8))  # [N/8]
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        packed, = ctx.saved_tensors
+        positive = packed[:, None].bitwise_and(_powers(packed.device)).ne(0)  # [N/8,8]
+        return gradient * positive.view_as(gradient)
+
+
+def _powers(device):
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+
+
+class BitReLU(nn.Module):
+    """PackedReLU as a module."""
+
+    def forward(self, x):
+        return PackedReLU.apply(x)
+
+
+def save_activations(language_model, how):
+    """How training keeps the activations of a frozen OPT: "keep" as they are; "bits": PackedReLU; "recompute": each layer's input
+    alone, the rest is computed again in the backward pass (Chen et al. 2016). Gradients are the same."""
+    for layer in language_model.model.decoder.layers:
+        if how == "bits":
+            if not isinstance(layer.activation_fn, nn.ReLU):
+                raise DataError(f"--activations bits is for ReLU; this language model has {type(layer.activation_fn).__name__}")
+            layer.activation_fn = BitReLU()
+        elif how == "recompute":
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
 # --- the system ------------
 
 class Blip2OPTGated(nn.Module):
@@ -546,11 +609,14 @@ class Blip2OPTGated(nn.Module):
         self._freeze(train_qformer, own_kv)
 
     @classmethod
-    def build(cls, blip2, efficientnet, styles, gating="film", qformer=None, dtype=torch.float32, safe=False, **settings):
+    def build(cls, blip2, efficientnet, styles, gating="film", qformer=None, dtype=torch.float32, safe=False, lm_precision=None,
+              tower=True, **settings):
         """From names and plain values (best.pt's model_args): blip2 an id or folder, efficientnet a checkpoint, qformer the
-        folder or file of another Q-Former. dtype is that of the frozen towers."""
+        folder or file of another Q-Former. dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
         net = EfficientNet28.from_checkpoint(efficientnet, safe) if gating != "none" else None
-        blip2, tokenizer = load_blip2(blip2, dtype)
+        blip2, tokenizer = load_blip2(blip2, dtype, lm_precision, tower)
+        if not tower:
+            blip2.vision_model = None
         if qformer:
             replace_qformer(blip2, qformer)
         return cls(blip2, tokenizer, net, styles, gating, **settings)
@@ -623,6 +689,8 @@ class Blip2OPTGated(nn.Module):
 
         style_images [B,3,h,w]: other pictures for the EfficientNet alone (what if this were painted like that?).
         """
+        if self.vision_model is None:
+            raise RuntimeError("built without the vision tower (tower=False): pass image_embeds, from a cache")
         embeds = self.vision_model(pixel_values=images).last_hidden_state  # casts to its own dtype
         style_images = images if style_images is None else style_images
         return {"image_embeds": embeds, "style_feature": self.efficientnet(style_images) if self.efficientnet else None}
@@ -696,7 +764,9 @@ class Blip2OPTGated(nn.Module):
 
         -> logits [M,V], targets [M], owner [M] (row of the batch).
         """
-        states = self.language_model.model(**self.lm_inputs(visual, input_ids, attention_mask)).last_hidden_state
+        inputs = self.lm_inputs(visual, input_ids, attention_mask)
+        inputs["attention_mask"] = None  # pads are on the right, where no word looks; without a mask the flash kernel may run
+        states = self.language_model.model(**inputs, use_cache=False).last_hidden_state
         owner, position = (labels != -100).nonzero(as_tuple=True)
         before = visual.shape[1] + position - 1  # the state before each token predicts it
         return self.language_model.lm_head(states[owner, before]), labels[owner, position], owner
@@ -721,12 +791,13 @@ class Blip2OPTGated(nn.Module):
             return [answers[i] for i in scores.argmax(-1).tolist()]
         if method != "generate":
             raise ValueError(f"method must be generate or rank, got {method!r}")
-        batch = to_device(encode_prompts(self.tokenizer, questions, contexts), features["image_embeds"].device)
-        visual = self.visual_prompt(**features, input_ids=batch["input_ids"], prompt_mask=batch["attention_mask"],
-                                    gated=gated, blind=blind)
+        inputs, _ = self._prompt_inputs(questions, contexts, **features, gated=gated, blind=blind)
+        # the prompt goes through here once: generate would repeat it for every beam before it has a cache to share; it wants the
+        # whole inputs all the same, and runs what the cache lacks
+        cache = beam_cache(self._prefill(inputs), beams, max_new_tokens)
         settings = {"num_beams": beams, **({"length_penalty": length_penalty} if beams > 1 else {})}
         ids = self.language_model.generate(
-            **self.lm_inputs(visual, **batch), **settings, do_sample=False, max_new_tokens=max_new_tokens, min_new_tokens=1,
+            **inputs, past_key_values=cache, **settings, do_sample=False, max_new_tokens=max_new_tokens, min_new_tokens=1,
             eos_token_id=newline_id(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)  # only new tokens: the prompt went in as embeddings
         return [text.split("\n")[0].strip() for text in texts]
@@ -738,21 +809,100 @@ class Blip2OPTGated(nn.Module):
 
         image_embeds [B,P,W], style_feature [B,F]. Candidates are scored in chunks of `chunk` question-answer pairs.
         """
-        device = image_embeds.device
-        contexts = contexts or [""] * len(questions)
-        prompts = to_device(encode_prompts(self.tokenizer, questions, contexts), device)
-        visual = self.visual_prompt(image_embeds, style_feature, prompts["input_ids"], prompts["attention_mask"], gated, blind)
-        pairs = [(b, a) for b in range(len(questions)) for a in range(len(answers))]
-        scores = []
-        for start in range(0, len(pairs), chunk):
-            part = pairs[start:start + chunk]
-            batch = to_device(encode_training(self.tokenizer, [questions[b] for b, _ in part], [answers[a] for _, a in part],
-                                              max_answer=64, contexts=[contexts[b] for b, _ in part]), device)
-            logits, targets, owner = self._answer_logits(visual[[b for b, _ in part]], batch["input_ids"],
-                                                         batch["attention_mask"], batch["labels"])
-            nll = F.cross_entropy(logits.float(), targets, reduction="none")  # [M]
-            scores.append(-(F.one_hot(owner, len(part)).T.float() @ nll))  # [pairs of this chunk]
-        return torch.cat(scores).view(len(questions), len(answers))
+        prompt = self._prompt_inputs(questions, contexts, image_embeds, style_feature, gated, blind)
+        targets = [answer_ids(self.tokenizer, answer, max_tokens=64) for answer in answers]
+        pairs = [(b, target) for b in range(len(questions)) for target in targets]
+        return self._log_likelihoods(*prompt, pairs, chunk).view(len(questions), len(answers))
+
+    @torch.no_grad()
+    def confidence(self, questions, answers, image_embeds, style_feature=None, contexts=None, gated=True, blind=False, chunk=64):
+        """Mean log-probability of the tokens of one answer a question, newline included -> float [B], 0 at most.
+
+        image_embeds [B,P,W], style_feature [B,F]. The mean and not the sum, so that long answers do not count as doubtful. An
+        empty answer is what answer_ids makes of it: a space and the newline, which generation may well give.
+        """
+        prompt = self._prompt_inputs(questions, contexts, image_embeds, style_feature, gated, blind)
+        pairs = list(enumerate(answer_ids(self.tokenizer, answer, max_tokens=64) for answer in answers))
+        lengths = torch.tensor([len(target) for _, target in pairs], device=image_embeds.device)
+        return self._log_likelihoods(*prompt, pairs, chunk) / lengths
+
+    def _prompt_inputs(self, questions, contexts, image_embeds, style_feature, gated, blind):
+        """-> lm_inputs of the left-padded prompts, [B,Q+L], and the last token of each, [B,1], never a pad."""
+        batch = to_device(encode_prompts(self.tokenizer, questions, contexts), image_embeds.device)
+        visual = self.visual_prompt(image_embeds, style_feature, batch["input_ids"], batch["attention_mask"], gated, blind)
+        return self.lm_inputs(visual, **batch), batch["input_ids"][:, -1:]
+
+    def _prefill(self, inputs):
+        """lm_inputs -> DynamicCache of all positions but the last, [B,heads,Q+L-1,D/heads] a layer; the last one's state is the
+        first that predicts an answer token."""
+        from transformers import DynamicCache
+        cache = DynamicCache()
+        if inputs["inputs_embeds"].shape[1] > 1:  # else nothing stands before it
+            self.language_model.model(**{name: x[:, :-1] for name, x in inputs.items()}, past_key_values=cache)
+        return cache
+
+    def _log_likelihoods(self, inputs, last, pairs, chunk):
+        """Sum of the log-probabilities of the tokens of each pair (row of the batch, token ids) -> float [pairs].
+
+        The prompts run once; a chunk holds a copy of the cache for each of its pairs, and runs the last token and the answer.
+        """
+        cache, sums = self._prefill(inputs), torch.empty(len(pairs), device=last.device)
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))  # like lengths together: next to no pads
+        for part in (order[start:start + chunk] for start in range(0, len(order), chunk)):
+            rows = torch.tensor([pairs[i][0] for i in part], device=last.device)
+            targets = pad_ids([pairs[i][1] for i in part], -100).to(last.device)  # [N,A]
+            real, before = targets != -100, targets[:, :-1]  # the last token of an answer predicts nothing
+            ids = torch.cat([last[rows], before.clamp(min=0)], 1)  # [N,A], right-padded
+            mask = torch.cat([inputs["attention_mask"][rows], real[:, :-1]], 1)  # [N,Q+L-1+A]; a pad takes no position
+            out = self.language_model.model(input_ids=ids, attention_mask=mask, past_key_values=_cache_rows(cache, rows))
+            states = out.last_hidden_state[real]  # [N,A,D] -> [M,D]
+            nll = F.cross_entropy(self.language_model.lm_head(states).float(), targets[real], reduction="none")  # [M]
+            sums[part] = -torch.zeros(targets.shape, device=last.device).masked_scatter(real, nll).sum(1)  # [N]
+        return sums
+
+
+def beam_cache(cache, beams, new_tokens):
+    """DynamicCache of B prompts, each [B,heads,P,D/heads] -> one of B*beams beams with room for new_tokens.
+
+    A step writes its keys and values in place, and choosing among the beams moves only what was generated: they share the prompt.
+    transformers' own layer copies everything in both, which takes longer than the step itself.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    class BeamLayer(DynamicLayer):
+        def __init__(self, prompt):
+            super().__init__()
+            B, heads, self.prompt, width = prompt.keys.shape
+            self.room = [x.new_empty(B * beams, heads, self.prompt + new_tokens, width) for x in (prompt.keys, prompt.values)]
+            for room, x in zip(self.room, (prompt.keys, prompt.values)):
+                room[:, :, :self.prompt] = x.repeat_interleave(beams, 0)
+            self.dtype, self.device, self.is_initialized = prompt.keys.dtype, prompt.keys.device, True
+            self._show(self.prompt)
+
+        def _show(self, length):
+            self.keys, self.values = (room[:, :, :length] for room in self.room)  # [B*beams,heads,length,D/heads]
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+            for room, x in zip(self.room, (key_states, value_states)):
+                room[:, :, start:end] = x
+            self._show(end)
+            return self.keys, self.values
+
+        def reorder_cache(self, beam_idx):
+            for shown in (self.keys, self.values):
+                shown[:, :, self.prompt:] = shown[:, :, self.prompt:].index_select(0, beam_idx)
+
+    cache.layers = [BeamLayer(layer) for layer in cache.layers]  # none where a prompt has one token: generate makes its own
+    return cache
+
+
+def _cache_rows(cache, rows):
+    """Rows of a DynamicCache as a new one; the cache itself stays, since only its layers' tensors are ever replaced."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(rows)
+    return chosen
 
 
 def _row_mean(rows):

@@ -22,10 +22,11 @@ from accelerate import Accelerator
 import loop
 import core
 import metrics
+import published
 import rows
 import runfolder
 from rows import DataError
-from train_gated import Collate, Questions, evaluate, loss_summary, predicted_styles, read_data, resolved
+from train_gated import Collate, Questions, cached_features, evaluate, loss_summary, predicted_styles, read_data, resolved
 from train_gated import get_args as train_gated_args
 
 LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
@@ -62,24 +63,32 @@ def get_args(argv=None):
     parser.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
     parser.add_argument("--batch-size", type=runfolder.positive, default=16, help="questions at a time (default: 16)")
     parser.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    parser.add_argument("--cache", metavar="DIR", help="keep the frozen towers' features there, computed once, also those of training")
+    parser.add_argument("--lm-precision", choices=tuple(published.LM_PRECISIONS), help="of the frozen language model (default: as in training)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                         help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
     return runfolder.parse_args(parser, argv)
 
 
-def load_model(args, checkpoint, dtype):
-    """The model of a checkpoint before its trained tensors are put in: the same BLIP-2, untrained and with open gates."""
-    built_from = dict(checkpoint["model_args"])
-    for name in ("blip2", "efficientnet"):
-        built_from[name] = getattr(args, name) or built_from[name]
-    places = resolved(built_from)
+def built_as(args, checkpoint):
+    """model_args of a checkpoint with what lies elsewhere now, or is asked for in another precision."""
+    moved = {name: getattr(args, name) for name in ("blip2", "efficientnet", "lm_precision") if getattr(args, name)}
+    return resolved({**checkpoint["model_args"], **moved})
+
+
+def load_model(args, checkpoint, dtype, towers=None):
+    """The model of a checkpoint before its trained tensors are put in: the same BLIP-2, untrained and with open gates.
+
+    towers: None, or the fingerprints of towers that a cache stands for, which are then left out."""
+    places = built_as(args, checkpoint)
     try:
-        model = core.Blip2OPTGated.build(**places, safe=args.safe_load, dtype=dtype)
+        model = core.Blip2OPTGated.build(**places, safe=args.safe_load, dtype=dtype, tower=not towers)
     except TypeError as error:  # a setting that this version does not know
         raise DataError(f"{args.checkpoint}: written by another version of this project ({error})") from None
-    if runfolder.fingerprint(model) != checkpoint["frozen"]:
+    others = runfolder.other_parts({**runfolder.fingerprint(model), **(towers or {})}, checkpoint["frozen"])
+    if others:
         raise DataError(f"{args.checkpoint} was trained on another BLIP-2 or style classifier than {places['blip2']} and "
-                        f"{places['efficientnet']}: pass --blip2 and --efficientnet of the training")
+                        f"{places['efficientnet']} (other: {', '.join(others)}): pass --blip2 and --efficientnet of the training")
     return model
 
 
@@ -197,7 +206,7 @@ def write_predictions(path, ids, questions, predictions):
     return path.with_suffix(".csv")
 
 
-def main(argv=None, features=None):
+def main(argv=None):
     args = get_args(argv)
     if args.predictions and not args.predictions.endswith(".json"):
         raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
@@ -213,9 +222,13 @@ def main(argv=None, features=None):
     data_args(args, {**vars(train_gated_args(["--data", ""])), **checkpoint["args"]})  # defaults for what older files lack
     questions = read_data(args, args.split, accelerator.print)
     ids = question_ids(questions)
-    model = load_model(args, checkpoint, core.DTYPES[accelerator.mixed_precision]).to(accelerator.device)
+    places, dtype = built_as(args, checkpoint), core.DTYPES[accelerator.mixed_precision]
+    features, towers = cached_features(args, places, questions, accelerator, dtype)
+    model = load_model(args, checkpoint, dtype, towers).to(accelerator.device)
+    if places.get("lm_precision") != checkpoint["model_args"].get("lm_precision"):
+        accelerator.print(f"the language model is in {places['lm_precision']}, in training it was in "
+                          f"{checkpoint['model_args'].get('lm_precision') or 'the precision of the towers'}")
     if args.style == "efficientnet":
-        places = resolved({name: getattr(args, name) or checkpoint["model_args"][name] for name in ("blip2", "efficientnet")})
         questions, = predicted_styles(args, places["blip2"], places["efficientnet"], [questions], accelerator.device,
                                       accelerator.print)
     data = Questions(questions, model.image_size, features)

@@ -159,6 +159,9 @@ def stopped(accelerator, stop):
 
 # --- numbers ------------
 
+BUCKET = 16  # groups that are sorted by length together, see epoch_plan
+
+
 def cosine_lr(step, total, warmup, peak, floor=0.0):
     """Learning rate of optimizer step `step` (from 0): linear to peak over `warmup` steps, then cosine to floor at total.
 
@@ -180,7 +183,7 @@ def seed_everything(*numbers):
     torch.manual_seed(state)
 
 
-def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1):
+def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1, lengths=None):
     """Who sees which row when: a pure function of its arguments.
 
     Returns for every optimizer step (group, micro-batches): group = row numbers of the whole effective batch
@@ -188,12 +191,21 @@ def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1
     batch_size rows each. The micro-batches of a step are the same however many processes share them, and their number
     seeds dropout: 1 process with accumulation 2 trains to the same weights as 2 processes with accumulation 1. An
     incomplete last group is left out, unless it is the only one, which is then split evenly.
+
+    lengths: tokens of every row. The rows of BUCKET groups are then sorted by length before they are cut into groups, whose
+    order is drawn again: rows of a batch are about equally long, so that few pads are computed.
     """
-    order = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+    draw = np.random.default_rng([seed, epoch])
+    order = draw.permutation(count)
     size = batch_size * accumulation * processes
-    groups = [order[i:i + size] for i in range(0, count, size)]
-    if len(groups) > 1 and len(groups[-1]) < size:
-        groups.pop()
+    order = order[:max(count - count % size, min(count, size))]  # before the sorting, which would always leave out the longest
+    if lengths is not None:
+        lengths = np.asarray(lengths)
+        parts = [order[i:i + BUCKET * size] for i in range(0, len(order), BUCKET * size)]
+        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+    groups = [order[i:i + size].tolist() for i in range(0, len(order), size)]
+    if lengths is not None:
+        draw.shuffle(groups)
     if groups and len(groups[0]) < processes:
         raise DataError(f"{count} training rows are fewer than the {processes} processes")
     plan = []

@@ -5,6 +5,7 @@
     read_weights, qformer_weights, replace_qformer   a Q-Former from another folder or from a LAVIS .pth
 """
 
+import importlib.util
 import json
 import pathlib
 import socket
@@ -18,17 +19,49 @@ from rows import DataError
 
 # --- folders in HuggingFace's format ------------
 
-def load_blip2(name, dtype=torch.float32):
-    """HuggingFace id or local folder -> (Blip2ForConditionalGeneration, tokenizer). Local files are tried first."""
+LM_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": None, "nf4": None}
+
+
+def load_blip2(name, dtype=torch.float32, lm_precision=None, tower=True):
+    """HuggingFace id or local folder -> (Blip2ForConditionalGeneration, tokenizer). Local files are tried first.
+
+    dtype: of the vision tower, and of the language model where lm_precision (one of LM_PRECISIONS) is None. tower=False: without
+    the layers of the vision tower, whose features come from a cache.
+    """
     from transformers import Blip2ForConditionalGeneration
-    model, tokenizer = load_published(Blip2ForConditionalGeneration, "BLIP-2", name, dtype)
+    lm_dtype, options = LM_PRECISIONS.get(lm_precision) or dtype, {}
+    if lm_precision in ("int8", "nf4"):
+        options["quantization_config"] = quantization(lm_precision, dtype)
+    model_class = Blip2ForConditionalGeneration
+    if not tower:
+        class WithoutTower(Blip2ForConditionalGeneration):
+            _keys_to_ignore_on_load_unexpected = [r"^vision_model\."]  # else a table of every layer that is left out
+        model_class, options["config"] = WithoutTower, load_config(name)
+        options["config"].vision_config.num_hidden_layers = 0
+    model, tokenizer = load_published(model_class, "BLIP-2", name, torch.promote_types(dtype, lm_dtype), **options)
+    model.vision_model.to(dtype)
+    if "quantization_config" not in options:
+        model.language_model.to(lm_dtype)
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise DataError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the language model "
                         f"{model.config.text_config.vocab_size}: they do not belong together")
     return model, tokenizer
 
 
-def load_published(model_class, kind, name, dtype=torch.float32):
+def quantization(lm_precision, dtype):
+    """transformers' config for the language model in int8 (Dettmers et al. 2022) or nf4 with double quantisation (QLoRA, 2023);
+    dtype is what the products are computed in. The other parts stay as they are."""
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise DataError(f"--lm-precision {lm_precision} needs bitsandbytes: pip install bitsandbytes, or take bf16, fp16 or fp32")
+    from transformers import BitsAndBytesConfig
+    kept = ["vision_model", "qformer", "language_projection", "query_tokens", "lm_head"]
+    if lm_precision == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
+
+
+def load_published(model_class, kind, name, dtype=torch.float32, **options):
     """A transformers class, kind "BLIP-2" or "BLIP", and an id or folder -> (model, tokenizer), complete or a DataError."""
     flag = "--" + kind.replace("-", "").lower()
     if pathlib.Path(name).exists():
@@ -37,7 +70,7 @@ def load_published(model_class, kind, name, dtype=torch.float32):
     for local in (True, False):
         try:
             model, found = model_class.from_pretrained(name, dtype=dtype, local_files_only=local, output_loading_info=True,
-                                                       ignore_mismatched_sizes=True)
+                                                       ignore_mismatched_sizes=True, **options)
             break
         except (MemoryError, torch.OutOfMemoryError):
             raise

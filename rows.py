@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -306,6 +307,14 @@ def load_image(path, max_pixels=178_956_970, file=None):
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error and more
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: cannot be read ({reason}): replace it") from error
+
+
+PREPROCESSING = f"upright RGB on white, squashed, bicubic, BLIP mean and std, Pillow {PIL.__version__}"  # of picture_tensor; in a cache's key
+
+
+def picture_tensor(path, size):
+    """A picture's path -> float32 [3, size, size] as BLIP-2 and the style classifier take it. DataError: as load_image."""
+    return image_tensor(load_image(path), size)
 
 
 def image_tensor(image, size, mean=BLIP_MEAN, std=BLIP_STD):

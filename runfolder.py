@@ -117,6 +117,9 @@ def refuse_unwritable(path):
 
 # --- what a checkpoint holds of a model ------------
 
+LINEAR = "language_model, linear layers"  # a part of fingerprint
+
+
 def parts_table(model):
     """Parameters by top-level part: list of (part, trainable, frozen), and the sum as the last row."""
     rows = []
@@ -154,16 +157,32 @@ def load_trainable(model, state, source):
 
 
 def fingerprint(model):
-    """Short hash of the frozen parts: shapes and a few values of every tensor, rounded to bf16 so that it does not depend
-    on the dtype of loading. Tells the BLIP-2 a run was trained on from another one; it is not a checksum of all bytes."""
+    """{part: short hash} of the frozen parts: shapes and a few values of every tensor, rounded to bf16 so that it does not depend
+    on the dtype of loading. Tells the BLIP-2 a run was trained on from another one; it is not a checksum of all bytes.
+
+    The linear layers of the language model are a part of their own, absent where their weights are packed (int8, nf4)."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    digest = hashlib.sha256()
+    linear = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+              and name.startswith("language_model.") and ".layers." in name}
+    packed = any(not module.weight.is_floating_point() for module in linear.values())
+    digests = {}
     for name, tensor in sorted(model.state_dict().items()):
-        if name not in trained:
-            flat = tensor.detach().flatten()
-            values = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).float().cpu().numpy()
-            digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]
+        in_linear = name.startswith(tuple(linear))
+        if name in trained or (in_linear and packed):
+            continue
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).float().cpu().numpy()
+        digest = digests.setdefault(LINEAR if in_linear else name.partition(".")[0], hashlib.sha256())
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
+    return {part: digest.hexdigest()[:16] for part, digest in digests.items()}
+
+
+def other_parts(now, was):
+    """The parts whose fingerprints differ. The language model's linear layers count only where neither side has packed them."""
+    if not isinstance(was, dict):  # of an older version of this project
+        return ["all"]
+    packed = (LINEAR in now) != (LINEAR in was)
+    return sorted(part for part in now.keys() | was.keys() if now.get(part) != was.get(part) and not (packed and part == LINEAR))
 
 
 # --- settings ------------
@@ -237,7 +256,7 @@ def _checked(action, value, path):
         raise DataError(f"--config {path}: {action.dest}: {value!r} will not do as {(action.type or str).__name__}") from None
     if isinstance(action.default, bool) and not isinstance(value, bool):
         raise DataError(f"--config {path}: {action.dest}: {value!r} is not true or false")
-    if action.choices and value not in action.choices:
+    if action.choices and value not in (*action.choices, action.default):
         raise DataError(f"--config {path}: {action.dest}: {value!r} is none of {', '.join(map(str, action.choices))}")
     return value
 

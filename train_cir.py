@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+import cache
 import cirr
 import core
 import gallery
@@ -44,7 +46,7 @@ LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 RECALLS = {"cirr": ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"), "fashioniq": ("R@10", "R@50", "mean")}
 MODEL_ARGS = ("blip2", "no_gate", "spatial_attention", "transform", "target_ratio", "loss_rtc")  # kept in best.pt
 FREE = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "skip_bad", "checkpoint", "submit",
-        "gate_maps", "search", "image", "gallery", "top")  # flags that may differ on --resume
+        "gate_maps", "search", "image", "gallery", "top", "cache")  # flags that may differ on --resume
 MAPS = 8  # queries that --gate-maps draws
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "itc", "rtc", "align", "patch", "temp", "grad_norm", "change",
                *RECALLS["cirr"])
@@ -67,6 +69,8 @@ def get_args(argv=None):
                            "recall is then over a smaller gallery")
     data.add_argument("--check-data", action="store_true", help="read everything, list missing pictures, and stop; loads no weight")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    data.add_argument("--cache", metavar="DIR", help="keep the vision tower's features there, computed once: 0.7 MB a picture in bf16 (default: "
+                                                     "none, the tower runs in every step)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip2", metavar="ID|DIR|tiny", help="HuggingFace id or folder in its image-text-retrieval format, or tiny "
                                                               f"(made on first use); default {DEFAULT}")
@@ -349,6 +353,20 @@ def load_model(args, dtype):
     return model
 
 
+def picture_source(args, model, pools, accelerator):
+    """What opens a picture for model.image_embeds: path -> pixels [3,s,s], or with --cache the tower's features [P,W], made where
+    they are missing; the tower is then gone."""
+    opener = Opener(model.image_size, args.transform, args.target_ratio)
+    if args.cache is None:
+        return opener
+    paths = list(dict.fromkeys(path for pool in pools for path in pool.gallery.values()))
+    with accelerator.main_process_first():  # the others find everything there
+        store = cache.vision_features(args.cache, model.vision_model, paths, opener, f"{args.transform}, {args.target_ratio}", args.workers,
+                                      accelerator.device, accelerator.print)
+    model.vision_model = None
+    return store.__getitem__
+
+
 def make_optimizer(model, lr, weight_decay):
     """AdamW as SPRC has it: betas (0.9, 0.98), eps 1e-7; but no decay on biases, norms and scalars."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -447,9 +465,10 @@ class Run:
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     collate: Collate
-    opener: Opener
+    opener: Callable  # see picture_source
     train: Triplets
     val: list  # of cirr.Pool
+    frozen: dict  # fingerprint of everything that is not trained
     step: int = 0  # optimizer steps done
     log: runfolder.RunLog | None = None  # only where files are written
 
@@ -479,7 +498,7 @@ def save_best(run, out):
     model_args = {name: getattr(run.args, name) for name in MODEL_ARGS}
     runfolder.save_checkpoint(out / "best.pt", {
         "stage": "cir", "state": runfolder.trainable_state(run.model), "model_args": model_args, "args": vars(run.args), **run.marks,
-        "frozen": runfolder.fingerprint(run.model), "precision": run.accelerator.mixed_precision,
+        "frozen": run.frozen, "precision": run.accelerator.mixed_precision,
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
 
 
@@ -507,13 +526,13 @@ def save_last(run, out):
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
     runfolder.save_checkpoint(out / "last.pt", {
         "stage": "cir", "state": runfolder.trainable_state(run.model), "step": run.step, "optimizer": run.optimizer.state_dict(),
-        "scaler": scaler, "marks": run.marks, "frozen": runfolder.fingerprint(run.model), "settings": settings(run)})
+        "scaler": scaler, "marks": run.marks, "frozen": run.frozen, "settings": settings(run)})
 
 
 def settings(run):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in FREE}
-    return {**flags, "training queries (hash)": cirr.fingerprint(run.train.rows),
+    return {**flags, "a cache of features": run.args.cache is not None, "training queries (hash)": cirr.fingerprint(run.train.rows),
             "validation queries (hash)": cirr.fingerprint([query for pool in run.val for query in pool.queries]),
             "processes": run.accelerator.num_processes}
 
@@ -524,7 +543,7 @@ def restore(run, path):
     if last.get("stage") != "cir":
         raise DataError(f"{path}: a checkpoint of another stage ({last.get('stage')}) and not of this one")
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
-    if last["frozen"] != runfolder.fingerprint(run.model):
+    if last["frozen"] != run.frozen:
         raise DataError(f"{path} was trained on another vision tower than the one given now: pass the same --blip2, or another --out")
     runfolder.load_trainable(run.model, last["state"], path)
     run.optimizer.load_state_dict(last["optimizer"])
@@ -612,10 +631,10 @@ def prepare(args):
         model = load_model(args, core.DTYPES[accelerator.mixed_precision])
     if accelerator.is_main_process:
         runfolder.print_parts(model)
+    frozen, opener = runfolder.fingerprint(model), picture_source(args, model, [*train, *val], accelerator)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
-    opener = Opener(model.image_size, args.transform, args.target_ratio)
     return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer), opener,
-               Triplets(train, opener, args.hard_set, args.seed), val)
+               Triplets(train, opener, args.hard_set, args.seed), val, frozen)
 
 
 def train(run, out, stop):
@@ -701,11 +720,12 @@ def fit(args):
 def score(args):
     """--checkpoint: the recalls of the validation split; --submit and --gate-maps."""
     best, model, accelerator = load_best(args)
-    say, opener = accelerator.print, Opener(model.image_size, args.transform, args.target_ratio)
+    say = accelerator.print
     found, pools = [], read_data(args, "val", say)
     unseen = read_data(args, "test1", say) if args.submit else []
     for folder in filter(None, (args.submit, args.gate_maps)):  # now, and not after everything has been encoded
         runfolder.refuse_unwritable(pathlib.Path(folder, "a file"))
+    opener = picture_source(args, model, [*pools, *unseen], accelerator)
     say(f"a random order scores {told(chance(pools, args.format))}")
     for pool in pools:
         features, vectors, change = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
@@ -713,7 +733,7 @@ def score(args):
         found.append({**recalls(scores, pool, args.format), "change": change})
         say(f"{pool.name}: {told(found[-1])}")
         if args.gate_maps and accelerator.is_main_process:
-            draw_maps(model, pool, scores, opener, pathlib.Path(args.gate_maps), say)
+            draw_maps(args, model, pool, scores, opener, say)
     if len(found) > 1:
         say(f"mean: {told({name: float(np.mean([one[name] for one in found])) for name in found[0]})}")
     for pool in unseen:
@@ -724,18 +744,18 @@ def score(args):
 
 
 @torch.no_grad()
-def draw_maps(model, pool, scores, opener, folder, say):
+def draw_maps(args, model, pool, scores, opener, say):
     """--gate-maps: MAPS queries spread over the split, each as a picture of what the gate changed and of what was found."""
-    device, names = model.query_tokens.device, list(pool.gallery)
+    device, names, folder = model.query_tokens.device, list(pool.gallery), pathlib.Path(args.gate_maps)
+    pixels_of = Opener(model.image_size, args.transform, args.target_ratio)
     for number in np.linspace(0, len(pool.queries) - 1, min(MAPS, len(pool.queries))).round().astype(int):
         query = pool.queries[number]
-        pixels = opener(pool.gallery[query.reference])
+        path = pool.gallery[query.reference]
         text = core.to_device(core.text_ids(model.tokenizer, [cirr.text_of(query)]), device)
-        change = patch_change(model, model.image_embeds(pixels[None].to(device)), text)[0, 1:]  # [P-1], without [CLS]
+        change = patch_change(model, model.image_embeds(opener(path)[None].to(device)), text)[0, 1:]  # [P-1], without [CLS]
         side = math.isqrt(len(change))
         best = [name for name in next(cirr.ranking(scores[[number]], names)) if name != query.reference][:5]
-        path = folder / f"{query.pairid}.png"
-        gallery.draw_gate_map(path, rows.tensor_image(pixels), change.view(side, side).cpu().numpy(), cirr.text_of(query),
+        gallery.draw_gate_map(folder / f"{query.pairid}.png", rows.tensor_image(pixels_of(path)), change.view(side, side).cpu().numpy(), cirr.text_of(query),
                               pool.gallery[query.target], [(pool.gallery[name], name == query.target) for name in best])
     say(f"{folder}: gate maps of {min(MAPS, len(pool.queries))} queries")
 

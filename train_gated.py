@@ -18,6 +18,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
+import cache
 import core
 import efficientnet
 import loop
@@ -66,6 +68,8 @@ def get_args(argv=None):
                            "(0.01 where no number is given)")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    data.add_argument("--cache", metavar="DIR", help="keep the frozen towers' features there, computed once: 0.7 MB a picture in bf16 (default: "
+                                                     "none, the towers run in every step)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip2", default="Salesforce/blip2-opt-2.7b", metavar="ID|DIR|tiny",
                        help="HuggingFace id, local folder, or tiny (made on first use); default Salesforce/blip2-opt-2.7b, "
@@ -94,6 +98,11 @@ def get_args(argv=None):
     run.add_argument("--weight-decay", type=runfolder.weight, default=0.01, help="not on biases and norms (default: 0.01)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                      help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
+    run.add_argument("--lm-precision", choices=tuple(published.LM_PRECISIONS),
+                     help="of the frozen language model; int8 and nf4 need bitsandbytes (default: as --precision)")
+    run.add_argument("--activations", choices=("keep", "bits", "recompute"), default="keep",
+                     help="of the language model for the backward pass. bits: of each ReLU its signs; recompute: only each layer's "
+                          "input. Less memory, more time, the same gradients (default: keep)")
     run.add_argument("--max-answer", type=runfolder.positive, default=16,
                      help="answer tokens kept, with the end of line (default: 16)")
     run.add_argument("--select", choices=("loss", "em"), default="loss",
@@ -158,7 +167,7 @@ def predicted_styles(args, blip2, checkpoint, splits, device, say=print):
     with ThreadPoolExecutor(max(1, args.workers)) as pool:
         for start in tqdm(range(0, len(paths), 32), desc="styles", leave=False, mininterval=1, disable=None):
             chunk = paths[start:start + 32]
-            images = torch.stack(list(pool.map(lambda path: rows.image_tensor(rows.load_image(path), size), chunk)))
+            images = torch.stack(list(pool.map(lambda path: rows.picture_tensor(path, size), chunk)))
             best = net.logits(net(images.to(device))).argmax(-1).tolist()
             style |= {path: names[index] for path, index in zip(chunk, best)}
     say(f"style of {len(paths)} pictures predicted by {checkpoint}: {rows.histogram(style.values(), 30)}")
@@ -169,7 +178,7 @@ class Questions(Dataset):
     """Row number -> ({"images": tensor [3,s,s] in BLIP's normalisation}, Row), or (the DataError of a broken picture, Row).
 
     The error is handed on and not raised: one that comes out of a loader process would keep the others from ending.
-    features: None, or {path: {"image_embeds": [P,W], "style_feature": [F]}} computed before, taken in place of the pictures.
+    features: None, or {path: {"image_embeds": [P,W], "style_feature": [F]}} of a cache, taken in place of the pictures.
     """
 
     def __init__(self, questions, image_size, features=None):
@@ -180,10 +189,10 @@ class Questions(Dataset):
 
     def __getitem__(self, index):
         row = self.rows[index]
-        if self.features is not None:
-            return self.features[row.image], row
         try:
-            return {"images": rows.image_tensor(rows.load_image(row.image), self.image_size)}, row
+            if self.features is not None:
+                return self.features[row.image], row
+            return {"images": rows.picture_tensor(row.image, self.image_size)}, row
         except DataError as error:
             return error, row
 
@@ -200,7 +209,7 @@ class Collate:
             if isinstance(found, DataError):
                 return {"fault": f"{row.file}, {rows.locate(row.file, row.line)}: {found}"}
         batch = core.encode_training(self.tokenizer, [r.question for r in group], [r.answer for r in group], self.max_answer,
-                                     [r.context for r in group])
+                                     [r.context for r in group], multiple=4)  # few distinct lengths
         batch |= default_collate(features)  # images [B,3,s,s], or image_embeds [B,P,W] and style_feature [B,F]
         batch["style"] = torch.tensor([self._index(r.style) for r in group])  # [B], -1 = unknown
         batch["hit_rows"] = torch.tensor([self._index(r.answer) >= 0 for r in group])  # [B]
@@ -266,7 +275,8 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
     (those that are switched on), and prediction.
     """
     model.eval()
-    mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
+    by_length = sorted(range(len(data)), key=lambda i: text_length(data.rows[i]))  # few pads
+    mine = by_length[accelerator.process_index::accelerator.num_processes]
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     found = []
     loaded = iter(loop.load_batches(data, collate, batches, workers))
@@ -284,6 +294,11 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
             table["prediction"] = answer(model, [data.rows[i] for i in numbers], features)
         found += [{"row": i, **{name: values[k] for name, values in table.items()}} for k, i in enumerate(numbers)]
     return sorted(gather_object(found), key=lambda one: one["row"])
+
+
+def text_length(row):
+    """Letters that the language model reads of a row."""
+    return len(row.question) + len(row.answer) + len(row.context)
 
 
 def mean(found, name, where=None):
@@ -304,6 +319,40 @@ def loss_summary(found):
     return {name: value for name, value in numbers.items() if value is not None}
 
 
+# --- features of the frozen towers ------------
+
+@torch.no_grad()
+def cached_features(args, built_from, questions, accelerator, dtype):
+    """--cache: (cache.Features of the rows' pictures, {"vision_model": its fingerprint}); without it (None, {}).
+
+    The towers come in turns: the vision tower is gone again when the classifier is loaded, both when the language model is, so
+    that memory holds the largest and not the sum.
+    """
+    if args.cache is None:
+        return None, {}
+    paths = list(dict.fromkeys(row.image for row in questions))
+    tower, _ = published.load_vision(built_from["blip2"], dtype)
+    tower.requires_grad_(False)
+    size, kept = tower.config.image_size, {}
+    with accelerator.main_process_first():  # the others find everything there
+        kept["image_embeds"] = cache.vision_features(args.cache, tower, paths, partial(rows.picture_tensor, size=size), rows.PREPROCESSING,
+                                                     args.workers, accelerator.device, accelerator.print)
+        towers = runfolder.fingerprint(torch.nn.ModuleDict({"vision_model": tower}))
+        del tower
+        if built_from["gating"] != "none":
+            kept["style_feature"] = style_features(args, built_from["efficientnet"], paths, size, accelerator)
+    return cache.Features(**kept), towers
+
+
+def style_features(args, checkpoint, paths, size, accelerator):
+    """cache.Store of the style classifier's pooled feature [F], in float32."""
+    net = efficientnet.EfficientNet28.from_checkpoint(checkpoint, args.safe_load).eval().to(accelerator.device)
+    store = cache.Store(args.cache, "style", {"weights": cache.weights_digest(net), "size": size, "pixels": rows.PREPROCESSING},
+                        (net.width,), torch.float32)
+    store.fill(paths, partial(rows.picture_tensor, size=size), net, cache.BATCH, args.workers, accelerator.print, accelerator.device)
+    return store
+
+
 # --- model ------------
 
 def model_args(args, train_rows):
@@ -311,7 +360,7 @@ def model_args(args, train_rows):
     styles = sorted({r.style.strip() for r in train_rows if r.style.strip()})
     return {"blip2": args.blip2, "qformer": args.qformer, "efficientnet": args.efficientnet, "gating": args.gating, "per": args.per,
             "gate_scale": args.gate_scale, "train_qformer": args.train_qformer, "lora_rank": args.lora_rank,
-            "style_head": args.kl_weight != 0, "styles": styles}
+            "style_head": args.kl_weight != 0, "styles": styles, "lm_precision": args.lm_precision}
 
 
 def local_names(blip2, style_checkpoint):
@@ -349,7 +398,7 @@ def make_optimizer(model, lr, weight_decay):
     """AdamW; no decay on biases, norms and scalars (everything with fewer than two dimensions)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr)
+                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr, fused=True)
 
 
 # --- one run: what the functions of the loop share ------------
@@ -367,18 +416,21 @@ class Run:
     val: Questions
     weights: dict  # of the style terms, see loss_weights
     built_from: dict  # see model_args
+    frozen: dict  # fingerprint of everything that is not trained, with the towers that a cache stands for
     step: int = 0  # optimizer steps done
     log: runfolder.RunLog | None = None  # only where files are written
 
     def __post_init__(self):
         self.marks = {"metric": self.args.select, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
+        read = self.train.rows
+        self.lengths = core.text_lengths(self.model.tokenizer, *([getattr(r, n) for r in read] for n in ("question", "answer", "context")))
         self.per_epoch = len(self.plan(0))
         self.total = self.args.epochs * self.per_epoch
 
     def plan(self, epoch):
         """The optimizer steps of an epoch, see loop.epoch_plan."""
         return loop.epoch_plan(len(self.train), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
-                                    self.accelerator.process_index, self.accelerator.num_processes)
+                               self.accelerator.process_index, self.accelerator.num_processes, self.lengths)
 
     def lr(self, step):
         return loop.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
@@ -393,7 +445,7 @@ def save_best(run, out):
     runfolder.save_checkpoint(out / "best.pt", {
         "stage": "gated", "state": runfolder.trainable_state(run.model), "model_args": run.built_from, "args": vars(run.args),
         **run.marks, "loss_weights": run.weights, "majority": majority_answers(read),
-        "answers": sorted({r.answer.strip() for r in read}), "frozen": runfolder.fingerprint(run.model),
+        "answers": sorted({r.answer.strip() for r in read}), "frozen": run.frozen,
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
 
 
@@ -410,14 +462,15 @@ def save_last(run, out):
     scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
     runfolder.save_checkpoint(out / "last.pt", {
         "stage": "gated", "state": runfolder.trainable_state(run.model), "step": run.step, "optimizer": run.optimizer.state_dict(),
-        "scaler": scaler, "marks": run.marks, "frozen": runfolder.fingerprint(run.model), "settings": settings(run)})
+        "scaler": scaler, "marks": run.marks, "frozen": run.frozen, "settings": settings(run)})
 
 
 def settings(run):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "safe_load", "skip_bad", "semart")
+    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "safe_load", "skip_bad", "semart", "cache",
+            "activations")
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
-    return {**flags, "training rows (hash)": rows.fingerprint(run.train.rows),
+    return {**flags, "a cache of features": run.args.cache is not None, "training rows (hash)": rows.fingerprint(run.train.rows),
             "validation rows (hash)": rows.fingerprint(run.val.rows), "processes": run.accelerator.num_processes}
 
 
@@ -425,9 +478,10 @@ def restore(run, path):
     """Put last.pt back. DataError where anything differs that would change the result."""
     last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
-    if last["frozen"] != runfolder.fingerprint(run.model):
-        raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now: pass the same "
-                        "--blip2 and --efficientnet, or another --out")
+    others = runfolder.other_parts(run.frozen, last["frozen"])
+    if others:
+        raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now (other: {', '.join(others)}): "
+                        "pass the same --blip2 and --efficientnet, or another --out")
     runfolder.load_trainable(run.model, last["state"], path)
     run.optimizer.load_state_dict(last["optimizer"])
     if run.accelerator.scaler is not None:
@@ -510,8 +564,7 @@ def rehearse(run):
     """The longest training batch and the longest validation batch, before anything is trained: memory that runs out, or a
     score that fails, shows now and not in the night."""
     def longest(data):
-        length = [len(r.question) + len(r.answer) + len(r.context) for r in data.rows]
-        return sorted(range(len(data)), key=length.__getitem__)[-run.args.batch_size:]
+        return sorted(range(len(data)), key=lambda n: text_length(data.rows[n]))[-run.args.batch_size:]
 
     picked = longest(run.train)
     run.wrapped.train()
@@ -522,8 +575,8 @@ def rehearse(run):
         run.accelerator.print(f"most GPU memory in a rehearsal of the longest batches: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
-def prepare(args, features=None):
-    """Flags -> a Run at its first step: rows, model, optimizer. features: see Questions."""
+def prepare(args):
+    """Flags -> a Run at its first step: rows, features, model, optimizer."""
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     splits = [read_data(args, split, accelerator.print) for split in ("train", "val")]
     with accelerator.main_process_first():  # one process makes the tiny model, the others find it
@@ -532,15 +585,18 @@ def prepare(args, features=None):
         splits = predicted_styles(args, places["blip2"], places["efficientnet"], splits, accelerator.device, accelerator.print)
     train_rows, val_rows = splits
     built_from = model_args(args, train_rows)
+    dtype = core.DTYPES[accelerator.mixed_precision]  # of the frozen towers; everything that is trained is in float32
+    features, towers = cached_features(args, {**built_from, **places}, train_rows + val_rows, accelerator, dtype)
     loop.seed_everything(args.seed)
-    # frozen towers in the compute precision, everything that is trained in float32
-    model = core.Blip2OPTGated.build(**{**built_from, **places}, safe=args.safe_load, dtype=core.DTYPES[accelerator.mixed_precision])
+    model = core.Blip2OPTGated.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None)
+    core.save_activations(model.language_model, args.activations)
     weights = loss_weights(args, model, accelerator.print)
     if accelerator.is_main_process:
         runfolder.print_parts(model)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
     return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer, model.styles, args.max_answer),
-               Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features), weights, built_from)
+               Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features), weights, built_from,
+               {**runfolder.fingerprint(model), **towers})
 
 
 def train(run, out, stop):
@@ -598,12 +654,12 @@ def begin(run, out, resumed):
             draw(run, out)
 
 
-def fit(args, features=None):
-    """The whole run -> (Run, number of the signal that ended it or 0). features: see Questions."""
+def fit(args):
+    """The whole run -> (Run, number of the signal that ended it or 0)."""
     out = pathlib.Path(args.out)
     resumed = args.resume and (out / "last.pt").exists()
     runfolder.refuse_overwrite(out, resumed)
-    run = prepare(args, features)
+    run = prepare(args)
     say = run.accelerator.print
     with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
         runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile

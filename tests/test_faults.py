@@ -739,7 +739,7 @@ def loader_dies(world, slow):
     """Train with a loader process that dies at the fifth batch; slow: "loader", the main process waits for it then, or "step", it
     is within a step."""
     read, forward = train_gated.Questions.__getitem__, core.Blip2OPTGated.forward
-    fifth = loop.epoch_plan(12, 2, 1, 42, 0)[4][0]
+    fifth = train_gated.prepare(train_gated.get_args(world.train())).plan(0)[4][0]
 
     def killed(questions, index):
         if get_worker_info() and len(questions) == 12 and index in fifth:
@@ -876,7 +876,9 @@ def test_moved_run_goes_on_and_reads_only_what_is_left(finished, tiny, tmp_path,
     assert train_gated.main(world.resume("--out", "elsewhere/run", "--data", "elsewhere/data")) is None
     assert runfolder.load_checkpoint(world.last)["step"] == 2 * STEPS
     assert len(reads) == 2 + (STEPS - 2) * 2  # the rehearsal, and the four steps that were left
-    assert reads[2:] == [n for group, _ in loop.epoch_plan(12, 2, 1, 42, 1)[2:] for n in group]
+    monkeypatch.setattr(train_gated.Questions, "__getitem__", read)
+    plan = train_gated.prepare(train_gated.get_args(world.train())).plan(1)
+    assert reads[2:] == [n for group, _ in plan[2:] for n in group]
 
 
 def test_answers_stay_text(world, finished, tmp_path):

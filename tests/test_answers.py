@@ -1,0 +1,275 @@
+"""pytest tests/test_answers.py: answers with the prompt run once.
+
+Reference-checked: generation against plain generate on the same inputs, scores against one forward for each pair, without a cache
+and without a pad. Behaviour-checked: what the language model is really asked to run, positions, chunks, the kept cache.
+"""
+
+import pathlib
+
+import pytest
+import torch
+from torch import nn
+
+import core
+import make_tiny
+
+QUESTIONS = ["Which style is this painting?", "How many?", "What colour are the very many boats on the water of this lake?", "Colour?"]
+CONTEXTS = ["", "A boat.", "", "Three large red boats lie in the sun, one of them is old."]
+ANSWERS = ["red", "Pop Art", "", "three hundred and one boats on the water", "two", "a"]
+SEEING = {"gates": {}, "closed": {"gated": False}, "context": {"contexts": CONTEXTS}, "blind": {"blind": True},
+          "blind with context": {"blind": True, "contexts": CONTEXTS}}
+TRAINED = pathlib.Path(__file__).resolve().parent.parent / "models"
+
+
+def decisive(model):
+    """Gates that do something, and an output layer of its own whose logits lie far from each other: those of random weights are
+    so near that rounding would choose, and repeat one token for ever. The newline is loud, so that answers differ in length."""
+    torch.manual_seed(4)
+    for gate in model.gates:
+        nn.init.normal_(gate.value.weight, std=0.1)
+    head = model.language_model.lm_head
+    weight = torch.randn(head.weight.shape) * 0.3
+    weight[core.newline_id(model.tokenizer)] *= 4
+    head.weight = nn.Parameter(weight.to(head.weight.dtype), requires_grad=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    """One for all tests, which leave it as it is."""
+    torch.manual_seed(1)
+    return decisive(core.Blip2OPTGated.build(*tiny, []).eval())
+
+
+@pytest.fixture(scope="module")
+def features(model):
+    return pictures(model)
+
+
+@pytest.fixture
+def watch():
+    """Function (module, read) -> list that grows by `read(args, kwargs)` of every call of the module."""
+    hooks = []
+
+    def start(module, read):
+        found = []
+        hooks.append(module.register_forward_pre_hook(lambda _, args, kwargs: found.append(read(args, kwargs)), with_kwargs=True))
+        return found
+
+    yield start
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+def pictures(model):
+    return model.image_features(torch.randn(4, 3, make_tiny.SIZE, make_tiny.SIZE, generator=torch.Generator().manual_seed(3)))
+
+
+@torch.no_grad()
+def lm_inputs(model, questions, features, contexts=None, gated=True, blind=False):
+    batch = core.encode_prompts(model.tokenizer, questions, contexts)
+    visual = model.visual_prompt(**features, input_ids=batch["input_ids"], prompt_mask=batch["attention_mask"], gated=gated, blind=blind)
+    return model.lm_inputs(visual, **batch)
+
+
+@torch.no_grad()
+def plain_generate(model, questions, features, beams, length_penalty=0.0, **seeing):
+    """predict_answers as transformers does it alone: the prompt repeated for every beam."""
+    ids = model.language_model.generate(
+        **lm_inputs(model, questions, features, **seeing), num_beams=beams, do_sample=False, max_new_tokens=10, min_new_tokens=1,
+        length_penalty=length_penalty if beams > 1 else None, eos_token_id=core.newline_id(model.tokenizer),
+        pad_token_id=model.tokenizer.pad_token_id)
+    return [text.split("\n")[0].strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+@torch.no_grad()
+def one_by_one(model, question, answer, features, b, contexts=None, **seeing):
+    """Log-probabilities of the answer's tokens [n]: one row, the whole of it in one forward, no cache and no pad."""
+    alone = lm_inputs(model, [question], row(features, b), contexts and [contexts[b]], **seeing)
+    target = torch.tensor(core.answer_ids(model.tokenizer, answer, 64))
+    words = model.language_model.get_input_embeddings()(target[None])
+    logits = model.language_model(inputs_embeds=torch.cat([alone["inputs_embeds"], words], 1)).logits[0]  # [Q+L+n,V]
+    return logits[-len(target) - 1:-1].float().log_softmax(-1)[range(len(target)), target]
+
+
+def row(features, b):
+    return {name: x[b:b + 1] for name, x in features.items()}
+
+
+def shape(args, kwargs):
+    """(rows, positions) of a call of the language model."""
+    return tuple(next(x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None).shape[:2])
+
+
+def position_ids(args, kwargs):
+    return kwargs["position_ids"].clone()
+
+
+# --- generation ------------
+
+@pytest.mark.parametrize("seeing", SEEING.values(), ids=SEEING)
+@pytest.mark.parametrize("beams", [1, 3, 5])
+def test_answers_are_those_of_plain_generate(model, features, beams, seeing):
+    found = model.predict_answers(None, QUESTIONS, **features, beams=beams, **seeing)
+    assert found == plain_generate(model, QUESTIONS, features, beams, **seeing)
+    assert len(set(found)) > 1
+
+
+def test_settings_of_the_search_arrive(model, features, watch):
+    found = {penalty: model.predict_answers(None, QUESTIONS, **features, length_penalty=penalty) for penalty in (-4.0, 4.0)}
+    assert found[-4.0] != found[4.0]
+    assert all(found[p] == plain_generate(model, QUESTIONS, features, 5, p) for p in found)
+    calls = watch(model.language_model.model.decoder, shape)
+    model.predict_answers(None, QUESTIONS, **features, max_new_tokens=2)
+    assert len(calls) == 3  # the prompt and two tokens
+
+
+@pytest.mark.skipif(not (TRAINED / "tiny-blip2").is_dir(), reason="models/ is made by make_tiny.py")
+@pytest.mark.parametrize("beams", [1, 5])
+def test_trained_model_answers_as_plain_generate(beams):
+    torch.manual_seed(1)
+    model = core.Blip2OPTGated.build(str(TRAINED / "tiny-blip2"), str(TRAINED / "tiny-efficientnet-28.pt"), []).eval()
+    features = pictures(model)
+    found = model.predict_answers(None, QUESTIONS, **features, beams=beams)
+    assert found == plain_generate(model, QUESTIONS, features, beams)
+    assert found == [model.predict_answers(None, [q], **row(features, b), beams=beams)[0] for b, q in enumerate(QUESTIONS)]
+
+
+@pytest.mark.parametrize("seeing", SEEING.values(), ids=SEEING)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_question_alone_gets_its_answer_in_the_batch(model, features, beams, seeing):
+    together = model.predict_answers(None, QUESTIONS, **features, beams=beams, **seeing)
+    for b, question in enumerate(QUESTIONS):
+        own = {**seeing, **({"contexts": [CONTEXTS[b]]} if "contexts" in seeing else {})}
+        assert model.predict_answers(None, [question], **row(features, b), beams=beams, **own) == [together[b]]
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_prompt_runs_once_and_then_a_token_a_beam(model, features, beams, watch):
+    inputs, calls = lm_inputs(model, QUESTIONS, features), watch(model.language_model.model.decoder, shape)
+    B, L = inputs["attention_mask"].shape
+    model.predict_answers(None, QUESTIONS, **features, beams=beams)
+    assert calls[0] == (B, L - 1) and set(calls[1:]) == {(B * beams, 1)} and 2 <= len(calls) <= 11
+    calls.clear()
+    plain_generate(model, QUESTIONS, features, beams)  # the count sees the prompt repeated where it is
+    assert calls[0] == (B * beams, L)
+
+
+def test_positions_count_real_tokens_only(model, features, watch):
+    lengths = lm_inputs(model, QUESTIONS, features)["attention_mask"].sum(1)
+    assert len(set(lengths.tolist())) == 3
+    positions = watch(model.language_model.model.decoder.embed_positions, position_ids)
+    model.predict_answers(None, QUESTIONS, **features, beams=3)
+    assert torch.equal(positions[0][:, -1], lengths - 2)
+    for step, found in enumerate(positions[1:]):
+        assert torch.equal(found, (lengths - 1 + step).repeat_interleave(3)[:, None])
+
+
+def test_prompt_of_one_token(model, features, monkeypatch, watch):
+    monkeypatch.setattr(core, "prompt_ids", lambda tokenizer, *args: [tokenizer.bos_token_id])
+    calls = watch(model.language_model.model.decoder, shape)
+    for beams in (1, 3):
+        found = model.predict_answers(None, QUESTIONS, **features, blind=True, beams=beams)
+        assert found == plain_generate(model, QUESTIONS, features, beams, blind=True)
+    scores = model.score_answers(QUESTIONS, ANSWERS, **features, blind=True)
+    assert all(0 not in shape for shape in calls)
+    assert torch.allclose(scores, all_scores(model, features, blind=True), rtol=1e-5, atol=1e-5)
+
+
+# --- scores ------------
+
+def all_scores(model, features, **seeing):
+    return torch.stack([torch.stack([one_by_one(model, q, a, features, b, **seeing).sum() for a in ANSWERS])
+                        for b, q in enumerate(QUESTIONS)])
+
+
+@pytest.mark.parametrize("seeing", SEEING.values(), ids=SEEING)
+def test_scores_are_those_of_every_pair_alone(model, features, seeing):
+    scores, expected = model.score_answers(QUESTIONS, ANSWERS, **features, **seeing, chunk=5), all_scores(model, features, **seeing)
+    assert scores.shape == (4, 6) and scores.dtype == torch.float32
+    assert torch.allclose(scores, expected, rtol=1e-5, atol=1e-5)
+    picked = model.predict_answers(None, QUESTIONS, **features, method="rank", answers=ANSWERS, **seeing)
+    assert picked == [ANSWERS[i] for i in expected.argmax(1)]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 23, 24, 1000])
+def test_scores_do_not_depend_on_the_chunk(model, features, chunk):
+    expected = model.score_answers(QUESTIONS, ANSWERS, **features)
+    assert torch.allclose(model.score_answers(QUESTIONS, ANSWERS, **features, chunk=chunk), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_ranking_runs_the_prompt_once_and_then_answers_alone(model, features, watch):
+    inputs, calls = lm_inputs(model, QUESTIONS, features), watch(model.language_model.model.decoder, shape)
+    heads = watch(model.language_model.lm_head, lambda args, kwargs: tuple(args[0].shape[:-1]))
+    model.score_answers(QUESTIONS, ANSWERS, **features, chunk=4)
+    lengths = sorted(len(core.answer_ids(model.tokenizer, a, 64)) for a in ANSWERS)
+    assert len(set(lengths)) > 2
+    assert calls == [(4, inputs["attention_mask"].shape[1] - 1)] + [(4, n) for n in lengths]  # like lengths share a chunk: no pads
+    assert sum(n for n, in heads) == 4 * sum(lengths)
+
+
+def test_pads_of_an_answer_take_no_position(model, features, watch):
+    """A long prompt beside a long answer must not run over the table of positions: together they are no row."""
+    real = int(lm_inputs(model, QUESTIONS, features)["attention_mask"].sum(1).max())
+    positions = watch(model.language_model.model.decoder.embed_positions, position_ids)
+    model.confidence(QUESTIONS, ["two", ANSWERS[3], "two", "two"], **features)
+    longest = len(core.answer_ids(model.tokenizer, ANSWERS[3], 64))
+    assert positions[1].shape == (4, longest) and longest > 4
+    assert positions[1].max() < real - 1 + longest - 1
+
+
+def test_kept_cache_stays_as_it_was(model, features, monkeypatch):
+    kept, prefill = [], model._prefill
+
+    def keep(inputs):
+        cache = prefill(inputs)
+        kept.append((cache, [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]))
+        return cache
+
+    monkeypatch.setattr(model, "_prefill", keep)
+    model.score_answers(QUESTIONS, ANSWERS, **features, chunk=4)
+    (cache, before), = kept
+    assert len(before) == 4
+    assert all(torch.equal(layer.keys, k) and torch.equal(layer.values, v) for layer, (k, v) in zip(cache.layers, before))
+
+
+# --- confidence ------------
+
+@pytest.mark.parametrize("seeing", SEEING.values(), ids=SEEING)
+def test_confidence_is_the_mean_over_the_answers_tokens(model, features, seeing):
+    answers = ["red", "", "three hundred and one boats on the water", "Pop Art"]
+    expected = torch.stack([one_by_one(model, q, a, features, b, **seeing).mean() for b, (q, a) in enumerate(zip(QUESTIONS, answers))])
+    for chunk in (1, 3, 64):
+        found = model.confidence(QUESTIONS, answers, **features, **seeing, chunk=chunk)
+        assert found.shape == (4,) and torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found < 0).all()
+
+
+def test_long_answers_are_cut_at_64_tokens(model, features):
+    answers = ["Art " * n + last for n in (62, 63) for last in ("Pop", "Cubism")]
+    assert [len(core.answer_ids(model.tokenizer, answer, 99)) for answer in answers] == [64, 64, 65, 65]
+    found = model.confidence(QUESTIONS, answers, **features)
+    assert torch.allclose(found[2], one_by_one(model, QUESTIONS[2], answers[2], features, 2).mean(), rtol=1e-5)
+    scores = model.score_answers(QUESTIONS[:1], answers, **row(features, 0))[0].tolist()
+    assert scores[2] == pytest.approx(scores[3], rel=1e-6) and scores[0] != pytest.approx(scores[1], rel=1e-4)
+
+
+# --- half precision, refusals ------------
+
+def test_half_precision(build):
+    model, exact = decisive(build(dtype=torch.bfloat16)), decisive(build())
+    features = pictures(model)
+    assert len(model.predict_answers(None, QUESTIONS, **features, beams=3)) == 4
+    assert len(model.predict_answers(None, QUESTIONS, **features, blind=True, method="rank", answers=ANSWERS)) == 4
+    scores, expected = (m.score_answers(QUESTIONS, ANSWERS, **pictures(m)) for m in (model, exact))
+    assert scores.dtype == torch.float32 and torch.allclose(scores, expected, rtol=0.1, atol=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(exact.confidence(QUESTIONS, ANSWERS[:4], **pictures(exact))).all()
+
+
+def test_refusals(model, features, build):
+    with pytest.raises(ValueError, match="generate or rank, got 'beam'"):
+        model.predict_answers(None, QUESTIONS, **features, method="beam")
+    with pytest.raises(RuntimeError, match="eval"):
+        build().train().predict_answers(None, QUESTIONS, **features)
