@@ -62,7 +62,7 @@ def get_args(argv=None):
     parser.add_argument("--batch-size", type=runfolder.positive, help="(default: gated 16, fusion 4, captions 32)")
     parser.add_argument("--data", default="data/artquest", metavar="DIR", help="of captions (default: data/artquest)")
     parser.add_argument("--cached", action="store_true", help="fusion: without the vision tower, as with a cache of its features")
-    parser.add_argument("--repeats", type=runfolder.positive, help="pairs (default: gated 5, fusion and captions 10)")
+    parser.add_argument("--repeats", type=runfolder.positive, help="pairs (default: gated 3, others 10)")
     parser.add_argument("--json", metavar="FILE", help="the figures of gated")
     args = parser.parse_args(argv)
     if args.plan and args.size != "full":
@@ -91,26 +91,13 @@ def paired(first, second, repeats):
 
 
 def peak_memory(function):
-    """Bytes that a function needs above what is held before it: of the GPU, else of the process (Linux; None elsewhere)."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
-        before = resident("VmRSS")
-        function()
-        return resident("VmHWM") - before
-    except OSError:
-        return None
-
-
-def resident(name):
-    """A memory figure of this process in bytes, from Linux."""
-    line = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    """Bytes of GPU memory that a function needs at most, with what is held before it; 0 on a CPU."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated()
 
 
 # --- gated: a task with random weights in the files that the scripts read ------------
@@ -258,7 +245,7 @@ def gated(args):
         found = plan_table() if args.plan else full(args)
     else:
         with tempfile.TemporaryDirectory() as place:
-            found = small(pathlib.Path(place), args.batch_size or 16, args.repeats or 5)
+            found = small(pathlib.Path(place), args.batch_size or 16, args.repeats or 3)
     if args.json:
         with runfolder.whole_file(args.json) as file:
             json.dump(found, file, indent=1)
@@ -283,14 +270,17 @@ def small(folder, batch_size, repeats, pictures=32, questions=3, asked=32):
     lean_s, plain_s, train_speedup = paired(ours, plain.epoch, repeats)
     lean_a, plain_a, answer_speedup = paired(ours_answers, lambda: plain.answer(asked), repeats)
     equal = sum(a == b for a, b in zip(lean["answers"], plain.answers))
-    memory = {name: peak_memory(function) for name, function in (("plain", plain.epoch), ("lean", ours))}
+    first = [run.train.rows[n] for n in run.plan(0)[0][0]]
+    batch = core.to_device(run.collate([run.train[n] for n in run.plan(0)[0][0]]), run.accelerator.device)
+    memory = {"plain": loop.kept_bytes(plain.model, lambda: plain.model.train()(**plain.inputs(first, PADDED))),
+              "lean": loop.kept_bytes(run.model, lambda: run.model.train()(**batch))}
     gates = make_gates(folder, batch_size)
     with_s, without_s, cost = paired(lambda: lean_epoch(gates[1]), lambda: lean_epoch(gates[0]), repeats)
     found = {"train_speedup": train_speedup, "answer_speedup": answer_speedup, "loss_difference": abs(statistics.mean(plain.losses) - lean["loss"]),
              "answers_equal": equal / asked, "gate_cost": 1 / cost - 1, "plain_samples_per_second": count / plain_s,
              "lean_samples_per_second": count / lean_s, "plain_answers_per_second": asked / plain_a, "lean_answers_per_second": asked / lean_a,
-             "plain_loss": statistics.mean(plain.losses), "lean_loss": lean["loss"], "plain_peak_bytes": memory["plain"],
-             "lean_peak_bytes": memory["lean"], "seconds_to_load_and_cache": building}
+             "plain_loss": statistics.mean(plain.losses), "lean_loss": lean["loss"], "plain_kept_bytes": memory["plain"],
+             "lean_kept_bytes": memory["lean"], "seconds_to_load_and_cache": building}
     report(found, asked)
     return found
 
@@ -308,11 +298,9 @@ def report(found, asked):
     print(f"\n{'':34}{'plain':>12}{'ours':>12}{'ratio':>9}")
     for name, unit, key, ratio in (("training, samples/s", 1, "samples_per_second", found["train_speedup"]),
                                    ("answers of 5 beams, questions/s", 1, "answers_per_second", found["answer_speedup"]),
-                                   ("training, MiB above the weights", 2**20, "peak_bytes", None), ("loss", 1, "loss", None)):
+                                   ("kept for the backward pass, MiB", 2**20, "kept_bytes", None), ("loss", 1, "loss", None)):
         plain, lean = found[f"plain_{key}"], found[f"lean_{key}"]
-        if plain is not None and lean is not None:
-            ratio = ratio or lean / plain
-            print(f"{name:34}{plain / unit:>12.4g}{lean / unit:>12.4g}{ratio:>9.2f}")
+        print(f"{name:34}{plain / unit:>12.3f}{lean / unit:>12.3f}{ratio or plain / lean:>9.2f}")
     print(f"losses differ by {found['loss_difference']:.1e}; {found['answers_equal']:.1%} of {asked} answers are the same; the gates cost "
           f"{found['gate_cost']:.1%} of a training step")
 
@@ -428,21 +416,17 @@ def full_size_row(sizes, device, lm, train_qformer, batch_size, rate, repeats):
     batch = random_batch(model, sizes, batch_size)
     questions = ["a man in a blue coat and a dog"] * batch_size
 
-    def total(function):
-        held = torch.cuda.memory_allocated() if device == "cuda" else 0
-        return held + (peak_memory(function) or 0)
-
     def answer():
         with torch.autocast(device, torch.bfloat16):
             model.eval().predict_answers(None, questions, image_embeds=batch["image_embeds"], style_feature=batch["style_feature"])
 
-    loaded = total(lambda: None)
+    loaded = peak_memory(lambda: None)
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
-        forward = total(lambda: model.eval()(**batch))
-    answering = total(answer)
+        forward = peak_memory(lambda: model.eval()(**batch))
+    answering = peak_memory(answer)
     step = train_step_of(model, batch, "bf16")
     step()
-    training = total(step)
+    training = peak_memory(step)
     per_step = statistics.median(seconds(step) for _ in range(repeats))
     per_answer = statistics.median(seconds(answer) for _ in range(3)) / batch_size
     flops = step_flops(sizes, model) * batch_size
@@ -464,39 +448,33 @@ def matrix_product_rate(device, size=8192):
 NF4_BITS = 4.127  # a weight, with double quantisation (QLoRA, 2023)
 
 
-def kept_bytes(model, batch):
-    """Bytes of activations that a training step of this model keeps for the backward pass; on the meta device nothing is computed."""
-    seen, held = {}, []  # else a storage's address could be used twice
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        held.append(storage)
-        seen[storage._cdata] = storage.nbytes()
-        return tensor
-
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model.train()(**batch)
-    return sum(size for place, size in seen.items() if place not in weights)
-
-
 def plan_table(sizes=FULL, batches=(2, 8, 64)):
     """The memory of training computed from the shapes: weights, gradients, optimizer, activations."""
     print(f"{'language model':16}{'trained':20}{'activations':13}{'weights':>9}{'trained x 16 B':>16}" + "".join(f"{f'batch {b}':>10}" for b in batches))
     found = []
-    for lm, train_qformer, how in itertools.product(("bf16", "nf4"), (True, False), ("keep", "bits", "recompute")):
+    for train_qformer, how in itertools.product((True, False), ("keep", "bits", "recompute")):
         model = random_model(sizes, "meta", torch.bfloat16, train_qformer=train_qformer)
         core.save_activations(model.language_model, how)
-        weights, trained = planned_weights(model, lm)
-        sample = kept_bytes(model, random_batch(model, sizes, 2)) / 2
-        peaks = [weights + trained + sample * b for b in batches]
-        what = "Q-Former and gates" if train_qformer else "gates"
-        found.append({"lm": lm, "trained": what, "activations": how, "weights": weights, "trained_bytes": trained, "sample": sample,
-                      **{f"batch {b}": peak for b, peak in zip(batches, peaks)}})
-        print(f"{lm:16}{what:20}{how:13}{weights / 2**30:>9.2f}{trained / 2**30:>16.2f}" + "".join(f"{peak / 2**30:>10.2f}" for peak in peaks))
+        sample = loop.kept_bytes(model, lambda: shapes_of_a_step(model.train(), random_batch(model, sizes, 2))) / 2
+        for lm in ("bf16", "nf4"):
+            weights, trained = planned_weights(model, lm)
+            found.append({"lm": lm, "trained": "Q-Former and gates" if train_qformer else "gates", "activations": how, "weights": weights,
+                          "trained_bytes": trained, "sample": sample, **{f"batch {b}": weights + trained + sample * b for b in batches}})
+    for one in sorted(found, key=lambda one: one["lm"]):
+        print(f"{one['lm']:16}{one['trained']:20}{one['activations']:13}{one['weights'] / 2**30:>9.2f}{one['trained_bytes'] / 2**30:>16.2f}"
+              + "".join(f"{one[f'batch {b}'] / 2**30:>10.2f}" for b in batches))
     print("computed from the shapes, GiB, torch's own peak: 32 queries + 28 text tokens, 4 label rows, features from a cache; the context of "
           "CUDA (about 0.5) comes on top")
     return {"computed": True, "rows": found}
+
+
+def shapes_of_a_step(model, batch, labels=4):
+    """Blip2OPTGated.forward where no label can be looked at: the answer is the last `labels` tokens of every row."""
+    visual = model.visual_prompt(batch["image_embeds"], batch["style_feature"], batch["input_ids"], batch["prompt_mask"])
+    inputs = model.lm_inputs(visual, batch["input_ids"], batch["attention_mask"])["inputs_embeds"]  # [B,Q+L,D]
+    states = model.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    logits = model.language_model.lm_head(states[:, -labels - 1:-1]).float()  # [B,labels,V]
+    nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, -labels:].flatten())
 
 
 def planned_weights(model, lm):
@@ -513,7 +491,7 @@ def planned_weights(model, lm):
 
 # --- growth ------------
 
-GROWTH = (64, 256, 1024)  # pictures
+GROWTH = (16, 64, 256)  # training pictures, and as many for validation
 
 
 def growth(args):

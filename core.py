@@ -913,3 +913,25 @@ def _row_mean(rows):
 def to_device(batch, device):
     """Move the tensors of a dict; other values stay."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+# --- one line to load what was trained ------------
+
+def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.float32, lm_precision=None, **more):
+    """runs/<name>/, its best.pt or an exported folder -> (Blip2OPTGated in eval mode, processor of pictures); see sharing.load_gated.
+
+        model, processor = core.load_gated("runs/gated")
+        model.predict_answers(processor("painting.jpg"), ["What style is this painting?"])
+    """
+    import sharing
+    return sharing.load_gated(folder, blip2, efficientnet, device, dtype, lm_precision, **more)
+
+
+if __name__ == "__main__":
+    import argparse
+
+    import sharing
+    parser = argparse.ArgumentParser(description="core.py: the models. Nothing to run here but --env.")
+    parser.add_argument("--env", action="store_true", required=True, help="print what a bug report needs; names and paths are masked")
+    parser.parse_args()
+    print(sharing.environment())

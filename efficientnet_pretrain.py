@@ -66,6 +66,8 @@ def get_args(argv=None):
     data.add_argument("--separator", help="of the tables, tab spelled out (default: told from the first line)")
     data.add_argument("--check-data", action="store_true", help="decode every picture, list the broken ones in DATA/broken.txt, "
                                                                 "which training leaves out, and stop; loads no weight")
+    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the longest "
+                                                               "batch, and stop; nothing is written")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--arch", default="efficientnet_b3", help="timm's name of an EfficientNet (default: efficientnet_b3)")
@@ -342,6 +344,7 @@ class Run:
     log: runfolder.RunLog | None = None  # only where files are written
 
     def __post_init__(self):
+        self.pace = loop.Pace(self, "pictures")
         self.marks = {"metric": "f1", "value": None, "epoch": None, "done": 0, "confusion": None}  # done: epochs validated
         self.per_epoch = len(self.plan(0))
         self.total = self.args.epochs * self.per_epoch
@@ -381,7 +384,7 @@ def save_last(run, out):
 
 def settings(run):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "photos", "check_data", "pretrained", "init")
+    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "photos", "check_data", "dry_run", "pretrained", "init")
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
     return {**flags, "classes": run.classes, "training rows (hash)": rows.fingerprint(run.train.rows),
             "validation rows (hash)": rows.fingerprint(run.val.rows), "processes": run.accelerator.num_processes}
@@ -438,6 +441,7 @@ def train_epoch(run, plan, stop):
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
+        run.pace.step(len(group))
         run.ema.update(run.model, run.step)
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
         if run.step % LOG_EVERY == 0:
@@ -558,6 +562,15 @@ def begin(run, out, resumed):
             draw(run, out)
 
 
+def dry_run(args):
+    """--dry-run: three rows, the table of parts, memory; nothing is written."""
+    run = prepare(args)
+    for number in range(min(3, len(run.train))):
+        row = run.train.rows[number]
+        run.accelerator.print(f"{row.name} -> {run.classes[run.train.labels[number]]}")
+    loop.dry_run(run, rehearse)
+
+
 def fit(args):
     """The whole run -> (Run, number of the signal that ended it or 0)."""
     out = pathlib.Path(args.out)
@@ -587,12 +600,16 @@ def main(argv=None):
     if args.check_data:
         return wikiart.check_data(args)
     with loop.batch_size_in_memory_errors(args.batch_size):
+        if args.dry_run:
+            return dry_run(args)
         run, signal_number = fit(args)
     if signal_number:
         return 128 + signal_number
     if run.marks["value"] is None:
         raise DataError("the validation macro F1 was never finite: there is no best.pt; lower --lr")
-    run.accelerator.print(f"best macro F1 {run.marks['value']:.4f} in epoch {run.marks['epoch']}: {args.out}/best.pt")
+    result = f"best macro F1 {run.marks['value']:.4f} in epoch {run.marks['epoch']}"
+    run.accelerator.print(f"{result}: {args.out}/best.pt")
+    run.accelerator.print(runfolder.cited("efficientnet_pretrain.py", argv, args.seed, result))
 
 
 if __name__ == "__main__":

@@ -2,16 +2,21 @@
 
     python eval_gated.py --checkpoint runs/gated/best.pt                      # data and models as in training
     python eval_gated.py --checkpoint runs/gated/best.pt --split test --predictions runs/gated/test.json
+    python eval_gated.py --checkpoint runs/gated/best.pt --report runs/gated/report.html     # a page to look at
+    python eval_gated.py --checkpoint runs/gated/best.pt --ask "What style is this?" --images photos --answers answers.csv
 
 One table: per question type and overall, loss, style hit, KL, exact match, VQA accuracy, BLEU and ROUGE-L of (1) the commonest
 training answer of the type, (2) the language model with the question alone, without an image, (3) the same BLIP-2 without gates
 and untrained, (4) the trained model with its gates closed, (5) with --shuffle-style the trained model with another picture in its
 style classifier, (6) the trained model.
+Confidence: geometric mean of the probabilities of the answer's tokens, its end among them; 0 to 1.
 """
 
 import argparse
 import csv
 import json
+import math
+import os
 import pathlib
 import sys
 
@@ -19,25 +24,34 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-import loop
 import core
+import folders
+import gallery
+import loop
+import maps
 import metrics
 import published
+import report
 import rows
 import runfolder
+import sharing
 from rows import DataError
-from train_gated import Collate, Questions, cached_features, evaluate, loss_summary, predicted_styles, read_data, resolved
+from train_gated import PANELS, Collate, Questions, cached_features, evaluate, loss_summary, predicted_styles, read_data, resolved
 from train_gated import get_args as train_gated_args
 
 LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
 SCORES = ("EM", "VQA", "BLEU", "BLEU-AQ", "ROUGE-L")  # percent; AQ: with ArtQuest's order of the arguments
+ANSWERS = ("image", "question", "answer", "confidence")  # columns of --answers
+ABOUT_TABLES = ("data", "predictions", "table", "report", "no_baselines", "shuffle_style", "merge_lora", "cache", "skip_bad",
+                "maps", "export")  # not with --ask
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of train_gated.py")
     parser.add_argument("--data", metavar="DIR", help="folder with the CSV files (default: the one of training)")
-    parser.add_argument("--images", metavar="DIR", help="image root (default: as in training, or DATA/images)")
+    parser.add_argument("--images", metavar="DIR", help="image root (default: as in training, or DATA/images); with --ask the folder "
+                                                           "of pictures")
     parser.add_argument("--split", default="val", help="which CSV file: train, val or test (default: val)")
     parser.add_argument("--columns", nargs="+", metavar="NAME=COLUMN", help="names of your columns (default: as in training)")
     parser.add_argument("--encoding", help="of the CSV file (default: as in training)")
@@ -48,12 +62,26 @@ def get_args(argv=None):
                         help="leave bad rows and broken or missing images out and list them, up to this share (0.01 where no "
                              "number is given)")
     parser.add_argument("--predictions", metavar="FILE.json", help="answers in VQAv2's result format, and beside it FILE.csv with "
-                                                                   "image, question, answer, prediction")
+                                                                   "image, question, answer, prediction, confidence, and with rank "
+                                                                   "margin: log-likelihood above that of the runner-up")
     parser.add_argument("--method", choices=("generate", "rank"), default="generate",
                         help="generate: beam search; rank: the likeliest of all training answers (default: generate)")
     parser.add_argument("--beams", type=runfolder.positive, default=5, help="beams of generate (default: 5)")
     parser.add_argument("--max-new-tokens", type=runfolder.positive, default=16, help="longest answer of generate (default: 16)")
     parser.add_argument("--table", metavar="FILE.json", help="the table as a list of JSON objects")
+    parser.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves, confusion of styles, how well "
+                                                              "confidence is calibrated, and samples")
+    parser.add_argument("--abstain-below", type=runfolder.share, metavar="X",
+                        help="confidence (0 to 1) below which there is no answer: says how many questions are answered and the EM of "
+                             "those, the files keep all answers; with --ask the answer stays empty")
+    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="ask this of every picture of --images and of the folders in it, write "
+                                                                     "--answers, and stop")
+    parser.add_argument("--answers", metavar="FILE.csv", help="of --ask: image, question, answer, confidence; goes on where it stopped, "
+                                                              "FILE.csv.json says what it was made with")
+    parser.add_argument("--maps", type=runfolder.whole, default=0, metavar="N", help="draw where the model looks and what its answers rest on, for "
+                        "the first N questions, and the gates by style, into maps/ beside the checkpoint (default: 0)")
+    parser.add_argument("--export", metavar="DIR", help="write the trained tensors, gate_config.json and a model card there; they are "
+                                                        "loaded again and compared bit by bit before the folder appears")
     parser.add_argument("--no-baselines", action="store_true", help="only the trained model: a third of the time")
     parser.add_argument("--shuffle-style", action="store_true", help="also with another picture in the style classifier: where the "
                                                                      "gates do the work, style answers must fall")
@@ -67,7 +95,27 @@ def get_args(argv=None):
     parser.add_argument("--lm-precision", choices=tuple(published.LM_PRECISIONS), help="of the frozen language model (default: as in training)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                         help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
-    return runfolder.parse_args(parser, argv)
+    args = runfolder.parse_args(parser, argv)
+    mistake = flags_at_odds(args)
+    if mistake:
+        parser.error(mistake)
+    return args
+
+
+def flags_at_odds(args):
+    """What is wrong with the flags in one line, "" where they go together."""
+    if (args.ask is None) != (args.answers is None):
+        return "--ask and --answers go together"
+    if args.merge_lora and (args.report or args.abstain_below is not None):
+        return "--merge-lora answers nothing: leave --report and --abstain-below out"
+    if not args.ask:
+        return ""
+    other = [f"--{name.replace('_', '-')}" for name in ABOUT_TABLES if getattr(args, name)]
+    if other:
+        return f"--ask is about the pictures of --images alone: leave {', '.join(other)} out"
+    if not args.images:
+        return "--ask needs --images, the folder of pictures"
+    return "" if all(question.strip() for question in args.ask) else "--ask: a question is empty"
 
 
 def built_as(args, checkpoint):
@@ -140,6 +188,75 @@ def write_merged(model, checkpoint, path):
     print(f"merged: {path}")
 
 
+# --- answers ------------
+
+def answers_to(model, questions, contexts, features, args, candidates, sure=True, **seeing):
+    """Answers of a batch: {"prediction": texts}, where `sure` also "confidence", mean log-probability of the answer's tokens, and
+    with --method rank "margin", by how much its log-likelihood is above that of the runner-up (nats; not where there is no other).
+
+    features: image_embeds [B,P,W], style_feature [B,F]; candidates: of rank; seeing: gated=False or blind=True."""
+    asked = {"questions": questions, "contexts": contexts, **features, **seeing}
+    found = {}
+    if args.method == "rank":
+        scores = model.score_answers(answers=candidates, **asked)  # [B,A]
+        found["prediction"] = [candidates[i] for i in scores.argmax(-1).tolist()]
+        if sure and len(candidates) > 1:
+            first, second = scores.topk(2).values.unbind(-1)  # [B]
+            found["margin"] = (first - second).tolist()
+    else:
+        found["prediction"] = model.predict_answers(None, beams=args.beams, max_new_tokens=args.max_new_tokens, **asked)
+    if sure:
+        found["confidence"] = model.confidence(answers=found["prediction"], **asked).tolist()
+    return found
+
+
+def coverage(questions, found, least):
+    """--abstain-below in a line: how many of the answers have this confidence (0 to 1), and the EM of those."""
+    hits = [metrics.exact_match(one["prediction"], r.answer.strip()) for r, one in zip(questions, found)]
+    kept = [hit for hit, one in zip(hits, found) if math.exp(one["confidence"]) >= least]
+    told = f"EM {100 * sum(kept) / len(kept):.1f} on those, " if kept else ""
+    return (f"--abstain-below {least:g}: {len(kept)} of {len(hits)} questions are answered ({len(kept) / len(hits):.1%}), {told}"
+            f"{100 * sum(hits) / len(hits):.1f} on all")
+
+
+def ask(args, checkpoint, accelerator):
+    """--ask: a row of --answers for each picture of --images and each question, but for those that are there, see folders.py."""
+    if accelerator.num_processes > 1:
+        raise DataError("--ask writes one file from one process: start it without accelerate launch")
+    names, asked = gallery.pictures_in(args.images), [(question,) for question in dict.fromkeys(args.ask)]
+    places = built_as(args, checkpoint)
+    search = {"beams": args.beams, "max-new-tokens": args.max_new_tokens} if args.method == "generate" else {}
+    made_with = {"checkpoint (sha256)": folders.digest(args.checkpoint), "--images": os.path.realpath(args.images), "--method": args.method,
+                 **search, "--abstain-below": args.abstain_below, "precision": accelerator.mixed_precision,
+                 "--lm-precision": places.get("lm_precision")}
+    with folders.opened(args.answers, ANSWERS, 2, made_with) as table, loop.batch_size_in_memory_errors(args.batch_size):
+        todo = table.lacking(names, asked)
+        if not todo:
+            print(f"{args.answers}: all {len(names)} pictures are there")
+            return
+        model = load_model(args, checkpoint, core.DTYPES[accelerator.mixed_precision]).to(accelerator.device).eval()
+        runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
+        if checkpoint["args"].get("context"):
+            print("note: this model was trained with a text before the question (--context); here there is none")
+
+        def tell(images, keys):
+            return answer_pictures(model, images, keys, args, sorted(checkpoint["answers"]))
+        folders.fill(table, args.images, todo, tell, model.image_size, max(1, args.batch_size // len(asked)), args.workers, accelerator.device)
+
+
+def answer_pictures(model, images, keys, args, candidates):
+    """images [B,3,s,s] and of each its keys (image, question) -> (N keys, N (answer, confidence)), see folders.fill."""
+    features = model.image_features(images)
+    asked, cells = [(n, key) for n, own in enumerate(keys) for key in own], []
+    for part in (asked[start:start + args.batch_size] for start in range(0, len(asked), args.batch_size)):
+        numbers = torch.tensor([n for n, _ in part], device=images.device)
+        own = {name: x if x is None else x[numbers] for name, x in features.items()}  # [N,P,W] and [N,F]
+        found = answers_to(model, [question for _, (_, question) in part], None, own, args, candidates)
+        sure = [math.exp(value) for value in found["confidence"]]
+        cells += [(text if value >= (args.abstain_below or 0) else "", f"{value:.4f}") for text, value in zip(found["prediction"], sure)]
+    return [key for _, key in asked], cells
+
+
 # --- scores: one row of the table is (question type, system) ------------
 
 def score(predictions, answers):
@@ -193,16 +310,18 @@ def question_ids(questions):
     return ids
 
 
-def write_predictions(path, ids, questions, predictions):
-    """VQAv2's result format ({"question_id", "answer"}) and a CSV that people can read."""
-    path = pathlib.Path(path)
+def write_predictions(path, ids, questions, found):
+    """VQAv2's result format ({"question_id", "answer"}) and a CSV that people can read. found: of evaluate, with "confidence"."""
+    path, predictions = pathlib.Path(path), [one["prediction"] for one in found]
+    sure = [{"confidence": f"{math.exp(one['confidence']):.4f}", **({"margin": f"{one['margin']:.4f}"} if "margin" in one else {})}
+            for one in found]
     with runfolder.whole_file(path) as file:
         json.dump([{"question_id": i, "answer": p} for i, p in zip(ids, predictions)], file, ensure_ascii=False, indent=0)
     with runfolder.whole_file(path.with_suffix(".csv")) as file:
         writer = csv.writer(file)
-        writer.writerow(("question_id", "image", "question", "answer", "prediction", "question_type", "style"))
-        writer.writerows((i, r.name, r.question, r.answer, p, r.question_type, r.style)
-                         for i, r, p in zip(ids, questions, predictions))
+        writer.writerow(("question_id", "image", "question", "answer", "prediction", "question_type", "style", *sure[0]))
+        writer.writerows((i, r.name, r.question, r.answer, p, r.question_type, r.style, *own.values())
+                         for i, r, p, own in zip(ids, questions, predictions, sure))
     return path.with_suffix(".csv")
 
 
@@ -210,8 +329,13 @@ def main(argv=None):
     args = get_args(argv)
     if args.predictions and not args.predictions.endswith(".json"):
         raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
-    for path in filter(None, (args.predictions, args.table, args.merge_lora)):
+    map_folder = pathlib.Path(args.checkpoint).parent / "maps"
+    for path in filter(None, (args.predictions, args.table, args.report, args.answers, args.merge_lora, args.maps and map_folder / "001.png")):
         runfolder.refuse_unwritable(path)
+    if args.export:
+        if args.merge_lora:
+            raise DataError("--export goes with an evaluation, not with --merge-lora")
+        sharing.refuse_target(args.export)
     checkpoint = runfolder.load_checkpoint(
         args.checkpoint, ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen"))
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
@@ -219,6 +343,8 @@ def main(argv=None):
         model = load_model(args, checkpoint, torch.float32)
         runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
         return write_merged(model, checkpoint, args.merge_lora)
+    if args.ask:
+        return ask(args, checkpoint, accelerator)
     data_args(args, {**vars(train_gated_args(["--data", ""])), **checkpoint["args"]})  # defaults for what older files lack
     questions = read_data(args, args.split, accelerator.print)
     ids = question_ids(questions)
@@ -235,10 +361,9 @@ def main(argv=None):
     collate = Collate(model.tokenizer, model.styles, checkpoint["args"]["max_answer"])
     candidates = sorted(checkpoint["answers"])
 
-    def run(data=data, trained=True, **seeing):
+    def run(data=data, trained=True, sure=bool(args.report), **seeing):
         def answer(model, group, features):
-            return model.predict_answers(None, [r.question for r in group], [r.context for r in group], **features, **seeing,
-                                         method=args.method, answers=candidates, beams=args.beams, max_new_tokens=args.max_new_tokens)
+            return answers_to(model, [r.question for r in group], [r.context for r in group], features, args, candidates, sure, **seeing)
         weights = checkpoint["loss_weights"] if trained else {"hit_weight": checkpoint["loss_weights"]["hit_weight"]}
         with loop.batch_size_in_memory_errors(args.batch_size):
             found = evaluate(model, data, collate, accelerator, args.batch_size, args.workers, weights, answer, **seeing)
@@ -256,16 +381,36 @@ def main(argv=None):
     if args.shuffle_style and model.gates is not None:
         systems["another's style"] = run(OtherStyle(questions, model.image_size, features))
     name = "gated" if model.gates is not None else "trained, no gates"
-    systems[name] = run()
+    systems[name] = run(sure=bool(args.report or args.predictions or args.abstain_below is not None))
     if accelerator.is_main_process:
         if args.predictions:  # before the scores: what cost an hour is safe first
-            readable = write_predictions(args.predictions, ids, questions, [one["prediction"] for one in systems[name]])
+            readable = write_predictions(args.predictions, ids, questions, systems[name])
             print(f"predictions: {args.predictions} and {readable}")
         table = score_table(questions, systems)
         print_table(table)
+        if args.abstain_below is not None:
+            print(coverage(questions, systems[name], args.abstain_below))
         if args.table:
             with runfolder.whole_file(args.table) as file:
                 json.dump(table, file, indent=1)
+        if args.report:
+            made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, {args.split}", seed=checkpoint["args"]["seed"])
+            log = pathlib.Path(args.checkpoint).with_name("training_log.csv")
+            report.write(args.report, f"{args.checkpoint}: {args.split}",
+                         report.gated(questions, systems, table, log, PANELS, model.styles, [made]))
+            print(f"report: {args.report}")
+        if args.maps:
+            drawn = maps.draw_rows(model, questions, [one["prediction"] for one in systems[name]], args.maps, map_folder, features)
+            frames = maps.read_frames(map_folder.parent / maps.FILE)
+            if frames and model.gates is not None:
+                maps.skyline(frames, map_folder / "gates.png", map_folder / "gates.gif")
+            print(f"maps of the first {len(drawn)} questions: {map_folder}")
+        if args.export:
+            batch = collate([data[i] for i in range(min(4, len(data)))])
+            moved = {n: places.get(n) for n in ("blip2", "efficientnet", "lm_precision")}
+            sharing.export(args.export, checkpoint, model, sharing.scores(questions, systems), sharing.samples(questions, systems[name]),
+                           ["eval_gated.py", *(sys.argv[1:] if argv is None else argv)], batch, **moved, dtype=dtype, safe=args.safe_load)
+            print(f"exported, loaded again and compared: {args.export}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     load_batches, next_batch, LoaderError   a DataLoader over given row numbers, and what it says when it fails
     epoch_plan, seed_everything, cosine_lr  who sees which row when, and with which dropout: pure functions of whole numbers
     batch_size_in_memory_errors, is_better  which batch size was too large; whether best.pt is to be written
+    dry_run, kept_bytes, Pace               memory before a run, time to its end
     StopSignal, stopped, exit_code          Ctrl-C, SIGTERM; an error that a user can mend is one line
 """
 
@@ -13,6 +14,7 @@ import random
 import re
 import signal
 import sys
+import time
 
 import numpy as np
 import torch
@@ -157,8 +159,84 @@ def stopped(accelerator, stop):
     return bool(accelerator.reduce(torch.tensor(stop.number, device=accelerator.device)).item())
 
 
+# --- memory and time, before and while a run goes on ------------
+
+def kept_bytes(model, function):
+    """Bytes of activations that a forward pass keeps for the backward one, the weights aside: what grows with the batch. Works on
+    the meta device too, where nothing is computed."""
+    weights, seen, held = {p.untyped_storage()._cdata for p in model.parameters()}, {}, []
+
+    def note(tensor):
+        held.append(tensor.untyped_storage())  # held, so that no storage's address is used twice
+        seen[held[-1]._cdata] = held[-1].nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        function()
+    return sum(size for place, size in seen.items() if place not in weights)
+
+
+def dry_run(run, rehearse, cached=()):
+    """--dry-run: the memory of a run, computed part by part, and what a rehearsal with the optimizer's moments really took.
+
+    cached: cache.Stores that the run reads. Nothing is written."""
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    size = sum(p.nbytes for p in trained)
+    kept = kept_bytes(run.model, lambda: rehearse(run))
+    table = [("frozen weights", sum(p.nbytes for p in run.model.parameters() if not p.requires_grad)), ("trained weights", size),
+             ("their gradients", size), ("AdamW's moments", 2 * size), ("kept for the backward pass, longest batch", kept)]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    rehearse(run)
+    say = run.accelerator.print
+    for what, needed in [*table, ("sum, computed", sum(needed for _, needed in table))]:
+        say(f"{what:44}{needed / 2**20:>12,.1f} MiB")
+    say(f"{peak_memory()[1]:44}{peak_memory()[0] / 2**20:>12,.1f} MiB")
+    for store in cached:
+        say(f"{f'on disk: {store.rows.name}':44}{store.rows.stat().st_size / 2**20:>12,.1f} MiB")
+
+
+def peak_memory():
+    """(bytes, in words): the most that this process has held on its GPU, without one in all."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated(), "measured, GPU"
+    import resource  # not on Windows
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "measured, the whole process with Python"
+
+
+class Pace:
+    """Says once, PACE steps after the first, how fast a run is and when it will end; the first step is slower than all others."""
+
+    def __init__(self, run, unit):
+        self.run, self.unit, self.first, self.seen = run, unit, None, 0
+
+    def step(self, count):
+        """After an optimizer step on `count` samples of all processes together."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now, self.run.step
+            return
+        self.seen += count
+        done = self.run.step - self.first[1]
+        if done == PACE:
+            each = (now - self.first[0]) / done
+            left = (self.run.total - self.run.step) * each
+            self.run.accelerator.print(f"{self.seen / (now - self.first[0]):.1f} {self.unit}/s; about {spoken(left)} to the end, "
+                                       "validation not counted")
+
+
+def spoken(seconds):
+    """1 h 05 min, 12 min, 40 s."""
+    minutes, hours = round(seconds / 60), round(seconds / 60) // 60
+    return f"{seconds:.0f} s" if seconds < 100 else f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min"
+
+
 # --- numbers ------------
 
+PACE = 20  # steps, see Pace
 BUCKET = 16  # groups that are sorted by length together, see epoch_plan
 
 

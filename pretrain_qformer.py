@@ -67,6 +67,8 @@ def get_args(argv=None):
                       help="leave missing or broken pictures out and list them, up to this share (0.01 where no number is given)")
     data.add_argument("--skip-broken", action="store_true", help="leave broken samples and shards of WebDataset sets out and list them")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
+    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the longest "
+                                                               "batch, and stop; nothing is written")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip2", default=DEFAULT, metavar="ID|DIR|tiny",
@@ -508,6 +510,7 @@ class Run:
     log: runfolder.RunLog | None = None  # only where files are written
 
     def __post_init__(self):
+        self.pace = loop.Pace(self, "pairs")
         self.marks = {"metric": "mean", "value": None, "epoch": None, "done": 0}  # done: epochs validated
         self.per_epoch = len(self.plan(0))
         self.total = self.args.epochs * self.per_epoch
@@ -563,7 +566,7 @@ def save_last(run, out):
 
 def settings(run):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ["out", "resume", "save_last", "config", "images", "data", "check_data", "skip_bad", "skip_broken", "convert"]
+    free = ["out", "resume", "save_last", "config", "images", "data", "check_data", "dry_run", "skip_bad", "skip_broken", "convert"]
     if not run.stream.shards:
         free.append("workers")  # which of them reads what of a tar file decides the order
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
@@ -624,6 +627,7 @@ def train_epoch(run, epoch, stop):
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
+        run.pace.step(len(found) * run.accelerator.num_processes)
         bar.set_postfix(**{name: f"{value:.2f}" for name, value in sums.items()})
         if run.step % LOG_EVERY == 0:
             together = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
@@ -735,6 +739,15 @@ def begin(run, out, resumed):
             draw(run, out)
 
 
+def dry_run(args):
+    """--dry-run: three pairs, the table of parts (prepare prints it), memory; nothing is written."""
+    run = prepare(args)
+    for pair in run.train.rows[:3]:
+        ids = core.text_ids(run.model.tokenizer, [pair.text])["input_ids"][0]
+        run.accelerator.print(f"{pair.name}: {run.model.tokenizer.decode(ids)!r}; picture {pair.image_id}")
+    loop.dry_run(run, rehearse)
+
+
 def fit(args):
     """The whole run -> (Run, number of the signal that ended it or 0)."""
     out = pathlib.Path(args.out)
@@ -781,12 +794,16 @@ def main(argv=None):
     if args.convert:
         return convert(args)
     with loop.batch_size_in_memory_errors(args.batch_size, "the --batch-size"):  # there is no --accumulation here
+        if args.dry_run:
+            return dry_run(args)
         run, signal_number = fit(args)
     if signal_number:
         return 128 + signal_number
     if run.marks["value"] is None:
         raise DataError("the validation recall was never finite: there is no best.pt; lower --lr")
-    run.accelerator.print(f"best mean recall {run.marks['value']:.2f} in epoch {run.marks['epoch']}: {args.out}/best.pt and {args.out}/hf")
+    result = f"best mean recall {run.marks['value']:.2f} in epoch {run.marks['epoch']}"
+    run.accelerator.print(f"{result}: {args.out}/best.pt and {args.out}/hf")
+    run.accelerator.print(runfolder.cited("pretrain_qformer.py", argv, args.seed, result))
 
 
 if __name__ == "__main__":

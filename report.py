@@ -15,7 +15,6 @@ import importlib.metadata
 import math
 import pathlib
 import shlex
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -241,25 +240,10 @@ def write(path, title, parts):
         file.write(page.encode("utf-8", "replace").decode())  # file names can hold bytes that are no UTF-8
 
 
-def project_version():
-    """The commit of this project, and whether files have changed since."""
-    def git(*words):
-        here = str(pathlib.Path(__file__).parent)
-        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=30)
-
-    try:
-        commit, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.TimeoutExpired):
-        return "not known (git cannot be run)"
-    if commit.returncode:
-        return "not known (no git checkout)"
-    return commit.stdout.strip() + (", with changes that are not committed" if changes.stdout.strip() else "")
-
-
 def about(**lines):
     """`lines` as they are, then command, version of this project, packages and date: the last part of a page."""
     packages = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "numpy")]
-    known = {"command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": project_version(),
+    known = {"command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": runfolder.project_version(),
              "versions": ", ".join(["Python " + sys.version.split()[0], *packages]), "date": time.strftime("%Y-%m-%d %H:%M %z")}
     told = [(name, str(value)) for name, value in {**lines, **known}.items() if value is not None]
     return Table("How this was made", (), told, folded=True)
@@ -449,7 +433,9 @@ def full_table(table):
 
     def told(row, name):
         value = row.get(name, "")
-        return f"{value:,}" if isinstance(value, int) else value and f"{value:.{1 if name in (*SCORES, 'BLEU-AQ') else 3}f}"
+        if isinstance(value, float):
+            return f"{value:.{1 if name in (*SCORES, 'BLEU-AQ') else 3}f}"
+        return f"{value:,}" if isinstance(value, int) else value
 
     return Table("All scores by question type", ["type", "system", *names],
                  [[row["type"], row["system"], *(told(row, name) for name in names)] for row in table], folded=True)

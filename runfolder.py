@@ -19,8 +19,10 @@ import math
 import os
 import pathlib
 import pickle
+import shlex
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import zipfile
@@ -275,6 +277,27 @@ def note_versions():
             if found is None or not wanted.specifier.contains(found, prereleases=True):
                 notes.append(f"note: {wanted.name} {found or 'is not installed'}: tested with {wanted.specifier}")
     return notes
+
+
+def project_version():
+    """The commit of this project, and whether files have changed since."""
+    def git(*words):
+        here = str(pathlib.Path(__file__).parent)
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=30)
+
+    try:
+        commit, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.TimeoutExpired):
+        return "not known (git cannot be run)"
+    if commit.returncode:
+        return "not known (no git checkout)"
+    return commit.stdout.strip() + (", with changes that are not committed" if changes.stdout.strip() else "")
+
+
+def cited(script, argv, seed, result):
+    """One line about a finished run for a paper's appendix: result, seed, version, command. argv: flags, None = the process's."""
+    command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
+    return f"to cite: {result}; seed {seed}; commit {project_version()}; {command}"
 
 
 def refuse_overwrite(out, resume):

@@ -5,6 +5,7 @@
     python train_blip_caption.py --data data/captions --zero-shot                        # what the weights can do untrained
     python train_blip_caption.py --data data/captions --checkpoint runs/blip/best.pt --cases 20   # look at the mistakes
     python train_blip_caption.py --caption photo.jpg folder/ --checkpoint runs/blip/best.pt
+    python train_blip_caption.py --caption folder/ --captions out.csv --checkpoint runs/blip/best.pt   # goes on where it stopped
 
 Trained: the text decoder and the last layers of the vision tower (--unfreeze, --unfreeze-schedule). Data flow: {file: caption}
 -> captions.Picture -> Captions -> Collate -> BLIP's loss; validation, evaluation and --caption generate through describe() alone.
@@ -13,6 +14,7 @@ Trained: the text decoder and the last layers of the vision tower (--unfreeze, -
 import argparse
 import json
 import math
+import os
 import pathlib
 import re
 import sys
@@ -28,9 +30,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import core
+import folders
+import gallery
 import loop
 import metrics
 import published
+import report
 import rows
 import runfolder
 from captions import (LONGEST, MAX_LENGTH, augmented, check_data, fingerprint, limited, pictures_in, read_data, split_file,
@@ -71,6 +76,8 @@ def get_args(argv=None):
     data.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                       help="leave bad or missing pictures out and list them, up to this share (0.01 where no number is given)")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
+    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the longest "
+                                                               "batch, and stop; nothing is written")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip", metavar="ID|DIR|tiny", help="HuggingFace id, local folder, or tiny (made on first use); default "
@@ -104,6 +111,10 @@ def get_args(argv=None):
     look.add_argument("--zero-shot", action="store_true", help="score the untrained weights and stop")
     look.add_argument("--checkpoint", metavar="FILE", help="a best.pt: score it and stop, or use it for --caption")
     look.add_argument("--caption", nargs="+", metavar="PATH", help="caption these pictures and folders of pictures and stop")
+    look.add_argument("--captions", metavar="FILE.csv", help="with --caption DIR: image, caption of every picture in the folder and in those "
+                                                             "below; goes on where it stopped, FILE.csv.json says what it was made with")
+    look.add_argument("--report", metavar="FILE.html", help="with --zero-shot or --checkpoint: a page with scores and their intervals, curves "
+                                                            "and samples; that of the test split is FILE_test.html")
     look.add_argument("--json", action="store_true", help="print captions and scores as JSON")
     look.add_argument("--cases", type=runfolder.whole, default=0, metavar="N",
                       help="write OUT/cases.html: the N worst and the N best validation pictures")
@@ -112,6 +123,10 @@ def get_args(argv=None):
         parser.error("--data is needed, but for --caption")
     if args.zero_shot and args.checkpoint:
         parser.error("--zero-shot is without --checkpoint")
+    if args.report and (args.caption or not (args.zero_shot or args.checkpoint)):
+        parser.error("--report is of --zero-shot and of --checkpoint without --caption")
+    if args.captions and (args.json or len(args.caption or ()) != 1):
+        parser.error("--captions takes one folder in --caption, and is without --json")
     for name, value in RECIPES[args.recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -308,6 +323,7 @@ class Run:
     log: runfolder.RunLog | None = None  # only where files are written
 
     def __post_init__(self):
+        self.pace = loop.Pace(self, "pictures")
         self.marks = {"metric": "score", "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
         self.per_epoch = len(self.plan(0))
         self.total = self.args.epochs * self.per_epoch
@@ -350,8 +366,8 @@ def save_last(run, out):
 
 def settings(run):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "skip_bad", "cases", "json",
-            "val_batch", "checkpoint", "caption", "zero_shot")
+    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "cases", "json",
+            "val_batch", "checkpoint", "caption", "captions", "report", "zero_shot")
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
     return {**flags, "training pictures (hash)": fingerprint(run.train.rows),
             "validation pictures (hash)": fingerprint(run.val.rows), "METEOR": metrics.meteor_name(),
@@ -432,6 +448,7 @@ def train_epoch(run, epoch, plan, stop):
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
+        run.pace.step(len(group))
         bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
         if run.step % LOG_EVERY == 0:
             loss = accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean").item()
@@ -563,6 +580,16 @@ def finish(run, out):
         say(f"test: {told(numbers)}")
 
 
+def dry_run(args):
+    """--dry-run: three captions with [what the loss does not see] in brackets, memory; nothing is written."""
+    run = prepare(args)
+    for number in range(min(3, len(run.train))):
+        first, *others = run.train.ids[number]
+        run.accelerator.print(f"{run.train.rows[number].name}: [{run.tokenizer.decode([first])}] |{run.tokenizer.decode(others)!r}, "
+                              f"{len(others)} tokens are trained")
+    loop.dry_run(run, rehearse)
+
+
 def fit(args):
     """The whole run -> (Run, number of the signal that ended it or 0)."""
     out = pathlib.Path(args.out)
@@ -610,8 +637,8 @@ def score(args):
         accelerator.print(*words, file=sys.stderr if args.json else sys.stdout)
 
     page = pathlib.Path(args.out) / "cases.html"
-    if args.cases:
-        runfolder.refuse_unwritable(page)
+    for path in filter(None, (args.cases and page, args.report)):
+        runfolder.refuse_unwritable(path)
     model, tokenizer, collate, accelerator, generation = ready(args)
     result = {}
     for split in ["val"] + ["test"] * split_file(args, "test").is_file():
@@ -624,8 +651,43 @@ def score(args):
         if args.cases and split == "val" and accelerator.is_main_process:
             write_cases(page, data, captions, args.cases, f"{args.checkpoint or args.blip}: {split}")
             say(f"{page}: {args.cases} worst and best")
+        if args.report and accelerator.is_main_process:
+            say(f"report: {write_report(args, split, data, found)}")
     if args.json:
         accelerator.print(json.dumps(result, indent=1, ensure_ascii=False))
+
+
+def write_report(args, split, data, found):
+    """--report: the page of a split -> its path; found: of evaluate."""
+    page = pathlib.Path(args.report)
+    page = page if split == "val" else page.with_name(f"{page.stem}_{split}{page.suffix}")
+    log = pathlib.Path(args.checkpoint).with_name("training_log.csv") if args.checkpoint else None
+    made = report.about(checkpoint=args.checkpoint, blip=args.blip, data=f"{args.data}, {split}")
+    system = "trained" if args.checkpoint else "untrained"
+    report.write(page, f"{args.checkpoint or args.blip}: {split}", report.captions(data.rows, {system: found}, log, PANELS, [made]))
+    return page
+
+
+def caption_folder(args):
+    """--captions: a row for each picture of the folder and those below, but for those that are there, see folders.py."""
+    folder, = args.caption
+    names = gallery.pictures_in(folder)
+    runfolder.refuse_unwritable(args.captions)
+    model, tokenizer, _, accelerator, generation = ready(args)
+    if accelerator.num_processes > 1:
+        raise DataError("--captions writes one file from one process: start it without accelerate launch")
+    trained = folders.digest(args.checkpoint) if args.checkpoint else None
+    made_with = {"checkpoint (sha256)": trained, "--blip": None if trained else args.blip, "--caption": os.path.realpath(folder),
+                 "precision": accelerator.mixed_precision, **generation}
+
+    @torch.no_grad()
+    def tell(images, keys):
+        with accelerator.autocast():
+            return [key for key, in keys], [(text,) for text in describe(model, tokenizer, images, generation)]
+
+    with folders.opened(args.captions, ("image", "caption"), 1, made_with) as table, loop.batch_size_in_memory_errors(args.val_batch, "--val-batch"):
+        folders.fill(table, folder, table.lacking(names, [()]), tell, model.config.vision_config.image_size, args.val_batch, args.workers,
+                     accelerator.device)
 
 
 def caption(args):
@@ -651,15 +713,21 @@ def main(argv=None):
         print(note, file=sys.stderr)
     if args.check_data:
         return check_data(args, local_name(args.blip))
+    if args.captions:
+        return caption_folder(args)
     if args.caption or args.zero_shot or args.checkpoint:
         return caption(args) if args.caption else score(args)
     with loop.batch_size_in_memory_errors(args.batch_size):
+        if args.dry_run:
+            return dry_run(args)
         run, signal_number = fit(args)
     if signal_number:
         return 128 + signal_number
     if run.marks["value"] is None:
         raise DataError("the validation score was never finite: there is no best.pt; lower --lr")
-    run.accelerator.print(f"best score {run.marks['value']:.4f} in epoch {run.marks['epoch']}: {args.out}/best.pt")
+    result = f"best score {run.marks['value']:.4f} in epoch {run.marks['epoch']}"
+    run.accelerator.print(f"{result}: {args.out}/best.pt")
+    run.accelerator.print(runfolder.cited("train_blip_caption.py", argv, args.seed, result))
 
 
 if __name__ == "__main__":

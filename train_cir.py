@@ -36,6 +36,7 @@ import gallery
 import loop
 import metrics
 import published
+import report
 import rows
 import runfolder
 from rows import DataError
@@ -45,8 +46,8 @@ CLIP = 1.0  # gradient norm
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 RECALLS = {"cirr": ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"), "fashioniq": ("R@10", "R@50", "mean")}
 MODEL_ARGS = ("blip2", "no_gate", "spatial_attention", "transform", "target_ratio", "loss_rtc")  # kept in best.pt
-FREE = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "skip_bad", "checkpoint", "submit",
-        "gate_maps", "search", "image", "gallery", "top", "cache")  # flags that may differ on --resume
+FREE = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "checkpoint", "submit",
+        "gate_maps", "report", "search", "image", "gallery", "top", "cache")  # flags that may differ on --resume
 MAPS = 8  # queries that --gate-maps draws
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "itc", "rtc", "align", "patch", "temp", "grad_norm", "change",
                *RECALLS["cirr"])
@@ -68,6 +69,8 @@ def get_args(argv=None):
                       help="leave missing or broken pictures out and list them, up to this share (0.01 where no number is given); "
                            "recall is then over a smaller gallery")
     data.add_argument("--check-data", action="store_true", help="read everything, list missing pictures, and stop; loads no weight")
+    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the longest "
+                                                               "batch, and stop; nothing is written")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     data.add_argument("--cache", metavar="DIR", help="keep the vision tower's features there, computed once: 0.7 MB a picture in bf16 (default: "
                                                      "none, the tower runs in every step)")
@@ -108,6 +111,8 @@ def get_args(argv=None):
     look.add_argument("--checkpoint", metavar="FILE", help="a best.pt: score the validation split, or use it for --search")
     look.add_argument("--submit", metavar="DIR", help="write the two files of CIRR's test server for the split test1")
     look.add_argument("--gate-maps", metavar="DIR", help="a picture for each of 8 validation queries: what the gate changed, what was found")
+    look.add_argument("--report", metavar="FILE.html", help="with --checkpoint: a page with recalls and their intervals, curves and queries "
+                                                            "with what was found")
     look.add_argument("--search", metavar="TEXT", help="find pictures of --gallery by --image and this text")
     look.add_argument("--image", metavar="FILE", help="reference picture of --search, whose matches go to OUT/search.html too")
     look.add_argument("--gallery", metavar="DIR", help="folder of pictures, indexed once")
@@ -117,8 +122,10 @@ def get_args(argv=None):
         parser.error("--search needs --image, --gallery and --checkpoint")
     if args.search is None and not args.data:
         parser.error("--data is needed, but for --search")
-    if (args.submit or args.gate_maps) and not args.checkpoint:
-        parser.error("--submit and --gate-maps need --checkpoint")
+    if (args.submit or args.gate_maps or args.report) and not args.checkpoint:
+        parser.error("--submit, --gate-maps and --report need --checkpoint")
+    if args.report and args.search is not None:
+        parser.error("--report is of an evaluation: leave --search out")
     if args.submit and args.format != "cirr":
         parser.error("--submit writes what CIRR's test server wants: FashionIQ has none")
     if args.hard_set > (4 if args.format == "cirr" else 0):
@@ -473,6 +480,7 @@ class Run:
     log: runfolder.RunLog | None = None  # only where files are written
 
     def __post_init__(self):
+        self.pace = loop.Pace(self, "queries")
         self.marks = {"metric": "mean", "value": None, "epoch": None, "done": 0}  # done: epochs trained and, where due, validated
         self.per_epoch = len(self.plan(0))
         self.total = self.args.epochs * self.per_epoch
@@ -598,6 +606,7 @@ def train_epoch(run, epoch, plan, stop):
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
+        run.pace.step(len(group))
         bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{lr:.1e}")
         if run.step % LOG_EVERY == 0:
             together = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
@@ -693,6 +702,15 @@ def begin(run, out, resumed):
             draw(run, out)
 
 
+def dry_run(args):
+    """--dry-run: three queries, the table of parts (prepare prints it), memory; nothing is written but a cache."""
+    run = prepare(args)
+    for query in run.train.rows[:3]:
+        ids = core.text_ids(run.model.tokenizer, [cirr.text_of(query)])["input_ids"][0]
+        run.accelerator.print(f"{query.reference} + {run.model.tokenizer.decode(ids)!r} -> {query.target}")
+    loop.dry_run(run, rehearse)
+
+
 def fit(args):
     """The whole run -> (Run, number of the signal that ended it or 0)."""
     out = pathlib.Path(args.out)
@@ -718,24 +736,32 @@ def fit(args):
 # --- without training ------------
 
 def score(args):
-    """--checkpoint: the recalls of the validation split; --submit and --gate-maps."""
+    """--checkpoint: the recalls of the validation split; --submit, --gate-maps and --report."""
     best, model, accelerator = load_best(args)
     say = accelerator.print
-    found, pools = [], read_data(args, "val", say)
+    found, seen, pools = [], [], read_data(args, "val", say)
     unseen = read_data(args, "test1", say) if args.submit else []
     for folder in filter(None, (args.submit, args.gate_maps)):  # now, and not after everything has been encoded
         runfolder.refuse_unwritable(pathlib.Path(folder, "a file"))
+    if args.report:
+        runfolder.refuse_unwritable(args.report)
     opener = picture_source(args, model, [*pools, *unseen], accelerator)
     say(f"a random order scores {told(chance(pools, args.format))}")
     for pool in pools:
         features, vectors, change = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
         scores = scored(vectors, features)
         found.append({**recalls(scores, pool, args.format), "change": change})
+        seen.append((pool, scores, *columns(pool)))
         say(f"{pool.name}: {told(found[-1])}")
         if args.gate_maps and accelerator.is_main_process:
             draw_maps(args, model, pool, scores, opener, say)
     if len(found) > 1:
         say(f"mean: {told({name: float(np.mean([one[name] for one in found])) for name in found[0]})}")
+    if args.report and accelerator.is_main_process:
+        log = pathlib.Path(args.checkpoint).with_name("training_log.csv")
+        made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, val")
+        report.write(args.report, f"{args.checkpoint}: val", report.retrieval(seen, log, PANELS, [made]))
+        say(f"report: {args.report}")
     for pool in unseen:
         features, vectors, _ = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
         if accelerator.is_main_process:
@@ -813,12 +839,16 @@ def main(argv=None):
             return search(args)
         if args.checkpoint:
             return score(args)
+        if args.dry_run:
+            return dry_run(args)
         run, signal_number = fit(args)
     if signal_number:
         return 128 + signal_number
     if run.marks["value"] is None:
         raise DataError("the validation recall was never finite: there is no best.pt; lower --lr")
-    run.accelerator.print(f"best mean {run.marks['value']:.2f} in epoch {run.marks['epoch']}: {args.out}/best.pt")
+    result = f"best mean {run.marks['value']:.2f} in epoch {run.marks['epoch']}"
+    run.accelerator.print(f"{result}: {args.out}/best.pt")
+    run.accelerator.print(runfolder.cited("train_cir.py", argv, args.seed, result))
 
 
 if __name__ == "__main__":

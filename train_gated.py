@@ -30,10 +30,12 @@ import cache
 import core
 import efficientnet
 import loop
+import maps
 import metrics
 import published
 import rows
 import runfolder
+import sharing
 from rows import DataError
 
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
@@ -67,6 +69,8 @@ def get_args(argv=None):
                       help="leave bad rows and broken or missing images out and list them, up to this share of a split "
                            "(0.01 where no number is given)")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
+    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the longest "
+                                                               "batch, and stop; nothing is written")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     data.add_argument("--cache", metavar="DIR", help="keep the frozen towers' features there, computed once: 0.7 MB a picture in bf16 (default: "
                                                      "none, the towers run in every step)")
@@ -256,9 +260,14 @@ def check_tokens(args, splits):
         cut = [row for row in found if len(core.answer_ids(tokenizer, row.answer, 10**6)) > args.max_answer]
         first = f", first {loop.named(cut[:1])}: {cut[0].answer!r}" if cut else ""
         print(f"{split}: {len(cut)} of {len(found)} answers are cut by --max-answer {args.max_answer}{first}")
+    show_rows(tokenizer, splits.get("train", [])[:3], args.max_answer)
+
+
+def show_rows(tokenizer, some, max_answer):
+    """Rows as the language model reads them, with what the loss does not see in brackets."""
     print("--- prompt | target, as the model gets it; [tokens in brackets] are masked in the loss")
-    for row in splits.get("train", [])[:3]:
-        batch = core.encode_training(tokenizer, [row.question], [row.answer], args.max_answer, [row.context])
+    for row in some:
+        batch = core.encode_training(tokenizer, [row.question], [row.answer], max_answer, [row.context])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         masked, target = (tokenizer.decode(ids[where]) for where in (labels == -100, labels != -100))
         print(f"{row.name} ({rows.locate(row.file, row.line)}): [{masked}] |{target!r}, {(labels != -100).sum()} tokens are trained")
@@ -267,12 +276,13 @@ def check_tokens(args, splits):
 # --- evaluation ------------
 
 @torch.no_grad()
-def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weights, answer=None, **seeing):
+def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weights, answer=None, gates=False, **seeing):
     """Score every row exactly once, on however many processes.
 
-    answer: None, or a function (model, rows, features) -> list of answers. seeing: gated=False or blind=True, see
-    Blip2OPTGated.forward. Returns on every process a list of dicts in row order: loss, lm, hit, hard_hit, hit_rows, kl
-    (those that are switched on), and prediction.
+    answer: None, or a function (model, rows, features) -> {column: a value for each row}, "prediction" among them. seeing:
+    gated=False or blind=True, see Blip2OPTGated.forward. Returns on every process a list of dicts in row order: row, total, lm,
+    hit, hard_hit, hit_rows, kl (those that are switched on), the columns of `answer`, and with gates=True the gates of a model that has any
+    (maps.gate_rows).
     """
     model.eval()
     by_length = sorted(range(len(data)), key=lambda i: text_length(data.rows[i]))  # few pads
@@ -291,7 +301,9 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
         parts.pop("loss")
         table = {name: values.float().cpu().tolist() for name, values in parts.items()}
         if answer:
-            table["prediction"] = answer(model, [data.rows[i] for i in numbers], features)
+            table |= answer(model, [data.rows[i] for i in numbers], features)
+        if gates and model.gates is not None:
+            table["gates"] = maps.gate_rows(model, features["style_feature"], batch["input_ids"], batch["prompt_mask"])
         found += [{"row": i, **{name: values[k] for name, values in table.items()}} for k, i in enumerate(numbers)]
     return sorted(gather_object(found), key=lambda one: one["row"])
 
@@ -309,7 +321,7 @@ def mean(found, name, where=None):
 
 def greedy_answers(model, group, features):
     """The answers of --select em: no beams, since they are asked for in every epoch."""
-    return model.predict_answers(None, [r.question for r in group], [r.context for r in group], **features, beams=1)
+    return {"prediction": model.predict_answers(None, [r.question for r in group], [r.context for r in group], **features, beams=1)}
 
 
 def loss_summary(found):
@@ -421,6 +433,7 @@ class Run:
     log: runfolder.RunLog | None = None  # only where files are written
 
     def __post_init__(self):
+        self.pace = loop.Pace(self, "questions")
         self.marks = {"metric": self.args.select, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
         read = self.train.rows
         self.lengths = core.text_lengths(self.model.tokenizer, *([getattr(r, n) for r in read] for n in ("question", "answer", "context")))
@@ -447,6 +460,7 @@ def save_best(run, out):
         **run.marks, "loss_weights": run.weights, "majority": majority_answers(read),
         "answers": sorted({r.answer.strip() for r in read}), "frozen": run.frozen,
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
+    sharing.verify_saved(out / "best.pt", run.model)
 
 
 def majority_answers(train_rows):
@@ -467,7 +481,7 @@ def save_last(run, out):
 
 def settings(run):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "safe_load", "skip_bad", "semart", "cache",
+    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "safe_load", "skip_bad", "semart", "cache",
             "activations")
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
     return {**flags, "a cache of features": run.args.cache is not None, "training rows (hash)": rows.fingerprint(run.train.rows),
@@ -539,6 +553,7 @@ def train_epoch(run, plan, stop):
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
+        run.pace.step(len(group))
         bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{lr:.1e}")
         if run.step % LOG_EVERY == 0:
             together = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
@@ -550,14 +565,14 @@ def train_epoch(run, plan, stop):
 
 
 def validate(run, data):
-    """The numbers of an epoch; exact match (greedy) only where best.pt is chosen by it."""
+    """The numbers of an epoch, exact match (greedy) only where best.pt is chosen by it; and the gates by style, None without gates."""
     answer = greedy_answers if run.args.select == "em" else None
-    found = evaluate(run.model, data, run.collate, run.accelerator, run.args.batch_size, run.args.workers, run.weights, answer)
+    found = evaluate(run.model, data, run.collate, run.accelerator, run.args.batch_size, run.args.workers, run.weights, answer, gates=True)
     numbers = loss_summary(found)
     if answer:
         hits = [metrics.exact_match(one["prediction"], data.rows[one["row"]].answer.strip()) for one in found]
         numbers["em"] = sum(hits) / len(hits)
-    return numbers
+    return numbers, maps.found_gates(run.model, found, data.rows)
 
 
 def rehearse(run):
@@ -614,7 +629,7 @@ def train(run, out, stop):
             raise
         if loop.stopped(run.accelerator, stop):
             break
-        numbers = validate(run, run.val)
+        numbers, gates = validate(run, run.val)
         better = is_better(numbers[args.select], run.marks)
         run.marks |= {"done": epoch + 1, "stale": run.marks["stale"] + 1}
         if better:
@@ -627,6 +642,8 @@ def train(run, out, stop):
             if better:
                 save_best(run, out)
             draw(run, out)
+            if gates:
+                maps.append_frame(out / maps.FILE, run.step, gates)
     if stop.number and leader:
         save_last(run, out)
         say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
@@ -647,11 +664,21 @@ def begin(run, out, resumed):
         size = sum(t.nbytes for t in runfolder.trainable_state(run.model).values())
         runfolder.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
         runfolder.start_run(out, args)
+        if not resumed:
+            (out / maps.FILE).unlink(missing_ok=True)  # of a run that ended before its first best.pt
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
         if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
             save_best(run, out)
         if resumed:
             draw(run, out)
+
+
+def dry_run(args):
+    """--dry-run: three rows, the table of parts (prepare prints it), memory; nothing is written but a cache."""
+    run = prepare(args)
+    if run.accelerator.is_main_process:
+        show_rows(run.model.tokenizer, run.train.rows[:3], args.max_answer)
+    loop.dry_run(run, rehearse, run.train.features.stores.values() if run.train.features else ())
 
 
 def fit(args):
@@ -681,12 +708,16 @@ def main(argv=None):
     if args.check_data:
         return check_data(args)
     with loop.batch_size_in_memory_errors(args.batch_size):
+        if args.dry_run:
+            return dry_run(args)
         run, signal_number = fit(args)
     if signal_number:
         return 128 + signal_number
     if run.marks["value"] is None:
         raise DataError(f"the validation {args.select} was never finite: there is no best.pt; lower --lr")
-    run.accelerator.print(f"best {args.select} {run.marks['value']:.4f} in epoch {run.marks['epoch']}: {args.out}/best.pt")
+    result = f"best {args.select} {run.marks['value']:.4f} in epoch {run.marks['epoch']}"
+    run.accelerator.print(f"{result}: {args.out}/best.pt")
+    run.accelerator.print(runfolder.cited("train_gated.py", argv, args.seed, result))
 
 
 if __name__ == "__main__":

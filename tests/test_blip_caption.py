@@ -1,6 +1,7 @@
 """pytest tests/test_blip_caption.py: train_blip_caption.py on random tiny weights. Behaviour-checked; its loss is checked against
 the original's in test_golden.py."""
 
+import csv
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ import metrics
 import runfolder
 import train_blip_caption as blip
 from rows import DataError
+from test_report import Page, check_safe
 
 COLOURS = {"red": (210, 40, 40), "blue": (40, 80, 210), "green": (40, 160, 60)}
 VAL = {"v0.png": ["a red square", "red all over"], "v1.png": "a blue square", "v2.png": "the green <b>square</b>",
@@ -418,7 +420,7 @@ def test_cases_page_holds_text_as_text_and_needs_nothing_else(flags, data, tmp_p
     page = (tmp_path / "run/cases.html").read_text()
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; {{ 7*7 }} &#34;quoted&#34;" in page
     assert "<script" not in page and "<b>" not in page and "http" not in page.replace("http-equiv", "")
-    assert page.count("<img src=\"data:image/jpeg;base64,") == 4 and page.count("<figure>") == 4
+    assert page.count("url(data:image/jpeg;base64,") == 4 and page.count("<figure>") == 4
     assert all(name in page for name in VAL)
 
 
@@ -428,6 +430,66 @@ def test_cases_are_the_worst_and_the_best(run, tmp_path):
     page = (tmp_path / "c.html").read_text()
     worst, best = page.split("The 1 best")
     assert "nothing like it" in worst and "a red one" in best and page.count("<figure>") == 2
+
+
+# --- --report, --captions ------------
+
+def test_report_of_each_split(flags, data, tmp_path, capsys):
+    write(data, test={"t1.png": "a blue square", "t2.png": "green"})
+    blip.main(flags("--epochs", "1"))
+    best, page = str(tmp_path / "run/best.pt"), tmp_path / "pages/r.html"
+    blip.main(["--data", str(data), "--checkpoint", best, "--workers", "0", "--report", str(page)])
+    said, out = json.loads((tmp_path / "run/val.json").read_text()), capsys.readouterr().out
+    for path, names in ((page, VAL), (page.with_name("r_test.html"), ["t1.png", "t2.png"])):
+        found = Page(path)
+        check_safe(found)
+        assert f"report: {path}" in out and all(f"· {name}" in found.text for name in names) and found.part("Training").count("<svg") >= 2
+        assert best in found.part("How this was made") and "trained" in found.part("Scores") and "untrained" not in found.source
+    assert all(text in Page(page).text for text in said.values())
+    blip.main(flags("--zero-shot", "--report", str(page)))
+    assert "untrained" in Page(page).part("Scores") and "no training_log.csv" in Page(page).part("Training")
+
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_captions_of_a_folder_are_those_of_caption_and_go_on_after_a_kill(flags, data, tmp_path, capsys, monkeypatch):
+    blip.main(flags("--epochs", "1"))
+    images, out, checkpoint = data / "images", tmp_path / "out.csv", ["--checkpoint", str(tmp_path / "run/best.pt"), "--workers", "0"]
+    capsys.readouterr()
+    assert blip.main(["--caption", str(images), "--json", *checkpoint]) == 0
+    said = {os.path.basename(name): text for name, text in json.loads(capsys.readouterr().out).items()}
+    (images / "below").mkdir()
+    (images / "t3.png").rename(images / "below/t3.png")
+    (images / "t4.png").rename(images / "=t4.png")
+    (images / "broken.png").write_bytes(b"no picture")
+    command = ["--caption", str(images), "--captions", str(out), *checkpoint, "--val-batch", "4"]
+    assert blip.main(command) is None
+    found = read_csv(out)
+    expected = {{"t3.png": "below/t3.png", "t4.png": "=t4.png"}.get(name, name): text for name, text in said.items()}
+    assert {one["image"]: one["caption"] for one in found} == expected and [one["image"] for one in found] == sorted(expected)
+    printed = capsys.readouterr().out
+    assert "left out: 'broken.png': no picture" in printed and "13 rows, 13 of them new; 1 of 14 pictures could not be read" in printed
+    whole = out.read_bytes()
+    out.write_bytes(whole[:len(whole) // 2])
+    described, real = [], blip.describe
+    monkeypatch.setattr(blip, "describe", lambda *args: described.append(len(args[2])) or real(*args))
+    blip.main(command)
+    assert out.read_bytes() == whole and 0 < sum(described) < 13
+    assert loop.exit_code(blip.main, ["--caption", str(images), "--captions", str(out), "--blip", flags()[3], "--workers", "0"]) == 2
+    assert "checkpoint (sha256) is None" in capsys.readouterr().err and out.read_bytes() == whole
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--captions", "a.csv"], "takes one folder in --caption"), (["--caption", "a", "b", "--captions", "a.csv"], "takes one folder"),
+    (["--caption", "a", "--captions", "a.csv", "--json"], "without --json"), (["--report", "r.html"], "--report is of"),
+    (["--report", "r.html", "--checkpoint", "x", "--caption", "a"], "--report is of")])
+def test_flags_that_do_not_go_together(flags, capsys, more, words):
+    with pytest.raises(SystemExit) as stop:
+        blip.get_args(flags(*more))
+    assert stop.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- bad input ------------
@@ -532,3 +594,9 @@ def test_check_data(flags, data, capsys):
     assert blip.main(flags("--check-data")) == 1
     out = capsys.readouterr().out
     assert "broken image" in out and "in train and val" in out and "training would fail" in out
+
+
+def test_dry_run_writes_nothing(flags, tmp_path, capsys):
+    assert blip.main(flags("--dry-run")) is None and not (tmp_path / "run").exists()
+    printed = capsys.readouterr().out
+    assert printed.count("tokens are trained") == 3 and "sum, computed" in printed and "measured" in printed

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ import published
 import runfolder
 import train_cir
 from rows import DataError
+from test_report import Page, check_safe
 
 
 @pytest.fixture(scope="module")
@@ -434,6 +436,18 @@ def test_checkpoint_scores_what_training_said_and_submits(trained, drawn, tmp_pa
         cirr.check_submission(content, pool.queries, pool.gallery)
 
 
+def test_report_of_an_evaluation(trained, drawn, tmp_path, capsys):
+    path = tmp_path / "new/report.html"
+    train_cir.main(["--data", str(drawn), "--checkpoint", str(trained[0] / "best.pt"), "--workers", "0", "--report", str(path)])
+    out, page = capsys.readouterr().out, Page(path)
+    check_safe(page)
+    assert f"report: {path}" in out
+    row = page.part("Recall, percent").split("a random order")[0]
+    for name, value in re.findall(r"(R@\d+|Rs@\d|mean) ([\d.]+)", out.split("random order scores")[1].splitlines()[1]):
+        assert f"<bdi>{name}</bdi>" in row and f"<bdi>{float(value):.1f}</bdi>" in row, name
+    assert page.part("Training").count("<svg") == 2 and "best.pt" in page.part("How this was made")  # too short a run for a logged loss
+
+
 def test_validation_frequency_validates_the_last_epoch_too(command, tmp_path, monkeypatch):
     monkeypatch.setattr(train_cir, "train_epoch", lambda run, epoch, plan, stop: setattr(run, "step", run.step + len(plan)))
     train_cir.main(command("--epochs", "3", "--validation-frequency", "2"))
@@ -509,6 +523,8 @@ def test_resume_refuses_other_settings_and_other_data(trained, command, drawn, t
     (["--submit", "x"], "need --checkpoint"), (["--hard-set", "5"], "at most 4"), (["--target-ratio", "0.5"], "1 or more"),
     (["--format", "fashioniq", "--hard-set", "1"], "FashionIQ has none"),
     (["--spatial-attention", "--no-gate"], "leave --no-gate out"),
+    (["--report", "r.html"], "need --checkpoint"),
+    (["--search", "red", "--image", "a", "--gallery", "b", "--checkpoint", "c", "--report", "r.html"], "leave --search out"),
     (["--search", "red"], "--search needs"), (["--unknown"], "unrecognized")])
 def test_flags_that_do_not_go_together(command, capsys, more, wanted):
     with pytest.raises(SystemExit) as stop:
@@ -632,3 +648,23 @@ def test_fashioniq_trains_and_scores_each_category(folder, tmp_path, capsys):
     log = runfolder.read_log(tmp_path / "run/training_log.csv")
     assert log[-1]["kind"] == "epoch" and float(log[-1]["R@10"]) == 100 and not log[-1]["R@1"]
     assert "6 + 6 + 6" in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing_and_a_cache_gives_the_same_scores(command, tmp_path, capsys):
+    assert train_cir.main(command("--dry-run")) is None and not (tmp_path / "run").exists()
+    printed = capsys.readouterr().out
+    assert printed.count(" -> ") == 3 and "sum, computed" in printed and "measured" in printed
+    values = []
+    for out, more in (("run", ()), ("kept", ("--cache", str(tmp_path / "cache")))):
+        train_cir.main(command("--epochs", "1", *more, out=out))
+        best = runfolder.load_checkpoint(tmp_path / out / "best.pt")
+        values.append((best["frozen"], best["value"], best["state"]))
+    assert values[0][0] == values[1][0] and values[0][1] == values[1][1]
+    for name, tensor in values[0][2].items():
+        assert torch.allclose(tensor, values[1][2][name], atol=1e-5), name
+    capsys.readouterr()
+    maps = tmp_path / "maps"
+    train_cir.main(["--data", command()[1], "--checkpoint", str(tmp_path / "run/best.pt"), "--cache", str(tmp_path / "cache"), "--workers", "0",
+                    "--gate-maps", str(maps)])
+    printed = capsys.readouterr().out
+    assert f"mean {values[0][1]:.2f}" in printed and "0 to make" in printed and len(list(maps.glob("*.png"))) > 0

@@ -654,3 +654,9 @@ def test_bad_input_costs_one_line(data, tmp_path, capsys, monkeypatch, name):
 def test_check_data_refuses_where_nothing_can_be_read(data, capsys):
     assert loop.exit_code(pretrain.main, flags(data, "x", "--check-data", "--images", str(data / "Cubism"))) == 2
     assert "none of 14 pictures can be read" in capsys.readouterr().err and not (data / "broken.txt").exists()
+
+
+def test_dry_run_writes_nothing(data, tmp_path, capsys):
+    assert pretrain.main(flags(data, tmp_path / "run", "--dry-run")) is None and not (tmp_path / "run").exists()
+    printed = capsys.readouterr().out
+    assert printed.count(" -> ") == 3 and "sum, computed" in printed and "measured" in printed

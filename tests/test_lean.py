@@ -6,6 +6,8 @@ the towers in every step. Behaviour: batches of about equal length, precisions o
 
 import gc
 import json
+import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -273,3 +275,38 @@ def test_packed_precisions_need_bitsandbytes(flags, monkeypatch, capsys):
     monkeypatch.setattr(published.importlib.util, "find_spec", lambda name: None)
     assert loop.exit_code(train_gated.main, flags("--lm-precision", "nf4")) == 2
     assert "pip install bitsandbytes" in capsys.readouterr().err
+
+
+# --- before and while a run goes on ------------
+
+def test_dry_run_shows_what_the_model_reads_and_needs_and_writes_nothing(flags, tmp_path, capsys):
+    cached = flags("--cache", str(tmp_path / "cache"), "--dry-run")
+    assert train_gated.main(cached) is None and not (tmp_path / "run").exists()
+    printed = capsys.readouterr().out
+    assert printed.count("Answer:] |") == 3 and "tokens are trained" in printed and "language_projection" in printed
+    table = {line[:44].strip(): float(line[44:].split()[0].replace(",", "")) for line in printed.splitlines() if line.endswith(" MiB")}
+    assert sum(table[name] for name in list(table)[:5]) == pytest.approx(table["sum, computed"], abs=0.4)
+    assert table["AdamW's moments"] == pytest.approx(2 * table["trained weights"], abs=0.1) and table["their gradients"] == table["trained weights"]
+    assert table["measured, the whole process with Python"] > table["sum, computed"]
+    stored = {path.name: path.stat().st_size / 2**20 for path in (tmp_path / "cache").glob("*.rows")}
+    assert len(stored) == 2 and all(table[f"on disk: {name}"] == pytest.approx(size, abs=0.06) for name, size in stored.items())
+
+
+def test_pace_is_said_once_and_without_the_first_step(monkeypatch):
+    clock, said = iter([100.0, *(110.0 + n for n in range(1, 60))]), []
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    run = SimpleNamespace(step=0, total=4000, accelerator=SimpleNamespace(print=said.append))
+    pace = loop.Pace(run, "questions")
+    for _ in range(40):
+        run.step += 1
+        pace.step(32)
+    # 20 steps after the first, from second 100 to 130, 32 questions each; 3,979 are left of 1.5 s each
+    assert said == ["21.3 questions/s; about 1 h 39 min to the end, validation not counted"]
+    assert [loop.spoken(s) for s in (40, 99.4, 720, 3600, 3900)] == ["40 s", "99 s", "12 min", "1 h 00 min", "1 h 05 min"]
+
+
+def test_the_last_line_can_be_cited(flags, capsys):
+    command = flags("--epochs", "1", "--seed", "7")
+    train_gated.main(command)
+    line = capsys.readouterr().out.strip().splitlines()[-1]
+    assert line.startswith("to cite: best loss ") and "; seed 7; commit " in line and line.endswith(shlex.join(["python", "train_gated.py", *command]))

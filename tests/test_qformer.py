@@ -231,13 +231,17 @@ def test_evaluation_by_hand(build, sets):
     model, found = build().train(), pretrain_qformer.pairs.read_sets({"drawn": str(sets[0])}, "train", say=lambda *words: None)
     found = [found[n] for n in np.random.default_rng(0).permutation(len(found))]
     data = pretrain_qformer.Captioned(found, model.image_size)
-    told = pretrain_qformer.evaluate(model, data, pretrain_qformer.Collate(model.tokenizer), Accelerator(cpu=True), 5, 0, 3)
-    assert not model.training
     shown = list(dict.fromkeys(pair.image_id for pair in found))
     owner = np.array([shown.index(pair.image_id) for pair in found])
+    torch.nn.init.normal_(model.itm_head.weight, std=3.0)
     with torch.no_grad():
+        model.eval()
         embeds = [model.image_embeds(data[0, list(owner).index(i)][0][None]) for i in range(len(shown))]
         texts = [core.text_ids(model.tokenizer, [pair.text]) for pair in found]
+        logits = torch.cat([model.match(embeds[i], **text) for text in texts for i in range(0, len(shown), 3)])
+        model.itm_head.bias[1] -= (logits[:, 1] - logits[:, 0]).median()  # half of all pairs match, else all are judged alike
+        told = pretrain_qformer.evaluate(model.train(), data, pretrain_qformer.Collate(model.tokenizer), Accelerator(cpu=True), 5, 0, 3)
+        assert not model.training
         cosines = core.max_similarity(torch.cat([model.text_features(**text) for text in texts]),
                                       torch.cat([model.image_features(image) for image in embeds]))
         itg = [model.caption_loss(embeds[i], **text).item() for i, text in zip(owner, texts)]
@@ -246,6 +250,7 @@ def test_evaluation_by_hand(build, sets):
             wrong = max((k for k in range(len(shown)) if k != i), key=lambda k: cosines[number, k])
             right += [model.match(embeds[i], **text).argmax().item() == 1,
                       model.match(embeds[wrong], **text).argmax().item() == 0]
+        assert len(set(right[::2])) == len(set(right[1::2])) == 2
         scores, tables = torch.full_like(cosines, -100), []
         for table in (cosines, cosines.T):
             scores = torch.full_like(table, -100)
@@ -607,3 +612,9 @@ def test_two_processes_with_two_loaders_each_see_every_shard_sample_once(two_pro
     assert [len(n) for n in one["names"]] == [len(n) for n in two["names"]]  # both take from the tar files at the same steps
     assert sorted(sum(one["names"] + two["names"], [])) == sorted(f"{n:05}" for n in range(16))
     assert (place / "run/hf/config.json").exists() and printed.count("epoch 1: i2t") == 1
+
+
+def test_dry_run_writes_nothing(command, tmp_path, capsys):
+    assert pretrain_qformer.main(command("--dry-run")) is None and not (tmp_path / "run").exists()
+    printed = capsys.readouterr().out
+    assert printed.count("; picture ") == 3 and "sum, computed" in printed and "measured" in printed

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import pathlib
 import re
@@ -20,9 +21,11 @@ import compare_gated
 import conftest
 import eval_gated
 import loop
+import metrics
 import rows
 import runfolder
 import train_gated
+from test_report import Page, check_safe
 
 ROOT = conftest.ROOT
 
@@ -284,6 +287,222 @@ def test_score_table_by_hand():
     table = eval_gated.score_table([row("a", "Red"), row("a", "two"), row("b", "dog")], {"x": [{"prediction": p} for p in ("red", "2", "cat")]})
     assert [(r["type"], r["n"], r["EM"], r["VQA"]) for r in table] == [
         ("a", 2, 50, 100), ("b", 1, 0, 0), ("all", 3, pytest.approx(100 / 3), pytest.approx(200 / 3))]
+
+
+# --- confidence, --abstain-below, --report ------------
+
+def read_csv(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def loaded(trained):
+    """The trained model as eval_gated has it, and its checkpoint."""
+    args = eval_gated.get_args(["--checkpoint", str(trained / "best.pt")])
+    checkpoint = runfolder.load_checkpoint(trained / "best.pt")
+    model = eval_gated.load_model(args, checkpoint, torch.float32)
+    runfolder.load_trainable(model, checkpoint["state"], "best.pt")
+    return model.eval(), checkpoint
+
+
+def features_of(model, path):
+    return model.image_features(rows.picture_tensor(path, model.image_size)[None])
+
+
+@pytest.mark.parametrize("method", ["generate", "rank"])
+def test_confidence_and_margin_are_those_of_the_model(trained, loaded, sample, tmp_path, capsys, method):
+    model, checkpoint = loaded
+    eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--predictions", str(tmp_path / "p.json"), "--no-baselines", "--workers", "0",
+                     "--beams", "2", "--method", method, "--abstain-below", "0.05"])
+    found, questions = read_csv(tmp_path / "p.csv"), rows.read_split(sample, "val")
+    assert ("margin" in found[0]) is (method == "rank") and len({one["confidence"] for one in found}) > 5
+    candidates = sorted(checkpoint["answers"])
+    for number in (0, 7, 23):
+        row, one, features = questions[number], found[number], features_of(model, questions[number].image)
+        sure = math.exp(model.confidence([row.question], [one["prediction"]], **features).item())
+        assert float(one["confidence"]) == pytest.approx(sure, abs=2e-4)
+        if method == "rank":
+            scores = sorted(zip(model.score_answers([row.question], candidates, **features)[0].tolist(), candidates))
+            assert one["prediction"] == scores[-1][1] and float(one["margin"]) == pytest.approx(scores[-1][0] - scores[-2][0], abs=2e-3)
+    kept = [one for one in found if float(one["confidence"]) >= 0.05]
+    hits = [[metrics.exact_match(one["prediction"], one["answer"]) for one in some] for some in (kept, found)]
+    told = [f"EM {100 * sum(hits[0]) / len(kept):.1f} on those, " if kept else "", f"{100 * sum(hits[1]) / len(found):.1f} on all"]
+    assert f"--abstain-below 0.05: {len(kept)} of {len(found)} questions are answered ({len(kept) / len(found):.1%}), {told[0]}{told[1]}" \
+        in capsys.readouterr().out
+
+
+def test_coverage_by_hand():
+    row = lambda answer: type("Row", (), {"answer": answer})()  # noqa: E731
+    questions = [row("red"), row("two "), row("dog"), row("cat")]
+    found = [{"prediction": p, "confidence": math.log(c)} for p, c in (("Red", 0.9), ("two", 0.5), ("cat", 0.5), ("cat", 0.25))]
+    said = {least: eval_gated.coverage(questions, found, least) for least in (0, 0.5, 0.6, 1)}
+    assert said[0] == "--abstain-below 0: 4 of 4 questions are answered (100.0%), EM 75.0 on those, 75.0 on all"
+    assert said[0.5] == "--abstain-below 0.5: 3 of 4 questions are answered (75.0%), EM 66.7 on those, 75.0 on all"
+    assert said[0.6].startswith("--abstain-below 0.6: 1 of 4") and "EM 100.0 on those" in said[0.6]
+    assert said[1] == "--abstain-below 1: 0 of 4 questions are answered (0.0%), 75.0 on all"
+
+
+def test_confidence_costs_a_pass_only_where_it_is_shown(trained, tmp_path, monkeypatch):
+    import core
+    asked, real = [], core.Blip2OPTGated.confidence
+    monkeypatch.setattr(core.Blip2OPTGated, "confidence", lambda *args, **kwargs: asked.append(1) or real(*args, **kwargs))
+    command = ["--checkpoint", str(trained / "best.pt"), "--workers", "0", "--beams", "1", "--batch-size", "1000", "--max-new-tokens", "3"]
+    calls = []
+    for more in ([], ["--predictions", str(tmp_path / "p.json")], ["--no-baselines", "--abstain-below", "0"], ["--report", str(tmp_path / "r.html")]):
+        eval_gated.main([*command, *more])
+        calls.append(len(asked))
+        asked.clear()
+    assert calls == [0, 1, 1, 4]  # the report compares the systems that answer
+
+
+def test_one_candidate_has_no_runner_up(loaded, sample):
+    model, _ = loaded
+    features, args = features_of(model, next((sample / "images").glob("*.jpg"))), eval_gated.get_args(["--checkpoint", "x", "--method", "rank"])
+    found = eval_gated.answers_to(model, ["Which style?"], None, features, args, ["Cubism"])
+    assert found.keys() == {"prediction", "confidence"} and found["prediction"] == ["Cubism"]
+
+
+def test_report_of_an_evaluation(trained, sample, tmp_path, capsys):
+    path, predictions = tmp_path / "new/report.html", tmp_path / "p.json"
+    eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--report", str(path), "--predictions", str(predictions), "--workers", "0", "--beams", "1"])
+    assert f"report: {path}" in capsys.readouterr().out
+    page, found = Page(path), read_csv(predictions.with_suffix(".csv"))
+    check_safe(page)
+    for system in ("majority answer", "no image", "BLIP-2, no gates", "gates closed", "gated"):
+        assert system in page.part("Scores")
+    exact = 100 * sum(metrics.exact_match(one["prediction"], one["answer"]) for one in found) / len(found)
+    assert f"{exact:.1f}" in page.part("Scores").split("gated</bdi>")[-1]
+    assert page.part("Training").count("<svg") == 3  # of the training_log.csv beside the checkpoint
+    confidence = page.part("Confidence")
+    counts = [int(n) for n in re.findall(r'text-anchor="middle">(\d+)</text>\s*(?=<text class="on"|</svg>)', confidence)]
+    assert sum(counts) == len(found) and "gated" in confidence
+    made = page.part("How this was made")
+    assert "best.pt" in made and str(sample) in made and "42" in made
+
+
+# --- --ask ------------
+
+QUESTIONS = ["Which style is this painting?", "What is painted here?", "Which colour, \"mainly\"?"]
+
+
+@pytest.fixture
+def photos(sample, tmp_path):
+    """A folder with four pictures that can be read and a broken one; names that a spreadsheet takes for formulas."""
+    folder, names = tmp_path / "photos", ["=cmd.jpg", "b,\"c\"\nd.jpg", "below/e.jpg", "f.jpg", "broken.jpg"]
+    (folder / "below").mkdir(parents=True)
+    for picture, name in zip(sorted((sample / "images").glob("*.jpg")), names):
+        shutil.copy(picture, folder / name)
+    (folder / "broken.jpg").write_bytes((folder / "broken.jpg").read_bytes()[:300])
+    return folder
+
+
+def ask(trained, photos, *more, questions=QUESTIONS):
+    return ["--checkpoint", str(trained / "best.pt"), "--images", str(photos), "--answers", str(photos.parent / "out.csv"), "--workers", "0",
+            "--beams", "2", "--ask", *questions, *more]
+
+
+def test_ask_answers_every_question_about_every_picture(trained, loaded, photos, capsys):
+    model, _ = loaded
+    assert eval_gated.main(ask(trained, photos, "--batch-size", "2")) is None  # fewer than the questions of a picture
+    found = read_csv(photos.parent / "out.csv")
+    names = ["=cmd.jpg", "b,\"c\"\nd.jpg", "below/e.jpg", "f.jpg"]
+    assert [(one["image"], one["question"]) for one in found] == [(name, question) for name in names for question in QUESTIONS]
+    for one in found:
+        features = features_of(model, photos / one["image"])
+        assert one["answer"] == model.predict_answers(None, [one["question"]], **features, beams=2, max_new_tokens=16)[0]
+        sure = math.exp(model.confidence([one["question"]], [one["answer"]], **features).item())
+        assert float(one["confidence"]) == pytest.approx(sure, abs=2e-4)
+    assert len({one["confidence"] for one in found}) > 6
+    out = capsys.readouterr().out
+    assert "left out: 'broken.jpg': cannot be read" in out and "12 rows, 12 of them new; 1 of 5 pictures could not be read" in out
+
+
+def test_ask_goes_on_after_a_kill_and_takes_new_questions(trained, photos, capsys, monkeypatch):
+    out = photos.parent / "out.csv"
+    eval_gated.main(ask(trained, photos))
+    whole = out.read_bytes()
+    out.write_bytes(whole[:len(whole) // 2])  # in the midst of a row
+    rows_left = whole[:len(whole) // 2].count(b"\r\n") - 1
+    asked, real = [], train_gated.core.Blip2OPTGated.predict_answers
+    monkeypatch.setattr(train_gated.core.Blip2OPTGated, "predict_answers",
+                        lambda model, images, questions, *rest, **more: asked.extend(questions) or real(model, images, questions, *rest, **more))
+    eval_gated.main(ask(trained, photos))
+    assert out.read_bytes() == whole and 0 < len(asked) == 12 - rows_left < 12
+    asked.clear()
+    (photos / "broken.jpg").unlink()
+    eval_gated.main(ask(trained, photos, questions=[*QUESTIONS, "More?", "More?"]))
+    assert asked == ["More?"] * 4 and out.read_bytes().startswith(whole) and len(read_csv(out)) == 16
+    monkeypatch.setattr(eval_gated, "load_model", lambda *args: pytest.fail("nothing was left to ask"))
+    eval_gated.main(ask(trained, photos))
+    assert "all 4 pictures are there" in capsys.readouterr().out
+
+
+def test_ask_abstains(trained, photos, capsys):
+    eval_gated.main(ask(trained, photos))
+    before = read_csv(photos.parent / "out.csv")
+    least = sorted(float(one["confidence"]) for one in before)[6]
+    (photos.parent / "out.csv").unlink()
+    eval_gated.main(ask(trained, photos, "--abstain-below", str(least - 1e-4)))
+    after = read_csv(photos.parent / "out.csv")
+    assert [one["confidence"] for one in after] == [one["confidence"] for one in before]
+    for a, b in zip(after, before):
+        assert a["answer"] == (b["answer"] if float(b["confidence"]) >= least - 1e-4 else "")
+    assert 0 < sum(not one["answer"] for one in after) < 12
+
+
+def test_ask_refuses_answers_of_another_checkpoint_or_of_other_settings(trained, photos, tmp_path, capsys):
+    eval_gated.main(ask(trained, photos))
+    before = (photos.parent / "out.csv").read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    content = runfolder.load_checkpoint(other / "best.pt")
+    runfolder.save_checkpoint(other / "best.pt", {**content, "epoch": 99})
+    elsewhere = shutil.copytree(photos, tmp_path / "elsewhere")
+    capsys.readouterr()
+    for command, words in ((ask(other, photos), "checkpoint (sha256)"), (ask(trained, photos, "--beams", "3"), "beams is 3, was 2"),
+                           (ask(trained, photos, "--method", "rank"), "--method is 'rank', was 'generate'"),
+                           (ask(trained, photos, "--abstain-below", "0.5"), "--abstain-below is 0.5, was None"),
+                           (ask(trained, photos, "--images", str(elsewhere)), "--images is ")):
+        assert loop.exit_code(eval_gated.main, command) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line.startswith(f"error: {photos.parent / 'out.csv'}: its rows were made with something else") and words in line
+    assert (photos.parent / "out.csv").read_bytes() == before
+    assert eval_gated.main(ask(trained, photos, "--batch-size", "5")) is None  # changes nothing in the rows
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--ask", "a?"], "--ask and --answers go together"), (["--answers", "a.csv"], "--ask and --answers go together"),
+    (["--ask", "a?", "--answers", "a.csv"], "--ask needs --images"), (["--ask", " ", "--answers", "a.csv", "--images", "x"], "a question is empty"),
+    (["--ask", "a?", "--answers", "a.csv", "--images", "x", "--table", "t.json", "--no-baselines"], "leave --table, --no-baselines out"),
+    (["--ask", "a?", "--answers", "a.csv", "--images", "x", "--merge-lora", "m.pt"], "leave --merge-lora out"),
+    (["--ask", "a?", "--answers", "a.csv", "--images", "x", "--cache", "c"], "leave --cache out"),
+    (["--merge-lora", "m.pt", "--report", "r.html"], "--merge-lora answers nothing"), (["--merge-lora", "m.pt", "--abstain-below", "0"], "answers nothing"),
+    (["--abstain-below", "1.5"], "between 0 and 1"), (["--abstain-below", "nan"], "between 0 and 1")])
+def test_flags_of_eval_that_do_not_go_together(capsys, more, words):
+    with pytest.raises(SystemExit) as stop:
+        eval_gated.get_args(["--checkpoint", "best.pt", *more])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "error: " in lines[-1] and words in lines[-1]
+
+
+def test_ask_of_a_folder_without_pictures_costs_no_model(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(eval_gated, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    (tmp_path / "empty").mkdir()
+    for folder, words in (("empty", "no picture in it"), ("nowhere", "there is no such folder")):
+        assert loop.exit_code(eval_gated.main, ask(trained, tmp_path / folder)) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_loaded(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runfolder, "load_checkpoint", lambda *args: pytest.fail("the checkpoint was loaded"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "p").mkdir()
+    for command in (["--checkpoint", "best.pt", "--report", str(tmp_path / "file/r.html")],
+                    ask(trained, tmp_path / "p", "--answers", str(tmp_path / "file/a.csv"))):
+        assert loop.exit_code(eval_gated.main, command) == 2
+        assert "cannot be written" in capsys.readouterr().err
 
 
 # --- what a user gets wrong ------------

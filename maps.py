@@ -1,0 +1,714 @@
+"""maps.py: pictures of what a Blip2OPTGated looks at, and of what its answer rests on.
+
+    python maps.py --faithfulness --pictures 100     # do the maps point at what the question is about? (drawn scenes, tiny model)
+    python maps.py --faithfulness --checkpoint runs/demo/best.pt          # the same of a model that train_gated.py has trained
+
+    attention_maps, mean_map      where the queries look: description, not evidence
+    gradient_map                  attention weighted by the gradient of the answer: a first-order guess
+    occlusion                     how far the answer falls when the queries cannot look at a patch: evidence of what they read
+    tower_occlusion               the same with a patch that the vision tower never sees: evidence of what in the picture counts
+    gate_values, gate_rows        what the gates do to each layer and head
+    explain, draw, draw_rows      all of it for one question, as one figure; for the first questions of a table
+    gate_summary, append_frame, skyline    the gates by style, one frame an evaluation, as PNG and GIF
+    faithfulness                  each map against the known place of the things in drawn scenes
+
+features is what Blip2OPTGated.image_features gives for one picture, or a cache: image_embeds [1,P,W], style_feature [1,F] (None
+without gates). Of its P positions the first is CLS, which stands for no place in the picture and is on no map; the rest are
+side x side patches, row by row. Maps are numpy arrays of float32.
+
+The model itself is not changed: its modules are watched through hooks, which are gone when a function returns or fails.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import pathlib
+import sys
+import warnings
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+import core
+import gallery
+import loop
+import rows
+import runfolder
+from rows import DataError
+
+KINDS = ("what", "count", "colour")  # of questions about the things, as data/make_sample.py asks them
+FILE = "gates.json"  # in a run folder: a frame of gate_summary an evaluation
+GUIDE = """Attention and the difference: shares of the
+softmax, mean over layers, heads and queries.
+
+Gradient: attention times the slope of the
+answer, positive part.
+
+Occlusion: the answer is scored again without
+the patch. Red: it gets less likely without it,
+blue: more likely. Small numbers: the answer
+does not rest on that place."""
+ROUNDING = """
+
+The language model ran in {}: falls
+below about 0.03 nats are rounding."""  # up to 0.029 between bfloat16 and float32 on the tiny model
+NOTICE = "attention shows where the queries look, not why; occlusion is evidence"
+
+
+# --- watching the cross-attention ------------
+
+@contextlib.contextmanager
+def hooked(model, before_attention=None, before_output=None):
+    """Run a hook in every layer that looks at the image, for as long as the block lasts.
+
+    before_attention(layer, module, args, kwargs) sees what the cross-attention is called with, before_output(layer, linear, args)
+    what its last Linear is called with, [B,Q,H]; what they return takes the place of it (None: unchanged)."""
+    if model.training:
+        raise RuntimeError("call model.eval() before drawing maps: dropout would change them")
+    with contextlib.ExitStack() as hooks:
+        for layer in model.qformer.cross_layers:
+            module = model.qformer.encoder.layer[layer].crossattention
+            if before_attention:
+                hooks.enter_context(module.register_forward_pre_hook(partial(before_attention, layer), with_kwargs=True))
+            if before_output:
+                hooks.enter_context(module.output.dense.register_forward_pre_hook(partial(before_output, layer)))
+        yield
+
+
+def attention_of(module, x, source, mask=None, gate=None):
+    """The softmax that QFormerAttention.forward leaves to torch's kernel, and the values it averages.
+
+    x [B,Q,H], source [B,P,W], gate a Gate or None -> attention [B,heads,Q,P] in float32, values [B,heads,P,H/heads]."""
+    q, k, v = (module.attention[name](s).unflatten(-1, (module.heads, -1)).transpose(1, 2)  # [B,heads,Q or P,H/heads]
+               for name, s in (("query", x), ("key", source), ("value", source)))
+    if gate is not None:
+        k, v = k * gate.key, v * gate.value + gate.shift
+    logits = (q.float() @ k.float().transpose(2, 3)) / math.sqrt(q.shape[-1])  # [B,heads,Q,P]
+    return (logits if mask is None else logits + mask).softmax(-1), v.float()
+
+
+def side_of(features):
+    """Patches along a side. ValueError where what follows CLS is no square."""
+    patches = features["image_embeds"].shape[1] - 1
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(f"{patches} patches are no square: maps want CLS and then side x side patches")
+    return side
+
+
+def repeated(features, count):
+    """The features of one picture for a batch of `count`; nothing is copied."""
+    return {name: None if x is None else x.expand(count, *x.shape[1:]) for name, x in features.items()}
+
+
+def visual_prompt(model, features, question, context, gated):
+    """Run the Q-Former for one question, for the hooks that watch it."""
+    batch = core.to_device(core.encode_prompts(model.tokenizer, [question], [context]), features["image_embeds"].device)
+    return model.visual_prompt(**features, input_ids=batch["input_ids"], prompt_mask=batch["attention_mask"], gated=gated)
+
+
+# --- the maps ------------
+
+@torch.no_grad()
+def attention_maps(model, features, question, context="", gated=True):
+    """Cross-attention for one question -> {layer: [heads,Q,P]}; each row sums to 1, CLS comes first.
+
+    Without gates, or with gated=False, the question changes nothing: BLIP-2's queries never read it."""
+    found = {}
+
+    def keep(layer, module, args, kwargs):
+        found[layer] = attention_of(module, *args, **kwargs)[0][0].cpu().numpy()
+
+    with hooked(model, before_attention=keep):
+        visual_prompt(model, features, question, context, gated)
+    return found
+
+
+def mean_map(attention):
+    """{layer: [heads,Q,P]} -> ([side,side], share of CLS): mean over layers, heads and queries; the two sum to 1."""
+    mean = np.mean([layer.mean((0, 1)) for layer in attention.values()], 0)  # [P]
+    side = math.isqrt(len(mean) - 1)
+    return mean[1:].reshape(side, side), float(mean[0])
+
+
+def gradient_map(model, features, question, answer, context=""):
+    """Attention weighted by the gradient of the answer's mean log-probability per token -> [side,side], 0 or more.
+
+    For each layer the positive part of attention times gradient, averaged over the heads (Chefer et al. 2021, "Generic
+    attention-model explainability", equation 5), summed over queries and layers. Their rules that carry relevance on through
+    self-attention are left out: the gradient goes through the later layers as it is, and what the vision tower mixes between
+    patches before is not undone."""
+    side, attention, values, added = side_of(features), {}, {}, {}
+
+    def keep(layer, module, args, kwargs):
+        with torch.no_grad():
+            attention[layer], values[layer] = attention_of(module, *args, **kwargs)
+
+    def add_leaf(layer, linear, args):
+        added[layer] = torch.zeros_like(args[0], requires_grad=True)  # [1,Q,H]; its gradient is that of attention @ values
+        return (args[0] + added[layer],)
+
+    batch = core.encode_training(model.tokenizer, [question], [answer], max_answer=64, contexts=[context])
+    with torch.enable_grad(), hooked(model, keep, add_leaf):
+        loss = model(**core.to_device(batch, features["image_embeds"].device), **features)["loss"]
+        gradients = torch.autograd.grad(-loss, list(added.values()))  # of the log-probability; no parameter's grad is touched
+    total = 0
+    for layer, gradient in zip(added, gradients):
+        of_heads = gradient.float().unflatten(-1, (attention[layer].shape[1], -1)).transpose(1, 2)  # [1,heads,Q,H/heads]
+        of_attention = of_heads @ values[layer].transpose(2, 3)  # [1,heads,Q,P]
+        total = total + (attention[layer] * of_attention).clamp(min=0).mean(1).sum((0, 1))  # [P]
+    return total[1:].view(side, side).cpu().numpy()
+
+
+def windows(side, size):
+    """All size x size windows of patches -> bool [(side-size+1)**2, side*side]."""
+    if not 1 <= size <= side:
+        raise ValueError(f"a window of {size} patches on a side of {side}")
+    starts = range(side - size + 1)
+    chosen = torch.zeros(len(starts) ** 2, side, side, dtype=torch.bool)
+    for number, (down, across) in enumerate((down, across) for down in starts for across in starts):
+        chosen[number, down:down + size, across:across + size] = True
+    return chosen.flatten(1)
+
+
+def mean_falls(side, window, chunk, score):
+    """The fall of a score without each window of patches, as the mean over the windows that hold a patch -> [side,side].
+
+    score: bool [n,patches], True = dropped -> [n]; chunk: windows at a time. Neighbours are alike, so that one patch alone is
+    easily made up for: a larger window shows more of the fall and less of the place."""
+    dropped = windows(side, window)  # [N,patches]
+    whole = score(torch.zeros_like(dropped[:1]))
+    falls = whole.cpu() - torch.cat([score(part).cpu() for part in dropped.split(chunk)])  # [N]
+    held = dropped.float()
+    return ((falls @ held) / held.sum(0)).view(side, side).numpy()
+
+
+def usual_window(side):
+    """Patches on the side of a window where none is given: an eighth of the picture, one at least."""
+    return max(1, side // 8)
+
+
+@torch.no_grad()
+def occlusion(model, features, question, answer, context="", window=None, chunk=32):
+    """How far the answer's mean log-probability per token (model.confidence) falls without a patch -> [side,side], in nats.
+
+    A patch is taken out of the softmax of every cross-attention layer: the queries cannot look there, and no grey square is put
+    in its place, which would be something to look at itself. Above 0: the patch speaks for the answer. CLS stays, the gates
+    keep what the style classifier saw of the whole picture, and the vision tower has told other patches of this one before:
+    the map says where the queries read, not where in the picture it was painted (that is tower_occlusion). window, chunk: see
+    mean_falls and usual_window. With a language model in half precision, falls below 0.03 nats are rounding."""
+    side, device = side_of(features), features["image_embeds"].device
+
+    def score(dropped):
+        mask = core.padding_mask(~dropped.to(device), queries=1)  # [n,1,1,P], CLS is always seen
+
+        def hide(layer, module, args, kwargs):
+            return args, {**kwargs, "mask": mask}
+
+        with hooked(model, before_attention=hide):
+            return scores(model, repeated(features, len(dropped)), question, answer, context)
+
+    return mean_falls(side, window or usual_window(side), chunk, score)
+
+
+@torch.no_grad()
+def tower_occlusion(model, pixels, features, question, answer, context="", window=None, chunk=32):
+    """As occlusion, but the patches are left out of what the vision tower reads -> [side,side], in nats.
+
+    Nothing of them reaches CLS or their neighbours; all other patches keep their place. pixels [1,3,h,w]; of the features, the
+    style classifier's stays. One pass of the tower for each window."""
+    side = side_of(features)
+    if model.vision_model is None:
+        raise RuntimeError("tower_occlusion needs the vision tower: build the model with it (without a cache)")
+
+    def score(dropped):
+        kept = (~torch.nn.functional.pad(dropped, (1, 0))).nonzero()[:, 1]  # [n*(P-k*k)], CLS is always kept
+        kept = kept.view(len(dropped), -1, 1).to(pixels.device)  # [n,P-k*k,1]
+
+        def leave_out(module, args, embeds):  # [1,P,W] -> [n,P-k*k,W]
+            return embeds.expand(len(kept), -1, -1).gather(1, kept.expand(-1, -1, embeds.shape[-1]))
+
+        with model.vision_model.embeddings.register_forward_hook(leave_out):
+            embeds = model.vision_model(pixel_values=pixels).last_hidden_state
+        return scores(model, {**repeated(features, len(dropped)), "image_embeds": embeds}, question, answer, context)
+
+    return mean_falls(side, window or usual_window(side), chunk, score)
+
+
+def scores(model, features, question, answer, context):
+    """model.confidence of one question and answer for each of n variants of the features -> [n]."""
+    n = len(features["image_embeds"])
+    return model.confidence([question] * n, [answer] * n, contexts=[context] * n, chunk=n, **features)
+
+
+# --- gate values ------------
+
+@torch.no_grad()
+def gate_tensors(model, style_feature, input_ids, prompt_mask):
+    """-> Gate of tensors [B,layers,heads]; a gate per channel as its mean over the channels of a head."""
+    control = model.control(style_feature, input_ids, prompt_mask)
+    by_layer = [gate(control) for gate in model.gates]
+
+    def stacked(name):
+        values = [getattr(gate, name) for gate in by_layer]  # each [B,heads,1,1 or H/heads], the shift may be 0.0
+        shape = by_layer[0].key.shape[:2]
+        return torch.stack([x.mean((2, 3)) if isinstance(x, torch.Tensor) else torch.full(shape, x) for x in values], 1)
+
+    return core.Gate(*(stacked(name).float().cpu() for name in core.Gate._fields))
+
+
+def gate_values(model, features, question, context=""):
+    """What the gates do for one question -> Gate of arrays [layers,heads] (key and value around 1, shift around 0; a gate per
+    channel as the mean over its channels); None without gates."""
+    if model.gates is None:
+        return None
+    batch = core.to_device(core.encode_prompts(model.tokenizer, [question], [context]), features["style_feature"].device)
+    found = gate_tensors(model, features["style_feature"], batch["input_ids"], batch["attention_mask"])
+    return core.Gate(*(x[0].numpy() for x in found))
+
+
+def gate_rows(model, style_feature, input_ids, prompt_mask):
+    """Key and value scales of a batch -> list of B nested lists [2][layers][heads]: what evaluate keeps of each row."""
+    found = gate_tensors(model, style_feature, input_ids, prompt_mask)
+    return torch.stack([found.key, found.value], 1).tolist()
+
+
+def gate_summary(gates, styles, layers):
+    """Mean and spread of the gates by style, as plain values for gates.json.
+
+    gates: [rows][2][layers][heads] of gate_rows; styles: the style of each row; layers: their numbers (qformer.cross_layers).
+    -> {"layers": [...], "styles": {style: {"n": rows, "key" and "value": {"mean", "std"}, each [layers][heads]}}}; the
+    spread is that between the style's own rows (divided by n), 0 for one row. Rows without a style count as "(none)"."""
+    values = np.asarray(gates, dtype=np.float64)  # [rows,2,layers,heads]
+    names = np.array([style.strip() or "(none)" for style in styles])
+    summary = {}
+    for name in sorted(set(names.tolist())):
+        own = values[names == name]
+        summary[name] = {"n": len(own), **{part: {"mean": own[:, i].mean(0).tolist(), "std": own[:, i].std(0).tolist()}
+                                           for i, part in enumerate(("key", "value"))}}
+    return {"layers": list(layers), "styles": summary}
+
+
+def found_gates(model, found, questions):
+    """gate_summary of what train_gated.evaluate(gates=True) found for the rows `questions`; None without gates."""
+    if model.gates is None:
+        return None
+    return gate_summary([one["gates"] for one in found], [questions[one["row"]].style for one in found], model.qformer.cross_layers)
+
+
+def read_frames(path):
+    """The frames of a gates.json, [] where there is none. DataError: another file."""
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    try:
+        frames = json.loads(path.read_text(encoding="utf-8"))["frames"]
+        for frame in frames:
+            check_frame(frame)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: not a {FILE} of this project ({' '.join(str(error).split())[:80]}): move it away, it is only "
+                        "drawn from") from None
+    return frames
+
+
+def check_frame(frame):
+    """An error of some kind where a frame is not as append_frame makes it."""
+    int(frame["step"])
+    for found in frame["styles"].values():
+        for part in ("key", "value"):
+            for kind in ("mean", "std"):
+                shape = np.asarray(found[part][kind], dtype=float).shape
+                if len(shape) != 2 or shape[0] != len(frame["layers"]):
+                    raise ValueError(f"{part} {kind} is of shape {shape}")
+
+
+def append_frame(path, step, summary):
+    """Add an evaluation's gate_summary after `step` optimizer steps to gates.json -> all frames, in order.
+
+    Frames of this step and later ones are dropped: after --resume they come again."""
+    frames = [frame for frame in read_frames(path) if frame["step"] < step] + [{"step": step, **summary}]
+    with runfolder.whole_file(path) as file:
+        json.dump({"frames": frames}, file)
+    return frames
+
+
+# --- one question as a figure ------------
+
+class Panels(NamedTuple):
+    """What explain finds and draw shows; what concerns gates is None for a model without any."""
+    attention: np.ndarray  # [side,side], gates on
+    on_cls: float  # share of the attention that is on CLS
+    closed: np.ndarray | None  # attention with the gates off
+    gradient: np.ndarray
+    occlusion: np.ndarray  # nats
+    tower: np.ndarray | None  # tower_occlusion, None without the vision tower
+    window: int
+    gates: core.Gate | None  # arrays [layers,heads]
+    layers: list
+    precision: str  # of the language model, "float32"
+
+
+def explain(model, features, question, answer, context="", pixels=None, window=None, chunk=32):
+    """All maps of one question and answer -> Panels. pixels: [1,3,h,w], or None where the vision tower is not there."""
+    asked = (model, features, question)
+    window = window or usual_window(side_of(features))
+    attention, on_cls = mean_map(attention_maps(*asked, context))
+    closed = None if model.gates is None else mean_map(attention_maps(*asked, context, gated=False))[0]
+    tower = None if pixels is None else tower_occlusion(model, pixels, features, question, answer, context, window, chunk)
+    return Panels(attention, on_cls, closed, gradient_map(*asked, answer, context), occlusion(*asked, answer, context, window, chunk),
+                  tower, window, gate_values(*asked, context), model.qformer.cross_layers,
+                  str(model.language_model.get_input_embeddings().weight.dtype).removeprefix("torch."))
+
+
+@contextlib.contextmanager
+def quiet_fonts(text):
+    """Fonts that know most scripts, no TeX -> the note that a figure must carry where none has all characters of `text`."""
+    import matplotlib
+    from matplotlib import font_manager
+    fonts = [name for name in gallery.FONTS if name in font_manager.get_font_names()]
+    glyphs = [font_manager.get_font(font_manager.findfont(name)) for name in fonts]
+    lacking = any(not c.isspace() and not any(font.get_char_index(ord(c)) for font in glyphs) for c in text)
+    with matplotlib.rc_context({"font.family": fonts, "text.usetex": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        yield "no font on this machine has all of these characters: install Noto Sans CJK" if lacking else ""
+
+
+def save(figure, path, dpi=100):
+    """A figure as a whole PNG."""
+    with runfolder.whole_file(path, "wb") as file:
+        figure.savefig(file, format="png", dpi=dpi)
+
+
+def span(values, least=1e-6):
+    """The largest distance from 0, so that colour bars reach as far on both sides."""
+    return max(float(np.abs(values).max()), least)
+
+
+def overlay(axis, picture, heat, title, label, top, diverging=False):
+    """A map over its picture, with a colour bar; diverging: blue below 0, white at 0, red above."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    n = len(heat)
+    colours = ScalarMappable(Normalize(-top if diverging else 0, top), "RdBu_r" if diverging else "inferno")
+    at = (np.arange(picture.width) * n) // picture.width
+    heat = colours.to_rgba(heat[np.ix_(at, at)])[..., :3]  # [h,w,3]
+    grey = np.asarray(picture.convert("L"), dtype=np.float64)[..., None] / 255
+    axis.imshow(heat * (0.6 + 0.4 * grey) if diverging else 0.4 * grey + 0.6 * heat)  # multiplied: white stays white
+    axis.set_title(title, fontsize=10)
+    bar = axis.figure.colorbar(colours, cax=axis.inset_axes((1.03, 0, 0.05, 1)), format="%.3g")
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+
+
+def heat_grid(axis, values, layers, centre, title):
+    """Gate values, layer x head, in colours around the value that changes nothing."""
+    top = span(values - centre, 1e-3)
+    drawn = axis.imshow(values, cmap="RdBu_r", vmin=centre - top, vmax=centre + top, aspect="auto")
+    axis.set_title(title, fontsize=10)
+    axis.set_yticks(range(len(layers)), [f"layer {layer}" for layer in layers], fontsize=8)
+    axis.set_xticks(range(values.shape[1]), range(values.shape[1]), fontsize=8)
+    axis.set_xlabel("head", fontsize=8)
+    axis.figure.colorbar(drawn, cax=axis.inset_axes((1.03, 0, 0.04, 1)), format="%.4g").ax.tick_params(labelsize=8)
+
+
+def draw(path, picture, question, answer, panels, truth=""):
+    """One PNG: the picture, its maps, the gate values; each title says what the map is, each bar its unit.
+
+    picture: PIL, square, as the model saw it (rows.tensor_image); answer: the one that the maps are about; truth: the answer of
+    the table, where there is one; panels: of explain. Texts are shown as they are, never read as mathematics; where no font
+    has a character, the figure says so."""
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox, TransformedBbox
+    question, answer, truth = (gallery.wrapped(text, 96, lines) for text, lines in ((question, 2), (answer, 1), (truth, 1)))
+    said = f"{question or '(no text)'}\nanswer: {answer or '(empty)'}" + (f"   (the table says: {truth})" if truth else "")
+    with quiet_fonts(said) as note:
+        figure = Figure(figsize=(15, 10), facecolor="white")
+        head = TransformedBbox(Bbox([[0.02, 0.905], [0.98, 0.985]]), figure.transFigure)  # wide letters, stacked accents
+        figure.text(0.5, 0.945, said, ha="center", va="center", fontsize=13, parse_math=False, clip_on=True, clip_box=head)
+        figure.text(0.5, 0.991, note, ha="center", va="center", fontsize=8, color="#666")
+        figure.text(0.5, 0.012, NOTICE, ha="center", va="center", fontsize=11, weight="bold")
+        grid = figure.add_gridspec(2, 4, left=0.015, right=0.935, top=0.86, bottom=0.265, wspace=0.4, hspace=0.16)
+        axes = [figure.add_subplot(cell, xticks=[], yticks=[]) for cell in grid]
+        axes[0].imshow(picture)
+        axes[0].set_title("the picture, as the model sees it", fontsize=10)
+        draw_attention(axes[1:4], picture, panels)
+        overlay(axes[4], picture, panels.gradient, "attention x gradient of the answer\n(a first-order guess)",
+                "positive part, nats", span(panels.gradient))
+        draw_occlusion(axes[5:7], picture, panels)
+        axes[7].axis("off")
+        guide = GUIDE if panels.precision == "float32" else GUIDE + ROUNDING.format(panels.precision)
+        axes[7].text(0, 0.5, guide, va="center", fontsize=9.5, linespacing=1.45, color="#333")
+        draw_gates(figure, panels)
+        save(figure, path)
+
+
+def absent(axis, text):
+    """A place in the figure whose map this model does not have."""
+    axis.axis("off")
+    axis.text(0.5, 0.5, text, ha="center", va="center", color="#666")
+
+
+def draw_attention(axes, picture, panels):
+    """Attention with gates on, off and the difference; without gates one map, and the other two places say so."""
+    unit, rest = "% of a query's attention", f"({100 * panels.on_cls:.0f} % more is on CLS)"
+    if panels.closed is None:
+        overlay(axes[0], picture, 100 * panels.attention, f"attention {rest}\nthe same for every question", unit,
+                span(100 * panels.attention))
+        absent(axes[1], "attention with gates off:\nabsent, this model has no gates")
+        absent(axes[2], "what the gates change:\nabsent, this model has no gates")
+        return
+    top = span(100 * np.stack([panels.attention, panels.closed]))
+    overlay(axes[0], picture, 100 * panels.attention, f"attention, gates on\n{rest}", unit, top)
+    overlay(axes[1], picture, 100 * panels.closed, "attention, gates off\n(the same for every question)", unit, top)
+    change = 100 * (panels.attention - panels.closed)
+    overlay(axes[2], picture, change, "attention, gates on minus off\n(where the gates turn the queries)", "percentage points",
+            span(change), diverging=True)
+
+
+def draw_occlusion(axes, picture, panels):
+    """Both occlusion maps; the second needs the vision tower and says so where it is absent."""
+    size = f"{panels.window} x {panels.window} patches" if panels.window > 1 else "one patch"
+    unit = "fall of the answer's log-probability, nats"
+    overlay(axes[0], picture, panels.occlusion, f"occlusion in the cross-attention, {size}\n(evidence: what the queries read)", unit,
+            span(panels.occlusion), diverging=True)
+    if panels.tower is None:
+        absent(axes[1], "occlusion in the picture:\nabsent, the vision tower is not\nloaded (features of a cache)")
+        return
+    overlay(axes[1], picture, panels.tower, f"occlusion in the picture, {size}\n(evidence: what in it counts)", unit, span(panels.tower),
+            diverging=True)
+
+
+def draw_gates(figure, panels):
+    """The bottom row: gate values, layer x head."""
+    if panels.gates is None:
+        figure.text(0.5, 0.13, "no gate values: this model has no gates", ha="center", va="center", color="#666")
+        return
+    grid = figure.add_gridspec(1, 3, left=0.07, right=0.93, top=0.2, bottom=0.075, wspace=0.42)
+    for cell, values, centre, title in zip(grid, panels.gates, (1, 1, 0), ("scale on K (1: no change)", "scale on V (1: no change)",
+                                                                         "shift on V (0: no change)")):
+        heat_grid(figure.add_subplot(cell), values, panels.layers, centre, title)
+
+
+def draw_rows(model, questions, predictions, count, folder, features=None):
+    """A figure for each of the first `count` questions, of the answer that the model gives itself -> the paths, 001.png and so on.
+
+    questions: rows of rows.py; predictions: their answers; features: None, or those of a cache, by path."""
+    paths, device = [], model.query_tokens.device
+    for number, (row, answer) in enumerate(zip(questions[:count], predictions), 1):
+        pixels = rows.picture_tensor(row.image, model.image_size)  # [3,s,s]
+        seen = pixels[None].to(device) if model.vision_model is not None else None
+        if features is None:
+            found = model.image_features(seen)
+        else:
+            found = {"style_feature": None, **{name: x[None].to(device) for name, x in features[row.image].items()}}
+        panels = explain(model, found, row.question, answer, row.context, seen)
+        paths.append(pathlib.Path(folder) / f"{number:03d}.png")
+        draw(paths[-1], rows.tensor_image(pixels), row.question, answer, panels, row.answer)
+    return paths
+
+
+# --- the gates by style ------------
+
+def identity_frame(frame):
+    """The frame before any training: every gate at 1, without spread."""
+    def at(value, part):
+        return np.full_like(np.asarray(part["mean"], dtype=float), value).tolist()
+
+    styles = {name: {"n": found["n"], **{part: {"mean": at(1, found[part]), "std": at(0, found[part])} for part in ("key", "value")}}
+              for name, found in frame["styles"].items()}
+    return {"step": 0, "layers": frame["layers"], "styles": styles}
+
+
+def reach(frames):
+    """The largest distance of a gate from 1 in each layer, its spread included -> [layers]: one scale for all frames."""
+    found = [np.abs(np.asarray(style[part]["mean"]) - 1) + np.asarray(style[part]["std"])  # [layers,heads]
+             for frame in frames for style in frame["styles"].values() for part in ("key", "value")]
+    return 1.1 * np.maximum(1e-3, np.max([values.max(1) for values in found], 0))
+
+
+def draw_skyline(frame, top):
+    """A Figure: for K and V a row a layer, a block a head, in it a bar a style from 1 to the mean gate, a thin line its spread.
+
+    top: [layers], how far each layer's scale reaches on both sides of 1."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    names, layers = list(frame["styles"]), frame["layers"]
+    palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "turbo"]
+    colours = [palette(i if len(names) <= 10 else i / (len(names) - 1)) for i in range(len(names))]
+    legend_rows = -(-len(names) // 5)
+    height = 1.5 + 1.3 * len(layers) + 0.22 * legend_rows
+    figure = Figure(figsize=(13, height), facecolor="white")
+    axes = figure.subplots(len(layers), 2, sharey="row", squeeze=False, gridspec_kw={
+        "left": 0.075, "right": 0.985, "top": 1 - 0.75 / height, "bottom": (0.65 + 0.22 * legend_rows) / height, "wspace": 0.04, "hspace": 0.12})
+    for column, part in enumerate(("key", "value")):
+        mean, std = (np.asarray([found[part][kind] for found in frame["styles"].values()]) for kind in ("mean", "std"))  # [S,layers,heads]
+        for row, axis in enumerate(axes[:, column]):
+            draw_blocks(axis, mean[:, row], std[:, row], colours, top[row])
+        axes[0, column].set_title(f"gate on {'K' if part == 'key' else 'V'}", fontsize=11)
+        axes[-1, column].set_xlabel("head", fontsize=9)
+    for row, layer in enumerate(layers):
+        axes[row, 0].set_ylabel(f"layer {layer}", fontsize=9)
+        for axis in axes[row]:
+            axis.tick_params(labelbottom=row == len(layers) - 1, labelsize=8)
+    handles = [matplotlib.lines.Line2D([], [], color=colour, linewidth=5) for colour in colours]
+    labels = [gallery.wrapped(name, 30, 1).replace("$", r"\$") + f" ({found['n']})" for name, found in frame["styles"].items()]
+    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=8)
+    when = f"after step {frame['step']}" if frame["step"] else "before training: the identity"
+    figure.suptitle(f"mean gate of each style by layer and head, {when} (thin: one standard deviation over its questions; own scale a layer)",
+                    fontsize=11, y=1 - 0.22 / height)
+    return figure
+
+
+def draw_blocks(axis, mean, std, colours, top):
+    """One layer: mean and std [S,heads]; the ground of a block has the colour of the mean over styles, white = 1."""
+    import matplotlib
+    S, heads = mean.shape
+    ground = matplotlib.colormaps["RdBu_r"](0.5 + 0.5 * (mean.mean(0) - 1) / top)
+    axis.bar(np.arange(heads), 2 * top, 0.96, 1 - top, color=ground, alpha=0.35)
+    at = np.arange(heads) + ((np.arange(S) + 0.5) / S - 0.5)[:, None] * 0.84  # [S,heads]
+    width = max(1.2, min(4.0, 200 / (S * heads)))
+    axis.vlines(at, 1, mean, colors=np.repeat(colours, heads, 0), linewidth=width)
+    axis.vlines(at, mean - std, mean + std, colors="#333", linewidth=0.25 * width)
+    axis.axhline(1, color="#333", linewidth=0.8)
+    axis.set_ylim(1 - top, 1 + top)
+    axis.set_xlim(-0.55, heads - 0.45)
+    axis.set_xticks(range(heads))
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def skyline(frames, path_png, path_gif=None):
+    """The last frame as PNG; all frames as an animated GIF that opens from the identity. frames: of append_frame, at least one."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    names = "".join(frames[-1]["styles"])
+    top = reach(frames)
+    with quiet_fonts(names):
+        save(draw_skyline(frames[-1], top), path_png)
+        if path_gif is None:
+            return
+        pages = []
+        for frame in (identity_frame(frames[0]), *frames):
+            canvas = FigureCanvasAgg(draw_skyline(frame, top))
+            canvas.figure.set_dpi(70)
+            canvas.draw()
+            pages.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(128, dither=Image.Dither.NONE))
+    with runfolder.whole_file(path_gif, "wb") as file:
+        pages[0].save(file, format="GIF", save_all=True, append_images=pages[1:], loop=0,
+                      duration=[900] * (len(pages) - 1) + [3000])
+
+
+# --- do the maps point at what the question is about? ------------
+
+class Scene(NamedTuple):
+    """A drawn picture whose things stand in a known place."""
+    pixels: torch.Tensor  # [3,s,s], normalised
+    cover: np.ndarray  # [side,side], share of each patch that the things cover
+    question: str
+    answer: str
+    kind: str  # what, count or colour
+
+
+def drawn_scene(index, size, side, seed=0):
+    """A scene of data/make_sample.py, never one of the sample's or of the tiny model's training, with one question about its
+    things; kinds of questions take turns."""
+    from make_tiny import make_sample
+    rng = np.random.default_rng([seed, 99_000_000 + index])
+    scene, style = make_sample.random_scene(rng), list(make_sample.STYLES)[index % len(make_sample.STYLES)]
+    picture = make_sample.draw_scene(scene, style, size, seed=99_000_000 + index)
+    things = make_sample.thing_shapes(scene)
+    mask = make_sample.fill(things, side * 8, [255] * len(things), "L")  # [8*side,8*side], 1 on the things
+    question, answer, kind = make_sample.questions(scene, style, rng)[index % 3]
+    return Scene(rows.image_tensor(picture, size), mask.reshape(side, 8, side, 8).mean((1, 3)), question, answer, kind)
+
+
+def mass_inside(heat, cover):
+    """Share of the map's positive part that lies on the things; nan where nothing is positive. heat, cover [side,side]."""
+    positive = np.clip(heat, 0, None).astype(np.float64)
+    return float((positive * cover).sum() / positive.sum()) if positive.any() else math.nan
+
+
+def scene_maps(model, pixels, features, scene, sizes):
+    """{name: [side,side]} of one scene: attention, attention x gradient, both kinds of occlusion with each window size."""
+    asked, answer = (features, scene.question), scene.answer
+    found = {"attention": mean_map(attention_maps(model, *asked))[0], "attention x gradient": gradient_map(model, *asked, answer)}
+    found |= {f"occlusion, cross-attention, {n} x {n}": occlusion(model, *asked, answer, window=n) for n in sizes}
+    return found | {f"occlusion, picture, {n} x {n}": tower_occlusion(model, pixels, *asked, answer, window=n) for n in sizes}
+
+
+def faithfulness(model, pictures=100, sizes=(1, 2, 3), seed=0):
+    """How much of each map lies on the things that the question is about -> one dict a map.
+
+    The maps are of the right answer. inside: mean share of a map's positive part on the things; error: its standard error;
+    chance: the things' share of the picture; elsewhere: the share of the same map on the things of the next picture, which a map
+    that only likes the middle reaches as well; above: share of the pictures whose map is above their own chance; peak: how much
+    of the map's highest patch is covered by things; n: pictures with anything positive; right, what, count, colour: inside over
+    the pictures that the model answers right, and by kind of question."""
+    side = model.vision_model.config.image_size // model.vision_model.config.patch_size
+    scenes = [drawn_scene(index, model.image_size, side, seed) for index in range(pictures)]
+    by_map, right = {}, []
+    for scene in tqdm(scenes, desc="maps", leave=False, mininterval=1, disable=None):
+        pixels = scene.pixels[None].to(model.query_tokens.device)
+        features = model.image_features(pixels)
+        right += [model.predict_answers(None, [scene.question], **features) == [scene.answer]]
+        for name, heat in scene_maps(model, pixels, features, scene, sizes).items():
+            by_map.setdefault(name, []).append(heat)
+    return [{"map": name, **shares(heats, scenes, np.array(right))} for name, heats in by_map.items()]
+
+
+def shares(heats, scenes, right):
+    """The numbers of faithfulness for one map of every scene. heats [side,side] each; right: bool [scenes]."""
+    inside = np.array([mass_inside(heat, scene.cover) for heat, scene in zip(heats, scenes)])
+    elsewhere = np.array([mass_inside(heat, scene.cover) for heat, scene in zip(heats, scenes[1:] + scenes[:1])])
+    chance, kinds = np.array([scene.cover.mean() for scene in scenes]), np.array([scene.kind for scene in scenes])
+    good = np.isfinite(inside)  # a map without anything positive points nowhere
+
+    def mean(values, where):
+        return float(values[good & where].mean()) if (good & where).any() else math.nan
+
+    return {"n": int(good.sum()), "inside": mean(inside, True), "error": float(inside[good].std() / math.sqrt(max(1, good.sum()))),
+            "chance": float(chance.mean()), "elsewhere": mean(elsewhere, True), "above": mean(inside > chance, True),
+            "peak": float(np.mean([scene.cover.flat[heat.argmax()] for heat, scene in zip(heats, scenes)])),
+            "right": mean(inside, right), **{kind: mean(inside, kinds == kind) for kind in KINDS}}
+
+
+def print_faithfulness(table):
+    """The rows of faithfulness as text."""
+    columns = ("chance", "elsewhere", "above", "peak", "right", *KINDS)
+    print(f"{'map':36}{'n':>5}{'inside':>16}" + "".join(f"{name:>10}" for name in columns))
+    for row in table:
+        print(f"{row['map']:36}{row['n']:>5}{row['inside']:>8.1%} ± {row['error']:>5.1%}" + "".join(f"{row[name]:>10.1%}" for name in columns))
+
+
+def get_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--faithfulness", action="store_true", required=True, help="share of each map on the things of new drawn scenes")
+    parser.add_argument("--checkpoint", metavar="FILE", help="best.pt of train_gated.py (default: the tiny BLIP-2 as make_tiny.py leaves it)")
+    parser.add_argument("--pictures", type=runfolder.positive, default=100, help="(default: 100)")
+    parser.add_argument("--windows", type=runfolder.positive, nargs="+", default=[1, 2, 3], help="patches on a side (default: 1 2 3)")
+    parser.add_argument("--seed", type=runfolder.whole, default=0, help="of the scenes (default: 0)")
+    return runfolder.parse_args(parser, argv)
+
+
+def load(path):
+    """The model of a best.pt, or without one the tiny BLIP-2, ungated and as it is."""
+    if path is None:
+        import make_tiny
+        return core.Blip2OPTGated.build(make_tiny.ensure()[0], None, [], gating="none").eval()
+    import eval_gated
+    checkpoint = runfolder.load_checkpoint(path, ("model_args", "state", "frozen"))
+    model = eval_gated.load_model(eval_gated.get_args(["--checkpoint", path]), checkpoint, torch.float32)
+    runfolder.load_trainable(model, checkpoint["state"], path)
+    return model.eval()
+
+
+def main(argv=None):
+    args = get_args(argv)
+    print_faithfulness(faithfulness(load(args.checkpoint), args.pictures, args.windows, args.seed))
+
+
+if __name__ == "__main__":
+    sys.exit(loop.exit_code(main))
