@@ -1,0 +1,471 @@
+"""pytest tests/test_demo.py: what the demo computes, what it shows of hostile texts, and the whole page in a real browser.
+
+Behaviour-checked: both sides against the model's own methods; every HTML string parsed; in the browser: upload, question, style,
+slider, no error in its console, no request to another address. That test is skipped without gradio, playwright or chromium.
+"""
+
+import html.parser
+import importlib.util
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import demo
+import rows
+import runfolder
+from rows import DataError
+
+ROOT = pathlib.Path(demo.__file__).parent
+HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)> ${alert(3)} {{7*7}} ../../etc/passwd &lt;b&gt;"""
+HOSTILE_NAME = """..\\"'><img src=x onerror=alert(4)>${alert(5)} {{7*7}}%2e%2e%2f.png"""
+HOSTILE_ANSWERS = [f"{HOSTILE} {letter}" for letter in "hgfedcba"]
+ANSWERS = ["Cubism", "Pointillism", "Pop Art", "three", "red and white"]
+QUESTION = "Which style is this painting?"
+TAGS = {"div", "p", "h3", "h4", "b", "i", "span", "figure", "figcaption", "img", "br", "iframe"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NO_BROWSER = not (CHROMIUM and importlib.util.find_spec("gradio") and importlib.util.find_spec("playwright"))
+
+
+def open_gates(model):
+    """Gates that change much, and by style: the last layers drawn at random."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for gate in model.gates:
+            for last in (gate.key, gate.value, gate.shift):
+                last.weight.copy_(torch.randn(last.weight.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def fresh(build):
+    return demo.Asked(build(), list(ANSWERS))
+
+
+@pytest.fixture
+def opened(build):
+    return demo.Asked(open_gates(build()), list(ANSWERS))
+
+
+@pytest.fixture
+def picture(tmp_path):
+    """Path of a wide picture of noise."""
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (60, 90, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def same(a, b):
+    """Two sides of answers_of, to the bit."""
+    return np.array_equal(a["attention"], b["attention"]) and all(a[name] == b[name] for name in ("answer", "confidence", "candidates"))
+
+
+class Read(html.parser.HTMLParser):
+    """What a browser makes of a string: its tags with attributes, and its text."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def harmless(source):
+    """Its text, once it is clear that it holds the demo's own tags alone and none that loads or runs anything."""
+    read = Read(source)
+    for tag, attributes in read.tags:
+        assert tag in TAGS, tag
+        assert not [name for name in attributes if name.startswith("on") or name == "href"], attributes
+        assert attributes.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
+        assert tag != "iframe" or attributes["sandbox"] == ""
+    return read.text
+
+
+# --- answers ------------
+
+def test_fresh_gates_leave_both_sides_equal_whatever_the_style(fresh, picture):
+    found = demo.answers_of(fresh, picture, QUESTION)
+    assert same(found["gated"], found["closed"])
+    assert same(demo.answers_of(fresh, picture, QUESTION, "Baroque", 1.0)["gated"], found["closed"])
+
+
+def test_open_gates_move_answer_and_map_and_the_other_side_stays(opened, picture):
+    own = demo.answers_of(opened, picture, QUESTION)
+    other = demo.answers_of(opened, picture, QUESTION, "Baroque", 1.0)
+    assert not same(own["gated"], own["closed"]) and not same(own["gated"], other["gated"]) and same(own["closed"], other["closed"])
+    assert not np.allclose(own["gated"]["attention"], own["closed"]["attention"], rtol=1e-3)
+    assert own["gated"]["candidates"] != other["gated"]["candidates"] and own["styles"] != other["styles"]
+
+
+def test_both_sides_are_what_the_model_says(opened, picture):
+    model, found = opened.model, demo.answers_of(opened, picture, QUESTION)
+    features = model.image_features(rows.picture_tensor(picture, model.image_size)[None])
+    for side, gated in (("gated", True), ("closed", False)):
+        sums = model.score_answers([QUESTION], ANSWERS, **features, gated=gated)[0]
+        best = sums.argsort(descending=True)[:3].tolist()
+        assert [text for text, _ in found[side]["candidates"]] == [ANSWERS[i] for i in best]
+        assert [p for _, p in found[side]["candidates"]] == pytest.approx(sums[best].exp().tolist(), rel=1e-4)
+        assert found[side]["answer"] == model.predict_answers(None, [QUESTION], **features, method="rank", answers=ANSWERS, gated=gated)[0]
+        mean = model.confidence([QUESTION], [found[side]["answer"]], **features, gated=gated).item()
+        assert np.log(found[side]["confidence"]) == pytest.approx(mean, rel=1e-4)
+        assert found[side]["attention"].sum() + found[side]["on_cls"] == pytest.approx(1, abs=1e-4)
+
+
+def test_without_a_list_the_candidates_are_the_beams(opened, picture):
+    opened.answers = []
+    found = demo.answers_of(opened, picture, QUESTION)
+    features = opened.model.image_features(rows.picture_tensor(picture, opened.model.image_size)[None])
+    for side, gated in (("gated", True), ("closed", False)):
+        texts, shares = zip(*found[side]["candidates"])
+        assert opened.model.predict_answers(None, [QUESTION], **features, gated=gated)[0] in texts
+        assert 1 < len(set(texts)) == len(texts) <= demo.BEST and list(shares) == sorted(shares, reverse=True) and found[side]["answer"] == texts[0]
+
+
+def test_the_share_0_is_the_own_style_and_1_the_other_to_the_bit(opened, picture):
+    features = demo.look(opened, picture)["features"]
+    own, net = features["style_feature"], opened.model.efficientnet
+    other = demo.prototype(net, "Baroque", [], own, opened.model.image_size)
+    assert not torch.equal(own, other)
+    assert demo.style_feature(opened, features, "", 1.0) is own and demo.style_feature(opened, features, "Baroque", 0.0) is own
+    assert torch.equal(demo.mixed(own, other, 0.0), own)
+    assert torch.equal(demo.style_feature(opened, features, "Baroque", 1.0), other)
+    half = demo.style_feature(opened, features, "Baroque", 0.25)
+    assert torch.allclose(half, own + 0.25 * (other - own), atol=1e-5)
+    with pytest.raises(DataError, match="none of the styles"):
+        demo.style_feature(opened, features, HOSTILE, 0.5)
+
+
+def test_a_style_is_the_mean_of_its_first_eight_pictures(opened, tmp_path):
+    net, size, paths = opened.model.efficientnet, opened.model.image_size, []
+    for shade in range(9):
+        paths.append(str(tmp_path / f"{shade}.png"))
+        Image.new("RGB", (40, 30), (25 * shade, 60, 255 - 25 * shade)).save(paths[-1])
+    with torch.no_grad():
+        each = torch.cat([net(rows.picture_tensor(path, size)[None]) for path in paths])  # [9,F]
+    own = each[:1]
+    assert torch.allclose(demo.prototype(net, "Cubism", paths, own, size), each[:8].mean(0, keepdim=True), atol=1e-5)
+    assert not torch.allclose(each[:8].mean(0), each.mean(0), atol=1e-5)
+    opened.examples = {"Cubism": paths[:2]}
+    assert opened.styles == ["Cubism"]
+    mixed = demo.style_feature(opened, {"style_feature": own}, "Cubism", 1.0)
+    assert torch.allclose(mixed, each[:2].mean(0, keepdim=True), atol=1e-5)
+
+
+def test_without_pictures_a_style_is_its_row_of_weights_as_long_as_the_features(opened):
+    net, own = opened.model.efficientnet, torch.randn(3, opened.model.efficientnet.width)
+    found = demo.prototype(net, "Baroque", [], own, 112)
+    assert found.shape == (1, net.width) and found.norm() == pytest.approx(own.norm(dim=-1).mean().item(), rel=1e-5)
+    row = net.net.get_classifier().weight[net.style_names().index("Baroque")]
+    assert torch.cosine_similarity(found, row[None]).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_side_without_the_gate_is_computed_once_a_question_and_picture(opened, picture, tmp_path, monkeypatch):
+    asked, once = [], demo.side_of
+
+    def counted(state, features, question, gated):
+        asked.append(gated)
+        return once(state, features, question, gated)
+
+    monkeypatch.setattr(demo, "side_of", counted)
+    for question, style, mix in ((QUESTION, "", 0.0), (QUESTION, "Baroque", 0.5), ("How many?", "", 0.0)):
+        demo.answers_of(opened, picture, question, style, mix)
+    assert asked.count(False) == 2 and asked.count(True) == 3
+    other = tmp_path / "other.png"
+    Image.new("RGB", (50, 50), "red").save(other)
+    demo.answers_of(opened, str(other), "How many?")
+    assert asked.count(False) == 3
+    assert not np.array_equal(demo.answers_of(opened, picture, "How many?")["closed"]["attention"],
+                              demo.answers_of(opened, str(other), "How many?")["closed"]["attention"])
+
+
+def test_a_model_without_gates_shows_no_style(build, picture):
+    asked = demo.Asked(build(gating="none"), list(ANSWERS))
+    found = demo.answers_of(asked, picture, QUESTION, "", 1.0)
+    assert same(found["gated"], found["closed"]) and found["styles"] == [] and asked.styles == []
+    assert "without gates" in harmless(demo.status_html(asked, demo.words_of("en")))
+    assert harmless("".join(demo.answers_html(found, demo.words_of("en"))))
+
+
+# --- what is shown ------------
+
+def test_hostile_texts_stay_text_in_every_string(opened, picture, tmp_path):
+    words = demo.words_of("both")
+    opened.answers = [HOSTILE, HOSTILE + "2", HOSTILE_NAME]
+    opened.model.efficientnet.classes = [f"{HOSTILE}{i}" for i in range(opened.model.efficientnet.num_classes)]
+    left, right = demo.answers_html(demo.answers_of(opened, picture, HOSTILE, occluded=True), words)
+    assert HOSTILE in harmless(left) and HOSTILE in harmless(right) and HOSTILE_NAME in harmless(left)
+    assert sum(tag == "img" for tag, _ in Read(left).tags) == 2 == sum(tag == "img" for tag, _ in Read(right).tags)
+    assert HOSTILE_NAME in harmless(demo.hits_html([(picture, HOSTILE_NAME, 0.5), (str(tmp_path / "gone.png"), HOSTILE, 0.25)]))
+    assert HOSTILE in harmless(demo.fault_html(HOSTILE))
+    assert HOSTILE in harmless(demo.bars_html(HOSTILE, [(HOSTILE, 0.5)]))
+
+
+def test_a_picture_of_a_hostile_name_that_cannot_be_read_is_told_without_its_folder(opened, tmp_path):
+    path = tmp_path / HOSTILE_NAME
+    path.write_text("no picture")
+
+    def ask(image):
+        return demo.answers_html(demo.answers_of(opened, image, QUESTION), demo.words_of("en"))
+
+    left, right = demo.guarded(ask, 2, str(path))
+    assert HOSTILE_NAME in harmless(left) and str(tmp_path) not in left and right == ""
+    assert "missing" in harmless(demo.guarded(lambda image: demo.look(opened, image), 1, str(tmp_path / "none.png")))
+
+
+def test_a_report_is_framed_whole_and_can_run_nothing(tmp_path):
+    report = tmp_path / "report.html"
+    report.write_text(f'<h1 title="a">{HOSTILE}</h1>', encoding="utf-8")
+    frame = [attributes for tag, attributes in Read(demo.report_html(report)).tags if tag == "iframe"]
+    assert harmless(demo.report_html(report)) == "" and frame[0]["srcdoc"] == report.read_text()
+
+
+def test_bars_are_as_long_as_their_shares():
+    read = Read(demo.bars_html("three", [("a", 1.0), ("", 0.125)]))
+    assert [attributes["style"] for tag, attributes in read.tags if tag == "i"] == ["width:100.00%", "width:12.50%"]
+    assert "100.0 %" in read.text and "12.5 %" in read.text and "(nothing)" in read.text
+
+
+def test_a_map_lies_on_its_place_and_the_picture_keeps_its_shape():
+    heat = np.zeros((4, 4))
+    heat[1, 3] = 1
+    picture = Image.new("RGB", (800, 400), "grey")
+    made = np.asarray(demo.overlay(picture, heat, 1.0), dtype=int)
+    assert made.shape == (210, 420, 3)
+    bright = made.sum(-1) > made.sum(-1).min() + 60
+    down, across = bright.nonzero()
+    assert 50 <= down.min() <= 54 and 103 <= down.max() <= 106 and 313 <= across.min() <= 317 and across.max() == 419
+    assert picture.size == (800, 400)
+
+
+def test_a_difference_of_zero_is_grey_and_the_signs_are_red_and_blue():
+    heat = np.array([[1.0, 0.0], [0.0, -1.0]])
+    made = np.asarray(demo.overlay(Image.new("RGB", (100, 100), "white"), heat, 1.0, diverging=True), dtype=int)
+    assert np.ptp(made[10, 90]) <= 2
+    assert made[10, 10, 0] > made[10, 10, 2] + 60 and made[90, 90, 2] > made[90, 90, 0] + 60
+
+
+def test_every_label_is_there_in_both_languages():
+    en, zh, both = (demo.words_of(lang) for lang in ("en", "zh", "both"))
+    assert en.keys() == zh.keys() == both.keys() and both["ask"] == "Ask 提问"
+    for name in en:
+        assert en[name].isascii() and any("\u4e00" <= letter <= "\u9fff" for letter in zh[name]), name
+
+
+# --- loading ------------
+
+@pytest.fixture
+def run(build, tiny, tmp_path):
+    """A run folder whose gates are open, and whose answers are hostile."""
+    model = open_gates(build())
+    places = {"blip2": str(tiny[0]), "efficientnet": str(tiny[1]), "qformer": None, "gating": "film", "styles": model.styles}
+    runfolder.save_checkpoint(tmp_path / "run/best.pt", {
+        "stage": "gated", "model_args": places, "state": runfolder.trainable_state(model), "frozen": runfolder.fingerprint(model),
+        "answers": dict.fromkeys(HOSTILE_ANSWERS, 1), "args": {}})
+    return tmp_path / "run"
+
+
+def test_a_run_is_loaded_with_its_answers_and_the_pictures_by_style(run, sample, opened, picture):
+    for place in (run, run / "best.pt"):
+        asked = demo.load_asked(str(place), str(sample))
+        assert asked.answers == sorted(HOSTILE_ANSWERS) and asked.trained
+    assert asked.styles == sorted({row.style for row in rows.read_split(sample, "train")})
+    assert all(len(set(paths)) == len(paths) > 1 for paths in asked.examples.values())
+    opened.answers = asked.answers
+    assert same(demo.answers_of(asked, picture, QUESTION)["gated"], demo.answers_of(opened, picture, QUESTION)["gated"])
+    assert "example pictures" in harmless(demo.status_html(asked, demo.words_of("en")))
+
+
+def test_rows_without_a_picture_or_a_style_are_no_examples(run, tmp_path, monkeypatch):
+    found = [rows.Row(image, "name", QUESTION, "red", "", style, 2, "train.csv", fault)
+             for image, style, fault in (("a.png", "Cubism", ""), ("", "Cubism", "gone"), ("b.png", " ", ""), ("a.png", "Cubism", ""))]
+    monkeypatch.setattr(rows, "read_split", lambda *place: found)
+    assert demo.load_asked(str(run), str(tmp_path)).examples == {"Cubism": ["a.png"]}
+
+
+def test_without_data_styles_come_from_the_weights_and_the_page_says_so(run, tmp_path):
+    asked = demo.load_asked(str(run), str(tmp_path / "none"))
+    said = harmless(demo.status_html(asked, demo.words_of("en")))
+    assert len(asked.styles) == 28 and "classifier's weights" in said and "untrained" not in said
+
+
+def test_the_untrained_tiny_model_says_that_its_gates_are_fresh(tiny, tmp_path, monkeypatch):
+    import make_tiny
+    monkeypatch.setattr(make_tiny, "ensure", lambda: tiny)
+    asked = demo.load_asked("tiny", str(tmp_path / "none"))
+    assert asked.answers == [] and not asked.model.training
+    assert "gates are fresh" in harmless(demo.status_html(asked, demo.words_of("en")))
+
+
+def test_examples_are_validation_pictures_or_drawn_ones(sample, tmp_path):
+    found = demo.examples_of(str(sample), str(tmp_path))
+    validation = {row.image for row in rows.read_split(sample, "val")}
+    assert 1 <= len(found) <= 4 and {image for image, _ in found} <= validation and all(question for _, question in found)
+    drawn = demo.examples_of(str(tmp_path / "none"), str(tmp_path))
+    assert len(drawn) == 4 and all(rows.load_image(image).size == (224, 224) for image, _ in drawn)
+
+
+def test_captions_come_from_the_captioner_of_a_folder(tmp_path, picture):
+    import make_tiny
+    import train_blip_caption
+    folder = make_tiny.save_random_captioner(tmp_path)
+    model, tokenizer = train_blip_caption.load_blip(folder)
+    pixels = rows.picture_tensor(picture, model.config.vision_config.image_size)[None]
+    wanted = train_blip_caption.describe(model.eval(), tokenizer, pixels, train_blip_caption.GENERATION)[0]
+    assert demo.load_captioner(folder)(picture) == wanted
+
+
+def test_find_gives_what_the_search_of_train_cir_prints_without_the_reference_itself(sample, tmp_path, capsys):
+    import make_tiny
+    import train_cir
+    base, folder, best = make_tiny.save_random_retrieval(tmp_path), tmp_path / "gallery", str(tmp_path / "cir/best.pt")
+    args = train_cir.get_args(["--data", "none", "--blip2", base])
+    model = train_cir.load_model(args, torch.float32)
+    runfolder.save_checkpoint(best, {
+        "stage": "cir", "state": runfolder.trainable_state(model), "frozen": runfolder.fingerprint(model), "precision": "no",
+        "model_args": {name: getattr(args, name) for name in train_cir.MODEL_ARGS}})
+    folder.mkdir()
+    for path in sorted((sample / "images").iterdir())[:15]:
+        shutil.copy(path, folder)
+    names = sorted(os.listdir(folder))
+    text, upload = "show three and paint it in small dots", tmp_path / "upload"
+    shutil.copy(folder / names[3], upload)
+    hits = demo.load_finder(best, str(folder))(str(upload), text)
+    assert len(hits) == 12 and names[3] not in [name for _, name, _ in hits]
+    capsys.readouterr()
+    train_cir.main(["--checkpoint", best, "--gallery", str(folder), "--image", str(folder / names[3]), "--search", text, "--out", str(tmp_path),
+                    "--workers", "0"])
+    printed = capsys.readouterr().out
+    assert "15 of them indexed before" in printed
+    lines = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit() and line.endswith(".jpg")]
+    assert [(path, f"{score:.3f}") for path, _, score in hits] == [(path, score) for _, score, path in lines]
+
+
+def test_places_that_are_not_there_are_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    for flag in ("--report", "--gallery", "--retrieval"):
+        with pytest.raises(DataError, match="no such file or folder"):
+            demo.get_args([flag, str(tmp_path / "none")])
+    monkeypatch.chdir(tmp_path)
+    assert demo.get_args([]).checkpoint == "tiny" and demo.get_args([]).captioner is None
+    (tmp_path / "runs/gated").mkdir(parents=True)
+    (tmp_path / "runs/gated/best.pt").touch()
+    assert demo.get_args([]).checkpoint == "runs/gated/best.pt"
+
+
+def test_without_gradio_one_line_says_what_to_install(tmp_path, monkeypatch):
+    for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_OFFLINE", "GRADIO_TEMP_DIR"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(DataError, match='pip install "gradio'):
+        demo.import_gradio(str(tmp_path))
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and os.environ["GRADIO_TEMP_DIR"] == str(tmp_path)
+
+
+# --- the page ------------
+
+@pytest.fixture
+def served(run, sample, tmp_path):
+    """The demo as a process of its own -> its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    report, log = tmp_path / "report.html", tmp_path / "log"
+    report.write_text("<h1>the report</h1><script>alert(6)</script>")
+    command = [sys.executable, str(ROOT / "demo.py"), "--checkpoint", str(run), "--data", str(sample), "--report", str(report),
+               "--port", str(port)]
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, cwd=tmp_path, env={**os.environ, "GRADIO_SERVER_NAME": "0.0.0.0",
+                                                                                      "GRADIO_SHARE": "True"})
+    try:
+        for _ in range(300):
+            assert process.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.skipif(NO_BROWSER, reason="needs gradio, playwright and chromium")
+def test_the_page_in_a_browser(served, run, sample, picture, tmp_path):
+    from playwright.sync_api import sync_playwright
+    home, upload = f"http://127.0.0.1:{served}/", tmp_path / HOSTILE_NAME
+    broken = tmp_path / f"broken {HOSTILE_NAME}"
+    shutil.copy(picture, upload)
+    asked, words = demo.load_asked(str(run), str(sample)), demo.words_of("both")
+    wanted = [[Read(source).text for source in demo.answers_html(demo.answers_of(asked, picture, HOSTILE, style, mix), words)]
+              for style, mix in (("", 1.0), ("Pop Art", 1.0), ("Pop Art", 0.0))]
+    assert wanted[0] == wanted[2] != wanted[1] and all(HOSTILE in text for texts in wanted for text in texts)
+    requests, errors, dialogs = [], [], []
+    for path in (run / "best.pt", ROOT / "demo.py", "/etc/passwd"):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{home}gradio_api/file={path}", timeout=10)
+    with pytest.raises(OSError):  # another address of this machine
+        socket.create_connection(("127.0.0.2", served), timeout=1)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page()
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+        response = page.goto(home)
+        page.set_default_timeout(20000)
+        page.locator("#question textarea").wait_for()
+        page.locator("input[type=file]").first.set_input_files(upload)
+        page.locator(".picture img").first.wait_for()
+        page.locator("#question textarea").fill(HOSTILE)
+        page.click("#ask")
+        page.locator("#gated .answer").wait_for()
+        shown, maps = [], []
+
+        def see():  # beside .demo the seconds run while an answer is computed
+            if shown:
+                page.wait_for_function("text => document.querySelector('#gated .demo').textContent !== text", arg=shown[-1][0])
+            shown.append([page.locator(f"{side} .demo").text_content() for side in ("#gated", "#closed")])
+            maps.append([page.locator(f"{side} img").first.get_attribute("src") for side in ("#gated", "#closed")])
+
+        see()
+        assert len(page.query_selector_all("#gated img, #closed img")) == 3  # none of them from a text
+        page.click("#style input")
+        page.get_by_role("option", name="Pop Art", exact=True).click()
+        see()
+        page.locator("#mix input[type=range]").focus()
+        page.keyboard.press("Home")  # to 0: the picture's own style
+        see()
+        broken.write_text("no picture")
+        page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+        page.locator("input[type=file]").first.set_input_files(broken)
+        page.locator(".picture img").first.wait_for(state="attached")
+        page.click("#ask")
+        assert "no picture in" in page.locator("#gated .fault").text_content()
+        page.get_by_role("tab").last.click()
+        frame = page.frame_locator("#report iframe")
+        assert frame.locator("h1").inner_text() == "the report"
+        policy = response.headers["content-security-policy"]
+        browser.close()
+    outside = [url for url in requests if not url.startswith((home, "data:", "blob:"))]
+    errors = [error for error in errors if "sandboxed" not in error]  # the refusal of the report's script
+    assert not outside and not errors and not dialogs
+    assert shown == wanted
+    assert maps[0] == maps[2] != maps[1]
+    assert policy == demo.POLICY and "http" not in policy
