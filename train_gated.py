@@ -642,7 +642,7 @@ def train(run, out, stop):
             if better:
                 save_best(run, out)
             draw(run, out)
-            if gates:
+            if gates and math.isfinite(numbers[args.select]):
                 maps.append_frame(out / maps.FILE, run.step, gates)
     if stop.number and leader:
         save_last(run, out)

@@ -91,6 +91,19 @@ def test_operations_of_the_full_size():
     assert bench.step_flops(bench.FULL, model) / 1e12 == pytest.approx(0.642, rel=0.01)
 
 
+def test_gate_cost_is_the_share_of_what_differs(monkeypatch):
+    """Seconds come from a clock that counts calls: 1 for every visual prompt without gates, 3 with, 2 an update, 10 a step."""
+    real, seen = bench.core.Blip2OPTGated.visual_prompt, []
+    monkeypatch.setattr(bench.core.Blip2OPTGated, "visual_prompt", lambda self, *a, **k: seen.append(a[4] if len(a) > 4 else "step") or real(self, *a, **k))
+
+    def counted(function):
+        before = len(seen)
+        function()
+        return {False: 1, True: 3, "step": 10}[seen[-1]] if len(seen) > before else 2
+    monkeypatch.setattr(bench, "seconds", counted)
+    assert bench.gate_cost(3, SIZES) == (3 - 1 + 2) / 10
+
+
 def test_full_size_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert loop.exit_code(bench.main, ["--size", "full"]) == 2

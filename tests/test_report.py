@@ -14,6 +14,7 @@ from PIL import Image
 import cirr
 import metrics
 import report
+import runfolder
 import train_gated
 from captions import Picture
 from rows import Row
@@ -498,10 +499,10 @@ def test_about_names_command_versions_and_what_it_is_told():
 
 
 def test_commit_without_git_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
-    assert report.project_version() == "not known (no git checkout)"
+    monkeypatch.setattr(runfolder, "__file__", str(tmp_path / "runfolder.py"))
+    assert runfolder.project_version() == "not known (no git checkout)"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert report.project_version() == "not known (git cannot be run)"
+    assert runfolder.project_version() == "not known (git cannot be run)"
 
 
 def test_the_file_stays_small(tmp_path, monkeypatch):
