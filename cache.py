@@ -144,22 +144,6 @@ def stacked(samples):
 # --- the store ------------
 
 @contextlib.contextmanager
-def held(path, say):
-    """Hold a lock file; a second process waits until the first has ended, however that ends, and finds its work done."""
-    from filelock import FileLock, Timeout
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"{path}: another process is making these features; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
 def errors_named(path, kept=""):
     """An OSError within is a DataError of one line. kept: what stays, for the message."""
     try:
@@ -236,7 +220,7 @@ class Store:
             self._announce(pictures, 0, say)
             return 0
         runfolder.refuse_unwritable(self.rows)
-        with held(self.lock, say):
+        with runfolder.held(self.lock, f"{self.lock}: another process is making these features; waiting for it", say):
             todo = self._locate(pictures)  # another process may have made some
             self._announce(pictures, len(todo), say)
             if todo:

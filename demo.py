@@ -14,7 +14,6 @@ import argparse
 import base64
 import filecmp
 import functools
-import hashlib
 import html
 import io
 import os
@@ -251,27 +250,16 @@ def load_captioner(place):
 @torch.no_grad()
 def load_finder(checkpoint, folder):
     """--retrieval and --gallery, indexed as train_cir.py --search does -> function: picture's path, sentence -> [(path, name, score)]."""
-    import cirr
     import train_cir
     args = train_cir.get_args(["--checkpoint", checkpoint, "--gallery", folder, "--search", "", "--image", folder, "--precision",
                                loop.precision_of("auto")])
     best, model, accelerator = train_cir.load_best(args)
-    opener, device = train_cir.Opener(model.image_size, args.transform, args.target_ratio), accelerator.device
-    key = f"{train_cir.digest(best['state'])} {best['frozen']} {accelerator.mixed_precision} {args.transform} {args.target_ratio}"
-    store = pathlib.Path(checkpoint).parent / "galleries" / hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]
-    width = model.query_tokens.shape[1], model.vision_projection.out_features  # (Q, E)
+    opener = train_cir.Opener(model.image_size, args.transform, args.target_ratio)
+    with torch.no_grad():
+        names, features = train_cir.indexed(args, best, model, accelerator, opener)
 
-    def encode(images):
-        with accelerator.autocast():
-            return model.image_features(model.image_embeds(torch.stack(images).to(device)))
-
-    names, features = gallery.open_index(folder, store, key, width, opener, encode, args.workers, args.batch_size)
-
-    @torch.no_grad()
     def find(image, text):
-        ids = core.to_device(core.text_ids(model.tokenizer, [cirr.clean_text(text)]), device)
-        with accelerator.autocast():
-            vector = model.query(model.image_embeds(opener(image)[None].to(device)), **ids)[1][0].float().cpu().numpy()  # [E]
+        vector = train_cir.query_vector(model, accelerator, opener(image), text)
         numbers, scores = gallery.best(features, vector, args.top + 1)
         hits = [(os.path.join(folder, names[i]), names[i], float(score)) for i, score in zip(numbers, scores)]
         return [hit for hit in hits if not filecmp.cmp(hit[0], image, shallow=False)][:args.top]  # the reference itself, uploaded

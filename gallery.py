@@ -88,20 +88,9 @@ def pictures_in(folder, say=print):
     return sorted(names)
 
 
-@contextlib.contextmanager
 def held(store, say):
     """Hold the store; a second process waits until the first has ended, and finds its work done."""
-    from filelock import FileLock, Timeout
-    lock = FileLock(store / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"{store}: another process is at work on this index; waiting for it")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    return runfolder.held(store / ".lock", f"{store}: another process is at work on this index; waiting for it", say)
 
 
 def refuse_small_disk(store, needed, what):

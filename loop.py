@@ -193,7 +193,8 @@ def dry_run(run, rehearse, cached=()):
     say = run.accelerator.print
     for what, needed in [*table, ("sum, computed", sum(needed for _, needed in table))]:
         say(f"{what:44}{needed / 2**20:>12,.1f} MiB")
-    say(f"{peak_memory()[1]:44}{peak_memory()[0] / 2**20:>12,.1f} MiB")
+    most, what = peak_memory()
+    say(f"{what:44}{most / 2**20:>12,.1f} MiB")
     for store in cached:
         say(f"{f'on disk: {store.rows.name}':44}{store.rows.stat().st_size / 2**20:>12,.1f} MiB")
 

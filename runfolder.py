@@ -347,6 +347,22 @@ def locked(out):
             out.rmdir()  # where nothing was written
 
 
+@contextlib.contextmanager
+def held(path, waiting, say=print):
+    """Hold a lock file; a second process says `waiting` and waits until the first has ended, however that ends."""
+    from filelock import FileLock, Timeout
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(waiting)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def refuse_full_disk(out, needed):
     """DataError where the disk of `out` has fewer than `needed` bytes free: better now than after the first epoch."""
     free = shutil.disk_usage(out).free

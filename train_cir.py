@@ -786,13 +786,8 @@ def draw_maps(args, model, pool, scores, opener, say):
     say(f"{folder}: gate maps of {min(MAPS, len(pool.queries))} queries")
 
 
-@torch.no_grad()
-def search(args):
-    """--search: index --gallery (once, beside the checkpoint), print the best matches, write OUT/search.html."""
-    best, model, accelerator = load_best(args)
-    opener, device = Opener(model.image_size, args.transform, args.target_ratio), accelerator.device
-    reference, page = opener(args.image), pathlib.Path(args.out) / "search.html"
-    runfolder.refuse_unwritable(page)
+def indexed(args, best, model, accelerator, opener):
+    """The index of --gallery, made once beside the checkpoint -> (names, features [G,Q,E])."""
     # everything that a feature depends on: a stale one can never be read
     key = f"{digest(best['state'])} {best['frozen']} {accelerator.mixed_precision} {args.transform} {args.target_ratio}"
     place = hashlib.sha256(os.path.realpath(args.gallery).encode()).hexdigest()[:16]
@@ -800,15 +795,31 @@ def search(args):
     width = model.query_tokens.shape[1], model.vision_projection.out_features  # (Q, E)
 
     def encode(images):
-        embeds = model.image_embeds(torch.stack(images).to(device))
+        embeds = model.image_embeds(torch.stack(images).to(accelerator.device))
         with accelerator.autocast():
             return model.image_features(embeds)
 
-    names, features = gallery.open_index(args.gallery, store, key, width, opener, encode, args.workers, args.batch_size)
-    text = core.to_device(core.text_ids(model.tokenizer, [cirr.clean_text(args.search)]), device)
-    embeds = model.image_embeds(reference[None].to(device))
+    return gallery.open_index(args.gallery, store, key, width, opener, encode, args.workers, args.batch_size)
+
+
+@torch.no_grad()
+def query_vector(model, accelerator, reference, text):
+    """Picture [3,s,s] and sentence -> unit vector [E] as numpy."""
+    ids = core.to_device(core.text_ids(model.tokenizer, [cirr.clean_text(text)]), accelerator.device)
+    embeds = model.image_embeds(reference[None].to(accelerator.device))
     with accelerator.autocast():
-        vector = model.query(embeds, **text)[1][0].float().cpu().numpy()  # [E]
+        return model.query(embeds, **ids)[1][0].float().cpu().numpy()
+
+
+@torch.no_grad()
+def search(args):
+    """--search: index --gallery (once, beside the checkpoint), print the best matches, write OUT/search.html."""
+    best, model, accelerator = load_best(args)
+    opener = Opener(model.image_size, args.transform, args.target_ratio)
+    reference, page = opener(args.image), pathlib.Path(args.out) / "search.html"
+    runfolder.refuse_unwritable(page)
+    names, features = indexed(args, best, model, accelerator, opener)
+    vector = query_vector(model, accelerator, reference, args.search)
     paths = [os.path.join(args.gallery, name) for name in names]
     itself = [number for number, path in enumerate(paths) if os.path.samefile(path, args.image)]
     numbers, scores = gallery.best(features, vector, args.top, itself)
