@@ -25,6 +25,7 @@ from rows import DataError
 
 SYSTEMS = {"ungated, Q-Former frozen": ["--gating", "none"], "gated, Q-Former frozen": [],
            "ungated, Q-Former trained": ["--gating", "none", "--train-qformer"], "gated, Q-Former trained": ["--train-qformer"]}
+SEEN = {"": ("gated", "trained, no gates"), ", gates closed": ("gates closed",), ", another's style": ("another's style",)}  # of eval_gated
 
 
 def get_args(argv=None):
@@ -80,15 +81,21 @@ def scores(args, others, folder):
     """Rows of eval_gated's table for the run in `folder`."""
     table = folder / f"{args.split}.json"
     if not table.exists():
-        eval_gated.main(["--checkpoint", str(folder / "best.pt"), "--split", args.split, "--table", str(table), "--no-baselines",
-                         "--shuffle-style", "--workers", "0", "--cache", others[-1]])
+        eval_gated.main(["--checkpoint", str(folder / "best.pt"), "--split", args.split, "--table", str(table), "--shuffle-style",
+                         "--workers", "0", "--cache", others[-1]])
     return json.loads(table.read_text(encoding="utf-8"))
 
 
-def exact_match(table, kinds, shuffled):
-    """Mean EM over the questions of these types, with the own or with another picture's style."""
-    chosen = [r for r in table if r["type"] in kinds and (r["system"] == "another's style") is shuffled]
+def exact_match(table, kinds, systems):
+    """Mean EM of one of eval_gated's systems over the questions of these types; None where it is not in the table."""
+    chosen = [r for r in table if r["type"] in kinds and r["system"] in systems]
     return sum(r["EM"] * r["n"] for r in chosen) / sum(r["n"] for r in chosen) if chosen else None
+
+
+def style_and_content(table, style_types):
+    """{"style", "content", "style, gates closed", ...}: EM of the trained model, with its gates closed, with another's style."""
+    kinds = {"style": style_types, "content": {r["type"] for r in table} - {*style_types, "all"}}
+    return {kind + seen: exact_match(table, kinds[kind], systems) for seen, systems in SEEN.items() for kind in kinds}
 
 
 def spread(values):
@@ -109,18 +116,15 @@ def main(argv=None):
     for seed in args.seeds:  # seeds outside, so that a slow hour of the machine falls on all systems alike
         for system in SYSTEMS:
             held, folder = one_run(args, others, system, rates[system], seed)
-            table = scores(args, others, folder)
-            content = {r["type"] for r in table} - {*args.style_types, "all"}
-            results[system].append({**held, "style": exact_match(table, args.style_types, False),
-                                    "content": exact_match(table, content, False),
-                                    "another's style": exact_match(table, args.style_types, True)})
+            results[system].append({**held, **style_and_content(scores(args, others, folder), args.style_types)})
     seconds = step_seconds(others)
     print(f"\nexact match in % on {args.split}, mean +- standard deviation over the seeds {args.seeds}, {held['steps']} steps at most")
-    print(f"{'system':28}{'lr':>8}{'trained':>13}{'s a step':>10}{'style':>14}{'content':>14}{'style, shuffled':>17}")
+    print(f"{'':28}{'':31}{'as trained':>26}{'gates closed':>26}{'another style':>26}")
+    print(f"{'system':28}{'lr':>8}{'trained':>13}{'s a step':>10}" + f"{'style':>13}{'content':>13}" * len(SEEN))
     for system, found in results.items():
-        columns = [spread([one[name] for one in found]) if found[0][name] is not None else "-"
-                   for name in ("style", "content", "another's style")]
-        print(f"{system:28}{rates[system]:>8g}{found[0]['trained']:>13,}{seconds[system]:>10.3f}{columns[0]:>14}{columns[1]:>14}{columns[2]:>17}")
+        columns = [spread([one[kind + seen] for one in found]) if found[0][kind + seen] is not None else "-"
+                   for seen in SEEN for kind in ("style", "content")]
+        print(f"{system:28}{rates[system]:>8g}{found[0]['trained']:>13,}{seconds[system]:>10.3f}" + "".join(f"{c:>13}" for c in columns))
     with runfolder.whole_file(pathlib.Path(args.out) / "compare.json") as file:
         json.dump({"rates": rates, "seconds_per_step": seconds, "results": results}, file, indent=1)
 

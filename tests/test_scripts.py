@@ -720,10 +720,22 @@ def test_compare_gated(sample, tiny, tmp_path, capsys, monkeypatch):
     table = json.loads((tmp_path / "c/gated-frozen-lr0.001-seed1/val.json").read_text())
     style = [r for r in table if r["type"] in ("style", "technique") and r["system"] == "gated"]
     assert result["results"]["gated, Q-Former frozen"][0]["style"] == pytest.approx(sum(r["EM"] for r in style) / 2)
+    assert None not in result["results"]["gated, Q-Former frozen"][0].values()
     monkeypatch.setattr(train_gated, "fit", lambda *a: pytest.fail("a finished run was repeated"))
     compare_gated.main(command)
     assert loop.exit_code(compare_gated.main, [*command, "--weight-decay", "0.5"]) == 2
     assert "other flags" in capsys.readouterr().err
+
+
+def test_compare_gated_adds_style_and_content_up():
+    table = [{"type": kind, "system": system, "n": n, "EM": em} for system, factor in
+             (("gated", 1), ("gates closed", 0.5), ("another's style", 0.25), ("BLIP-2, no gates", 9))
+             for kind, n, em in (("style", 1, 80 * factor), ("technique", 3, 40 * factor), ("what", 2, 60 * factor), ("all", 6, 99))]
+    assert compare_gated.style_and_content(table, ["style", "technique"]) == {
+        "style": 50, "content": 60, "style, gates closed": 25, "content, gates closed": 30, "style, another's style": 12.5,
+        "content, another's style": 15}
+    ungated = compare_gated.style_and_content([{**r, "system": "trained, no gates"} for r in table[:4]], ["style", "technique"])
+    assert ungated["style"] == 50 and ungated["content, gates closed"] is None
 
 
 # --- a curve that must come out again ------------
