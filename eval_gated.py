@@ -19,6 +19,7 @@ import math
 import os
 import pathlib
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -207,6 +208,9 @@ def answers_to(model, questions, contexts, features, args, candidates, sure=True
         found["prediction"] = model.predict_answers(None, beams=args.beams, max_new_tokens=args.max_new_tokens, **asked)
     if sure:
         found["confidence"] = model.confidence(answers=found["prediction"], **asked).tolist()
+        for question, value in zip(questions, found["confidence"]):
+            if not math.isfinite(value):
+                raise DataError(f"{question!r}: the probability of the answer is {value}; use --precision bf16 or no")
     return found
 
 
@@ -325,26 +329,39 @@ def write_predictions(path, ids, questions, found):
     return path.with_suffix(".csv")
 
 
-def main(argv=None):
-    args = get_args(argv)
-    if args.predictions and not args.predictions.endswith(".json"):
-        raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
-    map_folder = pathlib.Path(args.checkpoint).parent / "maps"
-    for path in filter(None, (args.predictions, args.table, args.report, args.answers, args.merge_lora, args.maps and map_folder / "001.png")):
-        runfolder.refuse_unwritable(path)
-    if args.export:
-        if args.merge_lora:
-            raise DataError("--export goes with an evaluation, not with --merge-lora")
-        sharing.refuse_target(args.export)
-    checkpoint = runfolder.load_checkpoint(
-        args.checkpoint, ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen"))
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
-    if args.merge_lora:
-        model = load_model(args, checkpoint, torch.float32)
-        runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
-        return write_merged(model, checkpoint, args.merge_lora)
-    if args.ask:
-        return ask(args, checkpoint, accelerator)
+# --- the evaluation ------------
+
+@dataclass
+class Evaluation:
+    """What is asked, and of what: the model as it was before training until answers_of_systems has loaded the trained tensors."""
+    args: argparse.Namespace
+    checkpoint: dict
+    accelerator: Accelerator
+    model: core.Blip2OPTGated
+    questions: list  # of Row
+    ids: list  # question_id of each
+    features: object  # of the frozen towers, with --cache
+    data: Questions
+    collate: Collate
+    places: dict  # see built_as
+    dtype: torch.dtype
+
+    def answer(self, data=None, trained=True, sure=False, **seeing):
+        """What train_gated.evaluate returns of one system, with "prediction" and, where `sure`, "confidence"."""
+        args, weights, candidates = self.args, self.checkpoint["loss_weights"], sorted(self.checkpoint["answers"])
+        weights = weights if trained else {"hit_weight": weights["hit_weight"]}  # no KL: its head is untrained
+
+        def answer(model, group, features):
+            questions, contexts = [r.question for r in group], [r.context for r in group]
+            return answers_to(model, questions, contexts, features, args, candidates, sure or bool(args.report), **seeing)
+        with loop.batch_size_in_memory_errors(args.batch_size):
+            found = evaluate(self.model, data or self.data, self.collate, self.accelerator, args.batch_size, args.workers, weights, answer,
+                             **seeing)
+        return found if trained else [{k: v for k, v in one.items() if k != "total"} for one in found]  # a part of it is left out
+
+
+def prepare(args, checkpoint, accelerator):
+    """Data of --split and the model, not yet with its trained tensors -> Evaluation."""
     data_args(args, {**vars(train_gated_args(["--data", ""])), **checkpoint["args"]})  # defaults for what older files lack
     questions = read_data(args, args.split, accelerator.print)
     ids = question_ids(questions)
@@ -357,60 +374,93 @@ def main(argv=None):
     if args.style == "efficientnet":
         questions, = predicted_styles(args, places["blip2"], places["efficientnet"], [questions], accelerator.device,
                                       accelerator.print)
-    data = Questions(questions, model.image_size, features)
-    collate = Collate(model.tokenizer, model.styles, checkpoint["args"]["max_answer"])
-    candidates = sorted(checkpoint["answers"])
+    return Evaluation(args, checkpoint, accelerator, model, questions, ids, features, Questions(questions, model.image_size, features),
+                      Collate(model.tokenizer, model.styles, checkpoint["args"]["max_answer"]), places, dtype)
 
-    def run(data=data, trained=True, sure=bool(args.report), **seeing):
-        def answer(model, group, features):
-            return answers_to(model, [r.question for r in group], [r.context for r in group], features, args, candidates, sure, **seeing)
-        weights = checkpoint["loss_weights"] if trained else {"hit_weight": checkpoint["loss_weights"]["hit_weight"]}
-        with loop.batch_size_in_memory_errors(args.batch_size):
-            found = evaluate(model, data, collate, accelerator, args.batch_size, args.workers, weights, answer, **seeing)
-        return found if trained else [{k: v for k, v in one.items() if k != "total"} for one in found]  # no KL: a part is left out
 
-    majority = checkpoint["majority"]
-    systems = {}
+def answers_of_systems(run):
+    """{system: what Evaluation.answer found}; the trained system is the last."""
+    args, model, majority, systems = run.args, run.model, run.checkpoint["majority"], {}
     if not args.no_baselines:
-        systems["majority answer"] = [{"prediction": majority.get(r.question_type, majority[""])} for r in questions]
-        systems["no image"] = run(trained=False, blind=True)
-        systems["BLIP-2, no gates"] = run(trained=False, gated=False)
-    runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
+        systems["majority answer"] = [{"prediction": majority.get(r.question_type, majority[""])} for r in run.questions]
+        systems["no image"] = run.answer(trained=False, blind=True)
+        systems["BLIP-2, no gates"] = run.answer(trained=False, gated=False)
+    runfolder.load_trainable(model, run.checkpoint["state"], args.checkpoint)
     if not args.no_baselines and model.gates is not None:
-        systems["gates closed"] = run(gated=False)
+        systems["gates closed"] = run.answer(gated=False)
     if args.shuffle_style and model.gates is not None:
-        systems["another's style"] = run(OtherStyle(questions, model.image_size, features))
+        systems["another's style"] = run.answer(OtherStyle(run.questions, model.image_size, run.features))
     name = "gated" if model.gates is not None else "trained, no gates"
-    systems[name] = run(sure=bool(args.report or args.predictions or args.abstain_below is not None))
+    systems[name] = run.answer(sure=bool(args.predictions or args.abstain_below is not None))
+    return systems
+
+
+def deliver(run, systems, command):
+    """Print the table and write what the flags ask for. command: what was typed, for the model card."""
+    args, questions, trained = run.args, run.questions, list(systems.values())[-1]
+    if args.predictions:  # before the scores: what cost an hour is safe first
+        readable = write_predictions(args.predictions, run.ids, questions, trained)
+        print(f"predictions: {args.predictions} and {readable}")
+    table = score_table(questions, systems)
+    print_table(table)
+    if args.abstain_below is not None:
+        print(coverage(questions, trained, args.abstain_below))
+    if args.table:
+        with runfolder.whole_file(args.table) as file:
+            json.dump(table, file, indent=1)
+    if args.report:
+        made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, {args.split}", seed=run.checkpoint["args"]["seed"])
+        log = pathlib.Path(args.checkpoint).with_name("training_log.csv")
+        report.write(args.report, f"{args.checkpoint}: {args.split}",
+                     report.gated(questions, systems, table, log, PANELS, run.model.styles, [made]))
+        print(f"report: {args.report}")
+    if args.maps:
+        folder = map_folder(args)
+        drawn = maps.draw_rows(run.model, questions, [one["prediction"] for one in trained], args.maps, folder, run.features)
+        frames = maps.read_frames(folder.parent / maps.FILE)
+        if frames and run.model.gates is not None:
+            maps.skyline(frames, folder / "gates.png", folder / "gates.gif")
+        print(f"maps of the first {len(drawn)} questions: {folder}")
+    if args.export:
+        batch = run.collate([run.data[i] for i in range(min(4, len(run.data)))])
+        moved = {n: run.places.get(n) for n in ("blip2", "efficientnet", "lm_precision")}
+        sharing.export(args.export, run.checkpoint, run.model, sharing.scores(questions, systems), sharing.samples(questions, trained),
+                       command, batch, **moved, dtype=run.dtype, safe=args.safe_load)
+        print(f"exported, loaded again and compared: {args.export}")
+
+
+def map_folder(args):
+    return pathlib.Path(args.checkpoint).parent / "maps"
+
+
+def refuse_places(args):
+    """DataError where something that the flags ask for cannot be written, before anything is loaded."""
+    if args.predictions and not args.predictions.endswith(".json"):
+        raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
+    for path in filter(None, (args.predictions, args.table, args.report, args.answers, args.merge_lora, args.maps and map_folder(args) / "001.png")):
+        runfolder.refuse_unwritable(path)
+    if args.export:
+        if args.merge_lora:
+            raise DataError("--export goes with an evaluation, not with --merge-lora")
+        sharing.refuse_target(args.export)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    refuse_places(args)
+    checkpoint = runfolder.load_checkpoint(
+        args.checkpoint, ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen"))
+    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    if args.merge_lora:
+        model = load_model(args, checkpoint, torch.float32)
+        runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
+        return write_merged(model, checkpoint, args.merge_lora)
+    if args.ask:
+        return ask(args, checkpoint, accelerator)
+    run = prepare(args, checkpoint, accelerator)
+    systems = answers_of_systems(run)
     if accelerator.is_main_process:
-        if args.predictions:  # before the scores: what cost an hour is safe first
-            readable = write_predictions(args.predictions, ids, questions, systems[name])
-            print(f"predictions: {args.predictions} and {readable}")
-        table = score_table(questions, systems)
-        print_table(table)
-        if args.abstain_below is not None:
-            print(coverage(questions, systems[name], args.abstain_below))
-        if args.table:
-            with runfolder.whole_file(args.table) as file:
-                json.dump(table, file, indent=1)
-        if args.report:
-            made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, {args.split}", seed=checkpoint["args"]["seed"])
-            log = pathlib.Path(args.checkpoint).with_name("training_log.csv")
-            report.write(args.report, f"{args.checkpoint}: {args.split}",
-                         report.gated(questions, systems, table, log, PANELS, model.styles, [made]))
-            print(f"report: {args.report}")
-        if args.maps:
-            drawn = maps.draw_rows(model, questions, [one["prediction"] for one in systems[name]], args.maps, map_folder, features)
-            frames = maps.read_frames(map_folder.parent / maps.FILE)
-            if frames and model.gates is not None:
-                maps.skyline(frames, map_folder / "gates.png", map_folder / "gates.gif")
-            print(f"maps of the first {len(drawn)} questions: {map_folder}")
-        if args.export:
-            batch = collate([data[i] for i in range(min(4, len(data)))])
-            moved = {n: places.get(n) for n in ("blip2", "efficientnet", "lm_precision")}
-            sharing.export(args.export, checkpoint, model, sharing.scores(questions, systems), sharing.samples(questions, systems[name]),
-                           ["eval_gated.py", *(sys.argv[1:] if argv is None else argv)], batch, **moved, dtype=dtype, safe=args.safe_load)
-            print(f"exported, loaded again and compared: {args.export}")
+        deliver(run, systems, ["eval_gated.py", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

@@ -300,35 +300,36 @@ def draw_negatives(logits, other):
 # --- where weights come from, and where they go ------------
 
 def load_model(args, dtype, say=print):
-    """--blip2 (vision tower) and --init (Q-Former, tokenizer) -> Stage1. Says what starts fresh."""
-    name = args.blip2
+    """--blip2 (vision tower) and --init (Q-Former, tokenizer) -> Stage1. A hub's ID is looked for in models/ first. Says what
+    starts fresh."""
+    name, init = published.in_models(args.blip2), published.in_models(args.init)
     if name == "tiny":
         import make_tiny
         name = make_tiny.ensure_retrieval()
     vision, config = published.load_vision(name, dtype)
-    kind = published.load_config(args.init).model_type if args.init != "random" and not pathlib.Path(args.init).is_file() else None
+    kind = published.load_config(init).model_type if init != "random" and not pathlib.Path(init).is_file() else None
     if kind == "bert":
-        config, tokenizer = bert_config(config, published.load_config(args.init)), published.load_tokenizer(args.init)
+        config, tokenizer = bert_config(config, published.load_config(init)), published.load_tokenizer(init)
     else:
-        source = args.init if kind else name  # a LAVIS file and a random start take form and tokenizer from --blip2
+        source = init if kind else name  # a LAVIS file and a random start take form and tokenizer from --blip2
         own, tokenizer = published.load_config(source), published.load_tokenizer(source)
         if not getattr(getattr(own, "qformer_config", None), "use_qformer_text_input", False):
             raise DataError(f"{source}: no BLIP-2 in image-text-retrieval format, whose Q-Former reads text: give such a folder, "
                             f"or start from a BERT with --init {BERT}")
         own.vision_config, own.qformer_config.encoder_hidden_size = vision.config, vision.config.hidden_size
         config = own
-    published.refuse_other_tokenizer(tokenizer, config.qformer_config.vocab_size, args.init if kind else name)
+    published.refuse_other_tokenizer(tokenizer, config.qformer_config.vocab_size, init if kind else name)
     model = Stage1(vision, config, tokenizer)
     if kind == "bert":
-        absent = start_from_bert(model, published.load_bert(args.init), args.init)
-    elif args.init == "random":
+        absent = start_from_bert(model, published.load_bert(init), init)
+    elif init == "random":
         absent = start_at_random(model)
     else:
-        weights = published.read_weights(published.local_folder(args.init) if kind else args.init)
-        parts = published.qformer_weights(weights, text_path=True, source=args.init)
-        model.load_parts(parts, args.init)
+        weights = published.read_weights(published.local_folder(init) if kind else init)
+        parts = published.qformer_weights(weights, text_path=True, source=init)
+        model.load_parts(parts, init)
         absent = [part for part in ("temp", "lm_head") if part not in parts]
-    say(f"Q-Former: {args.init}; fresh: {', '.join(absent) or 'nothing'}")
+    say(f"Q-Former: {init}; fresh: {', '.join(absent) or 'nothing'}")
     return model
 
 

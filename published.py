@@ -125,6 +125,12 @@ def load_vision(name, dtype=torch.float32):
     return model, config
 
 
+def in_models(name):
+    """A hub's ID as models/NAME where that folder is; any other name as it is."""
+    here = pathlib.Path("models") / name.split("/")[-1]
+    return str(here) if here.is_dir() and not pathlib.Path(name).exists() else name
+
+
 def local_folder(name):
     """A folder, or that of a HuggingFace id's weights on this machine, fetched where they are not there."""
     from huggingface_hub import snapshot_download

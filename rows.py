@@ -72,7 +72,7 @@ def entries(folder):
 
 
 def find_table(folder_or_file, split):
-    """The file of a split: the one given, else the first of `wanted` in the folder.
+    """The file of a split: the one given, else the one of `wanted` that is in the folder. DataError: none, or more than one.
 
     A metadata file in the folder itself holds the training split, as Hugging Face's ImageFolder has it."""
     place = str(folder_or_file)
@@ -83,9 +83,11 @@ def find_table(folder_or_file, split):
     wanted = [f"{split}.csv", f"{split}.tsv", f"artquest_{split}.csv", f"{split}.json", f"{split}.jsonl",
               f"{split}/metadata.csv", f"{split}/metadata.jsonl"]
     wanted += ["metadata.csv", "metadata.jsonl"] if split == "train" else []
-    for name in wanted:
-        if os.path.isfile(os.path.join(place, name)):
-            return os.path.join(place, name)
+    found = [name for name in wanted if os.path.isfile(os.path.join(place, name))]
+    if len(found) > 1:
+        raise DataError(f"{place}: {' and '.join(found)} are there, and each could be the {split} split: move all but one away")
+    if found:
+        return os.path.join(place, found[0])
     there = sorted(entries(place))
     listed = ", ".join(there[:10]) + (f" and {len(there) - 10} more" if len(there) > 10 else "")
     raise DataError(f"{place}: none of {', '.join(wanted)} is there; it holds {listed or 'nothing'}: check --data")

@@ -113,8 +113,8 @@ def get_args(argv=None):
     look.add_argument("--caption", nargs="+", metavar="PATH", help="caption these pictures and folders of pictures and stop")
     look.add_argument("--captions", metavar="FILE.csv", help="with --caption DIR: image, caption of every picture in the folder and in those "
                                                              "below; goes on where it stopped, FILE.csv.json says what it was made with")
-    look.add_argument("--report", metavar="FILE.html", help="with --zero-shot or --checkpoint: a page with scores and their intervals, curves "
-                                                            "and samples; that of the test split is FILE_test.html")
+    look.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves and samples, in training of the "
+                                                            "best epoch; that of the test split is FILE_test.html")
     look.add_argument("--json", action="store_true", help="print captions and scores as JSON")
     look.add_argument("--cases", type=runfolder.whole, default=0, metavar="N",
                       help="write OUT/cases.html: the N worst and the N best validation pictures")
@@ -123,8 +123,8 @@ def get_args(argv=None):
         parser.error("--data is needed, but for --caption")
     if args.zero_shot and args.checkpoint:
         parser.error("--zero-shot is without --checkpoint")
-    if args.report and (args.caption or not (args.zero_shot or args.checkpoint)):
-        parser.error("--report is of --zero-shot and of --checkpoint without --caption")
+    if args.report and args.caption:
+        parser.error("--report is of an evaluation: leave --caption out")
     if args.captions and (args.json or len(args.caption or ()) != 1):
         parser.error("--captions takes one folder in --caption, and is without --json")
     for name, value in RECIPES[args.recipe].items():
@@ -201,12 +201,11 @@ class Collate:
 # --- model ------------
 
 def local_name(name):
-    """--blip as a place: tiny's own folder; the default looks in models/ first."""
+    """--blip as a place: tiny's own folder; a hub's ID is looked for in models/ first."""
     if name == "tiny":
         import make_tiny
         return str(make_tiny.captioner_place(make_tiny.get_args([])))
-    here = pathlib.Path("models") / DEFAULT.split("/")[1]
-    return str(here) if name == DEFAULT and here.is_dir() else name
+    return published.in_models(name)
 
 
 def load_blip(name):
@@ -459,10 +458,10 @@ def train_epoch(run, epoch, plan, stop):
 
 
 def validate(run, data):
-    """(numbers of an evaluation, captions in row order)."""
+    """(numbers of an evaluation, what evaluate found)."""
     args = run.args
     found = evaluate(run.model, run.tokenizer, data, run.collate, run.accelerator, GENERATION, args.val_batch, args.workers)
-    return numbers_of(found, data), [one["caption"] for one in found]
+    return numbers_of(found, data), found
 
 
 def rehearse(run):
@@ -515,7 +514,7 @@ def train(run, out, stop):
             raise
         if loop.stopped(run.accelerator, stop):
             break
-        numbers, captions = validate(run, run.val)
+        numbers, found = validate(run, run.val)
         better = loop.is_better(numbers["score"], run.marks)
         run.marks |= {"done": epoch + 1, "stale": run.marks["stale"] + 1}
         if better:
@@ -524,21 +523,28 @@ def train(run, out, stop):
         if leader:
             run.log.write("epoch", run.step, epoch=epoch + 1, lr=run.lr(run.step - 1), layers=run.open, **numbers)
             if better:
-                write_captions(out / "val.json", run.val, captions)
+                write_captions(out / "val.json", run.val, found)
             if args.save_last:  # before best.pt: begin() makes up a best.pt that a kill between the two has left behind
                 save_last(run, out)
             if better:
                 save_best(run, out)
+            if better and args.report:
+                say(f"report: {write_report(args, out / 'best.pt', 'val', run.val, found)}")
             draw(run, out)
     if stop.number and leader:
         save_last(run, out)
         say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
 
 
-def write_captions(path, data, captions):
-    """{file: caption}, as metrics.py reads it."""
+def write_captions(path, data, found):
+    """{file: caption}, as metrics.py reads it; found: of evaluate."""
     with runfolder.whole_file(path) as file:
-        json.dump({p.name: text for p, text in zip(data.rows, captions)}, file, indent=1, ensure_ascii=False)
+        json.dump(captions_of(data, found), file, indent=1, ensure_ascii=False)
+
+
+def captions_of(data, found):
+    """{file: caption} of what evaluate found."""
+    return {p.name: one["caption"] for p, one in zip(data.rows, found)}
 
 
 def draw(run, out):
@@ -574,10 +580,12 @@ def finish(run, out):
         # into a fresh model: layers that were opened after the best epoch are no longer what they were then
         run.model = load_trained(None, runfolder.load_checkpoint(out / "best.pt"), out / "best.pt")[0].to(run.accelerator.device)
         data = Captions(limited(read_data(args, "test", say), args, "test", say), run.val.image_size, run.tokenizer)
-        numbers, captions = validate(run, data)
-        if run.accelerator.is_main_process:
-            write_captions(out / "test.json", data, captions)
+        numbers, found = validate(run, data)
         say(f"test: {told(numbers)}")
+        if run.accelerator.is_main_process:
+            write_captions(out / "test.json", data, found)
+            if args.report:
+                say(f"report: {write_report(args, out / 'best.pt', 'test', data, found)}")
 
 
 def dry_run(args):
@@ -595,6 +603,8 @@ def fit(args):
     out = pathlib.Path(args.out)
     resumed = args.resume and (out / "last.pt").exists()
     runfolder.refuse_overwrite(out, resumed)
+    if args.report:
+        runfolder.refuse_unwritable(args.report)
     run = prepare(args)
     say = run.accelerator.print
     with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
@@ -645,26 +655,26 @@ def score(args):
         pictures = limited(read_data(args, split, say), args, split, say)
         data = Captions(pictures, model.config.vision_config.image_size, tokenizer)
         found = evaluate(model, tokenizer, data, collate, accelerator, generation, args.val_batch, args.workers)
-        numbers, captions = numbers_of(found, data), [one["caption"] for one in found]
+        numbers = numbers_of(found, data)
         say(f"{split}: {told(numbers)}")
-        result[split] = {"scores": numbers, "captions": {p.name: text for p, text in zip(data.rows, captions)}}
+        result[split] = {"scores": numbers, "captions": captions_of(data, found)}
         if args.cases and split == "val" and accelerator.is_main_process:
-            write_cases(page, data, captions, args.cases, f"{args.checkpoint or args.blip}: {split}")
+            write_cases(page, data, list(result[split]["captions"].values()), args.cases, f"{args.checkpoint or args.blip}: {split}")
             say(f"{page}: {args.cases} worst and best")
         if args.report and accelerator.is_main_process:
-            say(f"report: {write_report(args, split, data, found)}")
+            say(f"report: {write_report(args, args.checkpoint, split, data, found)}")
     if args.json:
         accelerator.print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
-def write_report(args, split, data, found):
-    """--report: the page of a split -> its path; found: of evaluate."""
+def write_report(args, checkpoint, split, data, found):
+    """--report: the page of a split -> its path. checkpoint: None = untrained; found: of evaluate."""
     page = pathlib.Path(args.report)
     page = page if split == "val" else page.with_name(f"{page.stem}_{split}{page.suffix}")
-    log = pathlib.Path(args.checkpoint).with_name("training_log.csv") if args.checkpoint else None
-    made = report.about(checkpoint=args.checkpoint, blip=args.blip, data=f"{args.data}, {split}")
-    system = "trained" if args.checkpoint else "untrained"
-    report.write(page, f"{args.checkpoint or args.blip}: {split}", report.captions(data.rows, {system: found}, log, PANELS, [made]))
+    log = pathlib.Path(checkpoint).with_name("training_log.csv") if checkpoint else None
+    made = report.about(checkpoint=checkpoint, blip=args.blip, data=f"{args.data}, {split}")
+    system = "trained" if checkpoint else "untrained"
+    report.write(page, f"{checkpoint or args.blip}: {split}", report.captions(data.rows, {system: found}, log, PANELS, [made]))
     return page
 
 

@@ -107,12 +107,12 @@ def get_args(argv=None):
     run.add_argument("--save-last", action="store_true", help="write last.pt after every validation")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
-    look = parser.add_argument_group("without training")
+    look = parser.add_argument_group("evaluation and search")
     look.add_argument("--checkpoint", metavar="FILE", help="a best.pt: score the validation split, or use it for --search")
     look.add_argument("--submit", metavar="DIR", help="write the two files of CIRR's test server for the split test1")
     look.add_argument("--gate-maps", metavar="DIR", help="a picture for each of 8 validation queries: what the gate changed, what was found")
-    look.add_argument("--report", metavar="FILE.html", help="with --checkpoint: a page with recalls and their intervals, curves and queries "
-                                                            "with what was found")
+    look.add_argument("--report", metavar="FILE.html", help="a page with recalls and their intervals, curves and queries with what was found; in "
+                                                            "training of the best epoch")
     look.add_argument("--search", metavar="TEXT", help="find pictures of --gallery by --image and this text")
     look.add_argument("--image", metavar="FILE", help="reference picture of --search, whose matches go to OUT/search.html too")
     look.add_argument("--gallery", metavar="DIR", help="folder of pictures, indexed once")
@@ -122,8 +122,8 @@ def get_args(argv=None):
         parser.error("--search needs --image, --gallery and --checkpoint")
     if args.search is None and not args.data:
         parser.error("--data is needed, but for --search")
-    if (args.submit or args.gate_maps or args.report) and not args.checkpoint:
-        parser.error("--submit, --gate-maps and --report need --checkpoint")
+    if (args.submit or args.gate_maps) and not args.checkpoint:
+        parser.error("--submit and --gate-maps need --checkpoint")
     if args.report and args.search is not None:
         parser.error("--report is of an evaluation: leave --search out")
     if args.submit and args.format != "cirr":
@@ -346,13 +346,11 @@ def contrastive_loss(similarity, temp, same, hard_batch=0.0):
 
 
 def load_model(args, dtype):
-    """--blip2 and --qformer -> Sprc. The default id is looked for in models/ first; tiny is made on first use."""
-    name = args.blip2 or DEFAULT
+    """--blip2 and --qformer -> Sprc. A hub's ID is looked for in models/ first; tiny is made on first use."""
+    name = published.in_models(args.blip2 or DEFAULT)
     if name == "tiny":
         import make_tiny
         name = make_tiny.ensure_retrieval()
-    elif name == DEFAULT and pathlib.Path("models/blip2-itm-vit-g").is_dir():
-        name = "models/blip2-itm-vit-g"
     model = Sprc.load(name, args.qformer, dtype, gate=not args.no_gate, spatial=args.spatial_attention)
     published.refuse_other_tokenizer(model.tokenizer, model.embeddings.word_embeddings.num_embeddings, name)
     if not args.loss_rtc:  # nothing trains the prompts, and a trained part without a gradient would hang several processes
@@ -442,19 +440,28 @@ def recalls(scores, pool, layout):
     return metrics.cirr_scores(scores, target, reference, members) if layout == "cirr" else metrics.fashioniq_scores(scores, target)
 
 
+def evaluated(args, model, pools, opener, accelerator):
+    """Every pool -> (recalls and the change by the gate, scores [N,G])."""
+    for pool in pools:
+        features, vectors, change = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
+        scores = scored(vectors, features)
+        yield {**recalls(scores, pool, args.format), "change": change}, scores
+
+
 def validate(run):
-    """Recalls over the validation pools (their mean, in FashionIQ over the categories) and the change by the gate."""
-    found = []
-    for pool in run.val:
-        features, vectors, change = encode(run.model, pool, run.opener, run.accelerator, run.args.batch_size, run.args.workers)
-        found.append({**recalls(scored(vectors, features), pool, run.args.format), "change": change})
+    """The validation pools -> (mean of what evaluated tells of them, scores [N,G] of each)."""
+    found, scores = zip(*evaluated(run.args, run.model, run.val, run.opener, run.accelerator))
+    return mean_of(found), scores
+
+
+def mean_of(found):
+    """Mean of each number over the pools (FashionIQ has three)."""
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
 
 
 def chance(pools, layout):
     """What a random order of the galleries scores, in the form of validate."""
-    found = [metrics.chance_level(len(pool.gallery), cirr.MEMBERS if layout == "cirr" else None) for pool in pools]
-    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    return mean_of([metrics.chance_level(len(pool.gallery), cirr.MEMBERS if layout == "cirr" else None) for pool in pools])
 
 
 def told(numbers):
@@ -655,7 +662,7 @@ def train(run, out, stop):
             train_epoch(run, epoch, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
             if loop.stopped(run.accelerator, stop):
                 break
-            numbers = validate(run) if due else {}
+            numbers, scores = validate(run) if due else ({}, None)
         except loop.LoaderError:
             if leader and run.step:
                 save_last(run, out)
@@ -673,6 +680,9 @@ def train(run, out, stop):
                 save_last(run, out)
             if better:
                 save_best(run, out)
+            if better and args.report:
+                write_report(args, out / "best.pt", run.val, scores)
+                say(f"report: {args.report}")
             draw(run, out)
     if stop.number and leader:
         save_last(run, out)
@@ -716,6 +726,8 @@ def fit(args):
     out = pathlib.Path(args.out)
     resumed = args.resume and (out / "last.pt").exists()
     runfolder.refuse_overwrite(out, resumed)
+    if args.report:
+        runfolder.refuse_unwritable(args.report)
     run = prepare(args)
     say = run.accelerator.print
     with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
@@ -739,7 +751,7 @@ def score(args):
     """--checkpoint: the recalls of the validation split; --submit, --gate-maps and --report."""
     best, model, accelerator = load_best(args)
     say = accelerator.print
-    found, seen, pools = [], [], read_data(args, "val", say)
+    pools = read_data(args, "val", say)
     unseen = read_data(args, "test1", say) if args.submit else []
     for folder in filter(None, (args.submit, args.gate_maps)):  # now, and not after everything has been encoded
         runfolder.refuse_unwritable(pathlib.Path(folder, "a file"))
@@ -747,26 +759,31 @@ def score(args):
         runfolder.refuse_unwritable(args.report)
     opener = picture_source(args, model, [*pools, *unseen], accelerator)
     say(f"a random order scores {told(chance(pools, args.format))}")
-    for pool in pools:
-        features, vectors, change = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
-        scores = scored(vectors, features)
-        found.append({**recalls(scores, pool, args.format), "change": change})
-        seen.append((pool, scores, *columns(pool)))
-        say(f"{pool.name}: {told(found[-1])}")
+    found, scores = [], []
+    for pool, (numbers, ranked) in zip(pools, evaluated(args, model, pools, opener, accelerator)):
+        found.append(numbers)
+        scores.append(ranked)
+        say(f"{pool.name}: {told(numbers)}")
         if args.gate_maps and accelerator.is_main_process:
-            draw_maps(args, model, pool, scores, opener, say)
+            draw_maps(args, model, pool, ranked, opener, say)
     if len(found) > 1:
-        say(f"mean: {told({name: float(np.mean([one[name] for one in found])) for name in found[0]})}")
+        say(f"mean: {told(mean_of(found))}")
     if args.report and accelerator.is_main_process:
-        log = pathlib.Path(args.checkpoint).with_name("training_log.csv")
-        made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, val")
-        report.write(args.report, f"{args.checkpoint}: val", report.retrieval(seen, log, PANELS, [made]))
+        write_report(args, args.checkpoint, pools, scores)
         say(f"report: {args.report}")
     for pool in unseen:
         features, vectors, _ = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
         if accelerator.is_main_process:
             paths = cirr.write_submission(args.submit, pool.queries, pool.gallery, scored(vectors, features))
             say(f"for CIRR's test server: {', '.join(map(str, paths))}")
+
+
+def write_report(args, checkpoint, pools, scores):
+    """--report: the page of the validation pools; scores: [N,G] of each."""
+    seen = [(pool, ranked, *columns(pool)) for pool, ranked in zip(pools, scores)]
+    made = report.about(checkpoint=checkpoint, data=f"{args.data}, val")
+    log = pathlib.Path(checkpoint).with_name("training_log.csv")
+    report.write(args.report, f"{checkpoint}: val", report.retrieval(seen, log, PANELS, [made]))
 
 
 @torch.no_grad()

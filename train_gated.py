@@ -376,14 +376,12 @@ def model_args(args, train_rows):
 
 
 def local_names(blip2, style_checkpoint):
-    """--blip2 and --efficientnet as places: tiny's own files, the default looks in models/ first."""
+    """--blip2 and --efficientnet as places: tiny's own files; a hub's ID is looked for in models/ first."""
     own = "runs/efficientnet-28/best.pt"
     if blip2 == "tiny":
         import make_tiny
         blip2, own = make_tiny.places(make_tiny.get_args([]))
-    elif blip2 == "Salesforce/blip2-opt-2.7b" and pathlib.Path("models/blip2-opt-2.7b").is_dir():
-        blip2 = "models/blip2-opt-2.7b"
-    return {"blip2": str(blip2), "efficientnet": str(style_checkpoint or own)}
+    return {"blip2": published.in_models(str(blip2)), "efficientnet": str(style_checkpoint or own)}
 
 
 def resolved(built_from):

@@ -650,8 +650,10 @@ NAME = re.compile(r"\d{4,}_(one|two|three|four)-[a-z]+-[a-z]+\.jpg")
 
 
 def holds_other_data(out):
-    """True if `out` has a train.csv whose pictures this script did not name."""
+    """True if `out` has ArtQuest's own files, or a train.csv whose pictures this script did not name."""
     path = out / "train.csv"
+    if (out / "artquest_train.csv").exists():
+        return True
     if not path.exists():
         return False
     with open(path, newline="", encoding="utf-8") as f:

@@ -450,6 +450,23 @@ def test_report_of_each_split(flags, data, tmp_path, capsys):
     assert "untrained" in Page(page).part("Scores") and "no training_log.csv" in Page(page).part("Training")
 
 
+def test_training_writes_the_report_of_its_best_epoch(flags, data, tmp_path, capsys, monkeypatch):
+    """The scores fall after the first epoch: the page stays that of the first, and equals that of --checkpoint."""
+    write(data, test={"t1.png": "a blue square", "t2.png": "green"})
+    numbers, left = blip.numbers_of, iter([0.5, 0.9, 0.2, 0.3])  # rehearsal, epochs 1 and 2, test
+    with monkeypatch.context() as patch:
+        patch.setattr(blip, "numbers_of", lambda *args: {**numbers(*args), "score": next(left)})
+        blip.main(flags("--epochs", "2", "--report", str(tmp_path / "r.html")))
+    out, best = capsys.readouterr().out, str(tmp_path / "run/best.pt")
+    assert out.count(f"report: {tmp_path / 'r.html'}") == 1 and out.count(f"report: {tmp_path / 'r_test.html'}") == 1
+    blip.main(["--data", str(data), "--checkpoint", best, "--workers", "0", "--report", str(tmp_path / "again.html")])
+    for name, samples in (("", "4 samples"), ("_test", "2 samples")):
+        page, again = Page(tmp_path / f"r{name}.html"), Page(tmp_path / f"again{name}.html")
+        check_safe(page)
+        assert [page.part(part) for part in ("Scores", "All scores", samples)] == [again.part(part) for part in ("Scores", "All scores", samples)]
+        assert best in page.text
+
+
 def read_csv(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -484,7 +501,7 @@ def test_captions_of_a_folder_are_those_of_caption_and_go_on_after_a_kill(flags,
 
 @pytest.mark.parametrize("more, words", [
     (["--captions", "a.csv"], "takes one folder in --caption"), (["--caption", "a", "b", "--captions", "a.csv"], "takes one folder"),
-    (["--caption", "a", "--captions", "a.csv", "--json"], "without --json"), (["--report", "r.html"], "--report is of"),
+    (["--caption", "a", "--captions", "a.csv", "--json"], "without --json"),
     (["--report", "r.html", "--checkpoint", "x", "--caption", "a"], "--report is of")])
 def test_flags_that_do_not_go_together(flags, capsys, more, words):
     with pytest.raises(SystemExit) as stop:

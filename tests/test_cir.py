@@ -448,6 +448,25 @@ def test_report_of_an_evaluation(trained, drawn, tmp_path, capsys):
     assert page.part("Training").count("<svg") == 2 and "best.pt" in page.part("How this was made")  # too short a run for a logged loss
 
 
+def test_training_writes_the_report_of_its_best_epoch(command, tmp_path, capsys, monkeypatch):
+    """The recall falls after the first epoch: the page stays that of the first, and equals that of --checkpoint."""
+    validate, left = train_cir.validate, iter([50.0, 20.0])
+
+    def falling(run):
+        numbers, scores = validate(run)
+        return {**numbers, "mean": next(left)}, scores
+
+    monkeypatch.setattr(train_cir, "validate", falling)
+    train_cir.main(command("--epochs", "2", "--report", str(tmp_path / "r.html")))
+    best, out = str(tmp_path / "run/best.pt"), capsys.readouterr().out
+    assert out.count(f"report: {tmp_path / 'r.html'}") == 1
+    train_cir.main([*command()[:2], "--checkpoint", best, "--workers", "0", "--report", str(tmp_path / "again.html")])
+    page, again = Page(tmp_path / "r.html"), Page(tmp_path / "again.html")
+    check_safe(page)
+    assert page.part("Recall, percent") == again.part("Recall, percent") and best in page.text
+    assert page.part("12 samples") == again.part("12 samples")
+
+
 def test_validation_frequency_validates_the_last_epoch_too(command, tmp_path, monkeypatch):
     monkeypatch.setattr(train_cir, "train_epoch", lambda run, epoch, plan, stop: setattr(run, "step", run.step + len(plan)))
     train_cir.main(command("--epochs", "3", "--validation-frequency", "2"))
@@ -523,7 +542,6 @@ def test_resume_refuses_other_settings_and_other_data(trained, command, drawn, t
     (["--submit", "x"], "need --checkpoint"), (["--hard-set", "5"], "at most 4"), (["--target-ratio", "0.5"], "1 or more"),
     (["--format", "fashioniq", "--hard-set", "1"], "FashionIQ has none"),
     (["--spatial-attention", "--no-gate"], "leave --no-gate out"),
-    (["--report", "r.html"], "need --checkpoint"),
     (["--search", "red", "--image", "a", "--gallery", "b", "--checkpoint", "c", "--report", "r.html"], "leave --search out"),
     (["--search", "red"], "--search needs"), (["--unknown"], "unrecognized")])
 def test_flags_that_do_not_go_together(command, capsys, more, wanted):

@@ -173,6 +173,13 @@ def test_split_names_and_a_file_itself(data, name):
     assert read_split(data, "val")[0].file == str(data / name)
 
 
+def test_two_tables_for_a_split_are_refused(data):
+    """A drawn train.csv beside ArtQuest's own files must not be trained on in their place."""
+    write(data / "artquest_train.csv", GOOD)
+    refusal(data, "train.csv and artquest_train.csv", "move", call=lambda: read_split(data, "train"))
+    assert read_split(data / "artquest_train.csv", "train")
+
+
 def test_image_root(data, tmp_path):
     other = tmp_path / "other"
     picture(other / "a.jpg")

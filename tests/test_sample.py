@@ -229,8 +229,9 @@ def test_a_complete_set_is_left_alone_and_an_interrupted_one_is_redone(tmp_path,
     assert digests(out) == complete
 
 
-def test_another_data_set_is_not_overwritten(tmp_path):
-    table = tmp_path / "train.csv"
+@pytest.mark.parametrize("name", ["train.csv", "artquest_train.csv"])
+def test_another_data_set_is_not_overwritten(tmp_path, name):
+    table = tmp_path / name
     table.write_text("image,question,answer,question_type,style\nmona-lisa.jpg,Who?,her,what,x\n")
     before = table.read_text()
     with pytest.raises(SystemExit):

@@ -1,0 +1,246 @@
+"""What README.md, data/README.md, their Chinese pages and the scripts' docstrings tell people to type.
+
+Every command parses, the two languages tell the same ones, and those of the indented blocks are run in the order of the page, on
+small stand-ins for what a reader would have (data, published weights), only shortened by the flags of SHORTER.
+"""
+
+import io
+import json
+import pathlib
+import re
+import shlex
+import shutil
+import subprocess
+import tarfile
+
+import pytest
+import torch
+from PIL import Image
+
+import bench
+import compare_gated
+import demo
+import efficientnet_pretrain
+import eval_gated
+import loop
+import make_sample
+import make_tiny
+import maps
+import metrics
+import pretrain_qformer
+import train_blip_caption
+import train_cir
+import train_gated
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = {"README.md": "README.zh-CN.md", "data/README.md": "data/README.zh-CN.md"}
+SCRIPTS = {"train_gated.py": train_gated, "eval_gated.py": eval_gated, "compare_gated.py": compare_gated, "train_cir.py": train_cir,
+           "efficientnet_pretrain.py": efficientnet_pretrain, "train_blip_caption.py": train_blip_caption, "metrics.py": metrics,
+           "pretrain_qformer.py": pretrain_qformer, "bench.py": bench, "maps.py": maps, "demo.py": demo, "make_tiny.py": make_tiny}
+# what the pages leave out of a command that they name in passing
+LEFT_OUT = {"eval_gated.py": ["--checkpoint", "x"], "train_gated.py": ["--data", "x"], "train_cir.py": ["--data", "x"],
+            "train_blip_caption.py": ["--data", "x"], "efficientnet_pretrain.py": ["--data", "x"], "metrics.py": []}
+SHORTER = {"train_gated.py": ["--epochs", "1"], "train_blip_caption.py": ["--epochs", "1"], "train_cir.py": ["--epochs", "1"],
+           "pretrain_qformer.py": ["--epochs", "1"], "efficientnet_pretrain.py": ["--epochs", "1", "--size", "32", "--batch-size", "8"]}
+ELSEWHERE = {"bench.py", "data/make_sample.py"}  # test_bench.py (minutes), test_sample.py (writes into the project)
+
+
+def text_of(page):
+    """A page, or the docstring of a script."""
+    return (ROOT / page).read_text(encoding="utf-8") if page.endswith(".md") else SCRIPTS[page].__doc__
+
+
+def texts_of(page):
+    """The indented blocks and the `inline` texts of a page, one command each, without comments; (is it of a block, text)."""
+    for line in text_of(page).replace("\\\n", " ").splitlines():
+        inline = [] if line.startswith("    ") else re.findall(r"`([^`]+)`", line)
+        yield from ((line.startswith("    "), re.sub(r"\s+#.*", "", text).strip()) for text in ([line] if line.startswith("    ") else inline))
+
+
+def commands(page, blocks=False):
+    """[(script, its arguments)] of what is typed in a page, each once; blocks: those of its indented blocks alone."""
+    found = {}
+    for in_block, text in texts_of(page):
+        typed = re.match(r"(?:[A-Z_]+=\S+ )?(python|accelerate launch)? ?((?:data/)?\w+\.py)(?: (?=[-\w\"])(.*))?$", text)
+        if typed and (in_block or not blocks) and (typed[1] or not in_block):
+            found[typed[2], tuple(shlex.split(typed[3] or ""))] = None
+    return list(found)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_both_languages_tell_the_same(page):
+    english, chinese = (set(commands(name)) for name in (page, PAGES[page]))
+    assert len(english) >= 5 and english <= chinese
+    if page == "README.md":
+        assert chinese == english
+
+
+@pytest.mark.parametrize("page", [*PAGES, *PAGES.values(), *SCRIPTS])
+def test_every_command_parses(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text("")
+    found = commands(page)
+    assert found
+    for script, argv in found:
+        if script in ("test_gated_fusion.py", "core.py", "data/make_sample.py", "make_sample.py"):  # without get_args
+            continue
+        for place in argv if script == "demo.py" else ():  # it looks for its files at once
+            pathlib.Path(place).mkdir(parents=True, exist_ok=True)
+        missing = LEFT_OUT.get(script, [])
+        complete = set(missing[:1]) & set(argv) or {"--search", "--caption", "--convert"} & set(argv)
+        SCRIPTS[script].get_args(["1" if one == "S" else one for one in argv] + ([] if complete else missing))
+
+
+@pytest.mark.parametrize("page", [*PAGES, *PAGES.values()])
+def test_every_flag_is_one_of_ours(page):
+    """Flags stand alone, too, in tables and sentences."""
+    known = set()
+    for path in {*ROOT.glob("*.py"), ROOT / "data/make_sample.py"}:
+        known |= set(re.findall(r"add_argument\(\s*\"(--[a-z0-9-]+)\"", path.read_text(encoding="utf-8")))
+    known |= set(re.findall(r"--env", (ROOT / "core.py").read_text(encoding="utf-8")))
+    others = r"^(hf|modelscope|pip|pytest|export|GOLDEN|KILLS|accelerate|make|source)\b"
+    named = {flag for _, text in texts_of(page) if not re.match(others, text) for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)}
+    assert len(named) > 10 and named - known - {"--nproc_per_node", "--help"} == set()
+
+
+@pytest.mark.parametrize("page", [*PAGES, *PAGES.values()])
+def test_every_file_and_target_is_there(page):
+    text = text_of(page)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+    assert set(re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.M)) <= set(targets)
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert links and all((ROOT / page).parent.joinpath(link).is_file() for link in links)
+    for script, _ in commands(page):
+        assert (ROOT / script).is_file() or (ROOT / "data" / script).is_file(), script
+
+
+def test_every_command_of_the_makefile_parses():
+    done = subprocess.run(["make", "-n", "-B", "demo-all"], cwd=ROOT, capture_output=True, text=True)
+    typed = re.findall(r"\.venv/bin/python ((?:data/)?\w+\.py)(.*)", done.stdout.replace("\\\n", " "))
+    assert done.returncode == 0 and len(typed) >= 9, done.stderr
+    for script, argv in typed:
+        if script != "data/make_sample.py":
+            SCRIPTS[script].get_args(shlex.split(argv))
+
+
+# --- the blocks, run ------------
+
+def save_retrieval(captions, folder):
+    """A random retrieval model with as many queries and as wide heads as the published one, so that a start from BERT fits it."""
+    from transformers import Blip2Config, Blip2ForImageTextRetrieval
+    shutil.move(make_tiny.save_random_retrieval("models/new", captions), folder)
+    config = Blip2Config.from_pretrained(folder)
+    config.num_query_tokens, config.image_text_hidden_size = 32, 256
+    Blip2ForImageTextRetrieval(config).save_pretrained(folder)
+
+
+def save_bert(retrieval, folder):
+    """A random BERT of the sizes of save_random_retrieval's Q-Former, whose words it has but for [DEC], as the published two."""
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
+    pathlib.Path(folder).mkdir()
+    shutil.copy(pathlib.Path(retrieval, "vocab.txt"), folder)
+    tokenizer = BertTokenizerFast.from_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=make_tiny.WIDTH, num_hidden_layers=3, num_attention_heads=8,
+                               intermediate_size=2 * make_tiny.WIDTH, max_position_embeddings=64)).save_pretrained(folder)
+
+
+def published_models(tiny):
+    """models/ and runs/efficientnet-28 as a reader has them, with small random weights under the published names."""
+    import timm
+    from safetensors.torch import save_file
+    captions = list(json.loads(pathlib.Path("data/artquest/train_captions.json").read_text(encoding="utf-8")).values())
+    shutil.copytree(tiny[0], "models/blip2-opt-2.7b")
+    loop.seed_everything(0)
+    shutil.move(make_tiny.save_random_captioner("models/new", captions), "models/blip-image-captioning-base")
+    save_retrieval(captions, "models/blip2-itm-vit-g")
+    save_bert("models/blip2-itm-vit-g", "models/bert-base-uncased")
+    pathlib.Path("models/efficientnet_b3.ra2_in1k").mkdir()
+    save_file(timm.create_model("efficientnet_b3").state_dict(), "models/efficientnet_b3.ra2_in1k/model.safetensors")
+    classifier(tiny)
+
+
+def classifier(tiny):
+    """The style classifier where train_gated.py looks for it."""
+    pathlib.Path("runs/efficientnet-28").mkdir(parents=True)
+    shutil.copy(tiny[1], "runs/efficientnet-28/best.pt")
+
+
+def lavis_file():
+    """blip2_pretrained.pth with the weights of models/blip2-itm-vit-g."""
+    from test_cir import to_lavis
+    args = pretrain_qformer.get_args(["--data", "x=y", "--init", "models/blip2-itm-vit-g"])
+    model = pretrain_qformer.load_model(args, torch.float32, lambda *words: None)
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith("vision_model.")}
+    lavis = {n.replace("lm_head.", "Qformer.cls.predictions."): t for n, t in to_lavis(state).items()}
+    lavis["Qformer.cls.predictions.decoder.weight"] = state["embeddings.word_embeddings.weight"]
+    torch.save({"model": lavis}, "blip2_pretrained.pth")
+
+
+def data_sets():
+    """data/, wikiart, shards/ and the loose pictures that the pages name."""
+    make_sample.main(["--out", "data/artquest", "--pictures", "64"])
+    make_sample.main(["--cirr", "--out", "data/cirr", "--pictures", "64"])
+    here = pathlib.Path.cwd()
+    for link in ("data/captions", "wikiart"):
+        pathlib.Path(link).symlink_to(here / "data/artquest")
+    names = sorted(p.name for p in pathlib.Path("data/artquest/images").iterdir())
+    pairs = [{"image": name, "caption": "a boat"} for name in names]
+    for place, files in (("data/coco", {"coco_karpathy_train": pairs[4:], "coco_karpathy_val": pairs[:4]}), ("data/vg", {"vg_caption": pairs[4:]})):
+        pathlib.Path(place).mkdir()
+        pathlib.Path(place, "images").symlink_to(here / "data/artquest/images")
+        for name, content in files.items():
+            pathlib.Path(place, name + ".json").write_text(json.dumps(content))
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), "red").save(file, "JPEG")
+    pathlib.Path("shards").mkdir()
+    for number in range(332):
+        with tarfile.open(f"shards/{number:03}.tar", "w") as tar:
+            for name, content in ((f"{number}.jpg", file.getvalue()), (f"{number}.txt", b"a red square")):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    for place in ("folder", "photos"):
+        pathlib.Path(place).symlink_to(here / "data/artquest/images")
+    for name in ("a.jpg", "photo.jpg"):
+        shutil.copy(here / "data/artquest/images" / names[0], name)
+    pathlib.Path("refs.json").write_text(json.dumps({"1": ["a boat on the water"]}))
+    pathlib.Path("preds.json").write_text(json.dumps({"1": "a boat"}))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch, tiny):
+    """A folder with everything that the commands of the pages read; the current one."""
+    monkeypatch.chdir(tmp_path)
+    data_sets()
+    published_models(tiny)
+    lavis_file()
+    monkeypatch.setattr(make_tiny, "ROOT", tmp_path)
+
+
+def run_one(script, argv):
+    """One command as main() runs it, on one processor -> its exit code. A training starts in an empty run folder."""
+    module, argv = SCRIPTS[script], [*argv]
+    shown = {"--check-data", "--checkpoint", "--convert", "--caption", "--search"} & set(argv)
+    if script in SHORTER and not shown:
+        argv += SHORTER[script] + ["--workers", "0"]
+        shutil.rmtree(module.get_args(argv).out, ignore_errors=True)
+    return loop.exit_code(module.main, argv)
+
+
+def test_the_blocks_run(world, tiny, capsys):
+    told = {}
+    for page in (*PAGES, *PAGES.values()):
+        for script, argv in commands(page, blocks=True):
+            if script in ELSEWHERE or (script, argv) in told:
+                continue
+            code = run_one(script, argv)
+            told[script, argv] = capsys.readouterr()
+            if "--pretrained" in argv:  # timm's own weights come from the hub, which is not there
+                assert code == 2 and "give a file of them as --init FILE" in told[script, argv].err.splitlines()[-1]
+                classifier(tiny)
+            else:
+                assert not code, (script, argv, told[script, argv].err[-2000:])
+    assert len(told) >= 19
+    for path in ("runs/gated/test.json", "runs/qformer/hf/config.json", "runs/lavis/hf/config.json", "submission/recall_submission.json"):
+        assert pathlib.Path(path).is_file(), path
