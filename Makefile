@@ -1,16 +1,20 @@
 # make demo: from nothing to a trained and evaluated Gated BLIP-2 on a laptop. make demo-all: every other stage after it.
-# make test: all checks. All make .venv first.
+# make look: a page to ask about paintings. make test: all checks. All make .venv first.
 PYTHON ?= python3
 PY = .venv/bin/python
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo demo-all test
+.PHONY: setup look demo demo-all test
 setup: .venv/installed
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@
+
+look: setup
+	$(PY) -m pip install -q "gradio>=6,<7"
+	$(PY) demo.py --open
 
 demo: setup
 	rm -rf runs/demo

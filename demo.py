@@ -1,6 +1,6 @@
 r"""demo.py: a page on this machine to ask about a painting, with the style gate and without it.
 
-    pip install "gradio>=6,<7"     # only this file needs it
+    make look                      # installs gradio, which only this file needs, and opens the page; or
     python demo.py                 # then open http://127.0.0.1:7860; with a checkpoint of each stage all tabs are filled:
     python demo.py --checkpoint runs/demo/best.pt --captioner runs/demo-caption/best.pt --retrieval runs/demo-cir/best.pt \
         --gallery data/artquest/images --report runs/demo/report.html
@@ -36,6 +36,7 @@ import sharing
 from rows import DataError
 
 BEST, TOP_STYLES, EXAMPLES, BEAMS, LONGEST = 3, 5, 8, 5, 500  # candidates, styles shown, pictures a style, beams, letters of a text
+FIGURE = pathlib.Path(__file__).resolve().parent / "data/maps.png"
 CHECKPOINTS = ("runs/demo/best.pt", "runs/gated/best.pt")  # the first that is there is the default
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; base-uri 'self'; form-action 'self'"
 WORDS = {  # English, Chinese
@@ -57,6 +58,8 @@ WORDS = {  # English, Chinese
     "by_weights": ("A style is the classifier's weights for it: there are no example pictures (--data).", "风格取自分类器权重：没有示例画作（--data）。"),
     "loading": ("Loading the model. The tiny one is made first where it is missing: about three minutes, once.",
                 "正在加载模型。若缺少小模型则先生成：约三分钟，仅一次。"),
+    "soon": ("Meanwhile, a trained model on one question: where it looks with the gates and without, and what its answer rests on.",
+             "请先看一个训练好的模型如何回答一个问题：有门控与无门控时看哪里，以及答案依据什么。"),
     "no_captioner": ("No captioner: python make_tiny.py --captioner makes a tiny one; or pass --captioner with a best.pt of train_blip_caption.py.",
                      "没有描述模型：运行 python make_tiny.py --captioner，或用 --captioner 给出 train_blip_caption.py 的 best.pt。"),
     "no_finder": ("Nothing to search with: pass --retrieval with a best.pt of train_cir.py, and --gallery with a folder of pictures.",
@@ -67,7 +70,7 @@ STYLE = """.demo{overflow-wrap:anywhere;color:var(--body-text-color)}.demo h3{ma
 .demo .bar{display:grid;grid-template-columns:minmax(0,11em) minmax(3em,1fr) 4.2em;gap:.6em;align-items:center;margin:.2em 0}
 .demo .bar b{font-weight:400}.demo .bar i{display:block;height:.8em;border-radius:3px;background:#1f6feb}
 .demo .track{background:rgba(128,128,128,.22);border-radius:3px}.demo .share{text-align:right;font-variant-numeric:tabular-nums}
-.demo figure{margin:.9em 0 0}.demo figure img{display:block;width:100%;max-width:26em}.demo figcaption{font-size:.9em;margin-bottom:.25em}
+.demo figure{margin:.9em 0 0}.demo figure img{display:block;width:100%;max-width:26em}.demo .soon{overflow-x:auto}.demo .soon img{max-width:56em;min-width:46em}.demo figcaption{font-size:.9em;margin-bottom:.25em}
 .demo .scale{display:flex;gap:.5em;align-items:center;max-width:29em;font-size:.85em}.demo .scale i{flex:1;height:.6em;min-width:3em}
 .demo .hits{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(44%,170px),1fr));gap:.8em}.demo .hits figure{margin:0}
 .demo .hits img{aspect-ratio:1;object-fit:contain;background:rgba(128,128,128,.15)}.demo .fault{color:#c62828;font-weight:600}
@@ -89,6 +92,7 @@ def get_args(argv=None):
     parser.add_argument("--data", default="data/artquest", metavar="DIR",
                         help="training data with styles, for examples and for the styles to mix in (default: data/artquest where it is)")
     parser.add_argument("--port", type=runfolder.positive, default=7860, help="(default: 7860)")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--lang", choices=("en", "zh", "both"), default="both", help="language of the labels (default: both)")
     args = runfolder.parse_args(parser, argv)
     args.checkpoint = args.checkpoint or next((path for path in CHECKPOINTS if os.path.isfile(path)), "tiny")
@@ -359,6 +363,13 @@ def report_html(path):
     return block(f'<iframe sandbox="" title="report" srcdoc="{html.escape(text)}"></iframe>')
 
 
+def loading_html(words):
+    """What stands there until the model is loaded: what is being done, and data/maps.png, so that there is something to look at."""
+    uri = "data:image/png;base64," + base64.b64encode(FIGURE.read_bytes()).decode()
+    return block(f'<p>{html.escape(words["loading"])}</p><figure class="soon"><figcaption>{html.escape(words["soon"])}</figcaption>'
+                 f'<img alt="" src="{uri}"></figure>')
+
+
 def status_html(asked, words):
     """One line on what the model is, and where the styles come from."""
     if asked.model.gates is None:
@@ -423,7 +434,7 @@ def examples_of(data, folder):
 
 def ask_tab(gr, words, asked, examples, on):
     """Tab Ask -> (where it says what the model is, the list of styles)."""
-    status = gr.HTML(lines_html(words["loading"]))
+    status = gr.HTML(loading_html(words), elem_id="status")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             image = picture_of(gr, words["painting"])
@@ -499,10 +510,10 @@ def build(gr, args, folder):
         with gr.Tab(words["errors"]) as errors:
             report = gr.HTML("" if args.report else lines_html(words["no_report"]), elem_id="report")
 
-        def start():
+        def ready():
             return status_html(asked(), words), gr.Dropdown([(words["own"], ""), *asked().styles])
 
-        page.load(lambda: guarded(start, 2), None, [status, style], show_progress="hidden", **on)
+        page.load(lambda: guarded(ready, 2), None, [status, style], show_progress="hidden", **on)
         if args.report:
             errors.select(lambda: report_html(args.report), None, report, **on)
     return page
@@ -516,7 +527,7 @@ def main(argv=None):
         fonts = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]  # of this machine: none is fetched
         build(gr, args, folder).launch(
             server_name="127.0.0.1", server_port=args.port, share=False, ssr_mode=False, mcp_server=False, pwa=False, footer_links=[],
-            max_file_size="64mb", app_kwargs={"middleware": [Middleware(Policy)]}, css=STYLE,
+            max_file_size="64mb", inbrowser=args.open, app_kwargs={"middleware": [Middleware(Policy)]}, css=STYLE,
             theme=gr.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"]))
 
 

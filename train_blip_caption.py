@@ -193,9 +193,12 @@ class Collate:
                 return {"fault": f"{picture.file}, {rows.locate(picture.file, picture.line)}: {found}"}
         batch = {"pixel_values": torch.stack([found["pixel_values"] for found, _ in samples])}
         if "ids" in samples[0][0]:
-            ids = [found["ids"] for found, _ in samples]
-            batch |= decoder_inputs(core.pad_ids(ids, self.pad), core.pad_ids([[1] * len(i) for i in ids], 0), self.bos)
+            batch |= self.inputs([found["ids"] for found, _ in samples])
         return batch
+
+    def inputs(self, ids):
+        """Token ids of B texts -> decoder_inputs [B,L]."""
+        return decoder_inputs(core.pad_ids(ids, self.pad), core.pad_ids([[1] * len(i) for i in ids], 0), self.bos)
 
 
 # --- model ------------
@@ -279,12 +282,26 @@ def describe(model, tokenizer, pixels, settings):
     return [" ".join(text.split()) for text in texts]
 
 
+def token_losses(model, pixels, inputs, smoothing=0.0):
+    """Cross-entropy of every label of decoder_inputs -> [B,L-1], 0 at pads."""
+    logits = model(pixel_values=pixels, **inputs).logits[:, :-1].float()  # [B,L-1,V]
+    return F.cross_entropy(logits.transpose(1, 2), inputs["labels"][:, 1:], reduction="none", label_smoothing=smoothing)
+
+
 @torch.no_grad()
-def evaluate(model, tokenizer, data, collate, accelerator, settings, batch_size, workers):
+def confidence(model, tokenizer, collate, pixels, captions):
+    """Mean log-probability of a caption's tokens, its end among them, without the search's penalties: [B,3,s,s], B texts -> [B]."""
+    ids = token_ids(tokenizer, captions)
+    inputs = core.to_device(collate.inputs(ids), pixels.device)
+    return -token_losses(model, pixels, inputs).sum(1) / torch.tensor([len(i) - 1 for i in ids], device=pixels.device)
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, data, collate, accelerator, settings, batch_size, workers, sure=False):
     """Caption every row exactly once, on however many processes.
 
-    Returns on every process a list of dicts in row order: row, caption and, where the rows have tokens, loss (sum over the
-    caption's tokens, smoothed as in training) and tokens.
+    Returns on every process a list of dicts in row order: row, caption, where `sure` confidence and, where the rows have tokens,
+    loss (sum over the caption's tokens, smoothed as in training) and tokens.
     """
     model.eval()
     mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
@@ -293,13 +310,14 @@ def evaluate(model, tokenizer, data, collate, accelerator, settings, batch_size,
     for numbers in tqdm(batches, desc="captioning", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
         batch = loop.next_batch(loaded, accelerator.device)
-        labels, table = batch.pop("labels", None), {}
+        pixels, table = batch.pop("pixel_values"), {}
         with loop.batch_size_in_memory_errors(batch_size, "--val-batch"), accelerator.autocast():
-            table["caption"] = describe(model, tokenizer, batch["pixel_values"], settings)
-            if labels is not None:
-                logits = model(**batch).logits[:, :-1].float()  # [B,L-1,V]
-                loss = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none", label_smoothing=SMOOTHING)
-                table |= {"loss": loss.sum(1).tolist(), "tokens": (labels[:, 1:] != -100).sum(1).tolist()}
+            table["caption"] = describe(model, tokenizer, pixels, settings)
+            if sure:
+                table["confidence"] = confidence(model, tokenizer, collate, pixels, table["caption"]).tolist()
+            if batch:
+                table |= {"loss": token_losses(model, pixels, batch, SMOOTHING).sum(1).tolist(),
+                          "tokens": (batch["labels"][:, 1:] != -100).sum(1).tolist()}
         found += [{"row": i, **{name: values[k] for name, values in table.items()}} for k, i in enumerate(numbers)]
     return sorted(gather_object(found), key=lambda one: one["row"])
 
@@ -460,7 +478,7 @@ def train_epoch(run, epoch, plan, stop):
 def validate(run, data):
     """(numbers of an evaluation, what evaluate found)."""
     args = run.args
-    found = evaluate(run.model, run.tokenizer, data, run.collate, run.accelerator, GENERATION, args.val_batch, args.workers)
+    found = evaluate(run.model, run.tokenizer, data, run.collate, run.accelerator, GENERATION, args.val_batch, args.workers, bool(args.report))
     return numbers_of(found, data), found
 
 
@@ -654,7 +672,7 @@ def score(args):
     for split in ["val"] + ["test"] * split_file(args, "test").is_file():
         pictures = limited(read_data(args, split, say), args, split, say)
         data = Captions(pictures, model.config.vision_config.image_size, tokenizer)
-        found = evaluate(model, tokenizer, data, collate, accelerator, generation, args.val_batch, args.workers)
+        found = evaluate(model, tokenizer, data, collate, accelerator, generation, args.val_batch, args.workers, bool(args.report))
         numbers = numbers_of(found, data)
         say(f"{split}: {told(numbers)}")
         result[split] = {"scores": numbers, "captions": captions_of(data, found)}

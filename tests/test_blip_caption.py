@@ -133,6 +133,20 @@ def test_validation_loss_is_the_training_loss(run):
     assert sum(f["loss"] for f in found) / sum(f["tokens"] for f in found) == pytest.approx(expected, abs=1e-5)
 
 
+def test_confidence_is_the_mean_over_the_captions_tokens_one_at_a_time(run):
+    """Its end among them; captions of other lengths in the batch change nothing, and smoothing has no part in it."""
+    captions = ["a red square", "blue", ""]
+    pixels = torch.stack([run.val[n][0]["pixel_values"] for n in range(3)])
+    found = blip.confidence(run.model.eval(), run.tokenizer, run.collate, pixels, captions)
+    for one, text, value in zip(pixels, captions, found.tolist()):
+        ids = run.tokenizer(text).input_ids  # [CLS] ... [SEP]
+        with torch.no_grad():
+            states = run.model.vision_model(one[None]).last_hidden_state
+            logits = run.model.text_decoder(torch.tensor([[run.collate.bos, *ids[1:]]]), encoder_hidden_states=states).logits[0]
+        assert value == pytest.approx(logits[:-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]].mean().item(), abs=1e-5)
+    assert found.std() > 1e-3
+
+
 # --- what is trained ------------
 
 @pytest.mark.parametrize("layers", [0, 1, 3])
@@ -444,6 +458,7 @@ def test_report_of_each_split(flags, data, tmp_path, capsys):
         found = Page(path)
         check_safe(found)
         assert f"report: {path}" in out and all(f"· {name}" in found.text for name in names) and found.part("Training").count("<svg") >= 2
+        assert found.part(f"{len(names)} samples").count("<bdi>confidence</bdi>") == len(names)
         assert best in found.part("How this was made") and "trained" in found.part("Scores") and "untrained" not in found.source
     assert all(text in Page(page).text for text in said.values())
     blip.main(flags("--zero-shot", "--report", str(page)))

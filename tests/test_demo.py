@@ -4,8 +4,10 @@ Behaviour-checked: both sides against the model's own methods; every HTML string
 slider, no error in its console, no request to another address. That test is skipped without gradio, playwright or chromium.
 """
 
+import base64
 import html.parser
 import importlib.util
+import io
 import os
 import pathlib
 import shutil
@@ -265,6 +267,14 @@ def test_every_label_is_there_in_both_languages():
     assert en.keys() == zh.keys() == both.keys() and both["ask"] == "Ask 提问"
     for name in en:
         assert en[name].isascii() and any("\u4e00" <= letter <= "\u9fff" for letter in zh[name]), name
+
+
+def test_while_a_model_loads_there_is_a_picture_to_look_at():
+    read = Read(demo.loading_html(demo.words_of("both")))
+    uri, = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
+    with Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))) as figure:
+        assert figure.width > 1000 and figure.convert("L").getextrema()[0] < 50
+    assert "three minutes" in read.text and "三分钟" in read.text
 
 
 # --- loading ------------

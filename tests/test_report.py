@@ -1,9 +1,11 @@
 """The pages of report.py: what stands on them, that texts stay texts, and the numbers that are computed for them."""
 
 import base64
+import importlib.util
 import io
 import math
 import re
+import shutil
 import types
 from html.parser import HTMLParser
 
@@ -23,6 +25,7 @@ HOSTILE = ["<script>alert(1)</script>", "\" onmouseover=\"x()\" a=\"", "' onerro
            "]]></style></title><b>", "\u202eevil\u202c \u2066", "../../../etc/passwd\0.png", "{{ 7*7 }} {% raw %}",
            "&lt;b&gt; &amp;", "\udcff\udc80", "--><!-- <![CDATA[", "https://example.org/x.png", "url(https://example.org/x)", "x" * 5000]
 VOID = {"meta", "br", "img"}
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Page(HTMLParser):
@@ -136,6 +139,39 @@ def test_every_hostile_text_is_isolated_from_the_text_around_it(tmp_path):
                                           last=[report.about(data=turned)]), turned)
     outside = re.sub(r"<title>.*?</title>| aria-label=\"[^\"]*\"", "", re.sub(r"<bdi>[^<]*</bdi>", "", page.source))
     assert turned in page.text and turned not in outside
+
+
+@pytest.mark.skipif(not (CHROMIUM and importlib.util.find_spec("playwright")), reason="needs playwright and chromium")
+def test_hostile_texts_in_a_browser(tmp_path):
+    """All of them on one page: nothing runs, nothing is asked of another place, nothing is wider than a phone or hidden."""
+    from playwright.sync_api import sync_playwright
+    folder = tmp_path / "<img src=x onerror=alert(6)>' %2e%2e"
+    folder.mkdir()
+    image, = pictures(folder, 1)
+    named = folder / "<svg onload=alert(7)>.png"
+    shutil.copy(image, named)
+    questions = [row(str(named), text, text, text, text, text) for text in HOSTILE]
+    systems = {report.UNGATED: said(*HOSTILE[::-1]), HOSTILE[0]: said(*HOSTILE, confidence=[-0.1] * len(HOSTILE))}
+    table = [{"type": text, "system": text, "n": 3, "EM": 50.0} for text in HOSTILE]
+    written(tmp_path, report.gated(questions, systems, table, styles=HOSTILE, last=[report.about(data=HOSTILE[1])]), HOSTILE[0])
+    seen, page_of = [], (tmp_path / "report.html").as_uri()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        for width in (390, 1440):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            page.on("request", lambda request: request.url.startswith(("data:", page_of)) or seen.append(request.url))
+            page.on("console", lambda message: seen.append(message.text))
+            page.on("pageerror", lambda error: seen.append(str(error)))
+            page.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
+            page.goto(page_of)
+            page.eval_on_selector_all("details", "all => all.forEach(one => one.open = true)")
+            page.mouse.move(width / 2, 400)
+            assert page.title() == HOSTILE[0] and page.evaluate("document.documentElement.scrollWidth") <= width
+            shown = page.inner_text("body")
+            assert all(shown.count(text) > 3 for text in (HOSTILE[0], HOSTILE[1], HOSTILE[7])) and str(named.name) not in page.content()
+            assert page.evaluate("[...document.querySelectorAll('figure')].every(one => one.scrollWidth <= one.clientWidth + 1)")
+        browser.close()
+    assert seen == []
 
 
 def test_hostile_captions_and_queries(tmp_path):
