@@ -376,10 +376,9 @@ def save_best(run, out):
 
 def save_last(run, out):
     """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
     runfolder.save_checkpoint(out / "last.pt", {
-        "stage": "efficientnet", "state": run.model.state_dict(), "ema": run.ema.module.state_dict(), "step": run.step,
-        "optimizer": run.optimizer.state_dict(), "scaler": scaler, "marks": run.marks, "settings": settings(run)})
+        "stage": "efficientnet", "state": run.model.state_dict(), "ema": run.ema.module.state_dict(), "settings": settings(run),
+        **runfolder.training_state(run)})
 
 
 def settings(run):
@@ -396,10 +395,7 @@ def restore(run, path):
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
     efficientnet.load_strictly(run.model, last["state"], str(path))
     efficientnet.load_strictly(run.ema.module, last["ema"], str(path))
-    run.optimizer.load_state_dict(last["optimizer"])
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(last["scaler"])
-    run.step, run.marks = last["step"], last["marks"]
+    runfolder.restore_training(run, last)
 
 
 # --- the loop ------------
@@ -603,13 +599,7 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args)
         run, signal_number = fit(args)
-    if signal_number:
-        return 128 + signal_number
-    if run.marks["value"] is None:
-        raise DataError("the validation macro F1 was never finite: there is no best.pt; lower --lr")
-    result = f"best macro F1 {run.marks['value']:.4f} in epoch {run.marks['epoch']}"
-    run.accelerator.print(f"{result}: {args.out}/best.pt")
-    run.accelerator.print(runfolder.cited("efficientnet_pretrain.py", argv, args.seed, result))
+    return runfolder.ended(run, signal_number, "macro F1", "efficientnet_pretrain.py", argv)
 
 
 if __name__ == "__main__":

@@ -238,7 +238,6 @@ def spoken(seconds):
 # --- numbers ------------
 
 PACE = 20  # steps, see Pace
-BUCKET = 16  # groups that are sorted by length together, see epoch_plan
 
 
 def cosine_lr(step, total, warmup, peak, floor=0.0):
@@ -262,7 +261,7 @@ def seed_everything(*numbers):
     torch.manual_seed(state)
 
 
-def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1, lengths=None):
+def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1, lengths=None, pool=1):
     """Who sees which row when: a pure function of its arguments.
 
     Returns for every optimizer step (group, micro-batches): group = row numbers of the whole effective batch
@@ -271,8 +270,9 @@ def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1
     seeds dropout: 1 process with accumulation 2 trains to the same weights as 2 processes with accumulation 1. An
     incomplete last group is left out, unless it is the only one, which is then split evenly.
 
-    lengths: tokens of every row. The rows of BUCKET groups are then sorted by length before they are cut into groups, whose
-    order is drawn again: rows of a batch are about equally long, so that few pads are computed.
+    lengths: tokens of every row. The rows of `pool` groups are then sorted by length, so that those of a micro-batch are about
+    equally long and few pads are computed. With a pool of 1 the groups are those of a random order, only sorted within; with
+    more, groups are put together anew from whole micro-batches.
     """
     draw = np.random.default_rng([seed, epoch])
     order = draw.permutation(count)
@@ -280,11 +280,11 @@ def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1
     order = order[:max(count - count % size, min(count, size))]  # before the sorting, which would always leave out the longest
     if lengths is not None:
         lengths = np.asarray(lengths)
-        parts = [order[i:i + BUCKET * size] for i in range(0, len(order), BUCKET * size)]
+        parts = [order[i:i + pool * size] for i in range(0, len(order), pool * size)]
         order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+        if pool > 1 and len(order) >= size:
+            order = draw.permutation(order.reshape(-1, batch_size)).reshape(-1)
     groups = [order[i:i + size].tolist() for i in range(0, len(order), size)]
-    if lengths is not None:
-        draw.shuffle(groups)
     if groups and len(groups[0]) < processes:
         raise DataError(f"{count} training rows are fewer than the {processes} processes")
     plan = []

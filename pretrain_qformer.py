@@ -40,6 +40,7 @@ import shards
 from rows import DataError
 
 DEFAULT, BERT = "Salesforce/blip2-itm-vit-g", "bert-base-uncased"
+NEXT = "transformers' Blip2ForImageTextRetrieval, train_cir.py --blip2 and train_gated.py --qformer"  # what takes OUT/hf
 SMOOTHING = 0.1  # of ITC's targets and of ITG's, as in LAVIS
 CLIP = 1.0  # gradient norm
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
@@ -559,10 +560,9 @@ def save_best(run, out):
 
 def save_last(run, out):
     """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
     runfolder.save_checkpoint(out / "last.pt", {
-        "stage": "qformer", "state": runfolder.trainable_state(run.model), "step": run.step, "optimizer": run.optimizer.state_dict(),
-        "scaler": scaler, "marks": run.marks, "frozen": runfolder.fingerprint(run.model), "settings": settings(run)})
+        "stage": "qformer", "state": runfolder.trainable_state(run.model), "frozen": runfolder.fingerprint(run.model),
+        "settings": settings(run), **runfolder.training_state(run)})
 
 
 def settings(run):
@@ -585,10 +585,7 @@ def restore(run, path):
     if last["frozen"] != runfolder.fingerprint(run.model):
         raise DataError(f"{path} was trained on another vision tower than the one given now: pass the same --blip2, or another --out")
     runfolder.load_trainable(run.model, last["state"], path)
-    run.optimizer.load_state_dict(last["optimizer"])
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(last["scaler"])
-    run.step, run.marks = last["step"], last["marks"]
+    runfolder.restore_training(run, last)
 
 
 # --- the loop ------------
@@ -771,6 +768,7 @@ def fit(args):
             if not stop.number and run.marks["value"] is not None:
                 runfolder.load_trainable(run.model, runfolder.load_checkpoint(out / "best.pt")["state"], out / "best.pt")
                 export(run.model, out / "hf")
+                say(f"{out / 'hf'}: for {NEXT}")
     run.accelerator.end_training()
     return run, stop.number
 
@@ -783,7 +781,7 @@ def convert(args):
     runfolder.refuse_unwritable(folder)
     args.init = args.convert
     export(load_model(args, core.DTYPES["fp16"]), folder)
-    print(f"{folder}: for transformers' Blip2ForImageTextRetrieval, train_cir.py --blip2 and train_gated.py --qformer")
+    print(f"{folder}: for {NEXT}")
 
 
 def main(argv=None):
@@ -798,13 +796,7 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args)
         run, signal_number = fit(args)
-    if signal_number:
-        return 128 + signal_number
-    if run.marks["value"] is None:
-        raise DataError("the validation recall was never finite: there is no best.pt; lower --lr")
-    result = f"best mean recall {run.marks['value']:.2f} in epoch {run.marks['epoch']}"
-    run.accelerator.print(f"{result}: {args.out}/best.pt and {args.out}/hf")
-    run.accelerator.print(runfolder.cited("pretrain_qformer.py", argv, args.seed, result))
+    return runfolder.ended(run, signal_number, "mean recall", "pretrain_qformer.py", argv)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,23 @@ def refuse_unwritable(path):
         raise DataError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+# --- what a checkpoint holds of a training ------------
+
+def training_state(run):
+    """What every last.pt has beside the weights: optimizer, loss scaler, step, marks."""
+    scaler = run.accelerator.scaler
+    return {"optimizer": run.optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict(), "step": run.step,
+            "marks": run.marks}
+
+
+def restore_training(run, last):
+    """Put training_state back."""
+    run.optimizer.load_state_dict(last["optimizer"])
+    if run.accelerator.scaler is not None:
+        run.accelerator.scaler.load_state_dict(last["scaler"])
+    run.step, run.marks = last["step"], last["marks"]
+
+
 # --- what a checkpoint holds of a model ------------
 
 LINEAR = "language_model, linear layers"  # a part of fingerprint
@@ -292,6 +309,18 @@ def project_version():
     if commit.returncode:
         return "not known (no git checkout)"
     return commit.stdout.strip() + (", with changes that are not committed" if changes.stdout.strip() else "")
+
+
+def ended(run, signal_number, what, script, argv):
+    """The end of a training's main(): its exit code where a signal ended it, else its result and a line to cite. DataError: there
+    is no result. what: the name of run.marks["value"]."""
+    if signal_number:
+        return 128 + signal_number
+    if run.marks["value"] is None:
+        raise DataError(f"the validation {what} was never finite: there is no best.pt; lower --lr")
+    result = f"best {what} {run.marks['value']:.4g} in epoch {run.marks['epoch']}"
+    run.accelerator.print(f"{result}: {run.args.out}/best.pt")
+    run.accelerator.print(cited(script, argv, run.args.seed, result))
 
 
 def cited(script, argv, seed, result):

@@ -374,11 +374,9 @@ def save_best(run, out):
 
 def save_last(run, out):
     """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
     runfolder.save_checkpoint(out / "last.pt", {
-        "stage": "blip", "state": runfolder.trainable_state(run.model), "open": run.open, "step": run.step, "marks": run.marks,
-        "optimizer": run.optimizer.state_dict(), "scaler": scaler, "frozen": runfolder.fingerprint(run.model.vision_model),
-        "settings": settings(run)})
+        "stage": "blip", "state": runfolder.trainable_state(run.model), "open": run.open,
+        "frozen": runfolder.fingerprint(run.model.vision_model), "settings": settings(run), **runfolder.training_state(run)})
 
 
 def settings(run):
@@ -397,10 +395,7 @@ def restore(run, path):
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
     run.open_up(last["open"])
     load_weights(run.model, last, path)
-    run.optimizer.load_state_dict(last["optimizer"])
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(last["scaler"])
-    run.step, run.marks = last["step"], last["marks"]
+    runfolder.restore_training(run, last)
 
 
 def load_trained(name, best, path):
@@ -749,13 +744,7 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args)
         run, signal_number = fit(args)
-    if signal_number:
-        return 128 + signal_number
-    if run.marks["value"] is None:
-        raise DataError("the validation score was never finite: there is no best.pt; lower --lr")
-    result = f"best score {run.marks['value']:.4f} in epoch {run.marks['epoch']}"
-    run.accelerator.print(f"{result}: {args.out}/best.pt")
-    run.accelerator.print(runfolder.cited("train_blip_caption.py", argv, args.seed, result))
+    return runfolder.ended(run, signal_number, "score", "train_blip_caption.py", argv)
 
 
 if __name__ == "__main__":

@@ -538,10 +538,9 @@ def load_best(args):
 
 def save_last(run, out):
     """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
     runfolder.save_checkpoint(out / "last.pt", {
-        "stage": "cir", "state": runfolder.trainable_state(run.model), "step": run.step, "optimizer": run.optimizer.state_dict(),
-        "scaler": scaler, "marks": run.marks, "frozen": run.frozen, "settings": settings(run)})
+        "stage": "cir", "state": runfolder.trainable_state(run.model), "frozen": run.frozen, "settings": settings(run),
+        **runfolder.training_state(run)})
 
 
 def settings(run):
@@ -561,10 +560,7 @@ def restore(run, path):
     if last["frozen"] != run.frozen:
         raise DataError(f"{path} was trained on another vision tower than the one given now: pass the same --blip2, or another --out")
     runfolder.load_trainable(run.model, last["state"], path)
-    run.optimizer.load_state_dict(last["optimizer"])
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(last["scaler"])
-    run.step, run.marks = last["step"], last["marks"]
+    runfolder.restore_training(run, last)
 
 
 # --- the loop ------------
@@ -870,13 +866,7 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args)
         run, signal_number = fit(args)
-    if signal_number:
-        return 128 + signal_number
-    if run.marks["value"] is None:
-        raise DataError("the validation recall was never finite: there is no best.pt; lower --lr")
-    result = f"best mean {run.marks['value']:.2f} in epoch {run.marks['epoch']}"
-    run.accelerator.print(f"{result}: {args.out}/best.pt")
-    run.accelerator.print(runfolder.cited("train_cir.py", argv, args.seed, result))
+    return runfolder.ended(run, signal_number, "mean recall", "train_cir.py", argv)
 
 
 if __name__ == "__main__":

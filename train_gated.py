@@ -97,6 +97,8 @@ def get_args(argv=None):
     run.add_argument("--epochs", type=runfolder.positive, default=10, help="(default: 10)")
     run.add_argument("--batch-size", type=runfolder.positive, default=16, help="questions a step and process (default: 16)")
     run.add_argument("--accumulation", type=runfolder.positive, default=2, help="batches an optimizer step (default: 2)")
+    run.add_argument("--length-pool", type=runfolder.positive, default=1, metavar="N", help="optimizer steps whose questions are sorted by length "
+                     "together: more saves pads, but makes batches of one kind of question (default: 1, the batches of a step alone)")
     run.add_argument("--lr", type=runfolder.rate, default=1e-4, help="peak learning rate (default: 1e-4)")
     run.add_argument("--warmup", type=runfolder.share, default=0.05, help="share of all steps spent warming up (default: 0.05)")
     run.add_argument("--weight-decay", type=runfolder.weight, default=0.01, help="not on biases and norms (default: 0.01)")
@@ -441,7 +443,8 @@ class Run:
     def plan(self, epoch):
         """The optimizer steps of an epoch, see loop.epoch_plan."""
         return loop.epoch_plan(len(self.train), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
-                               self.accelerator.process_index, self.accelerator.num_processes, self.lengths)
+                               self.accelerator.process_index, self.accelerator.num_processes, self.lengths,
+                               self.args.length_pool)
 
     def lr(self, step):
         return loop.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
@@ -471,10 +474,9 @@ def majority_answers(train_rows):
 
 def save_last(run, out):
     """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    scaler = run.accelerator.scaler.state_dict() if run.accelerator.scaler is not None else None
     runfolder.save_checkpoint(out / "last.pt", {
-        "stage": "gated", "state": runfolder.trainable_state(run.model), "step": run.step, "optimizer": run.optimizer.state_dict(),
-        "scaler": scaler, "marks": run.marks, "frozen": run.frozen, "settings": settings(run)})
+        "stage": "gated", "state": runfolder.trainable_state(run.model), "frozen": run.frozen, "settings": settings(run),
+        **runfolder.training_state(run)})
 
 
 def settings(run):
@@ -495,10 +497,7 @@ def restore(run, path):
         raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now (other: {', '.join(others)}): "
                         "pass the same --blip2 and --efficientnet, or another --out")
     runfolder.load_trainable(run.model, last["state"], path)
-    run.optimizer.load_state_dict(last["optimizer"])
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(last["scaler"])
-    run.step, run.marks = last["step"], last["marks"]
+    runfolder.restore_training(run, last)
 
 
 def is_better(value, marks):
@@ -709,13 +708,7 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args)
         run, signal_number = fit(args)
-    if signal_number:
-        return 128 + signal_number
-    if run.marks["value"] is None:
-        raise DataError(f"the validation {args.select} was never finite: there is no best.pt; lower --lr")
-    result = f"best {args.select} {run.marks['value']:.4f} in epoch {run.marks['epoch']}"
-    run.accelerator.print(f"{result}: {args.out}/best.pt")
-    run.accelerator.print(runfolder.cited("train_gated.py", argv, args.seed, result))
+    return runfolder.ended(run, signal_number, args.select, "train_gated.py", argv)
 
 
 if __name__ == "__main__":

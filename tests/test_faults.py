@@ -903,7 +903,6 @@ def test_version_out_of_range_is_named_at_the_start(monkeypatch, capsys):
 
 # --- the sixty ------------
 
-NONE_YET = "no such thing in these scripts yet: "
 COVERED = {
     "1A": ["GPU memory runs out", "memory runs out", "the allocator of the CPU fails",
             "test_longest_batches_are_rehearsed_first"],
@@ -921,7 +920,7 @@ COVERED = {
     "12A": ["BLIP-2 that is nowhere"],
     "13A": ["test_modes", "test_lossy_modes", "test_palette", "test_sixteen_bit_is_scaled_not_clipped",
             "test_first_frame_of_an_animation"],
-    "14A": NONE_YET + "no flag for 4 bits",
+    "14A": ["test_packed_precisions_need_bitsandbytes"],
     "15A": ["test_what_is_trained_is_float32_and_small_steps_move_it"],
     "16A": ["test_import_is_light", "test_longest_batches_are_rehearsed_first", "test_eval_needs_only_the_checkpoint"],
     "17A": ["disk too small", "disk full at best.pt", "disk full at last.pt of a resumed run", "disk full within best.pt",
@@ -939,12 +938,14 @@ COVERED = {
     "27B": "bounded: rows are a list of small objects, at most one copy of it a loader process, and no epoch adds to it",
     "28B": "no loader draws a random number, and dropout is in the main process (test_epoch_plan_is_pure_and_complete)",
     "29B": ["test_frozen_parts_stay_frozen"],
-    "30B": NONE_YET + "no gradient checkpointing",
+    "30B": ["test_activations_are_smaller_and_gradients_the_same_to_the_bit"],
     "31B": ["test_interrupted_and_resumed_equals_undisturbed", "test_loader_processes_do_not_keep_a_failed_run_from_ending"],
     "32B": ["test_interrupted_and_resumed_equals_undisturbed", "test_second_signal_leaves_at_once",
             "Ctrl-C before the first step"],
     "33B": ["test_longest_batches_are_rehearsed_first", "memory runs out in evaluation"],
-    "34B": NONE_YET + "no cache", "35B": NONE_YET + "no cache", "36B": NONE_YET + "neither cache nor augmentation",
+    "34B": ["test_a_changed_picture_is_made_again_and_only_that", "test_what_else_the_features_depend_on_is_another_store"],
+    "35B": ["test_killed_while_writing", "test_killed_from_outside_with_loaders", "test_rows_cut_short"],
+    "36B": "the stages with --cache have no augmentation, and that with augmentation (train_blip_caption.py) has no --cache",
     "37B": ["test_exif_rotation"],
     "38B": ["test_name_matches_but_for_case_form_and_spaces", "test_exact_name_wins_and_several_are_an_error"],
     "39B": ["test_pictures_leave_no_file_open"],
