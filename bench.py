@@ -51,6 +51,7 @@ SMALL = {"vision": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_la
          "text": {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
                   "vocab_size": 1256, "max_position_embeddings": 256, "dropout": 0.0}, "queries": 32}
 PADDED = 64  # text tokens of the plain recipe
+POOL = 16  # --length-pool beside the default of 1
 ANSWER = {"num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": 0.0, "do_sample": False}
 
 
@@ -147,7 +148,7 @@ def write_task(folder, sizes, pictures, questions, seed=0):
 def lean_run(folder, *more, batch_size=16):
     """train_gated.py's Run on that task, with a cache and a Q-Former that is trained, at a learning rate of 0."""
     flags = ["--data", str(folder), "--blip2", str(folder / "blip2"), "--cache", str(folder / "cache"), "--train-qformer", "--gating", "none",
-             "--hit-weight", "0", "--kl-weight", "0", "--batch-size", str(batch_size), "--accumulation", "1", "--workers", "0", "--style", "none"]
+             "--hit-weight", "0", "--kl-weight", "0", "--batch-size", str(batch_size), "--workers", "0", "--style", "none"]
     with contextlib.redirect_stdout(None):
         run = train_gated.prepare(train_gated.get_args([*flags, *more]))
     run.lr = lambda step: 0.0  # the whole work of a step, but the weights stay, so that losses can be compared
@@ -188,18 +189,18 @@ class Plain:
         return core.to_device({"pixel_values": pixels, **text}, self.device)
 
     def epoch(self):
-        """One pass over the training rows, in random order."""
+        """One pass over the training rows, in random order, with as many batches a step as ours has."""
         self.model.train()
-        losses = []
-        for _, share in loop.epoch_plan(len(self.rows), self.run.args.batch_size, 1, 0, 0):
+        losses, args = [], self.run.args
+        for _, share in loop.epoch_plan(len(self.rows), args.batch_size, args.accumulation, 0, 0):
             for _, picked in share:
                 with self.run.accelerator.autocast():
                     loss = self.model(**self.inputs([self.rows[n] for n in picked], PADDED)).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], train_gated.CLIP)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+                (loss / len(share)).backward()
                 losses.append(loss.item())
+            torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], train_gated.CLIP)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         self.losses = losses
 
     @torch.no_grad()
@@ -257,24 +258,26 @@ def small(folder, batch_size, repeats, pictures=32, questions=3, asked=32):
     run = lean_run(folder, batch_size=batch_size)
     building = time.perf_counter() - building
     plain, lean = Plain(folder, run), {}
-    lengths, count = run.lengths, len(run.train) // batch_size * batch_size
+    lengths, count = run.lengths, sum(len(group) for group, _ in run.plan(0))
     print(f"{count} questions on {pictures} pictures, {statistics.mean(lengths):.0f} text tokens in the mean, {max(lengths)} at most; batch "
-          f"{batch_size}, {run.accelerator.device}, precision {run.accelerator.mixed_precision}, {torch.get_num_threads()} threads")
+          f"{batch_size} x {run.args.accumulation}, {run.accelerator.device}, precision {run.accelerator.mixed_precision}, {torch.get_num_threads()} threads")
 
-    def ours():
+    def ours(pool=1):
+        run.args.length_pool = pool
         lean["loss"] = lean_epoch(run)
 
     def ours_answers():
         lean["answers"] = lean_answers(run, asked, 32)
 
     lean_s, plain_s, train_speedup = paired(ours, plain.epoch, repeats)
+    _, _, pooled = paired(lambda: ours(POOL), ours, repeats)
     lean_a, plain_a, answer_speedup = paired(ours_answers, lambda: plain.answer(asked), repeats)
     equal = sum(a == b for a, b in zip(lean["answers"], plain.answers))
-    first = [run.train.rows[n] for n in run.plan(0)[0][0]]
-    batch = core.to_device(run.collate([run.train[n] for n in run.plan(0)[0][0]]), run.accelerator.device)
-    memory = {"plain": loop.kept_bytes(plain.model, lambda: plain.model.train()(**plain.inputs(first, PADDED))),
+    _, longest = run.plan(0)[0][1][-1]  # the second batch of a step, whose questions are the longer ones
+    batch = core.to_device(run.collate([run.train[n] for n in longest]), run.accelerator.device)
+    memory = {"plain": loop.kept_bytes(plain.model, lambda: plain.model.train()(**plain.inputs([run.train.rows[n] for n in longest], PADDED))),
               "lean": loop.kept_bytes(run.model, lambda: run.model.train()(**batch))}
-    found = {"train_speedup": train_speedup, "answer_speedup": answer_speedup, "loss_difference": abs(statistics.mean(plain.losses) - lean["loss"]),
+    found = {"train_speedup": train_speedup, "pooled_speedup": train_speedup * pooled, "answer_speedup": answer_speedup, "loss_difference": abs(statistics.mean(plain.losses) - lean["loss"]),
              "answers_equal": equal / asked, "gate_cost": gate_cost(repeats), "plain_samples_per_second": count / plain_s,
              "lean_samples_per_second": count / lean_s, "plain_answers_per_second": asked / plain_a, "lean_answers_per_second": asked / lean_a,
              "plain_loss": statistics.mean(plain.losses), "lean_loss": lean["loss"], "plain_kept_bytes": memory["plain"],
@@ -317,6 +320,7 @@ def report(found, asked):
                                    ("kept for the backward pass, MiB", 2**20, "kept_bytes", None), ("loss", 1, "loss", None)):
         plain, lean = found[f"plain_{key}"], found[f"lean_{key}"]
         print(f"{name:34}{plain / unit:>12.3f}{lean / unit:>12.3f}{ratio or plain / lean:>9.2f}")
+    print(f"training with --length-pool {POOL}: {found['pooled_speedup']:.2f} times plain")
     print(f"losses differ by {found['loss_difference']:.1e}; {found['answers_equal']:.1%} of {asked} answers are the same; the gates cost "
           f"{found['gate_cost']:.1%} of a training step (BLIP-2's widths, 4 of 32 language model layers)")
 
