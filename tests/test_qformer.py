@@ -266,6 +266,28 @@ def test_evaluation_by_hand(build, sets):
     assert told == {name: pytest.approx(value, abs=0.06) for name, value in wanted.items()}
 
 
+def test_the_wrong_picture_of_the_matching_accuracy_is_never_the_own(build, sets, monkeypatch):
+    """Own pictures are the nearest here, and matching knows each pair: it is right every time."""
+    model, found = build(), pretrain_qformer.pairs.read_sets({"drawn": str(sets[0])}, "train", say=lambda *words: None)
+    found = list({pair.text: pair for pair in found}.values())
+    data, shown = pretrain_qformer.Captioned(found, model.image_size), list(dict.fromkeys(pair.image_id for pair in found))
+    owner = torch.tensor([shown.index(pair.image_id) for pair in found])
+    with torch.no_grad():
+        embeds = torch.cat([model.image_embeds(data[0, owner.tolist().index(i)][0][None]) for i in range(len(shown))])  # [G,P,W]
+    near = torch.rand(len(found), len(shown)).scatter(1, owner[:, None], 1.5)
+
+    def match(image, input_ids, attention_mask):
+        pictures = (image[:, None] - embeds).abs().flatten(2).amax(2).argmin(1)  # [B]
+        words = model.tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        asked = [next(n for n, pair in enumerate(found) if pair.text == text) for text in words]
+        return F.one_hot((owner[asked] == pictures).long(), 2).float()
+
+    monkeypatch.setattr(core, "max_similarity", lambda *features: near)
+    monkeypatch.setattr(model, "match", match)
+    told = pretrain_qformer.evaluate(model, data, pretrain_qformer.Collate(model.tokenizer), Accelerator(cpu=True), 5, 0, 0)
+    assert told["itm_accuracy"] == 100 and told["i2t R@1"] == 100
+
+
 def test_best_ranks_with_one_right_column_are_target_ranks():
     scores, target = np.random.default_rng(1).integers(0, 5, (30, 12)), np.arange(30) % 12
     right = target[:, None] == np.arange(12)
