@@ -42,12 +42,13 @@ import train_gated
 # BLIP-2 OPT-2.7B, and one in which vision tower, language model, Q-Former and word head have about the same shares of the work
 FULL = {"vision": {},  # ViT-g: transformers' defaults
         "qformer": {"vocab_size": 30523, "encoder_hidden_size": 1408},
-        "text": {"hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "num_attention_heads": 32,
-                 "vocab_size": 50304, "max_position_embeddings": 2048, "dropout": 0.0}, "queries": 32}
-SMALL = {"vision": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 6, "image_size": 224,
-                    "patch_size": 14},
-         "qformer": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6, "encoder_hidden_size": 192,
-                     "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "max_position_embeddings": 64},
+        "text": {"hidden_size": 2560, "word_embed_proj_dim": 2560, "ffn_dim": 10240, "num_hidden_layers": 32,
+                 "num_attention_heads": 32, "vocab_size": 50304, "max_position_embeddings": 2048, "dropout": 0.0}, "queries": 32}
+SMALL = {"vision": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 5, "num_attention_heads": 6,
+                    "image_size": 224, "patch_size": 14},
+         "qformer": {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6,
+                     "encoder_hidden_size": 192, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+                     "max_position_embeddings": 64},
          "text": {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
                   "vocab_size": 1256, "max_position_embeddings": 256, "dropout": 0.0}, "queries": 32}
 PADDED = 64  # text tokens of the plain recipe
@@ -108,8 +109,10 @@ def config_of(sizes, tokenizer=None):
     from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")} if tokenizer else {}
     image = tokenizer.convert_tokens_to_ids("<image>") if tokenizer else 50265
-    return Blip2Config(vision_config=Blip2VisionConfig(**sizes["vision"]).to_dict(), qformer_config=Blip2QFormerConfig(**sizes["qformer"]).to_dict(),
-                       text_config=OPTConfig(**sizes["text"], **ids).to_dict(), num_query_tokens=sizes["queries"], image_token_index=image)
+    return Blip2Config(vision_config=Blip2VisionConfig(**sizes["vision"]).to_dict(),
+                       qformer_config=Blip2QFormerConfig(**sizes["qformer"]).to_dict(),
+                       text_config=OPTConfig(**sizes["text"], **ids).to_dict(), num_query_tokens=sizes["queries"],
+                       image_token_index=image)
 
 
 def write_task(folder, sizes, pictures, questions, seed=0):
@@ -124,7 +127,8 @@ def write_task(folder, sizes, pictures, questions, seed=0):
     (folder / "images").mkdir(parents=True)
     blip2.mkdir()
     tokenizer = make_tiny.make_tokenizer([core.PROMPT.format(" ".join(words)) + " " + " ".join(words) + "\n"] * 3, blip2)
-    model = Blip2ForConditionalGeneration(config_of({**sizes, "qformer": {**sizes["qformer"], "vocab_size": len(tokenizer)}}, tokenizer))
+    model = Blip2ForConditionalGeneration(config_of({**sizes, "qformer": {**sizes["qformer"], "vocab_size": len(tokenizer)}},
+                                                    tokenizer))
     for module in model.modules():  # the library's std of 0.02 makes all answers about equally likely at such widths
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=1.5 * module.weight.shape[1] ** -0.5)
@@ -147,8 +151,9 @@ def write_task(folder, sizes, pictures, questions, seed=0):
 
 def lean_run(folder, *more, batch_size=16):
     """train_gated.py's Run on that task, with a cache and a Q-Former that is trained, at a learning rate of 0."""
-    flags = ["--data", str(folder), "--blip2", str(folder / "blip2"), "--cache", str(folder / "cache"), "--train-qformer", "--gating", "none",
-             "--hit-weight", "0", "--kl-weight", "0", "--batch-size", str(batch_size), "--workers", "0", "--style", "none"]
+    flags = ["--data", str(folder), "--blip2", str(folder / "blip2"), "--cache", str(folder / "cache"), "--train-qformer",
+             "--gating", "none", "--hit-weight", "0", "--kl-weight", "0", "--batch-size", str(batch_size), "--workers", "0",
+             "--style", "none"]
     with contextlib.redirect_stdout(None):
         run = train_gated.prepare(train_gated.get_args([*flags, *more]))
     run.lr = lambda step: 0.0  # the whole work of a step, but the weights stay, so that losses can be compared
@@ -180,7 +185,8 @@ class Plain:
         if width is None:
             text = core.encode_prompts(self.tokenizer, [row.question for row in chosen])
         else:
-            text = core.encode_training(self.tokenizer, [row.question for row in chosen], [row.answer for row in chosen], multiple=width)
+            text = core.encode_training(self.tokenizer, [row.question for row in chosen], [row.answer for row in chosen],
+                                        multiple=width)
             text["labels"] = torch.cat([torch.full((len(chosen), Q), -100), text["labels"]], 1)
             text.pop("prompt_mask")
         B = len(chosen)
@@ -236,7 +242,8 @@ def lean_answers(run, count, batch_size):
         picked = order[start:start + batch_size]
         features = [run.val[n][0]["image_embeds"] for n in picked]
         embeds = torch.stack(features).to(run.accelerator.device)  # [B,P,W]
-        found |= zip(picked, run.model.predict_answers(None, [read[n].question for n in picked], image_embeds=embeds, max_new_tokens=ANSWER["max_new_tokens"]))
+        found |= zip(picked, run.model.predict_answers(None, [read[n].question for n in picked], image_embeds=embeds,
+                                                       max_new_tokens=ANSWER["max_new_tokens"]))
     return [found[n] for n in range(count)]
 
 
@@ -259,8 +266,9 @@ def small(folder, batch_size, repeats, pictures=32, questions=3, asked=32):
     building = time.perf_counter() - building
     plain, lean = Plain(folder, run), {}
     lengths, count = run.lengths, sum(len(group) for group, _ in run.plan(0))
-    print(f"{count} questions on {pictures} pictures, {statistics.mean(lengths):.0f} text tokens in the mean, {max(lengths)} at most; batch "
-          f"{batch_size} x {run.args.accumulation}, {run.accelerator.device}, precision {run.accelerator.mixed_precision}, {torch.get_num_threads()} threads")
+    print(f"{count} questions on {pictures} pictures, {statistics.mean(lengths):.0f} text tokens in the mean, "
+          f"{max(lengths)} at most; batch {batch_size} x {run.args.accumulation}, {run.accelerator.device}, "
+          f"precision {run.accelerator.mixed_precision}, {torch.get_num_threads()} threads")
 
     def ours(pool=1):
         run.args.length_pool = pool
@@ -275,11 +283,14 @@ def small(folder, batch_size, repeats, pictures=32, questions=3, asked=32):
     equal = sum(a == b for a, b in zip(lean["answers"], plain.answers))
     _, longest = run.plan(0)[0][1][-1]  # the second batch of a step, whose questions are the longer ones
     batch = core.to_device(run.collate([run.train[n] for n in longest]), run.accelerator.device)
-    memory = {"plain": loop.kept_bytes(plain.model, lambda: plain.model.train()(**plain.inputs([run.train.rows[n] for n in longest], PADDED))),
+    memory = {"plain": loop.kept_bytes(plain.model,
+                                       lambda: plain.model.train()(**plain.inputs([run.train.rows[n] for n in longest], PADDED))),
               "lean": loop.kept_bytes(run.model, lambda: run.model.train()(**batch))}
-    found = {"train_speedup": train_speedup, "pooled_speedup": train_speedup * pooled, "answer_speedup": answer_speedup, "loss_difference": abs(statistics.mean(plain.losses) - lean["loss"]),
+    found = {"train_speedup": train_speedup, "pooled_speedup": train_speedup * pooled, "answer_speedup": answer_speedup,
+             "loss_difference": abs(statistics.mean(plain.losses) - lean["loss"]),
              "answers_equal": equal / asked, "gate_cost": gate_cost(repeats), "plain_samples_per_second": count / plain_s,
-             "lean_samples_per_second": count / lean_s, "plain_answers_per_second": asked / plain_a, "lean_answers_per_second": asked / lean_a,
+             "lean_samples_per_second": count / lean_s, "plain_answers_per_second": asked / plain_a,
+             "lean_answers_per_second": asked / lean_a,
              "plain_loss": statistics.mean(plain.losses), "lean_loss": lean["loss"], "plain_kept_bytes": memory["plain"],
              "lean_kept_bytes": memory["lean"], "seconds_to_load_and_cache": building}
     report(found, asked)
@@ -301,12 +312,14 @@ def gate_cost(repeats, sizes=None, batch_size=2):
 
     def visual(gated):
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            model.visual_prompt(batch["image_embeds"], batch["style_feature"], batch["input_ids"], batch["prompt_mask"], gated).sum().backward()
+            model.visual_prompt(batch["image_embeds"], batch["style_feature"], batch["input_ids"], batch["prompt_mask"],
+                                gated).sum().backward()
 
     visual(False), visual(True)  # warm up
     pairs = [(seconds(lambda: visual(False)), seconds(lambda: visual(True))) for _ in range(2 * repeats)]
     optimizer.step()
-    update = statistics.median(seconds(lambda: (torch.nn.utils.clip_grad_norm_(own, train_gated.CLIP), optimizer.step())) for _ in range(repeats))
+    update = statistics.median(seconds(lambda: (torch.nn.utils.clip_grad_norm_(own, train_gated.CLIP), optimizer.step()))
+                               for _ in range(repeats))
     step = train_step_of(model, batch, "bf16" if device == "cuda" else "no")
     step()
     return (statistics.median(b - a for a, b in pairs) + update) / statistics.median(seconds(step) for _ in range(repeats))
@@ -321,8 +334,8 @@ def report(found, asked):
         plain, lean = found[f"plain_{key}"], found[f"lean_{key}"]
         print(f"{name:34}{plain / unit:>12.3f}{lean / unit:>12.3f}{ratio or plain / lean:>9.2f}")
     print(f"training with --length-pool {POOL}: {found['pooled_speedup']:.2f} times plain")
-    print(f"losses differ by {found['loss_difference']:.1e}; {found['answers_equal']:.1%} of {asked} answers are the same; the gates cost "
-          f"{found['gate_cost']:.1%} of a training step (BLIP-2's widths, 4 of 32 language model layers)")
+    print(f"losses differ by {found['loss_difference']:.1e}; {found['answers_equal']:.1%} of {asked} answers are the same; "
+          f"the gates cost {found['gate_cost']:.1%} of a training step (BLIP-2's widths, 4 of 32 language model layers)")
 
 
 # --- gated, full size ------------
@@ -357,7 +370,8 @@ def pack(layers, device, dtype):
     for module in list(layers.modules()):
         for name, linear in list(module.named_children()):
             if isinstance(linear, nn.Linear):
-                packed = Linear4bit(linear.in_features, linear.out_features, compute_dtype=dtype, quant_type="nf4", compress_statistics=True)
+                packed = Linear4bit(linear.in_features, linear.out_features, compute_dtype=dtype, quant_type="nf4",
+                                    compress_statistics=True)
                 packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
                 packed.bias = linear.bias
                 setattr(module, name, packed.to(device))
@@ -371,8 +385,10 @@ def random_batch(model, sizes, batch_size, words=28, labels=4):
     ids = torch.randint(5, vocabulary, (batch_size, words), device=device)
     is_prompt = (torch.arange(words, device=device) < words - labels).expand(batch_size, -1)
     dtype = model.language_model.get_input_embeddings().weight.dtype
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_mask": is_prompt.long(), "labels": ids.masked_fill(is_prompt, -100),
-            "image_embeds": torch.randn(batch_size, patches, width, device=device).to(dtype), "style_feature": torch.randn(batch_size, 1536, device=device)}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "prompt_mask": is_prompt.long(),
+            "labels": ids.masked_fill(is_prompt, -100),
+            "image_embeds": torch.randn(batch_size, patches, width, device=device).to(dtype),
+            "style_feature": torch.randn(batch_size, 1536, device=device)}
 
 
 def step_flops(sizes, model, words=28, labels=4):
@@ -382,9 +398,11 @@ def step_flops(sizes, model, words=28, labels=4):
     d, L, S = text["hidden_size"], text["num_hidden_layers"], sizes["queries"] + words
     linear = L * (4 * d * d + 2 * d * text["ffn_dim"])
     language = 2 * (2 * linear * S) + 3 * (4 * S * S * d * L) + 2 * (2 * labels * d * text["vocab_size"])
-    cross = [a for layer in model.qformer.encoder.layer if layer.has_cross for a in (layer.crossattention.attention.key, layer.crossattention.attention.value)]
+    cross = [a for layer in model.qformer.encoder.layer if layer.has_cross
+             for a in (layer.crossattention.attention.key, layer.crossattention.attention.value)]
     image = sum(linear.weight.numel() for linear in cross) * ((224 // 14) ** 2 + 1)
-    queries = (sum(p.numel() for p in model.qformer.parameters() if p.ndim == 2) - sum(linear.weight.numel() for linear in cross)) * Q
+    queries = (sum(p.numel() for p in model.qformer.parameters() if p.ndim == 2)
+               - sum(linear.weight.numel() for linear in cross)) * Q
     trained = model.query_tokens.requires_grad
     # backward: the gradient of the queries, and with a trained Q-Former that of all its weights; the image's features need none
     return language + 2 * (queries + image) + 2 * queries * (2 if trained else 1) + (2 * image if trained else 0)
@@ -413,7 +431,8 @@ def full(args, sizes=FULL, batches=(2, 16, 64, 128), asked=256):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     card, found = torch.cuda.get_device_name() if device == "cuda" else "a CPU", []
     rate = matrix_product_rate(device)
-    print(f"{card}: {rate / 1e12:.0f} TFLOP/s in bf16 products of 8192 x 8192\n\n{'language model':16}{'trained':20}{'batch':>6}{'loaded':>8}{'forward':>9}"
+    print(f"{card}: {rate / 1e12:.0f} TFLOP/s in bf16 products of 8192 x 8192\n\n"
+          f"{'language model':16}{'trained':20}{'batch':>6}{'loaded':>8}{'forward':>9}"
           f"{'training':>9}{'answers':>9}{'samples/s':>11}{'TFLOP/s':>9}{'share':>7}{'answers/s':>11}")
     for lm, train_qformer in itertools.product(("bf16", "nf4"), (True, False)):
         for batch_size in batches:
@@ -421,12 +440,14 @@ def full(args, sizes=FULL, batches=(2, 16, 64, 128), asked=256):
             try:
                 one = full_size_row(sizes, device, lm, train_qformer, batch_size, rate, args.repeats or 10)
             except torch.OutOfMemoryError as error:
-                print(f"{lm:16}{'Q-Former and gates' if train_qformer else 'gates':20}{batch_size:>6}  out of memory: {str(error)[:60]}")
+                print(f"{lm:16}{'Q-Former and gates' if train_qformer else 'gates':20}{batch_size:>6}  "
+                      f"out of memory: {str(error)[:60]}")
                 continue
             found.append({"card": card, **one})
-            memory = "".join(f"{one[name] / 2**30:>{width}.2f}" for name, width in (("loaded", 8), ("forward", 9), ("training", 9), ("answering", 9)))
-            print(f"{lm:16}{one['trained']:20}{batch_size:>6}{memory}{one['samples_per_second']:>11.1f}{one['tflops']:>9.1f}{one['share']:>7.1%}"
-                  f"{one['answers_per_second']:>11.1f}")
+            memory = "".join(f"{one[name] / 2**30:>{width}.2f}"
+                             for name, width in (("loaded", 8), ("forward", 9), ("training", 9), ("answering", 9)))
+            print(f"{lm:16}{one['trained']:20}{batch_size:>6}{memory}{one['samples_per_second']:>11.1f}{one['tflops']:>9.1f}"
+                  f"{one['share']:>7.1%}{one['answers_per_second']:>11.1f}")
     print("memory in GiB, all of it: weights, gradients, optimizer, activations")
     return {"matrix_product_flops": rate, "rows": found}
 
@@ -450,9 +471,9 @@ def full_size_row(sizes, device, lm, train_qformer, batch_size, rate, repeats):
     per_step = statistics.median(seconds(step) for _ in range(repeats))
     per_answer = statistics.median(seconds(answer) for _ in range(3)) / batch_size
     flops = step_flops(sizes, model) * batch_size
-    return {"lm": lm, "trained": "Q-Former and gates" if train_qformer else "gates", "batch": batch_size, "loaded": loaded, "forward": forward,
-            "training": training, "answering": answering, "samples_per_second": batch_size / per_step, "tflops": flops / per_step / 1e12,
-            "share": flops / per_step / rate, "answers_per_second": 1 / per_answer}
+    return {"lm": lm, "trained": "Q-Former and gates" if train_qformer else "gates", "batch": batch_size, "loaded": loaded,
+            "forward": forward, "training": training, "answering": answering, "samples_per_second": batch_size / per_step,
+            "tflops": flops / per_step / 1e12, "share": flops / per_step / rate, "answers_per_second": 1 / per_answer}
 
 
 def matrix_product_rate(device, size=8192):
@@ -470,7 +491,8 @@ NF4_BITS = 4.127  # a weight, with double quantisation (QLoRA, 2023)
 
 def plan_table(sizes=FULL, batches=(2, 8, 64)):
     """The memory of training computed from the shapes: weights, gradients, optimizer, activations."""
-    print(f"{'language model':16}{'trained':20}{'activations':13}{'weights':>9}{'trained x 16 B':>16}" + "".join(f"{f'batch {b}':>10}" for b in batches))
+    print(f"{'language model':16}{'trained':20}{'activations':13}{'weights':>9}{'trained x 16 B':>16}"
+          + "".join(f"{f'batch {b}':>10}" for b in batches))
     found = []
     for train_qformer, how in itertools.product((True, False), ("keep", "bits", "recompute")):
         model = random_model(sizes, "meta", torch.bfloat16, train_qformer=train_qformer)
@@ -478,13 +500,15 @@ def plan_table(sizes=FULL, batches=(2, 8, 64)):
         sample = loop.kept_bytes(model, lambda: shapes_of_a_step(model.train(), random_batch(model, sizes, 2))) / 2
         for lm in ("bf16", "nf4"):
             weights, trained = planned_weights(model, lm)
-            found.append({"lm": lm, "trained": "Q-Former and gates" if train_qformer else "gates", "activations": how, "weights": weights,
-                          "trained_bytes": trained, "sample": sample, **{f"batch {b}": weights + trained + sample * b for b in batches}})
+            found.append({"lm": lm, "trained": "Q-Former and gates" if train_qformer else "gates", "activations": how,
+                          "weights": weights, "trained_bytes": trained, "sample": sample,
+                          **{f"batch {b}": weights + trained + sample * b for b in batches}})
     for one in sorted(found, key=lambda one: one["lm"]):
-        print(f"{one['lm']:16}{one['trained']:20}{one['activations']:13}{one['weights'] / 2**30:>9.2f}{one['trained_bytes'] / 2**30:>16.2f}"
+        print(f"{one['lm']:16}{one['trained']:20}{one['activations']:13}{one['weights'] / 2**30:>9.2f}"
+              f"{one['trained_bytes'] / 2**30:>16.2f}"
               + "".join(f"{one[f'batch {b}'] / 2**30:>10.2f}" for b in batches))
-    print("computed from the shapes, GiB, torch's own peak: 32 queries + 28 text tokens, 4 label rows, features from a cache; the context of "
-          "CUDA (about 0.5) comes on top")
+    print("computed from the shapes, GiB, torch's own peak: 32 queries + 28 text tokens, 4 label rows, features from a cache; "
+          "the context of CUDA (about 0.5) comes on top")
     return {"computed": True, "rows": found}
 
 
@@ -525,12 +549,13 @@ def growth(args):
             again, peak_again = command_cost(folder, "again")
             size = sum(file.stat().st_size for file in (folder / "cache").glob("*.rows"))
             two, peak_two = command_cost(folder, "two", processes=2)
-        found.append({"pictures": 2 * pictures, "questions": 3 * pictures, "cache_bytes": size, "first_seconds": first, "seconds": again,
-                      "peak_bytes": max(peak, peak_again), "two_seconds": two, "two_peak_bytes": peak_two})
-    print(f"\n{'pictures':>9}{'questions':>11}{'cache, MB':>11}{'first run, s':>14}{'again, s':>10}{'peak, GiB':>11}{'two processes, s':>18}"
-          f"{'peak of each':>14}")
+        found.append({"pictures": 2 * pictures, "questions": 3 * pictures, "cache_bytes": size, "first_seconds": first,
+                      "seconds": again, "peak_bytes": max(peak, peak_again), "two_seconds": two, "two_peak_bytes": peak_two})
+    print(f"\n{'pictures':>9}{'questions':>11}{'cache, MB':>11}{'first run, s':>14}{'again, s':>10}"
+          f"{'peak, GiB':>11}{'two processes, s':>18}{'peak of each':>14}")
     for one in found:
-        print(f"{one['pictures']:>9}{one['questions']:>11}{one['cache_bytes'] / 2**20:>11.0f}{one['first_seconds']:>14.0f}{one['seconds']:>10.0f}"
+        print(f"{one['pictures']:>9}{one['questions']:>11}{one['cache_bytes'] / 2**20:>11.0f}{one['first_seconds']:>14.0f}"
+              f"{one['seconds']:>10.0f}"
               f"{one['peak_bytes'] / 2**30:>11.2f}{one['two_seconds']:>18.0f}{one['two_peak_bytes'] / 2**30:>14.2f}")
     if args.json:
         with runfolder.whole_file(args.json) as file:
@@ -541,10 +566,12 @@ def growth(args):
 def command_cost(folder, out, processes=1):
     """(seconds, peak resident bytes of the largest process) of an epoch of train_gated.py, as a command of its own."""
     script = str(pathlib.Path(__file__).with_name("train_gated.py"))
-    start = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
-                                                     "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    flags = ["--data", folder, "--blip2", folder / "blip2", "--cache", folder / "cache", "--gating", "none", "--train-qformer", "--style", "none",
-             "--epochs", 1, "--batch-size", 16 // processes, "--accumulation", 1, "--workers", 0, "--out", folder / out]
+    start = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    flags = ["--data", folder, "--blip2", folder / "blip2", "--cache", folder / "cache", "--gating", "none", "--train-qformer",
+             "--style", "none", "--epochs", 1, "--batch-size", 16 // processes, "--accumulation", 1, "--workers", 0,
+             "--out", folder / out]
     began = time.perf_counter()
     threads = str(max(1, torch.get_num_threads() // processes))
     done = subprocess.Popen([*start, script, *map(str, flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
@@ -588,12 +615,14 @@ def fusion(args):
     queries, sentences of 16 tokens. --cached: the features are there, so that the vision tower does not hide the gate."""
     from transformers import Blip2Config, Blip2QFormerConfig, Blip2VisionModel
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = Blip2Config(qformer_config=Blip2QFormerConfig(vocab_size=30523, use_qformer_text_input=True).to_dict(), num_query_tokens=32)
+    config = Blip2Config(qformer_config=Blip2QFormerConfig(vocab_size=30523, use_qformer_text_input=True).to_dict(),
+                         num_query_tokens=32)
     B, L, dtype = args.batch_size or 4, 16, torch.bfloat16 if device == "cuda" else torch.float32
     tower = torch.nn.Identity() if args.cached else Blip2VisionModel(config.vision_config).to(device, dtype)
     images = torch.randn(2 * B, 3, 224, 224, device=device)
     kept = torch.randn(2 * B, 257, 1408, device=device)
-    text = {"input_ids": torch.randint(1000, 30000, (B, L), device=device), "attention_mask": torch.ones(B, L, dtype=torch.long, device=device)}
+    text = {"input_ids": torch.randint(1000, 30000, (B, L), device=device),
+            "attention_mask": torch.ones(B, L, dtype=torch.long, device=device)}
 
     def step_of(gated):
         loop.seed_everything(0)
@@ -628,8 +657,8 @@ def captions(args):
     size = args.batch_size or 32
     batched, single, ratio = paired(lambda: captioned(size), lambda: captioned(1), args.repeats or 10)
     same = sum(a == b for a, b in zip(found[size], found[1]))
-    print(f"{len(pixels)} captions, 5 beams, on {device}: {single:.2f} s one by one, {batched:.2f} s in batches of {size}, ratio {ratio:.1f}; "
-          f"{same} of {len(pixels)} are the same")
+    print(f"{len(pixels)} captions, 5 beams, on {device}: {single:.2f} s one by one, {batched:.2f} s in batches of {size}, "
+          f"ratio {ratio:.1f}; {same} of {len(pixels)} are the same")
 
 
 BENCHES = {"gated": gated, "growth": growth, "fusion": fusion, "captions": captions}

@@ -25,7 +25,8 @@ from rows import DataError
 
 SYSTEMS = {"ungated, Q-Former frozen": ["--gating", "none"], "gated, Q-Former frozen": [],
            "ungated, Q-Former trained": ["--gating", "none", "--train-qformer"], "gated, Q-Former trained": ["--train-qformer"]}
-SEEN = {"": ("gated", "trained, no gates"), ", gates closed": ("gates closed",), ", another's style": ("another's style",)}  # of eval_gated
+# of eval_gated
+SEEN = {"": ("gated", "trained, no gates"), ", gates closed": ("gates closed",), ", another's style": ("another's style",)}
 
 
 def get_args(argv=None):
@@ -118,13 +119,15 @@ def main(argv=None):
             held, folder = one_run(args, others, system, rates[system], seed)
             results[system].append({**held, **style_and_content(scores(args, others, folder), args.style_types)})
     seconds = step_seconds(others)
-    print(f"\nexact match in % on {args.split}, mean +- standard deviation over the seeds {args.seeds}, {held['steps']} steps at most")
+    print(f"\nexact match in % on {args.split}, mean +- standard deviation over the seeds {args.seeds}, "
+          f"{held['steps']} steps at most")
     print(f"{'':28}{'':31}{'as trained':>26}{'gates closed':>26}{'another style':>26}")
     print(f"{'system':28}{'lr':>8}{'trained':>13}{'s a step':>10}" + f"{'style':>13}{'content':>13}" * len(SEEN))
     for system, found in results.items():
         columns = [spread([one[kind + seen] for one in found]) if found[0][kind + seen] is not None else "-"
                    for seen in SEEN for kind in ("style", "content")]
-        print(f"{system:28}{rates[system]:>8g}{found[0]['trained']:>13,}{seconds[system]:>10.3f}" + "".join(f"{c:>13}" for c in columns))
+        print(f"{system:28}{rates[system]:>8g}{found[0]['trained']:>13,}{seconds[system]:>10.3f}"
+              + "".join(f"{c:>13}" for c in columns))
     with runfolder.whole_file(pathlib.Path(args.out) / "compare.json") as file:
         json.dump({"rates": rates, "seconds_per_step": seconds, "results": results}, file, indent=1)
 

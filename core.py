@@ -390,7 +390,8 @@ def pad_ids(rows, value, left=False, multiple=1):
 
 def text_lengths(tokenizer, questions, answers, contexts):
     """Tokens of each prompt with its answer, nearly (nothing is cut here): what batches of equal length are made by."""
-    texts = [CONTEXT.format(c.strip()) * bool(c.strip()) + PROMPT.format(q) + f" {a}" for q, a, c in zip(questions, answers, contexts)]
+    texts = [CONTEXT.format(c.strip()) * bool(c.strip()) + PROMPT.format(q) + f" {a}"
+             for q, a, c in zip(questions, answers, contexts)]
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
@@ -585,7 +586,8 @@ class Blip2OPTGated(nn.Module):
     """
 
     def __init__(self, blip2, tokenizer, efficientnet=None, styles=(), gating="film", per="head", gate_hidden=512,
-                 gate_scale=1.0, control_tokens=4, mapper_hidden=1024, train_qformer=False, lora_rank=0, own_kv=False, style_head=True):
+                 gate_scale=1.0, control_tokens=4, mapper_hidden=1024, train_qformer=False, lora_rank=0, own_kv=False,
+                 style_head=True):
         super().__init__()
         config = blip2.config
         if config.text_config.model_type != "opt":
@@ -932,6 +934,7 @@ if __name__ == "__main__":
 
     import sharing
     parser = argparse.ArgumentParser(description="core.py: the models. Nothing to run here but --env.")
-    parser.add_argument("--env", action="store_true", required=True, help="print what a bug report needs; names and paths are masked")
+    parser.add_argument("--env", action="store_true", required=True,
+                        help="print what a bug report needs; names and paths are masked")
     parser.parse_args()
     print(sharing.environment())

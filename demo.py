@@ -80,8 +80,9 @@ STYLE = """.demo{overflow-wrap:anywhere;color:var(--body-text-color)}.demo h3{ma
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="FILE|DIR|tiny", help="best.pt or folder of train_gated.py, or tiny: untrained (default: "
-                                                                      f"the first there is of {', '.join(CHECKPOINTS)}, else tiny)")
+    parser.add_argument("--checkpoint", metavar="FILE|DIR|tiny",
+                        help="best.pt or folder of train_gated.py, or tiny: untrained (default: "
+                             f"the first there is of {', '.join(CHECKPOINTS)}, else tiny)")
     parser.add_argument("--blip2", metavar="ID|DIR", help="where the BLIP-2 of --checkpoint lies now, if it moved")
     parser.add_argument("--efficientnet", metavar="FILE", help="where its style classifier lies now, if it moved")
     parser.add_argument("--captioner", metavar="FILE|DIR", help="best.pt of train_blip_caption.py or a BLIP folder (default: "
@@ -90,7 +91,8 @@ def get_args(argv=None):
     parser.add_argument("--gallery", metavar="DIR", help="folder of pictures that tab Find looks through")
     parser.add_argument("--report", metavar="FILE.html", help="what tab Errors shows")
     parser.add_argument("--data", default="data/artquest", metavar="DIR",
-                        help="training data with styles, for examples and for the styles to mix in (default: data/artquest where it is)")
+                        help="training data with styles, for examples and for the styles to mix in "
+                             "(default: data/artquest where it is)")
     parser.add_argument("--port", type=runfolder.positive, default=7860, help="(default: 7860)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--lang", choices=("en", "zh", "both"), default="both", help="language of the labels (default: both)")
@@ -176,8 +178,8 @@ def beams(model, features, question, gated):
     """The BEST answers of one beam search, distinct, best first."""
     inputs, _ = model._prompt_inputs([question], None, **features, gated=gated, blind=False)
     ids = model.language_model.generate(
-        **inputs, num_beams=BEAMS, num_return_sequences=BEST, length_penalty=0.0, do_sample=False, max_new_tokens=10, min_new_tokens=1,
-        eos_token_id=core.newline_id(model.tokenizer), pad_token_id=model.tokenizer.pad_token_id)
+        **inputs, num_beams=BEAMS, num_return_sequences=BEST, length_penalty=0.0, do_sample=False, max_new_tokens=10,
+        min_new_tokens=1, eos_token_id=core.newline_id(model.tokenizer), pad_token_id=model.tokenizer.pad_token_id)
     texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return list(dict.fromkeys(text.split("\n")[0].strip() for text in texts))
 
@@ -201,8 +203,8 @@ def answers_of(asked, image, question, style="", mix=0.0, occluded=False):
     features = {**seen["features"], "style_feature": style_feature(asked, seen["features"], style, mix)}
     if question not in seen["closed"]:
         seen["closed"] = {question: side_of(asked, seen["features"], question, gated=False)}
-    found = {"picture": seen["picture"], "gated": side_of(asked, features, question, gated=True), "closed": seen["closed"][question],
-             "styles": [], "occlusion": None}
+    found = {"picture": seen["picture"], "gated": side_of(asked, features, question, gated=True),
+             "closed": seen["closed"][question], "styles": [], "occlusion": None}
     if features["style_feature"] is not None:
         net = asked.model.efficientnet
         shares = net.logits(features["style_feature"]).softmax(-1)[0]  # [S]
@@ -287,7 +289,8 @@ def fault_html(text):
 
 def bars_html(title, pairs):
     """(name, share from 0 to 1) as labelled bars."""
-    bars = "".join(f'<div class="bar"><b>{html.escape(name or "(nothing)")}</b><div class="track"><i style="width:{100 * share:.2f}%"></i></div>'
+    bars = "".join(f'<div class="bar"><b>{html.escape(name or "(nothing)")}</b>'
+                   f'<div class="track"><i style="width:{100 * share:.2f}%"></i></div>'
                    f'<span class="share">{100 * share:.1f} %</span></div>' for name, share in pairs)
     return f"<h4>{html.escape(title)}</h4>{bars}"
 
@@ -322,14 +325,17 @@ def map_html(title, picture, heat, top, unit, diverging=False):
     """A map over its picture with its colour scale."""
     stops = ",".join("rgb({},{},{})".format(*rgb) for rgb in colours(np.linspace(-1 if diverging else 0, 1, 9), diverging))
     low = f"-{top:.3g}" if diverging else "0"
-    return (f'<figure><figcaption>{html.escape(title)}</figcaption><img alt="" src="{data_uri(overlay(picture, heat, top, diverging))}">'
-            f'<div class="scale">{low}<i style="background:linear-gradient(90deg,{stops})"></i>{top:.3g} {html.escape(unit)}</div></figure>')
+    return (f'<figure><figcaption>{html.escape(title)}</figcaption>'
+            f'<img alt="" src="{data_uri(overlay(picture, heat, top, diverging))}">'
+            f'<div class="scale">{low}<i style="background:linear-gradient(90deg,{stops})"></i>'
+            f'{top:.3g} {html.escape(unit)}</div></figure>')
 
 
 def side_html(side, title, words):
     """Answer, confidence and candidates of one side."""
     return (f'<h3>{html.escape(title)}</h3><p class="answer">{html.escape(side["answer"] or "(nothing)")}</p>'
-            + bars_html(words["confidence"], [(side["answer"], side["confidence"])]) + bars_html(words["candidates"], side["candidates"]))
+            + bars_html(words["confidence"], [(side["answer"], side["confidence"])])
+            + bars_html(words["candidates"], side["candidates"]))
 
 
 def answers_html(found, words):
@@ -408,7 +414,8 @@ class Policy:
 
 def import_gradio(folder):
     """gradio, told before it is imported to count nothing, ask no hub, and keep uploads in `folder`."""
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE=os.environ.get("HF_HUB_OFFLINE", "1"), GRADIO_TEMP_DIR=folder)
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE=os.environ.get("HF_HUB_OFFLINE", "1"),
+                      GRADIO_TEMP_DIR=folder)
     try:
         import gradio
     except ModuleNotFoundError as error:
@@ -438,7 +445,8 @@ def ask_tab(gr, words, asked, examples, on):
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             image = picture_of(gr, words["painting"])
-            question = gr.Textbox(label=words["question"], value="Which style is this painting?", max_length=LONGEST, elem_id="question")
+            question = gr.Textbox(label=words["question"], value="Which style is this painting?", max_length=LONGEST,
+                                  elem_id="question")
             button = gr.Button(words["ask"], variant="primary", elem_id="ask")
             style = gr.Dropdown([(words["own"], "")], value="", label=words["style"], elem_id="style")
             mix = gr.Slider(0, 1, value=1, step=0.05, label=words["mix"], elem_id="mix")
@@ -461,8 +469,10 @@ def ask_tab(gr, words, asked, examples, on):
 
 def picture_of(gr, label):
     """Where a picture is dropped; what it holds is a path, decoded by rows.load_image alone."""
-    image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label=label, height=300, buttons=[], elem_classes="picture")
-    image.preprocess = lambda payload: payload and payload.path  # gradio's own opens the file, and of a broken one says "Error" alone
+    image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label=label, height=300, buttons=[],
+                     elem_classes="picture")
+    # gradio's own opens the file, and of a broken one says "Error" alone
+    image.preprocess = lambda payload: payload and payload.path
     return image
 
 
@@ -470,7 +480,8 @@ def caption_tab(gr, words, args, on):
     if not args.captioner:
         return gr.HTML(lines_html(words["no_captioner"]))
     captioner = functools.cache(lambda: load_captioner(args.captioner))
-    image, button, out = picture_of(gr, words["painting"]), gr.Button(words["caption"], variant="primary"), gr.HTML(elem_id="caption")
+    image, button, out = (picture_of(gr, words["painting"]), gr.Button(words["caption"], variant="primary"),
+                          gr.HTML(elem_id="caption"))
 
     def caption(image):
         return block(f'<p class="answer">{html.escape(captioner()(image) or "(nothing)")}</p>')
@@ -524,10 +535,11 @@ def main(argv=None):
     with tempfile.TemporaryDirectory(prefix="demo-") as folder:
         gr = import_gradio(folder)
         from starlette.middleware import Middleware
-        fonts = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]  # of this machine: none is fetched
+        # of this machine: none is fetched
+        fonts = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
         build(gr, args, folder).launch(
-            server_name="127.0.0.1", server_port=args.port, share=False, ssr_mode=False, mcp_server=False, pwa=False, footer_links=[],
-            max_file_size="64mb", inbrowser=args.open, app_kwargs={"middleware": [Middleware(Policy)]}, css=STYLE,
+            server_name="127.0.0.1", server_port=args.port, share=False, ssr_mode=False, mcp_server=False, pwa=False,
+            footer_links=[], max_file_size="64mb", inbrowser=args.open, app_kwargs={"middleware": [Middleware(Policy)]}, css=STYLE,
             theme=gr.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"]))
 
 

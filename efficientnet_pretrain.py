@@ -66,8 +66,8 @@ def get_args(argv=None):
     data.add_argument("--separator", help="of the tables, tab spelled out (default: told from the first line)")
     data.add_argument("--check-data", action="store_true", help="decode every picture, list the broken ones in DATA/broken.txt, "
                                                                 "which training leaves out, and stop; loads no weight")
-    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the longest "
-                                                               "batch, and stop; nothing is written")
+    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
+                                                             "longest batch, and stop; nothing is written")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--arch", default="efficientnet_b3", help="timm's name of an EfficientNet (default: efficientnet_b3)")
@@ -163,7 +163,8 @@ def collate(samples):
     """Samples -> {"images": [B,3,s,s], "labels": [B]}, or {"fault": message}."""
     for pixels, _, row in samples:
         if isinstance(pixels, DataError):
-            return {"fault": f"{row.file}, {loop.named([row])}: {pixels}: --check-data lists such files, and training leaves them out"}
+            return {"fault": f"{row.file}, {loop.named([row])}: {pixels}: --check-data lists such files, and training leaves "
+                             "them out"}
     pixels, labels, _ = zip(*samples)
     return {"images": torch.stack(pixels), "labels": torch.tensor(labels)}
 
@@ -383,7 +384,8 @@ def save_last(run, out):
 
 def settings(run):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "photos", "check_data", "dry_run", "pretrained", "init")
+    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "photos", "check_data", "dry_run", "pretrained",
+            "init")
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
     return {**flags, "classes": run.classes, "training rows (hash)": rows.fingerprint(run.train.rows),
             "validation rows (hash)": rows.fingerprint(run.val.rows), "processes": run.accelerator.num_processes}

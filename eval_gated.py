@@ -51,8 +51,8 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of train_gated.py")
     parser.add_argument("--data", metavar="DIR", help="folder with the CSV files (default: the one of training)")
-    parser.add_argument("--images", metavar="DIR", help="image root (default: as in training, or DATA/images); with --ask the folder "
-                                                           "of pictures")
+    parser.add_argument("--images", metavar="DIR", help="image root (default: as in training, or DATA/images); with --ask "
+                                                        "the folder of pictures")
     parser.add_argument("--split", default="val", help="which CSV file: train, val or test (default: val)")
     parser.add_argument("--columns", nargs="+", metavar="NAME=COLUMN", help="names of your columns (default: as in training)")
     parser.add_argument("--encoding", help="of the CSV file (default: as in training)")
@@ -70,19 +70,20 @@ def get_args(argv=None):
     parser.add_argument("--beams", type=runfolder.positive, default=5, help="beams of generate (default: 5)")
     parser.add_argument("--max-new-tokens", type=runfolder.positive, default=16, help="longest answer of generate (default: 16)")
     parser.add_argument("--table", metavar="FILE.json", help="the table as a list of JSON objects")
-    parser.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves, confusion of styles, how well "
-                                                              "confidence is calibrated, and samples")
+    parser.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves, confusion of "
+                                                              "styles, how well confidence is calibrated, and samples")
     parser.add_argument("--abstain-below", type=runfolder.share, metavar="X",
-                        help="confidence (0 to 1) below which there is no answer: says how many questions are answered and the EM of "
-                             "those, the files keep all answers; with --ask the answer stays empty")
-    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="ask this of every picture of --images and of the folders in it, write "
-                                                                     "--answers, and stop")
-    parser.add_argument("--answers", metavar="FILE.csv", help="of --ask: image, question, answer, confidence; goes on where it stopped, "
-                                                              "FILE.csv.json says what it was made with")
-    parser.add_argument("--maps", type=runfolder.whole, default=0, metavar="N", help="draw where the model looks and what its answers rest on, for "
-                        "the first N questions, and the gates by style, into maps/ beside the checkpoint (default: 0)")
-    parser.add_argument("--export", metavar="DIR", help="write the trained tensors, gate_config.json and a model card there; they are "
-                                                        "loaded again and compared bit by bit before the folder appears")
+                        help="confidence (0 to 1) below which there is no answer: says how many questions are answered and the EM "
+                             "of those, the files keep all answers; with --ask the answer stays empty")
+    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="ask this of every picture of --images and of the folders "
+                                                                     "in it, write --answers, and stop")
+    parser.add_argument("--answers", metavar="FILE.csv", help="of --ask: image, question, answer, confidence; goes on where it "
+                                                              "stopped, FILE.csv.json says what it was made with")
+    parser.add_argument("--maps", type=runfolder.whole, default=0, metavar="N",
+                        help="draw where the model looks and what its answers rest on, for the first N questions, and the gates "
+                             "by style, into maps/ beside the checkpoint (default: 0)")
+    parser.add_argument("--export", metavar="DIR", help="write the trained tensors, gate_config.json and a model card there; they "
+                                                        "are loaded again and compared bit by bit before the folder appears")
     parser.add_argument("--no-baselines", action="store_true", help="only the trained model: a third of the time")
     parser.add_argument("--shuffle-style", action="store_true", help="also with another picture in the style classifier: where the "
                                                                      "gates do the work, style answers must fall")
@@ -92,8 +93,10 @@ def get_args(argv=None):
     parser.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
     parser.add_argument("--batch-size", type=runfolder.positive, default=16, help="questions at a time (default: 16)")
     parser.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
-    parser.add_argument("--cache", metavar="DIR", help="keep the frozen towers' features there, computed once, also those of training")
-    parser.add_argument("--lm-precision", choices=tuple(published.LM_PRECISIONS), help="of the frozen language model (default: as in training)")
+    parser.add_argument("--cache", metavar="DIR",
+                        help="keep the frozen towers' features there, computed once, also those of training")
+    parser.add_argument("--lm-precision", choices=tuple(published.LM_PRECISIONS),
+                        help="of the frozen language model (default: as in training)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                         help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
     args = runfolder.parse_args(parser, argv)
@@ -230,8 +233,8 @@ def ask(args, checkpoint, accelerator):
     names, asked = gallery.pictures_in(args.images), [(question,) for question in dict.fromkeys(args.ask)]
     places = built_as(args, checkpoint)
     search = {"beams": args.beams, "max-new-tokens": args.max_new_tokens} if args.method == "generate" else {}
-    made_with = {"checkpoint (sha256)": folders.digest(args.checkpoint), "--images": os.path.realpath(args.images), "--method": args.method,
-                 **search, "--abstain-below": args.abstain_below, "precision": accelerator.mixed_precision,
+    made_with = {"checkpoint (sha256)": folders.digest(args.checkpoint), "--images": os.path.realpath(args.images),
+                 "--method": args.method, **search, "--abstain-below": args.abstain_below, "precision": accelerator.mixed_precision,
                  "--lm-precision": places.get("lm_precision")}
     with folders.opened(args.answers, ANSWERS, 2, made_with) as table, loop.batch_size_in_memory_errors(args.batch_size):
         todo = table.lacking(names, asked)
@@ -245,7 +248,8 @@ def ask(args, checkpoint, accelerator):
 
         def tell(images, keys):
             return answer_pictures(model, images, keys, args, sorted(checkpoint["answers"]))
-        folders.fill(table, args.images, todo, tell, model.image_size, max(1, args.batch_size // len(asked)), args.workers, accelerator.device)
+        folders.fill(table, args.images, todo, tell, model.image_size, max(1, args.batch_size // len(asked)), args.workers,
+                     accelerator.device)
 
 
 def answer_pictures(model, images, keys, args, candidates):
@@ -257,7 +261,8 @@ def answer_pictures(model, images, keys, args, candidates):
         own = {name: x if x is None else x[numbers] for name, x in features.items()}  # [N,P,W] and [N,F]
         found = answers_to(model, [question for _, (_, question) in part], None, own, args, candidates)
         sure = [math.exp(value) for value in found["confidence"]]
-        cells += [(text if value >= (args.abstain_below or 0) else "", f"{value:.4f}") for text, value in zip(found["prediction"], sure)]
+        cells += [(text if value >= (args.abstain_below or 0) else "", f"{value:.4f}")
+                  for text, value in zip(found["prediction"], sure)]
     return [key for _, key in asked], cells
 
 
@@ -308,8 +313,8 @@ def question_ids(questions):
     seen = {}
     for i, r in zip(ids, questions):
         if i in seen:
-            raise DataError(f"{r.file}: {rows.locate(r.file, seen[i].line)} and {rows.locate(r.file, r.line)} share question_id {i}, "
-                            "which evaluators refuse: make them distinct or rename the column")
+            raise DataError(f"{r.file}: {rows.locate(r.file, seen[i].line)} and {rows.locate(r.file, r.line)} share "
+                            f"question_id {i}, which evaluators refuse: make them distinct or rename the column")
         seen[i] = r
     return ids
 
@@ -355,8 +360,8 @@ class Evaluation:
             questions, contexts = [r.question for r in group], [r.context for r in group]
             return answers_to(model, questions, contexts, features, args, candidates, sure or bool(args.report), **seeing)
         with loop.batch_size_in_memory_errors(args.batch_size):
-            found = evaluate(self.model, data or self.data, self.collate, self.accelerator, args.batch_size, args.workers, weights, answer,
-                             **seeing)
+            found = evaluate(self.model, data or self.data, self.collate, self.accelerator, args.batch_size, args.workers, weights,
+                             answer, **seeing)
         return found if trained else [{k: v for k, v in one.items() if k != "total"} for one in found]  # a part of it is left out
 
 
@@ -374,7 +379,8 @@ def prepare(args, checkpoint, accelerator):
     if args.style == "efficientnet":
         questions, = predicted_styles(args, places["blip2"], places["efficientnet"], [questions], accelerator.device,
                                       accelerator.print)
-    return Evaluation(args, checkpoint, accelerator, model, questions, ids, features, Questions(questions, model.image_size, features),
+    return Evaluation(args, checkpoint, accelerator, model, questions, ids, features,
+                      Questions(questions, model.image_size, features),
                       Collate(model.tokenizer, model.styles, checkpoint["args"]["max_answer"]), places, dtype)
 
 
@@ -424,8 +430,8 @@ def deliver(run, systems, command):
     if args.export:
         batch = run.collate([run.data[i] for i in range(min(4, len(run.data)))])
         moved = {n: run.places.get(n) for n in ("blip2", "efficientnet", "lm_precision")}
-        sharing.export(args.export, run.checkpoint, run.model, sharing.scores(questions, systems), sharing.samples(questions, trained),
-                       command, batch, **moved, dtype=run.dtype, safe=args.safe_load)
+        sharing.export(args.export, run.checkpoint, run.model, sharing.scores(questions, systems),
+                       sharing.samples(questions, trained), command, batch, **moved, dtype=run.dtype, safe=args.safe_load)
         print(f"exported, loaded again and compared: {args.export}")
 
 
@@ -437,7 +443,8 @@ def refuse_places(args):
     """DataError where something that the flags ask for cannot be written, before anything is loaded."""
     if args.predictions and not args.predictions.endswith(".json"):
         raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
-    for path in filter(None, (args.predictions, args.table, args.report, args.answers, args.merge_lora, args.maps and map_folder(args) / "001.png")):
+    for path in filter(None, (args.predictions, args.table, args.report, args.answers, args.merge_lora,
+                              args.maps and map_folder(args) / "001.png")):
         runfolder.refuse_unwritable(path)
     if args.export:
         if args.merge_lora:

@@ -197,5 +197,5 @@ def fill(table, folder, todo, tell, image_size, batch_size, workers, device):
             bar.update(len(group))
     for name, reason in bad.items():
         print(f"left out: {shown(name, 200)}: {reason}")
-    print(f"{table.path}: {len(table.done)} rows, {len(table.done) - before} of them new; {len(bad)} of {len(names)} pictures could "
-          "not be read" + (": the same command tries them again" if bad else ""))
+    print(f"{table.path}: {len(table.done)} rows, {len(table.done) - before} of them new; {len(bad)} of {len(names)} pictures "
+          "could not be read" + (": the same command tries them again" if bad else ""))

@@ -360,7 +360,8 @@ def explain(model, features, question, answer, context="", pixels=None, window=N
     attention, on_cls = mean_map(attention_maps(*asked, context))
     closed = None if model.gates is None else mean_map(attention_maps(*asked, context, gated=False))[0]
     tower = None if pixels is None else tower_occlusion(model, pixels, features, question, answer, context, window, chunk)
-    return Panels(attention, on_cls, closed, gradient_map(*asked, answer, context), occlusion(*asked, answer, context, window, chunk),
+    return Panels(attention, on_cls, closed, gradient_map(*asked, answer, context),
+                  occlusion(*asked, answer, context, window, chunk),
                   tower, window, gate_values(*asked, context), model.qformer.cross_layers,
                   str(model.language_model.get_input_embeddings().weight.dtype).removeprefix("torch."))
 
@@ -474,13 +475,13 @@ def draw_occlusion(axes, picture, panels):
     """Both occlusion maps; the second needs the vision tower and says so where it is absent."""
     size = f"{panels.window} x {panels.window} patches" if panels.window > 1 else "one patch"
     unit = "fall of the answer's log-probability, nats"
-    overlay(axes[0], picture, panels.occlusion, f"occlusion in the cross-attention, {size}\n(evidence: what the queries read)", unit,
-            span(panels.occlusion), diverging=True)
+    overlay(axes[0], picture, panels.occlusion, f"occlusion in the cross-attention, {size}\n(evidence: what the queries read)",
+            unit, span(panels.occlusion), diverging=True)
     if panels.tower is None:
         absent(axes[1], "occlusion in the picture:\nabsent, the vision tower is not\nloaded (features of a cache)")
         return
-    overlay(axes[1], picture, panels.tower, f"occlusion in the picture, {size}\n(evidence: what in it counts)", unit, span(panels.tower),
-            diverging=True)
+    overlay(axes[1], picture, panels.tower, f"occlusion in the picture, {size}\n(evidence: what in it counts)", unit,
+            span(panels.tower), diverging=True)
 
 
 def draw_gates(figure, panels):
@@ -519,7 +520,8 @@ def identity_frame(frame):
     def at(value, part):
         return np.full_like(np.asarray(part["mean"], dtype=float), value).tolist()
 
-    styles = {name: {"n": found["n"], **{part: {"mean": at(1, found[part]), "std": at(0, found[part])} for part in ("key", "value")}}
+    styles = {name: {"n": found["n"],
+                     **{part: {"mean": at(1, found[part]), "std": at(0, found[part])} for part in ("key", "value")}}
               for name, found in frame["styles"].items()}
     return {"step": 0, "layers": frame["layers"], "styles": styles}
 
@@ -544,9 +546,11 @@ def draw_skyline(frame, top):
     height = 1.5 + 1.3 * len(layers) + 0.22 * legend_rows
     figure = Figure(figsize=(13, height), facecolor="white")
     axes = figure.subplots(len(layers), 2, sharey="row", squeeze=False, gridspec_kw={
-        "left": 0.075, "right": 0.985, "top": 1 - 0.75 / height, "bottom": (0.65 + 0.22 * legend_rows) / height, "wspace": 0.04, "hspace": 0.12})
+        "left": 0.075, "right": 0.985, "top": 1 - 0.75 / height, "bottom": (0.65 + 0.22 * legend_rows) / height,
+        "wspace": 0.04, "hspace": 0.12})
     for column, part in enumerate(("key", "value")):
-        mean, std = (np.asarray([found[part][kind] for found in frame["styles"].values()]) for kind in ("mean", "std"))  # [S,layers,heads]
+        # [S,layers,heads]
+        mean, std = (np.asarray([found[part][kind] for found in frame["styles"].values()]) for kind in ("mean", "std"))
         for row, axis in enumerate(axes[:, column]):
             draw_blocks(axis, mean[:, row], std[:, row], colours, top[row])
         axes[0, column].set_title(f"gate on {'K' if part == 'key' else 'V'}", fontsize=11)
@@ -559,8 +563,8 @@ def draw_skyline(frame, top):
     labels = [gallery.wrapped(name, 30, 1).replace("$", r"\$") + f" ({found['n']})" for name, found in frame["styles"].items()]
     figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=8)
     when = f"after step {frame['step']}" if frame["step"] else "before training: the identity"
-    figure.suptitle(f"mean gate of each style by layer and head, {when} (thin: one standard deviation over its questions; own scale a layer)",
-                    fontsize=11, y=1 - 0.22 / height)
+    figure.suptitle(f"mean gate of each style by layer and head, {when} (thin: one standard deviation over its questions; "
+                    "own scale a layer)", fontsize=11, y=1 - 0.22 / height)
     return figure
 
 
@@ -680,15 +684,19 @@ def print_faithfulness(table):
     columns = ("chance", "elsewhere", "above", "peak", "right", *KINDS)
     print(f"{'map':36}{'n':>5}{'inside':>16}" + "".join(f"{name:>10}" for name in columns))
     for row in table:
-        print(f"{row['map']:36}{row['n']:>5}{row['inside']:>8.1%} ± {row['error']:>5.1%}" + "".join(f"{row[name]:>10.1%}" for name in columns))
+        print(f"{row['map']:36}{row['n']:>5}{row['inside']:>8.1%} ± {row['error']:>5.1%}"
+              + "".join(f"{row[name]:>10.1%}" for name in columns))
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faithfulness", action="store_true", required=True, help="share of each map on the things of new drawn scenes")
-    parser.add_argument("--checkpoint", metavar="FILE", help="best.pt of train_gated.py (default: the tiny BLIP-2 as make_tiny.py leaves it)")
+    parser.add_argument("--faithfulness", action="store_true", required=True,
+                        help="share of each map on the things of new drawn scenes")
+    parser.add_argument("--checkpoint", metavar="FILE",
+                        help="best.pt of train_gated.py (default: the tiny BLIP-2 as make_tiny.py leaves it)")
     parser.add_argument("--pictures", type=runfolder.positive, default=100, help="(default: 100)")
-    parser.add_argument("--windows", type=runfolder.positive, nargs="+", default=[1, 2, 3], help="patches on a side (default: 1 2 3)")
+    parser.add_argument("--windows", type=runfolder.positive, nargs="+", default=[1, 2, 3],
+                        help="patches on a side (default: 1 2 3)")
     parser.add_argument("--seed", type=runfolder.whole, default=0, help="of the scenes (default: 0)")
     return runfolder.parse_args(parser, argv)
 

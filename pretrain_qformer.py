@@ -58,26 +58,27 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data", action="append", default=[], metavar="NAME=PLACE",
-                      help="a set of caption pairs, any number of times: a folder or JSON file of COCO's (Karpathy), Visual Genome's "
-                           "or the plain {file: captions} kind, or WebDataset shards (folder of .tar, or a brace pattern)")
+                      help="a set of caption pairs, any number of times: a folder or JSON file of COCO's (Karpathy), Visual "
+                           "Genome's or the plain {file: captions} kind, or WebDataset shards (folder of .tar, or a brace pattern)")
     data.add_argument("--images", metavar="DIR", help="image root of all sets (default: PLACE/images, else PLACE)")
     data.add_argument("--encoding", default="utf-8", help="of the caption files (default: utf-8)")
     data.add_argument("--val-share", type=runfolder.share, default=0.1, help="share of the pictures held out where no set has a "
                                                                              "validation file (default: 0.1)")
     data.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                       help="leave missing or broken pictures out and list them, up to this share (0.01 where no number is given)")
-    data.add_argument("--skip-broken", action="store_true", help="leave broken samples and shards of WebDataset sets out and list them")
+    data.add_argument("--skip-broken", action="store_true",
+                      help="leave broken samples and shards of WebDataset sets out and list them")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
-    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the longest "
-                                                               "batch, and stop; nothing is written")
+    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
+                                                             "longest batch, and stop; nothing is written")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip2", default=DEFAULT, metavar="ID|DIR|tiny",
-                       help="whose vision tower: any BLIP-2 in HuggingFace's format, or its vision part alone; tiny is made on first "
-                            f"use (default: {DEFAULT})")
+                       help="whose vision tower: any BLIP-2 in HuggingFace's format, or its vision part alone; tiny is made on "
+                            f"first use (default: {DEFAULT})")
     model.add_argument("--init", metavar="ID|DIR|FILE|random",
-                       help="where the Q-Former starts: a BERT, a BLIP-2 in image-text-retrieval format, a LAVIS stage-1 .pth, or random "
-                            f"(default: {BERT}; with --blip2 tiny random)")
+                       help="where the Q-Former starts: a BERT, a BLIP-2 in image-text-retrieval format, a LAVIS stage-1 .pth, or "
+                            f"random (default: {BERT}; with --blip2 tiny random)")
     run = parser.add_argument_group("training")
     run.add_argument("--epochs", type=runfolder.positive, default=10, help="(default: 10)")
     run.add_argument("--batch-size", type=runfolder.positive, default=100, help="pairs a step and process (default: 100)")
@@ -89,7 +90,8 @@ def get_args(argv=None):
     run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                      help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
     run.add_argument("--max-val", type=runfolder.positive, default=1000, help="validation pictures scored (default: 1000)")
-    run.add_argument("--rerank", type=runfolder.whole, default=16, metavar="K", help="matches re-ranked by ITM; 0 = none (default: 16)")
+    run.add_argument("--rerank", type=runfolder.whole, default=16, metavar="K",
+                     help="matches re-ranked by ITM; 0 = none (default: 16)")
     run.add_argument("--seed", type=runfolder.whole, default=42, help="(default: 42)")
     run.add_argument("--out", default="runs/qformer", metavar="DIR", help="run folder (default: runs/qformer)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
@@ -117,7 +119,8 @@ def places_of(args):
     tars = {name: place for name, place in places.items() if shards.is_shards(place)}
     files = {name: place for name, place in places.items() if name not in tars}
     if not files:
-        raise DataError("--data: only sets of tar files: add one with pictures in a folder, of which a part is held out for validation")
+        raise DataError("--data: only sets of tar files: add one with pictures in a folder, of which a part is held out "
+                        "for validation")
     return files, tars
 
 
@@ -130,7 +133,8 @@ def read_data(args, say=print):
     if len(shown) < len({pair.image_id for pair in val}):
         say(f"val: {len(shown)} of its pictures are scored (--max-val)")
     streamed = [shard for name, place in tars.items() for shard in
-                shards.count_samples(shards.shard_files(place), name, pathlib.Path(args.out) / "shards.json", args.skip_broken, say)]
+                shards.count_samples(shards.shard_files(place), name, pathlib.Path(args.out) / "shards.json", args.skip_broken,
+                                     say)]
     return train, [pair for pair in val if pair.image_id in set(shown)], streamed
 
 
@@ -366,7 +370,8 @@ def start_from_bert(model, state, source):
             own[name] = torch.cat([state[theirs], start[len(state[theirs]):]])
         elif "crossattention" not in name and theirs in state:
             if state[theirs].shape != tensor.shape:
-                raise DataError(f"{source}: {theirs} is {tuple(state[theirs].shape)}, {tuple(tensor.shape)} is wanted: not the BERT of its config")
+                raise DataError(f"{source}: {theirs} is {tuple(state[theirs].shape)}, {tuple(tensor.shape)} is wanted: "
+                                "not the BERT of its config")
             own[name] = state[theirs]
         elif tensor.ndim > 1:
             own[name] = fresh(tensor.shape)
@@ -539,7 +544,8 @@ class Run:
         return (next(of_stream if mine is None else of_pairs) for mine in plan[done:])
 
     def lr(self, step):
-        return loop.cosine_lr(step, self.total, min(self.args.warmup, self.total // 10), self.args.lr, min(self.args.min_lr, self.args.lr))
+        return loop.cosine_lr(step, self.total, min(self.args.warmup, self.total // 10), self.args.lr,
+                              min(self.args.min_lr, self.args.lr))
 
     def chance(self):
         """Losses of a model that knows nothing: ITC of equal logits, ITM of the share of right pairs alone, ITG of equal words."""
@@ -553,8 +559,9 @@ def save_best(run, out):
     """best.pt: trained tensors and plain values only."""
     import transformers
     runfolder.save_checkpoint(out / "best.pt", {
-        "stage": "qformer", "state": runfolder.trainable_state(run.model), "model_args": {"blip2": run.args.blip2, "init": run.args.init},
-        "args": vars(run.args), **run.marks, "frozen": runfolder.fingerprint(run.model), "precision": run.accelerator.mixed_precision,
+        "stage": "qformer", "state": runfolder.trainable_state(run.model),
+        "model_args": {"blip2": run.args.blip2, "init": run.args.init}, "args": vars(run.args), **run.marks,
+        "frozen": runfolder.fingerprint(run.model), "precision": run.accelerator.mixed_precision,
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
 
 
@@ -571,7 +578,8 @@ def settings(run):
     if not run.stream.shards:
         free.append("workers")  # which of them reads what of a tar file decides the order
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
-    return {**flags, "training pairs (hash)": pairs.fingerprint(run.train.rows), "validation pairs (hash)": pairs.fingerprint(run.val.rows),
+    return {**flags, "training pairs (hash)": pairs.fingerprint(run.train.rows),
+            "validation pairs (hash)": pairs.fingerprint(run.val.rows),
             "tar files": [[pathlib.Path(shard.path).name, shard.samples] for shard in run.stream.shards],
             "processes": run.accelerator.num_processes}
 
@@ -583,7 +591,8 @@ def restore(run, path):
         raise DataError(f"{path}: a checkpoint of another stage ({last.get('stage')}) and not of this one")
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
     if last["frozen"] != runfolder.fingerprint(run.model):
-        raise DataError(f"{path} was trained on another vision tower than the one given now: pass the same --blip2, or another --out")
+        raise DataError(f"{path} was trained on another vision tower than the one given now: "
+                        "pass the same --blip2, or another --out")
     runfolder.load_trainable(run.model, last["state"], path)
     runfolder.restore_training(run, last)
 
@@ -631,7 +640,8 @@ def train_epoch(run, epoch, stop):
             together = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
             if run.log:
                 run.log.write("step", run.step, epoch=epoch + 1, lr=lr, grad_norm=norm, temp=run.model.temp.item(),
-                              **dict(zip(sums, together.tolist())), **{f"{name} chance": value for name, value in chance_of.items()})
+                              **dict(zip(sums, together.tolist())),
+                              **{f"{name} chance": value for name, value in chance_of.items()})
         if loop.stopped(accelerator, stop):
             break
 
@@ -653,7 +663,8 @@ def rehearse(run):
     few = Captioned(run.val.rows[:run.args.batch_size], run.val.size)
     evaluate(run.model, few, run.collate, run.accelerator, run.args.batch_size, run.args.workers, run.args.rerank)
     if torch.cuda.is_available():
-        run.accelerator.print(f"most GPU memory in a rehearsal of the longest batches: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        run.accelerator.print("most GPU memory in a rehearsal of the longest batches: "
+                              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def make_optimizer(model, lr, weight_decay):
@@ -675,8 +686,8 @@ def prepare(args):
         runfolder.print_parts(model)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
     stream = shards.ShardStream(streamed, model.image_size, args.seed, accelerator.process_index, accelerator.num_processes)
-    return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer), Captioned(train, model.image_size, args.seed),
-               Captioned(val, model.image_size), stream)
+    return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer),
+               Captioned(train, model.image_size, args.seed), Captioned(val, model.image_size), stream)
 
 
 def train(run, out, stop):
@@ -759,7 +770,8 @@ def fit(args):
         images = len({pair.image_id for pair in run.val.rows})
         streamed = sum(shard.samples for shard in run.stream.shards)
         say(f"{len(run.train)} training pairs and {streamed} in tar files, {len(run.val)} validation pairs of {images} pictures; "
-            f"{run.total} steps of {min(len(run.train), run.args.batch_size * run.accelerator.num_processes)}, lr {args.lr:g}, precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
+            f"{run.total} steps of {min(len(run.train), run.args.batch_size * run.accelerator.num_processes)}, lr {args.lr:g}, "
+            f"precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
         say(f"a model that knows nothing: {told(run.chance())}; recall of a random order: {told(chance(len(run.val), images))}")
         rehearse(run)
         train(run, out, stop)

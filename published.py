@@ -153,7 +153,8 @@ def load_bert(name):
     except Exception as error:  # as above
         raise DataError(f"{name}: no BERT that can be loaded ({' '.join(str(error).split())[:160]})") from None
     if found["missing_keys"]:
-        raise DataError(f"{name}: {len(found['missing_keys'])} tensors of a BERT are missing, first {sorted(found['missing_keys'])[:3]}")
+        raise DataError(f"{name}: {len(found['missing_keys'])} tensors of a BERT are missing, "
+                        f"first {sorted(found['missing_keys'])[:3]}")
     return model.state_dict()
 
 
@@ -162,7 +163,8 @@ def refuse_other_folder(path, kind):
     try:
         held = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: not a {kind} folder (no readable config.json); give the folder that save_pretrained wrote") from None
+        raise DataError(f"{path}: not a {kind} folder (no readable config.json); "
+                        "give the folder that save_pretrained wrote") from None
     if held != kind.lower():
         raise DataError(f"{path}: a {held} model and not a {kind} (model_type of its config.json)")
     for file in sorted(path.glob("*.safetensors")):

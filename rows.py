@@ -311,7 +311,8 @@ def load_image(path, max_pixels=178_956_970, file=None):
         raise DataError(f"{path}: cannot be read ({reason}): replace it") from error
 
 
-PREPROCESSING = f"upright RGB on white, squashed, bicubic, BLIP mean and std, Pillow {PIL.__version__}"  # of picture_tensor; in a cache's key
+# of picture_tensor; in a cache's key
+PREPROCESSING = f"upright RGB on white, squashed, bicubic, BLIP mean and std, Pillow {PIL.__version__}"
 
 
 def picture_tensor(path, size):
@@ -372,7 +373,8 @@ def usable_rows(rows, skip_bad=0.0, broken=()):
         listed = " | ".join(f"{where}: {reason}" for reason, where in list(firsts.items())[:5])
         advice = "mend them, check --images, or leave them out with --skip-bad" if good else "check --data and --images"
         if skip_bad and good:
-            advice = f"more than the {skip_bad:.1%} that --skip-bad allows; --skip-bad {len(refused) / len(rows) + 0.005:.2f} leaves them out"
+            advice = (f"more than the {skip_bad:.1%} that --skip-bad allows; "
+                      f"--skip-bad {len(refused) / len(rows) + 0.005:.2f} leaves them out")
         raise DataError(f"{bad[0][0].file}: {len(refused)} of {len(rows)} rows cannot be used: {listed}: {advice}")
     return good, bad
 

@@ -85,7 +85,8 @@ def load_checkpoint(path, needs=()):
         with zipfile.ZipFile(path) as parts:  # torch.load itself never looks at the check sums
             changed = parts.testzip()
             # nor do check sums cover these two, which torch.save leaves at 0
-            changed = changed or next((part.filename for part in parts.infolist() if part.external_attr or part.compress_type), None)
+            changed = changed or next((part.filename for part in parts.infolist() if part.external_attr or part.compress_type),
+                                      None)
         if changed:
             raise ValueError(f"the bytes of {changed} have changed since they were written")
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -70,8 +70,8 @@ def read(folder):
     if (path / CONFIG).is_file():
         return _read_export(path)
     if path.is_dir() and not (path / "best.pt").is_file():
-        raise DataError(f"{folder}: neither best.pt nor {CONFIG} in it: give the folder of a run of train_gated.py, its best.pt, or "
-                        "a folder that eval_gated.py --export wrote")
+        raise DataError(f"{folder}: neither best.pt nor {CONFIG} in it: give the folder of a run of train_gated.py, its best.pt, "
+                        "or a folder that eval_gated.py --export wrote")
     path = path / "best.pt" if path.is_dir() else path
     best = runfolder.load_checkpoint(path, ("model_args", "state", "frozen"))
     if best.get("stage", "gated") != "gated":
@@ -182,7 +182,8 @@ class Processor:
             raise DataError(f"{getattr(picture, 'filename', '') or 'a PIL image'}: cannot be read ({error})") from None
 
 
-def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.float32, lm_precision=None, qformer=None, safe=True):
+def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.float32, lm_precision=None, qformer=None,
+               safe=True):
     """What was trained -> (Blip2OPTGated in eval mode, Processor).
 
     folder: runs/<name>/, its best.pt, or an exported folder. blip2, efficientnet, qformer: where these of the training lie now, if
@@ -214,12 +215,12 @@ def _places(saved, moved):
     from train_gated import resolved  # here, since train_gated imports this file
     is_local = saved.config.get("base_model", {}).get("kind") == "folder"
     if is_local and "blip2" not in moved and not pathlib.Path(saved.settings["blip2"]).exists():
-        raise DataError(f"{saved.source}: its base model was a folder called {saved.settings['blip2']!r} where it was trained: pass "
-                        "blip2= (--blip2) with where it lies here")
+        raise DataError(f"{saved.source}: its base model was a folder called {saved.settings['blip2']!r} where it was trained: "
+                        "pass blip2= (--blip2) with where it lies here")
     places = {"lm_precision": None, "qformer": None, **resolved({**saved.settings, **moved})}
     if places["gating"] != "none" and not pathlib.Path(places["efficientnet"]).is_file():
-        raise DataError(f"{saved.source}: no style classifier at {places['efficientnet']}: pass efficientnet= (--efficientnet) with "
-                        "the one of the training")
+        raise DataError(f"{saved.source}: no style classifier at {places['efficientnet']}: pass efficientnet= (--efficientnet) "
+                        "with the one of the training")
     if places["qformer"] and not pathlib.Path(places["qformer"]).exists():
         raise DataError(f"{saved.source}: no Q-Former at {places['qformer']}: pass qformer= with the one of the training")
     return places
@@ -276,8 +277,8 @@ def verify(source, model, batch, **loaded):
         raise DataError(f"{source}: another style vocabulary when it is loaded again: {fresh.styles[:5]}, was {model.styles[:5]}")
     again, first = logits(fresh, batch), logits(model, batch)  # [M,V]
     if not same_bits(again, first):
-        raise DataError(f"{source}: other logits when it is loaded again: {(again != first).sum()} of {first.numel()} differ, by at "
-                        f"most {(again - first).abs().max():.3g}: do not share it, and report this with python core.py --env")
+        raise DataError(f"{source}: other logits when it is loaded again: {(again != first).sum()} of {first.numel()} differ, "
+                        f"by at most {(again - first).abs().max():.3g}: do not share it, and report this with python core.py --env")
 
 
 def verify_saved(path, model):
@@ -464,7 +465,8 @@ def model_card(name, config, checkpoint, table, samples, command):
         "## Data", "", f"Questions about pictures, of the folder {plain(last_part(data['data']))}; styles from: "
                        f"{plain(data.get('style', 'column'))}. {CHOSEN.format(**_choice(checkpoint))}", "",
         "## Scores", "", f"{plain(table.file)}: {table.questions:,} questions about {table.pictures:,} pictures; in percent, with "
-                         "95 % bootstrap intervals over the pictures, which do not cover what another seed of training would change.",
+                         "95 % bootstrap intervals over the pictures, which do not cover what another seed of training would "
+                         "change.",
         "",
         *markdown_table(("system", "question type", "questions", *report.SCORES), metrics), "",
         "## Commands", "", "    " + told_command(training_command(data)), "    " + told_command(["python", *command]), "",
@@ -509,7 +511,8 @@ def _facts(config, checkpoint):
     rank, whole = config["lora_rank"], "W_K and W_V of the cross-attention"
     parts = {"gates and prompt mapper": config["gating"] != "none", "language projection": True,
              "style head": any(name.startswith("style_head.") for name in checkpoint["state"]),
-             "Q-Former and its queries": config["train_qformer"], whole: config.get("own_kv"), f"LoRA of rank {rank} on {whole}": rank}
+             "Q-Former and its queries": config["train_qformer"], whole: config.get("own_kv"),
+             f"LoRA of rank {rank} on {whole}": rank}
     weights = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in config["loss_weights"].items())
     facts = [("base model", plain(base["name"]) + kind), ("revision", base["revision"] or "not known"),
              ("style classifier", plain(config["style_classifier"] or "the project's own")), ("gating", gating),
@@ -607,8 +610,8 @@ def _host_names():
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "timm", "peft", "bitsandbytes", "safetensors", "huggingface_hub",
             "numpy", "pillow")
 VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS",
-             "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "PYTORCH_CUDA_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG",
-             "NCCL_P2P_DISABLE", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR")
+             "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "PYTORCH_CUDA_ALLOC_CONF",
+             "CUBLAS_WORKSPACE_CONFIG", "NCCL_P2P_DISABLE", "LD_LIBRARY_PATH", "PYTHONPATH", "TMPDIR")
 
 
 def environment():

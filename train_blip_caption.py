@@ -76,8 +76,8 @@ def get_args(argv=None):
     data.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                       help="leave bad or missing pictures out and list them, up to this share (0.01 where no number is given)")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
-    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the longest "
-                                                               "batch, and stop; nothing is written")
+    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
+                                                             "longest batch, and stop; nothing is written")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip", metavar="ID|DIR|tiny", help="HuggingFace id, local folder, or tiny (made on first use); default "
@@ -111,10 +111,11 @@ def get_args(argv=None):
     look.add_argument("--zero-shot", action="store_true", help="score the untrained weights and stop")
     look.add_argument("--checkpoint", metavar="FILE", help="a best.pt: score it and stop, or use it for --caption")
     look.add_argument("--caption", nargs="+", metavar="PATH", help="caption these pictures and folders of pictures and stop")
-    look.add_argument("--captions", metavar="FILE.csv", help="with --caption DIR: image, caption of every picture in the folder and in those "
-                                                             "below; goes on where it stopped, FILE.csv.json says what it was made with")
-    look.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves and samples, in training of the "
-                                                            "best epoch; that of the test split is FILE_test.html")
+    look.add_argument("--captions", metavar="FILE.csv",
+                      help="with --caption DIR: image, caption of every picture in the folder and in those below; goes on where it "
+                           "stopped, FILE.csv.json says what it was made with")
+    look.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves and samples, in "
+                                                            "training of the best epoch; that of the test split is FILE_test.html")
     look.add_argument("--json", action="store_true", help="print captions and scores as JSON")
     look.add_argument("--cases", type=runfolder.whole, default=0, metavar="N",
                       help="write OUT/cases.html: the N worst and the N best validation pictures")
@@ -381,8 +382,8 @@ def save_last(run, out):
 
 def settings(run):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "cases", "json",
-            "val_batch", "checkpoint", "caption", "captions", "report", "zero_shot")
+    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "cases",
+            "json", "val_batch", "checkpoint", "caption", "captions", "report", "zero_shot")
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
     return {**flags, "training pictures (hash)": fingerprint(run.train.rows),
             "validation pictures (hash)": fingerprint(run.val.rows), "METEOR": metrics.meteor_name(),
@@ -473,7 +474,8 @@ def train_epoch(run, epoch, plan, stop):
 def validate(run, data):
     """(numbers of an evaluation, what evaluate found)."""
     args = run.args
-    found = evaluate(run.model, run.tokenizer, data, run.collate, run.accelerator, GENERATION, args.val_batch, args.workers, bool(args.report))
+    found = evaluate(run.model, run.tokenizer, data, run.collate, run.accelerator, GENERATION, args.val_batch, args.workers,
+                     bool(args.report))
     return numbers_of(found, data), found
 
 
@@ -606,8 +608,8 @@ def dry_run(args):
     run = prepare(args)
     for number in range(min(3, len(run.train))):
         first, *others = run.train.ids[number]
-        run.accelerator.print(f"{run.train.rows[number].name}: [{run.tokenizer.decode([first])}] |{run.tokenizer.decode(others)!r}, "
-                              f"{len(others)} tokens are trained")
+        run.accelerator.print(f"{run.train.rows[number].name}: [{run.tokenizer.decode([first])}] |"
+                              f"{run.tokenizer.decode(others)!r}, {len(others)} tokens are trained")
     loop.dry_run(run, rehearse)
 
 
@@ -672,7 +674,8 @@ def score(args):
         say(f"{split}: {told(numbers)}")
         result[split] = {"scores": numbers, "captions": captions_of(data, found)}
         if args.cases and split == "val" and accelerator.is_main_process:
-            write_cases(page, data, list(result[split]["captions"].values()), args.cases, f"{args.checkpoint or args.blip}: {split}")
+            write_cases(page, data, list(result[split]["captions"].values()), args.cases,
+                        f"{args.checkpoint or args.blip}: {split}")
             say(f"{page}: {args.cases} worst and best")
         if args.report and accelerator.is_main_process:
             say(f"report: {write_report(args, args.checkpoint, split, data, found)}")
@@ -708,9 +711,10 @@ def caption_folder(args):
         with accelerator.autocast():
             return [key for key, in keys], [(text,) for text in describe(model, tokenizer, images, generation)]
 
-    with folders.opened(args.captions, ("image", "caption"), 1, made_with) as table, loop.batch_size_in_memory_errors(args.val_batch, "--val-batch"):
-        folders.fill(table, folder, table.lacking(names, [()]), tell, model.config.vision_config.image_size, args.val_batch, args.workers,
-                     accelerator.device)
+    with (folders.opened(args.captions, ("image", "caption"), 1, made_with) as table,
+          loop.batch_size_in_memory_errors(args.val_batch, "--val-batch")):
+        folders.fill(table, folder, table.lacking(names, [()]), tell, model.config.vision_config.image_size, args.val_batch,
+                     args.workers, accelerator.device)
 
 
 def caption(args):

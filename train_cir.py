@@ -46,12 +46,13 @@ CLIP = 1.0  # gradient norm
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 RECALLS = {"cirr": ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"), "fashioniq": ("R@10", "R@50", "mean")}
 MODEL_ARGS = ("blip2", "no_gate", "spatial_attention", "transform", "target_ratio", "loss_rtc")  # kept in best.pt
-FREE = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "checkpoint", "submit",
-        "gate_maps", "report", "search", "image", "gallery", "top", "cache")  # flags that may differ on --resume
+FREE = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "checkpoint",
+        "submit", "gate_maps", "report", "search", "image", "gallery", "top", "cache")  # flags that may differ on --resume
 MAPS = 8  # queries that --gate-maps draws
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "itc", "rtc", "align", "patch", "temp", "grad_norm", "change",
                *RECALLS["cirr"])
-PANELS = [("loss", [("step", name, label) for name, label in (("loss", "sum"), ("itc", "itc"), ("rtc", "rtc"), ("align", "align"))]),
+PANELS = [("loss", [("step", name, label)
+                    for name, label in (("loss", "sum"), ("itc", "itc"), ("rtc", "rtc"), ("align", "align"))]),
           ("validation", [("epoch", name, name) for name in ("mean", "R@1", "R@5", "R@10", "Rs@1")]),
           ("learning", [("step", "grad_norm", "gradient norm"), ("epoch", "change", "change by the gate")])]
 
@@ -61,7 +62,8 @@ def get_args(argv=None):
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", help="folder with captions/ and image_splits/ of CIRR or FashionIQ")
     data.add_argument("--format", choices=tuple(RECALLS), default="cirr", help="whose layout it is (default: cirr)")
-    data.add_argument("--images", metavar="DIR", help="image root (default: the first of DATA/img_raw, DATA/images, DATA that fits)")
+    data.add_argument("--images", metavar="DIR",
+                      help="image root (default: the first of DATA/img_raw, DATA/images, DATA that fits)")
     data.add_argument("--transform", choices=("targetpad", "squarepad", "plain"), default="targetpad",
                       help="pad to a ratio and crop, pad to a square, or squash (default: targetpad)")
     data.add_argument("--target-ratio", type=runfolder.rate, default=1.25, help="of targetpad, 1 or more (default: 1.25)")
@@ -69,25 +71,26 @@ def get_args(argv=None):
                       help="leave missing or broken pictures out and list them, up to this share (0.01 where no number is given); "
                            "recall is then over a smaller gallery")
     data.add_argument("--check-data", action="store_true", help="read everything, list missing pictures, and stop; loads no weight")
-    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the longest "
-                                                               "batch, and stop; nothing is written")
+    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
+                                                             "longest batch, and stop; nothing is written")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
-    data.add_argument("--cache", metavar="DIR", help="keep the vision tower's features there, computed once: 0.7 MB a picture in bf16 (default: "
-                                                     "none, the tower runs in every step)")
+    data.add_argument("--cache", metavar="DIR", help="keep the vision tower's features there, computed once: 0.7 MB a picture in "
+                                                     "bf16 (default: none, the tower runs in every step)")
     model = parser.add_argument_group("model")
-    model.add_argument("--blip2", metavar="ID|DIR|tiny", help="HuggingFace id or folder in its image-text-retrieval format, or tiny "
-                                                              f"(made on first use); default {DEFAULT}")
+    model.add_argument("--blip2", metavar="ID|DIR|tiny", help="HuggingFace id or folder in its image-text-retrieval format, or "
+                                                              f"tiny (made on first use); default {DEFAULT}")
     model.add_argument("--qformer", metavar="DIR|FILE", help="Q-Former and heads from elsewhere: a folder of pretrain_qformer.py, "
                                                              "or a LAVIS stage-1 .pth")
     model.add_argument("--no-gate", action="store_true", help="SPRC without the gated fusion, the baseline")
-    model.add_argument("--spatial-attention", action="store_true", help="the sentence also says where in the picture the fusion acts")
+    model.add_argument("--spatial-attention", action="store_true",
+                       help="the sentence also says where in the picture the fusion acts")
     loss = parser.add_argument_group("loss (0 switches a term off)")
     loss.add_argument("--loss-rtc", type=runfolder.weight, default=0.4, help="learned prompts with the sentence find the target "
                                                                              "(default: 0.4)")
     loss.add_argument("--loss-align", type=runfolder.weight, default=0.4, help="the sentence-level prompt near the learned ones "
                                                                                "(default: 0.4)")
-    loss.add_argument("--loss-patch", type=runfolder.weight, default=0.0, help="late interaction of query tokens with target tokens "
-                                                                               "(default: 0)")
+    loss.add_argument("--loss-patch", type=runfolder.weight, default=0.0, help="late interaction of query tokens with target "
+                                                                               "tokens (default: 0)")
     loss.add_argument("--hard-batch", type=runfolder.weight, default=0.0, metavar="BETA",
                       help="weigh the negatives of a batch by exp(BETA cosine) (default: 0)")
     loss.add_argument("--hard-set", type=runfolder.whole, default=0, metavar="N",
@@ -110,9 +113,10 @@ def get_args(argv=None):
     look = parser.add_argument_group("evaluation and search")
     look.add_argument("--checkpoint", metavar="FILE", help="a best.pt: score the validation split, or use it for --search")
     look.add_argument("--submit", metavar="DIR", help="write the two files of CIRR's test server for the split test1")
-    look.add_argument("--gate-maps", metavar="DIR", help="a picture for each of 8 validation queries: what the gate changed, what was found")
-    look.add_argument("--report", metavar="FILE.html", help="a page with recalls and their intervals, curves and queries with what was found; in "
-                                                            "training of the best epoch")
+    look.add_argument("--gate-maps", metavar="DIR",
+                      help="a picture for each of 8 validation queries: what the gate changed, what was found")
+    look.add_argument("--report", metavar="FILE.html", help="a page with recalls and their intervals, curves and queries with what "
+                                                            "was found; in training of the best epoch")
     look.add_argument("--search", metavar="TEXT", help="find pictures of --gallery by --image and this text")
     look.add_argument("--image", metavar="FILE", help="reference picture of --search, whose matches go to OUT/search.html too")
     look.add_argument("--gallery", metavar="DIR", help="folder of pictures, indexed once")
@@ -141,7 +145,8 @@ def get_args(argv=None):
 
 def read_data(args, split, say=print):
     """The pools of a split, every picture found; missing ones refused, with --skip-bad left out and listed."""
-    return cirr.read_split(args.data, args.format, split, args.images, skip_bad=args.skip_bad, workers=max(1, args.workers), say=say)
+    return cirr.read_split(args.data, args.format, split, args.images, skip_bad=args.skip_bad, workers=max(1, args.workers),
+                           say=say)
 
 
 class Triplets(Dataset):
@@ -366,8 +371,8 @@ def picture_source(args, model, pools, accelerator):
         return opener
     paths = list(dict.fromkeys(path for pool in pools for path in pool.gallery.values()))
     with accelerator.main_process_first():  # the others find everything there
-        store = cache.vision_features(args.cache, model.vision_model, paths, opener, f"{args.transform}, {args.target_ratio}", args.workers,
-                                      accelerator.device, accelerator.print)
+        store = cache.vision_features(args.cache, model.vision_model, paths, opener, f"{args.transform}, {args.target_ratio}",
+                                      args.workers, accelerator.device, accelerator.print)
     model.vision_model = None
     return store.__getitem__
 
@@ -376,7 +381,8 @@ def make_optimizer(model, lr, weight_decay):
     """AdamW as SPRC has it: betas (0.9, 0.98), eps 1e-7; but no decay on biases, norms and scalars."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98), eps=1e-7)
+                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}],
+                             lr=lr, betas=(0.9, 0.98), eps=1e-7)
 
 
 # --- evaluation ------------
@@ -394,14 +400,16 @@ def encode(model, pool, opener, accelerator, batch_size, workers):
     mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     loaded, found = iter(loop.load_batches(data, collate_gallery, batches, workers)), []
-    for numbers in tqdm(batches, desc="encoding", leave=False, mininterval=1, disable=None if accelerator.is_main_process else True):
+    for numbers in tqdm(batches, desc="encoding", leave=False, mininterval=1,
+                        disable=None if accelerator.is_main_process else True):
         embeds = model.image_embeds(loop.next_batch(loaded, accelerator.device)["images"])  # [B,P,W]
         with accelerator.autocast():
             features = model.image_features(embeds).float().cpu()
         asked = [(k, n) for k, i in enumerate(numbers) for n in queries_of.get(data.names[i], ())]
         for start in range(0, len(asked), batch_size):
             places, which = zip(*asked[start:start + batch_size])
-            text = core.to_device(core.text_ids(model.tokenizer, [cirr.text_of(pool.queries[n]) for n in which]), accelerator.device)
+            text = core.to_device(core.text_ids(model.tokenizer, [cirr.text_of(pool.queries[n]) for n in which]),
+                                  accelerator.device)
             reference = embeds[list(places)]
             with accelerator.autocast():
                 vectors = model.query(reference, **text)[1].float().cpu()
@@ -512,8 +520,8 @@ def save_best(run, out):
     import transformers
     model_args = {name: getattr(run.args, name) for name in MODEL_ARGS}
     runfolder.save_checkpoint(out / "best.pt", {
-        "stage": "cir", "state": runfolder.trainable_state(run.model), "model_args": model_args, "args": vars(run.args), **run.marks,
-        "frozen": run.frozen, "precision": run.accelerator.mixed_precision,
+        "stage": "cir", "state": runfolder.trainable_state(run.model), "model_args": model_args, "args": vars(run.args),
+        **run.marks, "frozen": run.frozen, "precision": run.accelerator.mixed_precision,
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
 
 
@@ -531,7 +539,8 @@ def load_best(args):
     with accelerator.main_process_first():
         model = load_model(args, core.DTYPES[accelerator.mixed_precision])
     if runfolder.fingerprint(model) != best["frozen"]:
-        raise DataError(f"{args.checkpoint} was trained on another vision tower than {args.blip2 or DEFAULT}: pass --blip2 with its folder")
+        raise DataError(f"{args.checkpoint} was trained on another vision tower than {args.blip2 or DEFAULT}: "
+                        "pass --blip2 with its folder")
     runfolder.load_trainable(model, best["state"], args.checkpoint)
     return best, model.eval().to(accelerator.device), accelerator
 
@@ -558,7 +567,8 @@ def restore(run, path):
         raise DataError(f"{path}: a checkpoint of another stage ({last.get('stage')}) and not of this one")
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
     if last["frozen"] != run.frozen:
-        raise DataError(f"{path} was trained on another vision tower than the one given now: pass the same --blip2, or another --out")
+        raise DataError(f"{path} was trained on another vision tower than the one given now: "
+                        "pass the same --blip2, or another --out")
     runfolder.load_trainable(run.model, last["state"], path)
     runfolder.restore_training(run, last)
 
@@ -631,7 +641,8 @@ def rehearse(run):
     few = replace(pool, queries=pool.queries[:1], gallery={name: pool.gallery[name] for name in names})
     encode(run.model, few, run.opener, run.accelerator, run.args.batch_size, run.args.workers)
     if torch.cuda.is_available():
-        run.accelerator.print(f"most GPU memory in a rehearsal of the longest batches: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        run.accelerator.print("most GPU memory in a rehearsal of the longest batches: "
+                              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def prepare(args):
@@ -794,7 +805,8 @@ def draw_maps(args, model, pool, scores, opener, say):
         change = patch_change(model, model.image_embeds(opener(path)[None].to(device)), text)[0, 1:]  # [P-1], without [CLS]
         side = math.isqrt(len(change))
         best = [name for name in next(cirr.ranking(scores[[number]], names)) if name != query.reference][:5]
-        gallery.draw_gate_map(folder / f"{query.pairid}.png", rows.tensor_image(pixels_of(path)), change.view(side, side).cpu().numpy(), cirr.text_of(query),
+        gallery.draw_gate_map(folder / f"{query.pairid}.png", rows.tensor_image(pixels_of(path)),
+                              change.view(side, side).cpu().numpy(), cirr.text_of(query),
                               pool.gallery[query.target], [(pool.gallery[name], name == query.target) for name in best])
     say(f"{folder}: gate maps of {min(MAPS, len(pool.queries))} queries")
 

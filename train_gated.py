@@ -51,8 +51,8 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, metavar="DIR|FILE", help="folder with train.csv and val.csv, or one table")
-    data.add_argument("--val-share", type=runfolder.share, default=0.1, help="share of the pictures held out for validation where --data is "
-                                                                   "one table (default: 0.1)")
+    data.add_argument("--val-share", type=runfolder.share, default=0.1,
+                      help="share of the pictures held out for validation where --data is one table (default: 0.1)")
     data.add_argument("--images", metavar="DIR", help="image root (default: DATA/images, else DATA)")
     data.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN",
                       help="names of your columns, e.g. answer=label; names: image question answer question_type style")
@@ -69,11 +69,11 @@ def get_args(argv=None):
                       help="leave bad rows and broken or missing images out and list them, up to this share of a split "
                            "(0.01 where no number is given)")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
-    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the longest "
-                                                               "batch, and stop; nothing is written")
+    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
+                                                             "longest batch, and stop; nothing is written")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
-    data.add_argument("--cache", metavar="DIR", help="keep the frozen towers' features there, computed once: 0.7 MB a picture in bf16 (default: "
-                                                     "none, the towers run in every step)")
+    data.add_argument("--cache", metavar="DIR", help="keep the frozen towers' features there, computed once: 0.7 MB a picture in "
+                                                     "bf16 (default: none, the towers run in every step)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip2", default="Salesforce/blip2-opt-2.7b", metavar="ID|DIR|tiny",
                        help="HuggingFace id, local folder, or tiny (made on first use); default Salesforce/blip2-opt-2.7b, "
@@ -89,7 +89,8 @@ def get_args(argv=None):
                        help="one gate value a head or a channel (default: head)")
     model.add_argument("--gate-scale", type=runfolder.rate, default=1.0, help="start value of the learned gate scale (default: 1)")
     model.add_argument("--train-qformer", action="store_true", help="train the Q-Former and its queries too")
-    model.add_argument("--lora-rank", type=runfolder.whole, default=0, help="LoRA on the cross-attention's W_K and W_V (default: 0 = off)")
+    model.add_argument("--lora-rank", type=runfolder.whole, default=0,
+                       help="LoRA on the cross-attention's W_K and W_V (default: 0 = off)")
     loss = parser.add_argument_group("loss (0 switches a term off)")
     loss.add_argument("--hit-weight", type=float, default=0.1, help="style words where the answer is a style (default: 0.1)")
     loss.add_argument("--kl-weight", type=float, default=0.05, help="image style against answer style (default: 0.05)")
@@ -97,8 +98,9 @@ def get_args(argv=None):
     run.add_argument("--epochs", type=runfolder.positive, default=10, help="(default: 10)")
     run.add_argument("--batch-size", type=runfolder.positive, default=16, help="questions a step and process (default: 16)")
     run.add_argument("--accumulation", type=runfolder.positive, default=2, help="batches an optimizer step (default: 2)")
-    run.add_argument("--length-pool", type=runfolder.positive, default=1, metavar="N", help="optimizer steps whose questions are sorted by length "
-                     "together: more saves pads, but makes batches of one kind of question (default: 1, the batches of a step alone)")
+    run.add_argument("--length-pool", type=runfolder.positive, default=1, metavar="N",
+                     help="optimizer steps whose questions are sorted by length together: more saves pads, but makes batches of "
+                          "one kind of question (default: 1, the batches of a step alone)")
     run.add_argument("--lr", type=runfolder.rate, default=1e-4, help="peak learning rate (default: 1e-4)")
     run.add_argument("--warmup", type=runfolder.share, default=0.05, help="share of all steps spent warming up (default: 0.05)")
     run.add_argument("--weight-decay", type=runfolder.weight, default=0.01, help="not on biases and norms (default: 0.01)")
@@ -159,7 +161,8 @@ def joined(args, split, read, say):
     place = pathlib.Path(args.semart)
     table = place / f"semart_{split}.csv" if place.is_dir() else place
     read, matched = rows.join_semart(read, table, fields)
-    say(f"{split}: {', '.join(f'{name} from {column}' for name, column in fields.items())} of {table}, {matched} of {len(read)} rows")
+    say(f"{split}: {', '.join(f'{name} from {column}' for name, column in fields.items())} of {table}, "
+        f"{matched} of {len(read)} rows")
     return read
 
 
@@ -272,7 +275,8 @@ def show_rows(tokenizer, some, max_answer):
         batch = core.encode_training(tokenizer, [row.question], [row.answer], max_answer, [row.context])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         masked, target = (tokenizer.decode(ids[where]) for where in (labels == -100, labels != -100))
-        print(f"{row.name} ({rows.locate(row.file, row.line)}): [{masked}] |{target!r}, {(labels != -100).sum()} tokens are trained")
+        print(f"{row.name} ({rows.locate(row.file, row.line)}): [{masked}] |{target!r}, "
+              f"{(labels != -100).sum()} tokens are trained")
 
 
 # --- evaluation ------------
@@ -349,8 +353,8 @@ def cached_features(args, built_from, questions, accelerator, dtype):
     tower.requires_grad_(False)
     size, kept = tower.config.image_size, {}
     with accelerator.main_process_first():  # the others find everything there
-        kept["image_embeds"] = cache.vision_features(args.cache, tower, paths, partial(rows.picture_tensor, size=size), rows.PREPROCESSING,
-                                                     args.workers, accelerator.device, accelerator.print)
+        kept["image_embeds"] = cache.vision_features(args.cache, tower, paths, partial(rows.picture_tensor, size=size),
+                                                     rows.PREPROCESSING, args.workers, accelerator.device, accelerator.print)
         towers = runfolder.fingerprint(torch.nn.ModuleDict({"vision_model": tower}))
         del tower
         if built_from["gating"] != "none":
@@ -363,7 +367,8 @@ def style_features(args, checkpoint, paths, size, accelerator):
     net = efficientnet.EfficientNet28.from_checkpoint(checkpoint, args.safe_load).eval().to(accelerator.device)
     store = cache.Store(args.cache, "style", {"weights": cache.weights_digest(net), "size": size, "pixels": rows.PREPROCESSING},
                         (net.width,), torch.float32)
-    store.fill(paths, partial(rows.picture_tensor, size=size), net, cache.BATCH, args.workers, accelerator.print, accelerator.device)
+    store.fill(paths, partial(rows.picture_tensor, size=size), net, cache.BATCH, args.workers, accelerator.print,
+               accelerator.device)
     return store
 
 
@@ -436,7 +441,8 @@ class Run:
         self.pace = loop.Pace(self, "questions")
         self.marks = {"metric": self.args.select, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
         read = self.train.rows
-        self.lengths = core.text_lengths(self.model.tokenizer, *([getattr(r, n) for r in read] for n in ("question", "answer", "context")))
+        self.lengths = core.text_lengths(self.model.tokenizer,
+                                         *([getattr(r, n) for r in read] for n in ("question", "answer", "context")))
         self.per_epoch = len(self.plan(0))
         self.total = self.args.epochs * self.per_epoch
 
@@ -481,8 +487,8 @@ def save_last(run, out):
 
 def settings(run):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "safe_load", "skip_bad", "semart", "cache",
-            "activations")
+    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "safe_load", "skip_bad",
+            "semart", "cache", "activations")
     flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
     return {**flags, "a cache of features": run.args.cache is not None, "training rows (hash)": rows.fingerprint(run.train.rows),
             "validation rows (hash)": rows.fingerprint(run.val.rows), "processes": run.accelerator.num_processes}
@@ -494,8 +500,8 @@ def restore(run, path):
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
     others = runfolder.other_parts(run.frozen, last["frozen"])
     if others:
-        raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now (other: {', '.join(others)}): "
-                        "pass the same --blip2 and --efficientnet, or another --out")
+        raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now "
+                        f"(other: {', '.join(others)}): pass the same --blip2 and --efficientnet, or another --out")
     runfolder.load_trainable(run.model, last["state"], path)
     runfolder.restore_training(run, last)
 
@@ -534,7 +540,8 @@ def train_step(run, batches, group, share):
 def train_epoch(run, plan, stop):
     """The optimizer steps of `plan`. Ends early when a signal has come."""
     accelerator = run.accelerator
-    batches = iter(loop.load_batches(run.train, run.collate, [numbers for _, share in plan for _, numbers in share], run.args.workers))
+    batches = iter(loop.load_batches(run.train, run.collate, [numbers for _, share in plan for _, numbers in share],
+                                     run.args.workers))
     bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
     trained = [p for p in run.model.parameters() if p.requires_grad]
     run.wrapped.train()
@@ -564,7 +571,8 @@ def train_epoch(run, plan, stop):
 def validate(run, data):
     """The numbers of an epoch, exact match (greedy) only where best.pt is chosen by it; and the gates by style, None without gates."""
     answer = greedy_answers if run.args.select == "em" else None
-    found = evaluate(run.model, data, run.collate, run.accelerator, run.args.batch_size, run.args.workers, run.weights, answer, gates=True)
+    found = evaluate(run.model, data, run.collate, run.accelerator, run.args.batch_size, run.args.workers, run.weights, answer,
+                     gates=True)
     numbers = loss_summary(found)
     if answer:
         hits = [metrics.exact_match(one["prediction"], data.rows[one["row"]].answer.strip()) for one in found]
@@ -584,7 +592,8 @@ def rehearse(run):
     run.optimizer.zero_grad()
     validate(run, Questions([run.val.rows[n] for n in longest(run.val)], run.val.image_size, run.val.features))
     if torch.cuda.is_available():
-        run.accelerator.print(f"most GPU memory in a rehearsal of the longest batches: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        run.accelerator.print("most GPU memory in a rehearsal of the longest batches: "
+                              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
 
 
 def prepare(args):
@@ -607,8 +616,8 @@ def prepare(args):
         runfolder.print_parts(model)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
     return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer, model.styles, args.max_answer),
-               Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features), weights, built_from,
-               {**runfolder.fingerprint(model), **towers})
+               Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features), weights,
+               built_from, {**runfolder.fingerprint(model), **towers})
 
 
 def train(run, out, stop):
@@ -688,8 +697,9 @@ def fit(args):
     with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
         runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
         begin(run, out, resumed)
-        say(f"{len(run.train)} training and {len(run.val)} validation questions, {len(run.model.styles)} styles; {run.total} steps of "
-            f"{len(run.plan(0)[0][0])} questions, lr {args.lr:g}, precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
+        say(f"{len(run.train)} training and {len(run.val)} validation questions, {len(run.model.styles)} styles; "
+            f"{run.total} steps of {len(run.plan(0)[0][0])} questions, lr {args.lr:g}, "
+            f"precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
         rehearse(run)
         train(run, out, stop)
         if run.log:
