@@ -263,7 +263,13 @@ def forward_fails(error):
 
 def nan_validation(world):
     validate = world.script.validate
-    world.patch.setattr(world.script, "validate", lambda run: ({**validate(run)[0], "mean": float("nan")}, None))
+
+    def without_a_mean(run):  # train_cir's gives the scores with it
+        numbers, *scores = validate(run) if isinstance(world, Cir) else (validate(run),)
+        numbers = {**numbers, "mean": float("nan")}
+        return (numbers, *scores) if scores else numbers
+
+    world.patch.setattr(world.script, "validate", without_a_mean)
 
 
 def dying_loader(world):
