@@ -1,6 +1,6 @@
 """make_tiny.py: a BLIP-2 and a style classifier so small that every stage runs for real on a laptop, without a download.
 
-    python make_tiny.py                      # models/tiny-blip2/ and models/tiny-efficientnet-28.pt, three minutes on 2 cores
+    python make_tiny.py                      # models/tiny-blip2/ and models/tiny-efficientnet-28.pt, three to four minutes on 2 cores
     python train_gated.py --blip2 tiny       # calls this when the files are not there
     python make_tiny.py --captioner          # models/tiny-blip/, one minute; train_blip_caption.py --blip tiny calls it
     python make_tiny.py --retrieval          # models/tiny-blip2-itm/, one minute more; train_cir.py --blip2 tiny calls it
@@ -516,7 +516,7 @@ def ensure(argv=()):
     args = get_args(argv)
     folder, checkpoint = places(args)
     if not (folder.is_dir() and checkpoint.is_file()):
-        print(f"making the tiny BLIP-2 and EfficientNet in {args.out} (once, about three minutes) ...", flush=True)
+        print(f"making the tiny BLIP-2 and EfficientNet in {args.out} (once, three to four minutes) ...", flush=True)
         start = time.monotonic()
         loop.seed_everything(args.seed)
         scenes, styles, pixels = draw_scenes(args.pictures, args.seed)

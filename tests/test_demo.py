@@ -274,7 +274,7 @@ def test_while_a_model_loads_there_is_a_picture_to_look_at():
     uri, = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
     with Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))) as figure:
         assert figure.width > 1000 and figure.convert("L").getextrema()[0] < 50
-    assert "three minutes" in read.text and "三分钟" in read.text
+    assert "four minutes, once" in read.text and "三到四分钟" in read.text
 
 
 # --- loading ------------
