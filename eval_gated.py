@@ -345,7 +345,6 @@ class Evaluation:
     model: core.Blip2OPTGated
     questions: list  # of Row
     ids: list  # question_id of each
-    features: object  # of the frozen towers, with --cache
     data: Questions
     collate: Collate
     places: dict  # see built_as
@@ -379,7 +378,7 @@ def prepare(args, checkpoint, accelerator):
     if args.style == "efficientnet":
         questions, = predicted_styles(args, places["blip2"], places["efficientnet"], [questions], accelerator.device,
                                       accelerator.print)
-    return Evaluation(args, checkpoint, accelerator, model, questions, ids, features,
+    return Evaluation(args, checkpoint, accelerator, model, questions, ids,
                       Questions(questions, model.image_size, features),
                       Collate(model.tokenizer, model.styles, checkpoint["args"]["max_answer"]), places, dtype)
 
@@ -395,7 +394,7 @@ def answers_of_systems(run):
     if not args.no_baselines and model.gates is not None:
         systems["gates closed"] = run.answer(gated=False)
     if args.shuffle_style and model.gates is not None:
-        systems["another's style"] = run.answer(OtherStyle(run.questions, model.image_size, run.features))
+        systems["another's style"] = run.answer(OtherStyle(run.questions, model.image_size, run.data.features))
     name = "gated" if model.gates is not None else "trained, no gates"
     systems[name] = run.answer(sure=bool(args.predictions or args.abstain_below is not None))
     return systems
@@ -422,7 +421,7 @@ def deliver(run, systems, command):
         print(f"report: {args.report}")
     if args.maps:
         folder = map_folder(args)
-        drawn = maps.draw_rows(run.model, questions, [one["prediction"] for one in trained], args.maps, folder, run.features)
+        drawn = maps.draw_rows(run.model, questions, [one["prediction"] for one in trained], args.maps, folder, run.data.features)
         frames = maps.read_frames(folder.parent / maps.FILE)
         if frames and run.model.gates is not None:
             maps.skyline(frames, folder / "gates.png", folder / "gates.gif")

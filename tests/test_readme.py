@@ -170,13 +170,9 @@ def classifier(tiny):
 
 def lavis_file():
     """blip2_pretrained.pth with the weights of models/blip2-itm-vit-g."""
-    from test_cir import to_lavis
+    from test_qformer import save_lavis
     args = pretrain_qformer.get_args(["--data", "x=y", "--init", "models/blip2-itm-vit-g"])
-    model = pretrain_qformer.load_model(args, torch.float32, lambda *words: None)
-    state = {n: t for n, t in model.state_dict().items() if not n.startswith("vision_model.")}
-    lavis = {n.replace("lm_head.", "Qformer.cls.predictions."): t for n, t in to_lavis(state).items()}
-    lavis["Qformer.cls.predictions.decoder.weight"] = state["embeddings.word_embeddings.weight"]
-    torch.save({"model": lavis}, "blip2_pretrained.pth")
+    save_lavis(pretrain_qformer.load_model(args, torch.float32, lambda *words: None), "blip2_pretrained.pth")
 
 
 def data_sets():
