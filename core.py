@@ -33,6 +33,7 @@ from rows import DataError
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
 PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
 MAX_TEXT = 32  # tokens of a text in the Q-Former, [CLS] and [SEP] among them
+MAX_ANSWER = 64  # tokens of an answer with its end of line, at most: more than short answers ever have, so that none is cut
 CONTEXT = "Context: {} "  # before it, where a data set has text about the picture
 
 
@@ -376,10 +377,16 @@ def prompt_ids(tokenizer, question, context="", max_tokens=64, max_context=128):
     return asked[:1] + before + asked[1:] + ids(tail)
 
 
-def answer_ids(tokenizer, answer, max_tokens=16):
-    """Token ids of " answer" and the newline; cut to max_tokens, the newline stays."""
+def answer_ids(tokenizer, answer, max_tokens=None):
+    """Token ids of " answer" and the newline; with max_tokens cut to as many, the newline stays."""
     ids = tokenizer(" " + answer.strip(), add_special_tokens=False).input_ids
-    return ids[:max_tokens - 1] + [newline_id(tokenizer)]
+    return (ids if max_tokens is None else ids[:max_tokens - 1]) + [newline_id(tokenizer)]
+
+
+def answer_lengths(tokenizer, answers):
+    """Tokens of each answer with its end of line; equal answers are counted once."""
+    lengths = {answer: len(answer_ids(tokenizer, answer)) for answer in set(answers)}
+    return [lengths[answer] for answer in answers]
 
 
 def pad_ids(rows, value, left=False, multiple=1):
@@ -395,11 +402,11 @@ def text_lengths(tokenizer, questions, answers, contexts):
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
 
 
-def encode_training(tokenizer, questions, answers, max_answer=16, contexts=None, multiple=1):
+def encode_training(tokenizer, questions, answers, max_answer=None, contexts=None, multiple=1):
     """Questions and answers -> dict of [B,L] tensors, right-padded to a multiple: input_ids, attention_mask, prompt_mask, labels.
 
     labels are -100 on the prompt and on pads, so the loss sees the answer alone. prompt_mask marks the prompt: the gates
-    read the question there and never the answer.
+    read the question there and never the answer. max_answer: tokens of an answer kept, None = all.
     """
     prompts = [prompt_ids(tokenizer, q, c) for q, c in zip(questions, contexts or [""] * len(questions))]
     targets = [answer_ids(tokenizer, a, max_answer) for a in answers]
@@ -580,6 +587,8 @@ class Blip2OPTGated(nn.Module):
     blip2: a transformers Blip2ForConditionalGeneration; its parts are taken over, its Q-Former's weights go into core's.
     efficientnet: an EfficientNet28 or None (only with gating "none"). styles: the style vocabulary ([] = no style terms).
     style_head=False leaves out the head of the KL term: a trained part without a gradient would hang several processes.
+    max_answer: tokens of the longest answer with its end of line, to which predict_answers generates; a training sets it from its
+    own answers, and it travels with the checkpoint.
     Trained: gates, mapper, language_projection, style_head; with train_qformer the Q-Former and its queries too; with
     lora_rank LoRA on the cross-attention's key and value, with own_kv these two whole (what a merged LoRA becomes).
     Everything else is frozen and stays in eval mode.
@@ -587,12 +596,12 @@ class Blip2OPTGated(nn.Module):
 
     def __init__(self, blip2, tokenizer, efficientnet=None, styles=(), gating="film", per="head", gate_hidden=512,
                  gate_scale=1.0, control_tokens=4, mapper_hidden=1024, train_qformer=False, lora_rank=0, own_kv=False,
-                 style_head=True):
+                 style_head=True, max_answer=16):
         super().__init__()
         config = blip2.config
         if config.text_config.model_type != "opt":
             raise DataError(f"this BLIP-2 answers with {config.text_config.model_type}; only OPT is built in here")
-        self.tokenizer, self.image_size = tokenizer, config.vision_config.image_size
+        self.tokenizer, self.image_size, self.max_answer = tokenizer, config.vision_config.image_size, max_answer
         self.vision_model, self.language_model = blip2.vision_model, blip2.language_model
         self.query_tokens = nn.Parameter(blip2.query_tokens.detach().float())
         self.language_projection = blip2.language_projection.float()
@@ -777,11 +786,12 @@ class Blip2OPTGated(nn.Module):
 
     @torch.no_grad()
     def predict_answers(self, images, questions, contexts=None, image_embeds=None, style_feature=None, method="generate",
-                        answers=None, beams=5, max_new_tokens=10, length_penalty=0.0, gated=True, blind=False):
+                        answers=None, beams=5, max_new_tokens=None, length_penalty=0.0, gated=True, blind=False, best=None):
         """Answers as strings, one a question; prompt never repeated, cut at the newline.
 
         images [B,3,h,w], or None with image_embeds [B,P,W] and style_feature [B,F] computed before. method "generate": beam search
-        (BLIP-2's VQA settings as defaults). method "rank": the likeliest of the given list `answers`.
+        (BLIP-2's VQA settings as defaults) up to max_new_tokens (None: max_answer of the model); with best=N a list for each
+        question, the N best of the beams, equal ones once. method "rank": the likeliest of the given list `answers`.
         """
         if self.training:
             raise RuntimeError("call model.eval() before predict_answers: dropout would change the answers")
@@ -794,15 +804,18 @@ class Blip2OPTGated(nn.Module):
         if method != "generate":
             raise ValueError(f"method must be generate or rank, got {method!r}")
         inputs, _ = self._prompt_inputs(questions, contexts, **features, gated=gated, blind=blind)
+        max_new_tokens = max_new_tokens or self.max_answer
         # the prompt goes through here once: generate would repeat it for every beam before it has a cache to share; it wants the
         # whole inputs all the same, and runs what the cache lacks
         cache = beam_cache(self._prefill(inputs), beams, max_new_tokens)
-        settings = {"num_beams": beams, **({"length_penalty": length_penalty} if beams > 1 else {})}
+        settings = {"num_beams": beams, "num_return_sequences": best or 1,
+                    **({"length_penalty": length_penalty} if beams > 1 else {})}
         ids = self.language_model.generate(
             **inputs, past_key_values=cache, **settings, do_sample=False, max_new_tokens=max_new_tokens, min_new_tokens=1,
             eos_token_id=newline_id(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)  # only new tokens: the prompt went in as embeddings
-        return [text.split("\n")[0].strip() for text in texts]
+        texts = [text.split("\n")[0].strip() for text in texts]
+        return texts if best is None else [list(dict.fromkeys(texts[i:i + best])) for i in range(0, len(texts), best)]
 
     @torch.no_grad()
     def score_answers(self, questions, answers, image_embeds, style_feature=None, contexts=None, gated=True, blind=False,
@@ -812,7 +825,7 @@ class Blip2OPTGated(nn.Module):
         image_embeds [B,P,W], style_feature [B,F]. Candidates are scored in chunks of `chunk` question-answer pairs.
         """
         prompt = self._prompt_inputs(questions, contexts, image_embeds, style_feature, gated, blind)
-        targets = [answer_ids(self.tokenizer, answer, max_tokens=64) for answer in answers]
+        targets = [answer_ids(self.tokenizer, answer) for answer in answers]
         pairs = [(b, target) for b in range(len(questions)) for target in targets]
         return self._log_likelihoods(*prompt, pairs, chunk).view(len(questions), len(answers))
 
@@ -824,7 +837,7 @@ class Blip2OPTGated(nn.Module):
         empty answer is what answer_ids makes of it: a space and the newline, which generation may well give.
         """
         prompt = self._prompt_inputs(questions, contexts, image_embeds, style_feature, gated, blind)
-        pairs = list(enumerate(answer_ids(self.tokenizer, answer, max_tokens=64) for answer in answers))
+        pairs = list(enumerate(answer_ids(self.tokenizer, answer) for answer in answers))
         lengths = torch.tensor([len(target) for _, target in pairs], device=image_embeds.device)
         return self._log_likelihoods(*prompt, pairs, chunk) / lengths
 

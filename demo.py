@@ -116,7 +116,6 @@ def words_of(lang):
 class Asked:
     """The model of tab Ask, what it chooses from, and what it has computed for the last picture."""
     model: core.Blip2OPTGated
-    answers: list = field(default_factory=list)  # the training answers; [] = beam search
     examples: dict = field(default_factory=dict)  # {style: paths of pictures}
     trained: bool = True
     prototypes: dict = field(default_factory=dict)  # {style: [1,F]} of the examples
@@ -173,27 +172,15 @@ def look(asked, image):
     return asked.last
 
 
-@torch.no_grad()
-def beams(model, features, question, gated):
-    """The BEST answers of one beam search, distinct, best first."""
-    inputs, _ = model._prompt_inputs([question], None, **features, gated=gated, blind=False)
-    ids = model.language_model.generate(
-        **inputs, num_beams=BEAMS, num_return_sequences=BEST, length_penalty=0.0, do_sample=False, max_new_tokens=10,
-        min_new_tokens=1, eos_token_id=core.newline_id(model.tokenizer), pad_token_id=model.tokenizer.pad_token_id)
-    texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return list(dict.fromkeys(text.split("\n")[0].strip() for text in texts))
-
-
 def side_of(asked, features, question, gated):
     """One side of the page -> {"answer", "confidence", "candidates": [(text, probability)], "attention": [n,n], "on_cls"}."""
     model, asking = asked.model, {**features, "gated": gated}
-    texts = asked.answers or beams(model, features, question, gated)
+    texts = model.predict_answers(None, [question], **asking, best=BEST)[0]
     sums = model.score_answers([question], texts, **asking)[0]  # [A]
-    order = sums.argsort(descending=True, stable=True)[:BEST].tolist()
-    answer = texts[order[0]]
+    answer = texts[0]  # what every other way to ask answers
     attention, on_cls = maps.mean_map(maps.attention_maps(model, features, question, gated=gated))
     return {"answer": answer, "confidence": model.confidence([question], [answer], **asking).exp().item(),
-            "candidates": [(texts[i], sums[i].exp().item()) for i in order], "attention": attention, "on_cls": on_cls}
+            "candidates": [(text, one.exp().item()) for text, one in zip(texts, sums)], "attention": attention, "on_cls": on_cls}
 
 
 def answers_of(asked, image, question, style="", mix=0.0, occluded=False):
@@ -229,11 +216,7 @@ def load_asked(checkpoint, data, blip2=None, efficientnet=None):
         return Asked(model, examples=examples, trained=False)
     dtype = core.DTYPES[loop.precision_of("auto")]
     model, _ = core.load_gated(checkpoint, blip2, efficientnet, device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
-    path = pathlib.Path(checkpoint)
-    if (path / sharing.CONFIG).is_file():  # an exported folder holds no answers
-        return Asked(model, examples=examples)
-    best = runfolder.load_checkpoint(path / "best.pt" if path.is_dir() else path, ("answers",))
-    return Asked(model, sorted(best["answers"]), examples)
+    return Asked(model, examples)
 
 
 def load_captioner(place):

@@ -37,7 +37,8 @@ import rows
 import runfolder
 import sharing
 from rows import DataError
-from train_gated import PANELS, Collate, Questions, cached_features, evaluate, loss_summary, predicted_styles, read_data, resolved
+from train_gated import (PANELS, Collate, Questions, cached_features, evaluate, loss_summary, predicted_styles, read_data, resolved,
+                         say_cut)
 from train_gated import get_args as train_gated_args
 
 LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
@@ -68,7 +69,8 @@ def get_args(argv=None):
     parser.add_argument("--method", choices=("generate", "rank"), default="generate",
                         help="generate: beam search; rank: the likeliest of all training answers (default: generate)")
     parser.add_argument("--beams", type=runfolder.positive, default=5, help="beams of generate (default: 5)")
-    parser.add_argument("--max-new-tokens", type=runfolder.positive, default=16, help="longest answer of generate (default: 16)")
+    parser.add_argument("--max-new-tokens", type=runfolder.positive, metavar="N",
+                        help="longest answer of generate (default: as long as the longest of training)")
     parser.add_argument("--table", metavar="FILE.json", help="the table as a list of JSON objects")
     parser.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves, confusion of "
                                                               "styles, how well confidence is calibrated, and samples")
@@ -375,12 +377,13 @@ def prepare(args, checkpoint, accelerator):
     if places.get("lm_precision") != checkpoint["model_args"].get("lm_precision"):
         accelerator.print(f"the language model is in {places['lm_precision']}, in training it was in "
                           f"{checkpoint['model_args'].get('lm_precision') or 'the precision of the towers'}")
+    say_cut(model.tokenizer, {args.split: questions}, model.max_answer, accelerator.print)
     if args.style == "efficientnet":
         questions, = predicted_styles(args, places["blip2"], places["efficientnet"], [questions], accelerator.device,
                                       accelerator.print)
     return Evaluation(args, checkpoint, accelerator, model, questions, ids,
                       Questions(questions, model.image_size, features),
-                      Collate(model.tokenizer, model.styles, checkpoint["args"]["max_answer"]), places, dtype)
+                      Collate(model.tokenizer, model.styles, model.max_answer), places, dtype)
 
 
 def answers_of_systems(run):

@@ -1,48 +1,63 @@
-"""make_tiny.py: a BLIP-2 and a style classifier so small that every stage runs for real on a laptop, without a download.
+"""make_tiny.py: the recipe of the tiny models in models/tiny, which ship with the project; stages find them there by name.
 
-    python make_tiny.py                      # models/tiny-blip2/ and models/tiny-efficientnet-28.pt, three to four minutes on 2 cores
-    python train_gated.py --blip2 tiny       # calls this when the files are not there
-    python make_tiny.py --captioner          # models/tiny-blip/, one minute; train_blip_caption.py --blip tiny calls it
-    python make_tiny.py --retrieval          # models/tiny-blip2-itm/, one minute more; train_cir.py --blip2 tiny calls it
+    python make_tiny.py --out runs/tiny                        # all of them again: about ten minutes on 2 cores
+    python make_tiny.py --out runs/tiny --parts blip blip2-itm # some of them
 
-The folder is in the published format (Blip2ForConditionalGeneration.save_pretrained, tokenizer, processor), so the code that
-loads it is the code that loads Salesforce/blip2-opt-2.7b. Its parts are trained here on freshly drawn scenes (other seeds
-than the sample's own pictures) so that frozen parts are worth freezing: the vision tower on what, colour and count; then
-Q-Former, projection and OPT on content questions, with style only as words that have nothing to do with the picture, so that
-the language model knows the words but never saw a style; then the style classifier on the eight manners.
+    blip2/               --blip2 tiny of train_gated.py, eval_gated.py: Blip2ForConditionalGeneration with OPT
+    efficientnet-28.pt   its style classifier, 28 classes as the real one
+    blip/                --blip tiny of train_blip_caption.py: BlipForConditionalGeneration
+    blip2-itm/           --blip2 tiny of train_cir.py and pretrain_qformer.py: Blip2ForImageTextRetrieval
+    gated/best.pt        gates that train_gated.py trained on the drawn sample, for demo.py
 
-The captioner (BlipForConditionalGeneration, BERT's kind of tokenizer) is made apart and only where it is asked for: its vision
-tower learns the same, its decoder is stopped early, so that fine-tuning has something left to do. The retrieval model
-(Blip2ForImageTextRetrieval) has the tiny BLIP-2's tower and a Q-Former of its own with a text path, trained on image-text
-contrast.
+Each has a record beside it, NAME.json: the recipe and its version, sha256 of every file, the figures it reached. The folders are
+in the published formats (save_pretrained, tokenizer, processor), so the code that loads them is the code that loads
+Salesforce/blip2-opt-2.7b. Weights are kept in half precision and loaded into float32, the same on every machine; the same command
+on the same machine with the same versions makes the same files.
+
+The parts are trained on freshly drawn scenes (other seeds than the sample's own pictures) so that frozen parts are worth freezing:
+the vision tower on what, colour and count; then Q-Former, projection and OPT on content questions, with style only as words that
+have nothing to do with the picture, so that the language model knows the words but never saw a style; then the style classifier
+on the eight manners. The captioner's vision tower learns the same, its decoder is stopped early, so that fine-tuning has
+something left to do. The retrieval model has the tiny BLIP-2's tower and a Q-Former of its own with a text path, trained on
+image-text contrast.
 """
 
 import argparse
+import contextlib
 import functools
+import hashlib
 import json
+import logging
+import os
 import pathlib
 import shutil
 import sys
+import tempfile
+import threading
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import core
 import efficientnet
+import loop
+import metrics
 import published
 import rows
 import runfolder
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "data"))
-import loop
 import make_sample  # noqa: E402  (data/ is a folder of data and its maker, not a package)
 
+RECIPE = 2  # raise it whenever the same command would make other models
+PARTS = ("blip2", "efficientnet-28.pt", "blip2-itm", "blip", "gated")  # in this order: later ones take earlier ones
+LOG = logging.getLogger("make_tiny")
 SIZE, PATCH, WIDTH, QUERIES = 112, 14, 128, 8
 ARCH = "test_efficientnet"  # timm's smallest EfficientNet; 28 classes as the real one
 CAPTION_WIDTH = 96
@@ -68,19 +83,65 @@ foreground something each other another one all very"""
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", default=str(ROOT / "models"), help="folder for tiny-blip2/ and tiny-efficientnet-28.pt")
-    parser.add_argument("--pictures", type=int, default=2400, help="scenes drawn for pre-training (the captioner takes 2/3)")
-    parser.add_argument("--vision-steps", type=int, default=500, help="steps of 32 for the vision tower")
-    parser.add_argument("--language-steps", type=int, default=360, help="steps of 32 for Q-Former and language model")
-    parser.add_argument("--style-steps", type=int, default=160, help="steps of 32 for the style classifier")
-    parser.add_argument("--captioner", action="store_true", help="make tiny-blip/, the captioner, and nothing else")
-    parser.add_argument("--caption-steps", type=int, nargs=2, default=[360, 40], metavar=("VISION", "TEXT"),
-                        help="steps of 32 for the captioner: its vision tower, then its decoder")
-    parser.add_argument("--retrieval", action="store_true", help="make tiny-blip2-itm/, the retrieval model, too")
-    parser.add_argument("--retrieval-steps", type=int, default=300, help="steps of 32 for the retrieval model's Q-Former")
-    parser.add_argument("--seed", type=int, default=0, help="seed of scenes, weights and batches")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the models and make_tiny.log; parts that are there "
+                                                                    "are kept")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
+                        help=f"which of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--pictures", type=runfolder.positive, default=2400,
+                        help="scenes drawn for pre-training; the captioner takes 2/3 (default: 2400)")
+    steps = parser.add_argument_group("steps of 32")
+    steps.add_argument("--vision-steps", type=runfolder.positive, default=500, help="BLIP-2's vision tower (default: 500)")
+    steps.add_argument("--language-steps", type=runfolder.positive, default=360, help="its Q-Former and OPT (default: 360)")
+    steps.add_argument("--style-steps", type=runfolder.positive, default=160, help="style classifier (default: 160)")
+    steps.add_argument("--caption-steps", type=runfolder.positive, nargs=2, default=[360, 40], metavar=("VISION", "TEXT"),
+                       help="captioner: its vision tower, then its decoder (default: 360 40)")
+    steps.add_argument("--retrieval-steps", type=runfolder.positive, default=300, help="retrieval model (default: 300)")
+    parser.add_argument("--sample-pictures", type=runfolder.positive, default=480,
+                        help="of the drawn sample, on which the gates are trained and all figures are taken (default: 480)")
+    parser.add_argument("--gate-epochs", type=runfolder.positive, default=20, help="of train_gated.py (default: 20)")
+    parser.add_argument("--seed", type=runfolder.whole, default=0, help="of scenes, weights and batches (default: 0)")
     return parser.parse_args(argv)
+
+
+# --- where it is ------------
+
+HEARTBEAT = 15  # seconds
+
+
+@contextlib.contextmanager
+def told(folder):
+    """Write to the terminal and to make_tiny.log in the folder what is under way, at least every HEARTBEAT seconds."""
+    handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "make_tiny.log", encoding="utf-8")]
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    ended = threading.Event()
+
+    def beat():
+        while not ended.wait(HEARTBEAT):
+            LOG.info(NOW["what"])
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        for handler in handlers:
+            LOG.removeHandler(handler)
+            handler.close()
+
+
+NOW = {"what": ""}
+
+
+def now(what, aloud=True):
+    """Set what told says; aloud: say it at once, too."""
+    NOW["what"] = what
+    if aloud:
+        LOG.info(what)
 
 
 # --- data: scenes in memory ------------
@@ -93,11 +154,12 @@ def draw_one(index, seed):
     return scene, style, np.asarray(make_sample.draw_scene(scene, style, SIZE, seed=77_000_000 + index))
 
 
+@functools.lru_cache(maxsize=1)  # three parts take the same ones
 def draw_scenes(count, seed):
     """-> scenes, styles (lists), pixels uint8 [N,3,SIZE,SIZE]."""
+    now(f"drawing {count} scenes")
     with ProcessPoolExecutor() as pool:
-        drawn = list(tqdm(pool.map(functools.partial(draw_one, seed=seed), range(count), chunksize=32), total=count,
-                          desc="drawing scenes", disable=None))
+        drawn = list(pool.map(functools.partial(draw_one, seed=seed), range(count), chunksize=32))
     scenes, styles, pixels = zip(*drawn)
     return scenes, styles, torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
@@ -178,8 +240,7 @@ def make_model(tokenizer):
 def fit(parameters, step_loss, steps, lr, name):
     """Plain AdamW with warm-up and cosine; step_loss(step) -> loss."""
     optimizer = torch.optim.AdamW([p for p in parameters if p.requires_grad], lr=lr, weight_decay=0.05)
-    bar = tqdm(range(steps), desc=name, mininterval=1, disable=None)
-    for step in bar:
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = loop.cosine_lr(step, steps, steps // 20, lr)
         loss = step_loss(step)
@@ -187,7 +248,7 @@ def fit(parameters, step_loss, steps, lr, name):
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        now(f"{name}: step {step + 1} of {steps}, loss {loss.item():.3f}", aloud=step + 1 in (1, steps))
 
 
 def train_vision(tower, scenes, pixels, steps, generator):
@@ -262,15 +323,18 @@ def train_style(net, styles, pixels, steps, generator):
 # --- the captioner ------------
 
 def make_wordpiece(texts, folder):
-    """BERT's kind of tokenizer (lower case, WordPiece): whole words of the sample and of PHOTO_WORDS, letters for all others."""
+    """BERT's kind of tokenizer (lower case, WordPiece): words of the texts and of PHOTO_WORDS, letters for all others.
+
+    The words are counted here: the library's own trainer breaks ties by the order of a hash, another one in every process."""
     from tokenizers import BertWordPieceTokenizer
     from transformers import AutoTokenizer
-    pieces = BertWordPieceTokenizer(lowercase=True)
-    pieces.train_from_iterator([*texts, *[PHOTO_WORDS] * 2], vocab_size=1200, min_frequency=2, show_progress=False,
-                               initial_alphabet=[chr(code) for code in range(33, 127)],
-                               special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"])
-    pieces.save_model(str(folder))  # vocab.txt, as BLIP publishes it
-    # read again: only with a vocabulary does it get the step that puts [CLS] and [SEP] around a text
+    letters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
+    split = BertWordPieceTokenizer(lowercase=True)
+    counts = Counter(word for text in texts for word, _ in split.pre_tokenizer.pre_tokenize_str(split.normalizer.normalize_str(text)))
+    words = sorted({word for word, count in counts.items() if count > 1 and len(word) > 1} | set(PHOTO_WORDS.split()) - set(letters))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters), *words]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")  # as BLIP publishes it
+    # only with a vocabulary does it get the step that puts [CLS] and [SEP] around a text
     BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True).save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "pad_token": "[PAD]", "unk_token": "[UNK]",
                 "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
@@ -324,33 +388,16 @@ def save_captioner(model, tokenizer, folder):
     BlipProcessor(image_processor, tokenizer).save_pretrained(folder)
 
 
-def captioner_place(args):
-    """The captioner's folder, whether it is there or not."""
-    return pathlib.Path(args.out) / "tiny-blip"
-
-
-def ensure_captioner(argv=()):
-    """Make the tiny captioner where it is missing -> its folder."""
-    args = get_args(argv)
-    folder = captioner_place(args)
-    if not folder.is_dir():
-        print(f"making the tiny BLIP captioner in {args.out} (once, about a minute) ...", flush=True)
-        start = time.monotonic()
-        loop.seed_everything(args.seed)
-        generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
-        scenes, _, pixels = draw_scenes(args.pictures * 2 // 3, args.seed)
-        part = folder.with_name(folder.name + ".part")  # as in make_blip2
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        texts = [make_sample.caption(scene, rng) for scene in scenes]
-        tokenizer = make_wordpiece(texts, part)
-        model = make_captioner(tokenizer)
-        train_vision(model.vision_model, scenes, pixels, args.caption_steps[0], generator)
-        train_captioner(model, tokenizer, texts, pixels, args.caption_steps[1], generator)
-        save_captioner(model, tokenizer, part)
-        part.rename(folder)
-        print(f"made in {time.monotonic() - start:.0f} s")
-    return str(folder)
+def make_captioner_folder(folder, args):
+    """models/tiny/blip."""
+    generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
+    scenes, _, pixels = draw_scenes(args.pictures * 2 // 3, args.seed)
+    texts = [make_sample.caption(scene, rng) for scene in scenes]
+    tokenizer = make_wordpiece(texts, folder)
+    model = make_captioner(tokenizer)
+    train_vision(model.vision_model, scenes, pixels, args.caption_steps[0], generator)
+    train_captioner(model, tokenizer, texts, pixels, args.caption_steps[1], generator)
+    save_captioner(model.half(), tokenizer, folder)
 
 
 def save_random_captioner(folder, texts=("three red boats on the water", "at night, an orange star")):
@@ -411,36 +458,19 @@ def save_retrieval(model, tokenizer, folder):
     Blip2Processor(image_processor, tokenizer).save_pretrained(folder)
 
 
-def retrieval_place(args):
-    """The retrieval model's folder, whether it is there or not."""
-    return pathlib.Path(args.out) / "tiny-blip2-itm"
-
-
-def ensure_retrieval(argv=()):
-    """Make the tiny retrieval model where it is missing -> its folder."""
+def make_retrieval_folder(folder, args):
+    """models/tiny/blip2-itm, with the tower of the tiny BLIP-2 beside it."""
     from transformers import Blip2ForConditionalGeneration
-    args = get_args(argv)
-    folder = retrieval_place(args)
-    if not folder.is_dir():
-        blip2, _ = ensure(argv)
-        print(f"making the tiny retrieval model in {args.out} (once, about a minute) ...", flush=True)
-        start = time.monotonic()
-        loop.seed_everything(args.seed, 1)
-        generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
-        scenes, _, pixels = draw_scenes(args.pictures, args.seed)
-        part = folder.with_name(folder.name + ".part")  # as in make_blip2
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        tokenizer = make_wordpiece([make_sample.caption(scene, rng) for scene in scenes], part)
-        whole = make_retrieval(tokenizer, Blip2ForConditionalGeneration.from_pretrained(blip2).vision_model)
-        model = core.Blip2Retrieval(whole.vision_model, whole.config, tokenizer)
-        model.load_parts(published.qformer_weights(whole.state_dict(), text_path=True), "the random model")
-        train_retrieval(model, scenes, pixels, args.retrieval_steps, generator, rng)
-        whole.load_state_dict({n: p for n, p in model.state_dict().items() if n != "temp"})
-        save_retrieval(whole, tokenizer, part)
-        part.rename(folder)
-        print(f"made in {time.monotonic() - start:.0f} s")
-    return str(folder)
+    generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
+    scenes, _, pixels = draw_scenes(args.pictures, args.seed)
+    tokenizer = make_wordpiece([make_sample.caption(scene, rng) for scene in scenes], folder)
+    blip2 = Blip2ForConditionalGeneration.from_pretrained(pathlib.Path(args.out) / "blip2", dtype=torch.float32)
+    whole = make_retrieval(tokenizer, blip2.vision_model)
+    model = core.Blip2Retrieval(whole.vision_model, whole.config, tokenizer)
+    model.load_parts(published.qformer_weights(whole.state_dict(), text_path=True), "the random model")
+    train_retrieval(model, scenes, pixels, args.retrieval_steps, generator, rng)
+    whole.load_state_dict({n: p for n, p in model.state_dict().items() if n != "temp"})
+    save_retrieval(whole.half(), tokenizer, folder)
 
 
 def save_random_retrieval(folder, texts=("three red boats on the water", "show two and paint it in small dots")):
@@ -479,65 +509,191 @@ def save_random(folder, texts=("Question: What style is this? Answer: Cubism, th
     return str(folder), str(folder.parent / "efficientnet.pt")
 
 
-def make_blip2(folder, scenes, styles, pixels, args):
-    """Train the parts and write the folder: under a temporary name first, so that a folder that stands is complete."""
+def make_blip2(folder, args):
+    """models/tiny/blip2."""
     generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    scenes, styles, pixels = draw_scenes(args.pictures, args.seed)
     lines = [core.PROMPT.format(q) + f" {a}\n" for _, q, a in style_sentences()]
     lines += [make_sample.caption(s, rng) for s in scenes]
     lines += [core.PROMPT.format(q) + f" {a}\n" for s, t in zip(scenes, styles) for q, a, _ in make_sample.questions(s, t, rng)]
-    tokenizer = make_tokenizer(lines, part)
+    tokenizer = make_tokenizer(lines, folder)
     blip2 = make_model(tokenizer)
     train_vision(blip2.vision_model, scenes, pixels, args.vision_steps, generator)
     gated = core.Blip2OPTGated(blip2.eval(), tokenizer, gating="none", train_qformer=True)
     train_language(gated, scenes, styles, pixels, args.language_steps, generator, rng)
     blip2.qformer.load_state_dict(gated.qformer.state_dict())
     blip2.query_tokens.data.copy_(gated.query_tokens.data)
-    save_folder(blip2, tokenizer, part)
-    part.rename(folder)
+    save_folder(blip2.half(), tokenizer, folder)
 
 
-def make_efficientnet(path, styles, pixels, args):
-    """Train and save the tiny EfficientNet-28."""
+def make_efficientnet(path, args):
+    """models/tiny/efficientnet-28.pt."""
+    _, styles, pixels = draw_scenes(args.pictures, args.seed)
     net = efficientnet.EfficientNet28(28, ARCH, efficientnet.WIKIART)
     train_style(net, styles, pixels, args.style_steps, torch.Generator().manual_seed(args.seed))
-    runfolder.save_checkpoint(path, {"model": net.net.state_dict(), "arch": ARCH, "classes": efficientnet.WIKIART})
+    runfolder.save_checkpoint(path, {"model": halves(net.net.state_dict()), "arch": ARCH, "classes": efficientnet.WIKIART})
 
 
-def places(args):
-    """(BLIP-2 folder, EfficientNet checkpoint), whether they are there or not."""
-    return pathlib.Path(args.out) / "tiny-blip2", pathlib.Path(args.out) / "tiny-efficientnet-28.pt"
+def halves(state):
+    """A state dict in half precision; whole numbers stay."""
+    return {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
-def ensure(argv=()):
-    """Make what is missing; -> (BLIP-2 folder, EfficientNet checkpoint)."""
-    args = get_args(argv)
-    folder, checkpoint = places(args)
-    if not (folder.is_dir() and checkpoint.is_file()):
-        print(f"making the tiny BLIP-2 and EfficientNet in {args.out} (once, three to four minutes) ...", flush=True)
-        start = time.monotonic()
-        loop.seed_everything(args.seed)
-        scenes, styles, pixels = draw_scenes(args.pictures, args.seed)
-        if not folder.is_dir():
-            make_blip2(folder, scenes, styles, pixels, args)
-        if not checkpoint.is_file():
-            make_efficientnet(checkpoint, styles, pixels, args)
-        print(f"made in {time.monotonic() - start:.0f} s")
-    return str(folder), str(checkpoint)
+def make_gated(folder, args):
+    """models/tiny/gated/best.pt: what train_gated.py makes of the tiny BLIP-2 and the drawn sample, in half precision."""
+    import train_gated
+    blip2, classifier = (str(pathlib.Path(args.out).resolve() / part) for part in ("blip2", "efficientnet-28.pt"))
+    with drawn_sample(args):
+        now(f"training the gates for {args.gate_epochs} epochs")
+        train_gated.main(["--data", "data/artquest", "--blip2", blip2, "--efficientnet", classifier, "--accumulation", "1", "--batch-size",
+                          "32", "--lr", "1e-3", "--epochs", str(args.gate_epochs), "--patience", "0", "--cache", "cache", "--workers",
+                          "0", "--seed", str(args.seed), "--out", "runs/tiny"])
+        best = runfolder.load_checkpoint("runs/tiny/best.pt")
+    places = {"blip2": "tiny", "efficientnet": None}
+    runfolder.save_checkpoint(folder / "best.pt", {
+        **best, "state": halves(best["state"]), "kept_in": "float16", "model_args": {**best["model_args"], **places},
+        "args": {**best["args"], **places, "cache": None}})
+
+
+@contextlib.contextmanager
+def drawn_sample(args):
+    """A working folder with the drawn sample in data/artquest, gone afterwards."""
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as place:
+        os.chdir(place)  # so that what a run remembers of its places tells nothing of this machine
+        try:
+            now("drawing the sample")
+            make_sample.main(["--pictures", str(args.sample_pictures), "--out", "data/artquest"])
+            yield
+        finally:
+            os.chdir(here)
+
+
+# --- figures: what a part reaches on the test pictures of the drawn sample, in the working folder, in percent ------------
+
+def test_pixels(paths):
+    """Pictures -> [N,3,SIZE,SIZE]."""
+    return torch.stack([rows.picture_tensor(path, SIZE) for path in paths])
+
+
+@torch.no_grad()
+def matched(model, gated=True):
+    """Exact match of a Blip2OPTGated on the test questions: {"content", "style": percent}."""
+    read = rows.read_split("data/artquest", "test")
+    hits = {"content": [], "style": []}
+    for start in range(0, len(read), 64):
+        group = read[start:start + 64]
+        answers = model.predict_answers(test_pixels([r.image for r in group]), [r.question for r in group], gated=gated)
+        for r, answer in zip(group, answers):
+            hits["style" if r.question_type in ("style", "technique") else "content"].append(metrics.exact_match(answer, r.answer))
+    return {kind: percent(sum(found), len(found)) for kind, found in hits.items()}
+
+
+def percent(part, whole):
+    return round(100 * part / whole, 1)
+
+
+def blip2_figures(out):
+    model = core.Blip2OPTGated.build(str(out / "blip2"), None, [], gating="none").eval()
+    return {f"exact match, {kind} questions": value for kind, value in matched(model).items()}
+
+
+def gated_figures(out):
+    model, _ = core.load_gated(out / "gated", blip2=out / "blip2", efficientnet=out / "efficientnet-28.pt")
+    return {f"exact match, {kind} questions, gates {state}": value for state, is_open in (("open", True), ("closed", False))
+            for kind, value in matched(model, is_open).items()}
+
+
+@torch.no_grad()
+def style_figures(out):
+    styles = {r.image: r.style for r in rows.read_split("data/artquest", "test")}
+    net = efficientnet.EfficientNet28.from_checkpoint(out / "efficientnet-28.pt").eval()
+    found = [net.style_names()[i] for i in net.logits(net(test_pixels(styles))).argmax(-1).tolist()]
+    return {"styles told, top-1": percent(sum(map(str.__eq__, found, styles.values())), len(found))}
+
+
+def test_captions():
+    """{picture's path: caption}."""
+    captions = json.loads(pathlib.Path("data/artquest/test_captions.json").read_text(encoding="utf-8"))
+    return {f"data/artquest/images/{name}": caption for name, caption in captions.items()}
+
+
+@torch.no_grad()
+def caption_figures(out):
+    import cases
+    import train_blip_caption
+    from transformers import BlipForConditionalGeneration
+    model, tokenizer = published.load_published(BlipForConditionalGeneration, "BLIP", str(out / "blip"))
+    wanted = test_captions()
+    told = train_blip_caption.describe(model.eval(), tokenizer, test_pixels(wanted), train_blip_caption.GENERATION)
+    scores = metrics.score_captions(told, [[caption] for caption in wanted.values()])["corpus"]
+    return {"mean of METEOR, ROUGE-L and CIDEr-D, times 100": percent(cases.mean_of_three(scores), 1)}
+
+
+@torch.no_grad()
+def retrieval_figures(out):
+    model, wanted = core.Blip2Retrieval.load(str(out / "blip2-itm")).eval(), test_captions()
+    images = model.image_features(model.image_embeds(test_pixels(wanted)))
+    ranked = core.max_similarity(model.text_features(**core.text_ids(model.tokenizer, wanted.values())), images)
+    own = torch.arange(len(wanted))
+    return {f"recall@1, {name}": percent((s.argmax(-1) == own).sum().item(), len(wanted))
+            for name, s in (("text to picture", ranked), ("picture to text", ranked.T))}
+
+
+# --- records ------------
+
+MAKERS = {"blip2": (make_blip2, blip2_figures), "efficientnet-28.pt": (make_efficientnet, style_figures),
+          "blip2-itm": (make_retrieval_folder, retrieval_figures), "blip": (make_captioner_folder, caption_figures),
+          "gated": (make_gated, gated_figures)}
+
+
+def digests(place):
+    """{file: sha256} of a file or of everything in a folder."""
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    return {str(path.relative_to(place.parent)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def record(part, out, args, seconds):
+    """Write NAME.json beside a part."""
+    import transformers
+    name = part.removesuffix(".pt")
+    content = {"recipe": f"make_tiny.py --parts {part}", "recipe_version": RECIPE, "settings": {
+        key: value for key, value in vars(args).items() if key not in ("out", "parts")}, "seconds": round(seconds),
+        "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+        "figures on the drawn sample's test pictures, %": MAKERS[part][1](out), "sha256": digests(out / part)}
+    with runfolder.whole_file(out / f"{name}.json") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+
+
+def make(part, out, args):
+    """One part and its record; under a temporary name first, so that a part that stands is complete."""
+    start, target = time.monotonic(), out / part
+    now(f"{part}: begun")
+    loop.seed_everything(args.seed)
+    unfinished = target.with_name(target.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if not target.suffix:
+        unfinished.mkdir()
+    MAKERS[part][0](unfinished, args)
+    unfinished.rename(target)
+    seconds = time.monotonic() - start
+    now(f"{part}: made in {seconds:.0f} s, taking its figures")
+    with drawn_sample(args):
+        record(part, out, args, seconds)
 
 
 def main(argv=None):
-    if get_args(argv).captioner:
-        print(f"BLIP captioner: {ensure_captioner(argv)}")
-        return
-    if get_args(argv).retrieval:
-        print(f"BLIP-2 for retrieval: {ensure_retrieval(argv)}")
-        return
-    folder, checkpoint = ensure(argv)
-    print(f"BLIP-2: {folder}\nEfficientNet-28: {checkpoint}")
+    args = get_args(argv)
+    out = pathlib.Path(args.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    args.out = str(out)  # parts are made in other working folders
+    with told(out):
+        for part in PARTS:
+            if part in args.parts and not (out / part).exists():
+                make(part, out, args)
+    print(f"made: {out}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(loop.exit_code(main))

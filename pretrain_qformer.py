@@ -74,8 +74,8 @@ def get_args(argv=None):
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip2", default=DEFAULT, metavar="ID|DIR|tiny",
-                       help="whose vision tower: any BLIP-2 in HuggingFace's format, or its vision part alone; tiny is made on "
-                            f"first use (default: {DEFAULT})")
+                       help="whose vision tower: any BLIP-2 in HuggingFace's format, or its vision part alone; tiny ships with "
+                            f"the project (default: {DEFAULT})")
     model.add_argument("--init", metavar="ID|DIR|FILE|random",
                        help="where the Q-Former starts: a BERT, a BLIP-2 in image-text-retrieval format, a LAVIS stage-1 .pth, or "
                             f"random (default: {BERT}; with --blip2 tiny random)")
@@ -307,10 +307,7 @@ def draw_negatives(logits, other):
 def load_model(args, dtype, say=print):
     """--blip2 (vision tower) and --init (Q-Former, tokenizer) -> Stage1. A hub's ID is looked for in models/ first. Says what
     starts fresh."""
-    name, init = published.in_models(args.blip2), published.in_models(args.init)
-    if name == "tiny":
-        import make_tiny
-        name = make_tiny.ensure_retrieval()
+    name, init = published.in_models(args.blip2, "blip2-itm"), published.in_models(args.init)
     vision, config = published.load_vision(name, dtype)
     kind = published.load_config(init).model_type if init != "random" and not pathlib.Path(init).is_file() else None
     if kind == "bert":
@@ -680,7 +677,7 @@ def prepare(args):
     with accelerator.main_process_first():  # one counts the tar files' samples, the others find the counts
         train, val, streamed = read_data(args, accelerator.print)
     loop.seed_everything(args.seed)
-    with accelerator.main_process_first():  # one process makes the tiny model, the others find it
+    with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
         model = load_model(args, core.DTYPES[accelerator.mixed_precision], accelerator.print)
     if accelerator.is_main_process:
         runfolder.print_parts(model)

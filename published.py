@@ -125,8 +125,20 @@ def load_vision(name, dtype=torch.float32):
     return model, config
 
 
-def in_models(name):
-    """A hub's ID as models/NAME where that folder is; any other name as it is."""
+TINY = pathlib.Path(__file__).resolve().parent / "models/tiny"  # make_tiny.py is the recipe; {part}.json beside each is its record
+
+
+def tiny(part):
+    """Place of a tiny model that ships with the project: blip2, blip, blip2-itm, efficientnet-28.pt or gated."""
+    if not (TINY / part).exists():
+        raise DataError(f"{TINY / part}: missing, though it ships with the project: git checkout -- models/tiny")
+    return str(TINY / part)
+
+
+def in_models(name, tiny_part=None):
+    """A hub's ID as models/NAME where that folder is, "tiny" as the place of tiny_part (see tiny), any other name as it is."""
+    if name == "tiny" and tiny_part:
+        return tiny(tiny_part)
     here = pathlib.Path("models") / name.split("/")[-1]
     return str(here) if here.is_dir() and not pathlib.Path(name).exists() else name
 

@@ -99,6 +99,16 @@ def load_checkpoint(path, needs=()):
     missing = [key for key in needs if not isinstance(content, dict) or key not in content]
     if missing:
         raise DataError(f"{path}: not a checkpoint of this stage (no {', '.join(missing)})")
+    return as_written_today(content)
+
+
+def as_written_today(content):
+    """A checkpoint as this version writes it: float32 tensors where it was kept in half precision to be small, and the length of
+    an answer among model_args, which was a flag alone once."""
+    if isinstance(content, dict) and content.get("kept_in") == "float16":
+        content["state"] = {name: tensor.float() for name, tensor in content["state"].items()}
+    if isinstance(content, dict) and "max_answer" in content.get("args", ()) and "model_args" in content:
+        content["model_args"].setdefault("max_answer", content["args"]["max_answer"])
     return content
 
 

@@ -80,7 +80,7 @@ def get_args(argv=None):
                                                              "longest batch, and stop; nothing is written")
     data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
-    model.add_argument("--blip", metavar="ID|DIR|tiny", help="HuggingFace id, local folder, or tiny (made on first use); default "
+    model.add_argument("--blip", metavar="ID|DIR|tiny", help="HuggingFace id, local folder, or tiny (ships with the project); default "
                                                              f"{DEFAULT}, or what --checkpoint was trained on")
     model.add_argument("--recipe", choices=tuple(RECIPES), default="conservative",
                        help="defaults of the flags marked (recipe): " + "; ".join(
@@ -204,21 +204,10 @@ class Collate:
 
 # --- model ------------
 
-def local_name(name):
-    """--blip as a place: tiny's own folder; a hub's ID is looked for in models/ first."""
-    if name == "tiny":
-        import make_tiny
-        return str(make_tiny.captioner_place(make_tiny.get_args([])))
-    return published.in_models(name)
-
-
 def load_blip(name):
     """HuggingFace id, folder or tiny -> (BlipForConditionalGeneration with label smoothing, tokenizer), see published.load_blip2."""
     from transformers import BlipForConditionalGeneration
-    if name == "tiny":
-        import make_tiny
-        make_tiny.ensure_captioner()
-    name = local_name(name)
+    name = published.in_models(name, "blip")
     model, tokenizer = published.load_published(BlipForConditionalGeneration, "BLIP", name)
     text = model.config.text_config
     ours, wanted = ((len(tokenizer), tokenizer.pad_token_id, tokenizer.sep_token_id),
@@ -501,7 +490,7 @@ def prepare(args):
                               kwargs_handlers=scattered)
     train, val = (read_data(args, split, accelerator.print) for split in ("train", "val"))
     loop.seed_everything(args.seed)
-    with accelerator.main_process_first():  # one process makes the tiny model, the others find it
+    with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
         model, tokenizer = load_blip(args.blip)
     open_layers(model, layers_at(args, args.epochs))  # all that will ever be trained
     if accelerator.is_main_process:
@@ -739,7 +728,7 @@ def main(argv=None):
     for note in runfolder.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
-        return check_data(args, local_name(args.blip))
+        return check_data(args, published.in_models(args.blip, "blip"))
     if args.captions:
         return caption_folder(args)
     if args.caption or args.zero_shot or args.checkpoint:

@@ -78,7 +78,7 @@ def get_args(argv=None):
                                                      "bf16 (default: none, the tower runs in every step)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip2", metavar="ID|DIR|tiny", help="HuggingFace id or folder in its image-text-retrieval format, or "
-                                                              f"tiny (made on first use); default {DEFAULT}")
+                                                              f"tiny (ships with the project); default {DEFAULT}")
     model.add_argument("--qformer", metavar="DIR|FILE", help="Q-Former and heads from elsewhere: a folder of pretrain_qformer.py, "
                                                              "or a LAVIS stage-1 .pth")
     model.add_argument("--no-gate", action="store_true", help="SPRC without the gated fusion, the baseline")
@@ -351,11 +351,8 @@ def contrastive_loss(similarity, temp, same, hard_batch=0.0):
 
 
 def load_model(args, dtype):
-    """--blip2 and --qformer -> Sprc. A hub's ID is looked for in models/ first; tiny is made on first use."""
-    name = published.in_models(args.blip2 or DEFAULT)
-    if name == "tiny":
-        import make_tiny
-        name = make_tiny.ensure_retrieval()
+    """--blip2 and --qformer -> Sprc. A hub's ID is looked for in models/ first."""
+    name = published.in_models(args.blip2 or DEFAULT, "blip2-itm")
     model = Sprc.load(name, args.qformer, dtype, gate=not args.no_gate, spatial=args.spatial_attention)
     published.refuse_other_tokenizer(model.tokenizer, model.embeddings.word_embeddings.num_embeddings, name)
     if not args.loss_rtc:  # nothing trains the prompts, and a trained part without a gradient would hang several processes
@@ -650,7 +647,7 @@ def prepare(args):
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     train, val = (read_data(args, split, accelerator.print) for split in ("train", "val"))
     loop.seed_everything(args.seed)
-    with accelerator.main_process_first():  # one process makes the tiny model, the others find it
+    with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
         model = load_model(args, core.DTYPES[accelerator.mixed_precision])
     if accelerator.is_main_process:
         runfolder.print_parts(model)

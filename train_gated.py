@@ -76,7 +76,7 @@ def get_args(argv=None):
                                                      "bf16 (default: none, the towers run in every step)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip2", default="Salesforce/blip2-opt-2.7b", metavar="ID|DIR|tiny",
-                       help="HuggingFace id, local folder, or tiny (made on first use); default Salesforce/blip2-opt-2.7b, "
+                       help="HuggingFace id, local folder, or tiny (ships with the project); default Salesforce/blip2-opt-2.7b, "
                             "taken from models/blip2-opt-2.7b where that folder exists")
     model.add_argument("--qformer", metavar="DIR|FILE", help="Q-Former from elsewhere: an HF BLIP-2 or image-text-retrieval "
                                                              "folder, or a LAVIS .pth")
@@ -111,8 +111,9 @@ def get_args(argv=None):
     run.add_argument("--activations", choices=("keep", "bits", "recompute"), default="keep",
                      help="of the language model for the backward pass. bits: of each ReLU its signs; recompute: only each layer's "
                           "input. Less memory, more time, the same gradients (default: keep)")
-    run.add_argument("--max-answer", type=runfolder.positive, default=16,
-                     help="answer tokens kept, with the end of line (default: 16)")
+    run.add_argument("--max-answer", type=runfolder.positive, default=core.MAX_ANSWER, metavar="N",
+                     help="an answer has as many tokens as the longest of training, end of line included, and never more than N "
+                          f"(default: {core.MAX_ANSWER})")
     run.add_argument("--select", choices=("loss", "em"), default="loss",
                      help="best.pt by lowest validation loss or highest exact match (default: loss)")
     run.add_argument("--patience", type=runfolder.whole, default=3,
@@ -207,7 +208,9 @@ class Questions(Dataset):
 
 
 class Collate:
-    """Samples -> batch for Blip2OPTGated.forward. A class and not a closure, so that it also works where workers are spawned."""
+    """Samples -> batch for Blip2OPTGated.forward. A class and not a closure, so that it also works where workers are spawned.
+
+    max_answer: see answer_length."""
 
     def __init__(self, tokenizer, styles, max_answer):
         self.tokenizer, self.styles, self.max_answer = tokenizer, [s.lower() for s in styles], max_answer
@@ -254,18 +257,30 @@ def check_data(args):
 
 
 def check_tokens(args, splits):
-    """What the language model will read: answers that --max-answer cuts, and three rows with the masked tokens in brackets."""
-    places = local_names(args.blip2, args.efficientnet)
+    """What the language model will read: answers that are cut, and three rows with the masked tokens in brackets."""
+    places = resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
     try:
         tokenizer = published.load_tokenizer(places["blip2"])
     except DataError as error:
         print(f"tokens not checked: {error}")
         return
-    for split, found in splits.items():
-        cut = [row for row in found if len(core.answer_ids(tokenizer, row.answer, 10**6)) > args.max_answer]
+    if "train" in splits:
+        longest = answer_length(tokenizer, splits["train"], args.max_answer)
+        say_cut(tokenizer, splits, longest)
+        show_rows(tokenizer, splits["train"][:3], longest)
+
+
+def answer_length(tokenizer, train_rows, limit):
+    """Tokens of the longest training answer with its end of line, `limit` at most: what is trained and what is generated."""
+    return min(limit, max(core.answer_lengths(tokenizer, [r.answer for r in train_rows])))
+
+
+def say_cut(tokenizer, splits, longest, say=print):
+    """Say of every split {name: rows} how many answers have more than `longest` tokens; only those are not trained or scored whole."""
+    for split, read in splits.items():
+        cut = [r for r, n in zip(read, core.answer_lengths(tokenizer, [r.answer for r in read])) if n > longest]
         first = f", first {loop.named(cut[:1])}: {cut[0].answer!r}" if cut else ""
-        print(f"{split}: {len(cut)} of {len(found)} answers are cut by --max-answer {args.max_answer}{first}")
-    show_rows(tokenizer, splits.get("train", [])[:3], args.max_answer)
+        say(f"{split}: {len(cut)} of {len(read)} answers are cut at {longest} tokens{first}")
 
 
 def show_rows(tokenizer, some, max_answer):
@@ -374,29 +389,19 @@ def style_features(args, checkpoint, paths, size, accelerator):
 
 # --- model ------------
 
-def model_args(args, train_rows):
+def model_args(args, train_rows, max_answer):
     """Everything that is needed to build the model again without a command line; stored in best.pt."""
     styles = sorted({r.style.strip() for r in train_rows if r.style.strip()})
     return {"blip2": args.blip2, "qformer": args.qformer, "efficientnet": args.efficientnet, "gating": args.gating, "per": args.per,
             "gate_scale": args.gate_scale, "train_qformer": args.train_qformer, "lora_rank": args.lora_rank,
-            "style_head": args.kl_weight != 0, "styles": styles, "lm_precision": args.lm_precision}
-
-
-def local_names(blip2, style_checkpoint):
-    """--blip2 and --efficientnet as places: tiny's own files; a hub's ID is looked for in models/ first."""
-    own = "runs/efficientnet-28/best.pt"
-    if blip2 == "tiny":
-        import make_tiny
-        blip2, own = make_tiny.places(make_tiny.get_args([]))
-    return {"blip2": published.in_models(str(blip2)), "efficientnet": str(style_checkpoint or own)}
+            "style_head": args.kl_weight != 0, "styles": styles, "lm_precision": args.lm_precision, "max_answer": max_answer}
 
 
 def resolved(built_from):
-    """model_args with names made into places; tiny is drawn and trained on first use."""
-    if built_from["blip2"] == "tiny":
-        import make_tiny
-        make_tiny.ensure()
-    return {**built_from, **local_names(built_from["blip2"], built_from["efficientnet"])}
+    """model_args with names made into places: tiny's own files; a hub's ID is looked for in models/ first."""
+    own = published.tiny("efficientnet-28.pt") if built_from["blip2"] == "tiny" else "runs/efficientnet-28/best.pt"
+    return {**built_from, "blip2": published.in_models(built_from["blip2"], "blip2"),
+            "efficientnet": str(built_from["efficientnet"] or own)}
 
 
 def loss_weights(args, model, say):
@@ -600,12 +605,13 @@ def prepare(args):
     """Flags -> a Run at its first step: rows, features, model, optimizer."""
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     splits = [read_data(args, split, accelerator.print) for split in ("train", "val")]
-    with accelerator.main_process_first():  # one process makes the tiny model, the others find it
-        places = resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
+    places = resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
     if args.style == "efficientnet":
         splits = predicted_styles(args, places["blip2"], places["efficientnet"], splits, accelerator.device, accelerator.print)
     train_rows, val_rows = splits
-    built_from = model_args(args, train_rows)
+    tokenizer = published.load_tokenizer(places["blip2"])
+    built_from = model_args(args, train_rows, answer_length(tokenizer, train_rows, args.max_answer))
+    say_cut(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)
     dtype = core.DTYPES[accelerator.mixed_precision]  # of the frozen towers; everything that is trained is in float32
     features, towers = cached_features(args, {**built_from, **places}, train_rows + val_rows, accelerator, dtype)
     loop.seed_everything(args.seed)
@@ -615,7 +621,7 @@ def prepare(args):
     if accelerator.is_main_process:
         runfolder.print_parts(model)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
-    return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer, model.styles, args.max_answer),
+    return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer, model.styles, model.max_answer),
                Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features), weights,
                built_from, {**runfolder.fingerprint(model), **towers})
 
@@ -683,7 +689,7 @@ def dry_run(args):
     """--dry-run: three rows, the table of parts (prepare prints it), memory; nothing is written but a cache."""
     run = prepare(args)
     if run.accelerator.is_main_process:
-        show_rows(run.model.tokenizer, run.train.rows[:3], args.max_answer)
+        show_rows(run.model.tokenizer, run.train.rows[:3], run.model.max_answer)
     loop.dry_run(run, rehearse, run.train.features.stores.values() if run.train.features else ())
 
 
