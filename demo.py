@@ -30,14 +30,14 @@ import core
 import gallery
 import loop
 import maps
+import published
 import rows
 import runfolder
-import sharing
 from rows import DataError
 
-BEST, TOP_STYLES, EXAMPLES, BEAMS, LONGEST = 3, 5, 8, 5, 500  # candidates, styles shown, pictures a style, beams, letters of a text
+BEST, TOP_STYLES, EXAMPLES, LONGEST = 3, 5, 8, 500  # candidates, styles shown, pictures a style, letters of a text
 FIGURE = pathlib.Path(__file__).resolve().parent / "data/maps.png"
-CHECKPOINTS = ("runs/demo/best.pt", "runs/gated/best.pt")  # the first that is there is the default
+CHECKPOINTS = ("runs/demo/best.pt", "runs/gated/best.pt")  # the first that is there is the default, else the gates that ship
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; base-uri 'self'; form-action 'self'"
 WORDS = {  # English, Chinese
     "title": ("What art style does to an answer", "艺术风格如何影响回答"),
@@ -51,17 +51,12 @@ WORDS = {  # English, Chinese
     "difference": ("Attention with the gate minus without", "注意力之差（有减无）"), "fall": ("Occlusion: fall without the patch", "遮挡：去掉该处后的下降"),
     "reference": ("Reference picture", "参考图"), "change": ("What should be different", "应有何不同"),
     "empty": ("Give a picture and a question.", "请给出图片和问题。"), "no_picture": ("Give a picture.", "请给出图片。"),
-    "fresh": ("This is the untrained tiny model: its gates are fresh, so both sides are equal. Train with make demo, or pass --checkpoint.",
-              "这是未经训练的小模型：门控为初始状态，两侧相同。请运行 make demo 训练，或给出 --checkpoint。"),
     "no_gates": ("This model was trained without gates: both sides are equal.", "该模型没有门控：两侧相同。"),
     "by_pictures": (f"A style is the mean of up to {EXAMPLES} example pictures.", f"每种风格取至多 {EXAMPLES} 幅示例画作的均值。"),
     "by_weights": ("A style is the classifier's weights for it: there are no example pictures (--data).", "风格取自分类器权重：没有示例画作（--data）。"),
-    "loading": ("Loading the model. The tiny one is made first where it is missing: three to four minutes, once.",
-                "正在加载模型。若缺少小模型则先生成：三到四分钟，仅一次。"),
+    "loading": ("Loading the model: a few seconds for the tiny one.", "正在加载模型：小模型只需几秒。"),
     "soon": ("Meanwhile, a trained model on one question: where it looks with the gates and without, and what its answer rests on.",
              "请先看一个训练好的模型如何回答一个问题：有门控与无门控时看哪里，以及答案依据什么。"),
-    "no_captioner": ("No captioner: python make_tiny.py --captioner makes a tiny one; or pass --captioner with a best.pt of train_blip_caption.py.",
-                     "没有描述模型：运行 python make_tiny.py --captioner，或用 --captioner 给出 train_blip_caption.py 的 best.pt。"),
     "no_finder": ("Nothing to search with: pass --retrieval with a best.pt of train_cir.py, and --gallery with a folder of pictures.",
                   "无法检索：请用 --retrieval 给出 train_cir.py 的 best.pt，用 --gallery 给出图片文件夹。"),
     "no_report": ("No report: eval_gated.py writes one; pass it with --report FILE.html.", "没有报告：由 eval_gated.py 生成，用 --report FILE.html 给出。")}
@@ -81,12 +76,12 @@ STYLE = """.demo{overflow-wrap:anywhere;color:var(--body-text-color)}.demo h3{ma
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", metavar="FILE|DIR|tiny",
-                        help="best.pt or folder of train_gated.py, or tiny: untrained (default: "
+                        help="best.pt or folder of train_gated.py, or tiny: the trained gates that ship with the project (default: "
                              f"the first there is of {', '.join(CHECKPOINTS)}, else tiny)")
     parser.add_argument("--blip2", metavar="ID|DIR", help="where the BLIP-2 of --checkpoint lies now, if it moved")
     parser.add_argument("--efficientnet", metavar="FILE", help="where its style classifier lies now, if it moved")
     parser.add_argument("--captioner", metavar="FILE|DIR", help="best.pt of train_blip_caption.py or a BLIP folder (default: "
-                                                                "models/tiny-blip where it is)")
+                                                                "the tiny one that ships)")
     parser.add_argument("--retrieval", metavar="FILE", help="best.pt of train_cir.py")
     parser.add_argument("--gallery", metavar="DIR", help="folder of pictures that tab Find looks through")
     parser.add_argument("--report", metavar="FILE.html", help="what tab Errors shows")
@@ -98,7 +93,7 @@ def get_args(argv=None):
     parser.add_argument("--lang", choices=("en", "zh", "both"), default="both", help="language of the labels (default: both)")
     args = runfolder.parse_args(parser, argv)
     args.checkpoint = args.checkpoint or next((path for path in CHECKPOINTS if os.path.isfile(path)), "tiny")
-    args.captioner = args.captioner or ("models/tiny-blip" if os.path.isdir("models/tiny-blip") else None)
+    args.captioner = args.captioner or published.tiny("blip")
     for path in (args.report, args.gallery, args.retrieval):
         if path and not os.path.exists(path):
             raise DataError(f"{path}: no such file or folder")
@@ -117,7 +112,6 @@ class Asked:
     """The model of tab Ask, what it chooses from, and what it has computed for the last picture."""
     model: core.Blip2OPTGated
     examples: dict = field(default_factory=dict)  # {style: paths of pictures}
-    trained: bool = True
     prototypes: dict = field(default_factory=dict)  # {style: [1,F]} of the examples
     last: dict = field(default_factory=dict)
 
@@ -210,11 +204,8 @@ def load_asked(checkpoint, data, blip2=None, efficientnet=None):
         if row.style.strip() and not row.fault:
             examples.setdefault(row.style.strip(), {})[row.image] = None
     examples = {style: list(paths) for style, paths in examples.items()}
-    if checkpoint == "tiny":
-        import make_tiny
-        model = core.Blip2OPTGated.build(*make_tiny.ensure(), styles=[]).eval()
-        return Asked(model, examples=examples, trained=False)
     dtype = core.DTYPES[loop.precision_of("auto")]
+    checkpoint = published.tiny("gated") if checkpoint == "tiny" else checkpoint
     model, _ = core.load_gated(checkpoint, blip2, efficientnet, device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
     return Asked(model, examples)
 
@@ -363,8 +354,7 @@ def status_html(asked, words):
     """One line on what the model is, and where the styles come from."""
     if asked.model.gates is None:
         return lines_html(words["no_gates"])
-    fresh = [] if asked.trained else [words["fresh"]]
-    return lines_html(*fresh, words["by_pictures" if asked.examples else "by_weights"])
+    return lines_html(words["by_pictures" if asked.examples else "by_weights"])
 
 
 def guarded(make, count, *inputs):
@@ -406,20 +396,16 @@ def import_gradio(folder):
     return gradio
 
 
-def examples_of(data, folder):
-    """[[picture's path, question]]: of the validation pictures one a style; without --data drawn into `folder`."""
+def examples_of(data):
+    """[[picture's path, question]]: of the validation pictures one a style; without --data the ones that ship."""
     found = {}
     if os.path.isdir(data):
         for row in rows.read_split(data, "val"):
             if not row.fault:
                 found.setdefault(row.style, [row.image, row.question])
         return list(found.values())[:4]
-    import make_tiny
-    sample, rng = make_tiny.make_sample, np.random.default_rng(3)
-    for number, style in enumerate(list(sample.STYLES)[:4], 1):
-        found[style] = [os.path.join(folder, f"drawn-{number}.png"), "Which style is this painting?"]
-        sample.draw_scene(sample.random_scene(rng), style, size=224).save(found[style][0])
-    return list(found.values())
+    shipped = sorted(pathlib.Path(published.tiny("gated"), "examples").iterdir())
+    return [[str(path), "Which style is this painting?"] for path in shipped[:4]]
 
 
 def ask_tab(gr, words, asked, examples, on):
@@ -460,8 +446,6 @@ def picture_of(gr, label):
 
 
 def caption_tab(gr, words, args, on):
-    if not args.captioner:
-        return gr.HTML(lines_html(words["no_captioner"]))
     captioner = functools.cache(lambda: load_captioner(args.captioner))
     image, button, out = (picture_of(gr, words["painting"]), gr.Button(words["caption"], variant="primary"),
                           gr.HTML(elem_id="caption"))
@@ -489,14 +473,14 @@ def find_tab(gr, words, args, on):
     button.click(lambda *given: guarded(find, 1, *given) if given[0] else fault_html(words["no_picture"]), [image, text], out, **on)
 
 
-def build(gr, args, folder):
+def build(gr, args):
     """The whole page as gr.Blocks. One event at a time: they share the models and the processor."""
     words, on = words_of(args.lang), {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
     asked = functools.cache(lambda: load_asked(args.checkpoint, args.data, args.blip2, args.efficientnet))
     with gr.Blocks(title=words["title"], analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(block(f'<h3>{html.escape(words["title"])}</h3>'))
         with gr.Tab(words["ask"]):
-            status, style = ask_tab(gr, words, asked, examples_of(args.data, folder), on)
+            status, style = ask_tab(gr, words, asked, examples_of(args.data), on)
         with gr.Tab(words["caption"]):
             caption_tab(gr, words, args, on)
         with gr.Tab(words["find"]):
@@ -520,7 +504,7 @@ def main(argv=None):
         from starlette.middleware import Middleware
         # of this machine: none is fetched
         fonts = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
-        build(gr, args, folder).launch(
+        build(gr, args).launch(
             server_name="127.0.0.1", server_port=args.port, share=False, ssr_mode=False, mcp_server=False, pwa=False,
             footer_links=[], max_file_size="64mb", inbrowser=args.open, app_kwargs={"middleware": [Middleware(Policy)]}, css=STYLE,
             theme=gr.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"]))

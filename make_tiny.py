@@ -7,7 +7,7 @@
     efficientnet-28.pt   its style classifier, 28 classes as the real one
     blip/                --blip tiny of train_blip_caption.py: BlipForConditionalGeneration
     blip2-itm/           --blip2 tiny of train_cir.py and pretrain_qformer.py: Blip2ForImageTextRetrieval
-    gated/best.pt        gates that train_gated.py trained on the drawn sample, for demo.py
+    gated/best.pt        gates that train_gated.py trained on the drawn sample, and examples/, test pictures, for demo.py
 
 Each has a record beside it, NAME.json: the recipe and its version, sha256 of every file, the figures it reached. The folders are
 in the published formats (save_pretrained, tokenizer, processor), so the code that loads them is the code that loads
@@ -540,27 +540,28 @@ def halves(state):
 
 
 def make_gated(folder, args):
-    """models/tiny/gated/best.pt: what train_gated.py makes of the tiny BLIP-2 and the drawn sample, in half precision."""
+    """models/tiny/gated: best.pt, what train_gated.py makes of the tiny BLIP-2 and the drawn sample, in half precision; examples/."""
     import train_gated
-    blip2, classifier = (str(pathlib.Path(args.out).resolve() / part) for part in ("blip2", "efficientnet-28.pt"))
-    with drawn_sample(args):
-        now(f"training the gates for {args.gate_epochs} epochs")
-        train_gated.main(["--data", "data/artquest", "--blip2", blip2, "--efficientnet", classifier, "--accumulation", "1", "--batch-size",
-                          "32", "--lr", "1e-3", "--epochs", str(args.gate_epochs), "--patience", "0", "--cache", "cache", "--workers",
-                          "0", "--seed", str(args.seed), "--out", "runs/tiny"])
-        best = runfolder.load_checkpoint("runs/tiny/best.pt")
-    places = {"blip2": "tiny", "efficientnet": None}
+    blip2, classifier = (str(pathlib.Path(args.out) / part) for part in ("blip2", "efficientnet-28.pt"))
+    train_gated.main(["--data", "data/artquest", "--blip2", blip2, "--efficientnet", classifier, "--accumulation", "1", "--batch-size", "32",
+                      "--lr", "1e-3", "--epochs", str(args.gate_epochs), "--patience", "0", "--cache", "cache", "--workers", "0", "--seed",
+                      str(args.seed), "--out", "runs/tiny"])
+    best, places = runfolder.load_checkpoint("runs/tiny/best.pt"), {"blip2": "tiny", "efficientnet": None}
     runfolder.save_checkpoint(folder / "best.pt", {
         **best, "state": halves(best["state"]), "kept_in": "float16", "model_args": {**best["model_args"], **places},
         "args": {**best["args"], **places, "cache": None}})
+    (folder / "examples").mkdir()
+    for path in {r.style: r.image for r in rows.read_split("data/artquest", "test")}.values():  # one a style
+        shutil.copy(path, folder / "examples")
 
 
 @contextlib.contextmanager
 def drawn_sample(args):
-    """A working folder with the drawn sample in data/artquest, gone afterwards."""
+    """A working folder with the drawn sample in data/artquest, gone afterwards. What a run in it remembers of its places tells
+    nothing of this machine."""
     here = os.getcwd()
     with tempfile.TemporaryDirectory() as place:
-        os.chdir(place)  # so that what a run remembers of its places tells nothing of this machine
+        os.chdir(place)
         try:
             now("drawing the sample")
             make_sample.main(["--pictures", str(args.sample_pictures), "--out", "data/artquest"])
@@ -679,16 +680,15 @@ def make(part, out, args):
     unfinished.rename(target)
     seconds = time.monotonic() - start
     now(f"{part}: made in {seconds:.0f} s, taking its figures")
-    with drawn_sample(args):
-        record(part, out, args, seconds)
+    record(part, out, args, seconds)
 
 
 def main(argv=None):
     args = get_args(argv)
     out = pathlib.Path(args.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    args.out = str(out)  # parts are made in other working folders
-    with told(out):
+    args.out = str(out)  # absolute, since the work is done elsewhere
+    with told(out), drawn_sample(args):
         for part in PARTS:
             if part in args.parts and not (out / part).exists():
                 make(part, out, args)

@@ -37,6 +37,7 @@ from tqdm import tqdm
 import core
 import gallery
 import loop
+import published
 import rows
 import runfolder
 from rows import DataError
@@ -693,7 +694,7 @@ def get_args(argv=None):
     parser.add_argument("--faithfulness", action="store_true", required=True,
                         help="share of each map on the things of new drawn scenes")
     parser.add_argument("--checkpoint", metavar="FILE",
-                        help="best.pt of train_gated.py (default: the tiny BLIP-2 as make_tiny.py leaves it)")
+                        help="best.pt of train_gated.py (default: the tiny BLIP-2 as it ships)")
     parser.add_argument("--pictures", type=runfolder.positive, default=100, help="(default: 100)")
     parser.add_argument("--windows", type=runfolder.positive, nargs="+", default=[1, 2, 3],
                         help="patches on a side (default: 1 2 3)")
@@ -704,8 +705,7 @@ def get_args(argv=None):
 def load(path):
     """The model of a best.pt, or without one the tiny BLIP-2, ungated and as it is."""
     if path is None:
-        import make_tiny
-        return core.Blip2OPTGated.build(make_tiny.ensure()[0], None, [], gating="none").eval()
+        return core.Blip2OPTGated.build(published.tiny("blip2"), None, [], gating="none").eval()
     import eval_gated
     checkpoint = runfolder.load_checkpoint(path, ("model_args", "state", "frozen"))
     model = eval_gated.load_model(eval_gated.get_args(["--checkpoint", path]), checkpoint, torch.float32)

@@ -400,7 +400,7 @@ def _sizes(model):
 def base_model(name, place):
     """{"name", "revision", "kind"} of the BLIP-2 that a training knew as `name` and that lies at `place` now.
 
-    kind: "hub", "folder", or "tiny", which every machine makes for itself."""
+    kind: "hub", "folder", or "tiny", which ships with the project."""
     if name == "tiny":
         return {"name": name, "revision": None, "kind": "tiny"}
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not pathlib.Path(name).exists()
@@ -505,7 +505,7 @@ def _facts(config, checkpoint):
     """Rows of the card's first table."""
     base = config["base_model"]
     trained = sum(tensor.numel() for tensor in checkpoint["state"].values())
-    kind = {"tiny": ", drawn and trained on the machine of the training", "folder": " (a local folder)", "hub": ""}[base["kind"]]
+    kind = {"tiny": " (ships with the project)", "folder": " (a local folder)", "hub": ""}[base["kind"]]
     layers = ", ".join(map(str, config["layers"]))
     gating = "none" if config["gating"] == "none" else f"{config['gating']}, per {config['per']}, in layers {layers}"
     rank, whole = config["lora_rank"], "W_K and W_V of the cross-attention"

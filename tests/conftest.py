@@ -36,13 +36,6 @@ def tiny(tmp_path_factory):
     return make_tiny.save_random(tmp_path_factory.mktemp("tiny"), texts)
 
 
-@pytest.fixture(scope="session")
-def trained_tiny(tmp_path_factory):
-    """(BLIP-2 folder, EfficientNet checkpoint) of make_tiny, with a third of its steps."""
-    return make_tiny.ensure(["--out", str(tmp_path_factory.mktemp("models")), "--pictures", "800", "--vision-steps", "120",
-                             "--language-steps", "160", "--style-steps", "60"])
-
-
 @pytest.fixture
 def build(tiny):
     """Function that builds a Blip2OPTGated from the random tiny weights, in eval mode."""

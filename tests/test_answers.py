@@ -4,21 +4,19 @@ Reference-checked: generation against plain generate on the same inputs, scores 
 and without a pad. Behaviour-checked: what the language model is really asked to run, positions, chunks, the kept cache.
 """
 
-import pathlib
-
 import pytest
 import torch
 from torch import nn
 
 import core
 import make_tiny
+import published
 
 QUESTIONS = ["Which style is this painting?", "How many?", "What colour are the very many boats on the water of this lake?", "Colour?"]
 CONTEXTS = ["", "A boat.", "", "Three large red boats lie in the sun, one of them is old."]
 ANSWERS = ["red", "Pop Art", "", "three hundred and one boats on the water", "two", "a"]
 SEEING = {"gates": {}, "closed": {"gated": False}, "context": {"contexts": CONTEXTS}, "blind": {"blind": True},
           "blind with context": {"blind": True, "contexts": CONTEXTS}}
-TRAINED = pathlib.Path(__file__).resolve().parent.parent / "models"
 
 
 def decisive(model):
@@ -77,8 +75,8 @@ def lm_inputs(model, questions, features, contexts=None, gated=True, blind=False
 def plain_generate(model, questions, features, beams, length_penalty=0.0, **seeing):
     """predict_answers as transformers does it alone: the prompt repeated for every beam."""
     ids = model.language_model.generate(
-        **lm_inputs(model, questions, features, **seeing), num_beams=beams, do_sample=False, max_new_tokens=10, min_new_tokens=1,
-        length_penalty=length_penalty if beams > 1 else None, eos_token_id=core.newline_id(model.tokenizer),
+        **lm_inputs(model, questions, features, **seeing), num_beams=beams, do_sample=False, max_new_tokens=model.max_answer,
+        min_new_tokens=1, length_penalty=length_penalty if beams > 1 else None, eos_token_id=core.newline_id(model.tokenizer),
         pad_token_id=model.tokenizer.pad_token_id)
     return [text.split("\n")[0].strip() for text in model.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -87,7 +85,7 @@ def plain_generate(model, questions, features, beams, length_penalty=0.0, **seei
 def one_by_one(model, question, answer, features, b, contexts=None, **seeing):
     """Log-probabilities of the answer's tokens [n]: one row, the whole of it in one forward, no cache and no pad."""
     alone = lm_inputs(model, [question], row(features, b), contexts and [contexts[b]], **seeing)
-    target = torch.tensor(core.answer_ids(model.tokenizer, answer, 64))
+    target = torch.tensor(core.answer_ids(model.tokenizer, answer))
     words = model.language_model.get_input_embeddings()(target[None])
     logits = model.language_model(inputs_embeds=torch.cat([alone["inputs_embeds"], words], 1)).logits[0]  # [Q+L+n,V]
     return logits[-len(target) - 1:-1].float().log_softmax(-1)[range(len(target)), target]
@@ -125,11 +123,10 @@ def test_settings_of_the_search_arrive(model, features, watch):
     assert len(calls) == 3  # the prompt and two tokens
 
 
-@pytest.mark.skipif(not (TRAINED / "tiny-blip2").is_dir(), reason="models/ is made by make_tiny.py")
 @pytest.mark.parametrize("beams", [1, 5])
 def test_trained_model_answers_as_plain_generate(beams):
     torch.manual_seed(1)
-    model = core.Blip2OPTGated.build(str(TRAINED / "tiny-blip2"), str(TRAINED / "tiny-efficientnet-28.pt"), []).eval()
+    model = core.Blip2OPTGated.build(published.tiny("blip2"), published.tiny("efficientnet-28.pt"), []).eval()
     features = pictures(model)
     found = model.predict_answers(None, QUESTIONS, **features, beams=beams)
     assert found == plain_generate(model, QUESTIONS, features, beams)
@@ -150,7 +147,7 @@ def test_prompt_runs_once_and_then_a_token_a_beam(model, features, beams, watch)
     inputs, calls = lm_inputs(model, QUESTIONS, features), watch(model.language_model.model.decoder, shape)
     B, L = inputs["attention_mask"].shape
     model.predict_answers(None, QUESTIONS, **features, beams=beams)
-    assert calls[0] == (B, L - 1) and set(calls[1:]) == {(B * beams, 1)} and 2 <= len(calls) <= 11
+    assert calls[0] == (B, L - 1) and set(calls[1:]) == {(B * beams, 1)} and 2 <= len(calls) <= model.max_answer + 1
     calls.clear()
     plain_generate(model, QUESTIONS, features, beams)  # the count sees the prompt repeated where it is
     assert calls[0] == (B * beams, L)
@@ -203,7 +200,7 @@ def test_ranking_runs_the_prompt_once_and_then_answers_alone(model, features, wa
     inputs, calls = lm_inputs(model, QUESTIONS, features), watch(model.language_model.model.decoder, shape)
     heads = watch(model.language_model.lm_head, lambda args, kwargs: tuple(args[0].shape[:-1]))
     model.score_answers(QUESTIONS, ANSWERS, **features, chunk=4)
-    lengths = sorted(len(core.answer_ids(model.tokenizer, a, 64)) for a in ANSWERS)
+    lengths = sorted(len(core.answer_ids(model.tokenizer, a)) for a in ANSWERS)
     assert len(set(lengths)) > 2
     assert calls == [(4, inputs["attention_mask"].shape[1] - 1)] + [(4, n) for n in lengths]  # like lengths share a chunk: no pads
     assert sum(n for n, in heads) == 4 * sum(lengths)
@@ -214,7 +211,7 @@ def test_pads_of_an_answer_take_no_position(model, features, watch):
     real = int(lm_inputs(model, QUESTIONS, features)["attention_mask"].sum(1).max())
     positions = watch(model.language_model.model.decoder.embed_positions, position_ids)
     model.confidence(QUESTIONS, ["two", ANSWERS[3], "two", "two"], **features)
-    longest = len(core.answer_ids(model.tokenizer, ANSWERS[3], 64))
+    longest = len(core.answer_ids(model.tokenizer, ANSWERS[3]))
     assert positions[1].shape == (4, longest) and longest > 4
     assert positions[1].max() < real - 1 + longest - 1
 
@@ -246,13 +243,14 @@ def test_confidence_is_the_mean_over_the_answers_tokens(model, features, seeing)
     assert (found < 0).all()
 
 
-def test_long_answers_are_cut_at_64_tokens(model, features):
+def test_long_answers_are_scored_whole(model, features):
     answers = ["Art " * n + last for n in (62, 63) for last in ("Pop", "Cubism")]
-    assert [len(core.answer_ids(model.tokenizer, answer, 99)) for answer in answers] == [64, 64, 65, 65]
+    assert [len(core.answer_ids(model.tokenizer, answer)) for answer in answers] == [64, 64, 65, 65]
     found = model.confidence(QUESTIONS, answers, **features)
     assert torch.allclose(found[2], one_by_one(model, QUESTIONS[2], answers[2], features, 2).mean(), rtol=1e-5)
     scores = model.score_answers(QUESTIONS[:1], answers, **row(features, 0))[0].tolist()
-    assert scores[2] == pytest.approx(scores[3], rel=1e-6) and scores[0] != pytest.approx(scores[1], rel=1e-4)
+    assert scores[2] != pytest.approx(scores[3], rel=1e-4) and scores[0] != pytest.approx(scores[1], rel=1e-4)
+
 
 
 # --- half precision, refusals ------------

@@ -17,6 +17,7 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2T
 import core
 import efficientnet
 import make_tiny
+import published
 import rows
 import runfolder
 from rows import DataError
@@ -294,11 +295,11 @@ def test_what_is_trained(build, train_qformer, trained):
     assert {n.split(".")[0] for n in names} - {"qformer", "query_tokens"} == {"gates", "mapper", "style_head", "language_projection"}
 
 
-def test_one_batch_is_overfitted(trained_tiny, sample):
+def test_one_batch_is_overfitted(sample):
     """Gates and mapper alone (Q-Former and towers frozen) learn the styles of six pictures by heart."""
     chosen = [r for r in rows.read_split(sample, "train") if r.question_type == "style"]
     chosen = list({r.answer: r for r in chosen}.values())[:6]
-    model = core.Blip2OPTGated.build(*trained_tiny, sorted(r.answer for r in chosen)).train()
+    model = core.Blip2OPTGated.build(published.tiny("blip2"), published.tiny("efficientnet-28.pt"), sorted(r.answer for r in chosen)).train()
     features = model.image_features(torch.stack([rows.image_tensor(rows.load_image(r.image), model.image_size) for r in chosen]))
     batch = core.encode_training(model.tokenizer, [r.question for r in chosen], [r.answer for r in chosen])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
@@ -491,7 +492,7 @@ def test_rank_takes_the_likeliest_answer(build, batch):
     features = model.image_features(batch["images"])
     scores = model.score_answers(QUESTIONS, answers, **features, chunk=4)
     assert scores.shape == (3, 3)
-    one = core.encode_training(model.tokenizer, [QUESTIONS[1]], [answers[2]], max_answer=64)
+    one = core.encode_training(model.tokenizer, [QUESTIONS[1]], [answers[2]])
     lm = model(**one, images=batch["images"][1:2])["lm"].item()
     tokens = int((one["labels"] != -100).sum())
     assert scores[1, 2].item() == pytest.approx(-lm * tokens, rel=1e-4)

@@ -23,7 +23,9 @@ import pytest
 import torch
 from PIL import Image
 
+import core
 import demo
+import published
 import rows
 import runfolder
 from rows import DataError
@@ -31,8 +33,14 @@ from rows import DataError
 ROOT = pathlib.Path(demo.__file__).parent
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)> ${alert(3)} {{7*7}} ../../etc/passwd &lt;b&gt;"""
 HOSTILE_NAME = """..\\"'><img src=x onerror=alert(4)>${alert(5)} {{7*7}}%2e%2e%2f.png"""
-HOSTILE_ANSWERS = [f"{HOSTILE} {letter}" for letter in "hgfedcba"]
-ANSWERS = ["Cubism", "Pointillism", "Pop Art", "three", "red and white"]
+HOSTILE_ANSWERS = [HOSTILE, HOSTILE + "2", HOSTILE_NAME]
+# a model that was taught hostile texts, for a process of its own; its probabilities are the model's
+TAUGHT = f"""
+import sys
+import core, demo
+core.Blip2OPTGated.predict_answers = lambda self, images, questions, **more: [{HOSTILE_ANSWERS!r} for _ in questions]
+demo.main(sys.argv[1:])
+"""
 QUESTION = "Which style is this painting?"
 TAGS = {"div", "p", "h3", "h4", "b", "i", "span", "figure", "figcaption", "img", "br", "iframe"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -51,12 +59,12 @@ def open_gates(model):
 
 @pytest.fixture
 def fresh(build):
-    return demo.Asked(build(), list(ANSWERS))
+    return demo.Asked(build())
 
 
 @pytest.fixture
 def opened(build):
-    return demo.Asked(open_gates(build()), list(ANSWERS))
+    return demo.Asked(open_gates(build()))
 
 
 @pytest.fixture
@@ -119,24 +127,14 @@ def test_both_sides_are_what_the_model_says(opened, picture):
     model, found = opened.model, demo.answers_of(opened, picture, QUESTION)
     features = model.image_features(rows.picture_tensor(picture, model.image_size)[None])
     for side, gated in (("gated", True), ("closed", False)):
-        sums = model.score_answers([QUESTION], ANSWERS, **features, gated=gated)[0]
-        best = sums.argsort(descending=True)[:3].tolist()
-        assert [text for text, _ in found[side]["candidates"]] == [ANSWERS[i] for i in best]
-        assert [p for _, p in found[side]["candidates"]] == pytest.approx(sums[best].exp().tolist(), rel=1e-4)
-        assert found[side]["answer"] == model.predict_answers(None, [QUESTION], **features, method="rank", answers=ANSWERS, gated=gated)[0]
+        texts, shares = zip(*found[side]["candidates"])
+        assert found[side]["answer"] == texts[0] == model.predict_answers(None, [QUESTION], **features, gated=gated)[0]
+        assert 1 < len(set(texts)) == len(texts) <= demo.BEST
+        sums = model.score_answers([QUESTION], list(texts), **features, gated=gated)[0]
+        assert list(shares) == pytest.approx(sums.exp().tolist(), rel=1e-4)
         mean = model.confidence([QUESTION], [found[side]["answer"]], **features, gated=gated).item()
         assert np.log(found[side]["confidence"]) == pytest.approx(mean, rel=1e-4)
         assert found[side]["attention"].sum() + found[side]["on_cls"] == pytest.approx(1, abs=1e-4)
-
-
-def test_without_a_list_the_candidates_are_the_beams(opened, picture):
-    opened.answers = []
-    found = demo.answers_of(opened, picture, QUESTION)
-    features = opened.model.image_features(rows.picture_tensor(picture, opened.model.image_size)[None])
-    for side, gated in (("gated", True), ("closed", False)):
-        texts, shares = zip(*found[side]["candidates"])
-        assert opened.model.predict_answers(None, [QUESTION], **features, gated=gated)[0] in texts
-        assert 1 < len(set(texts)) == len(texts) <= demo.BEST and list(shares) == sorted(shares, reverse=True) and found[side]["answer"] == texts[0]
 
 
 def test_the_share_0_is_the_own_style_and_1_the_other_to_the_bit(opened, picture):
@@ -197,7 +195,7 @@ def test_the_side_without_the_gate_is_computed_once_a_question_and_picture(opene
 
 
 def test_a_model_without_gates_shows_no_style(build, picture):
-    asked = demo.Asked(build(gating="none"), list(ANSWERS))
+    asked = demo.Asked(build(gating="none"))
     found = demo.answers_of(asked, picture, QUESTION, "", 1.0)
     assert same(found["gated"], found["closed"]) and found["styles"] == [] and asked.styles == []
     assert "without gates" in harmless(demo.status_html(asked, demo.words_of("en")))
@@ -206,9 +204,14 @@ def test_a_model_without_gates_shows_no_style(build, picture):
 
 # --- what is shown ------------
 
-def test_hostile_texts_stay_text_in_every_string(opened, picture, tmp_path):
+@pytest.fixture
+def taught(monkeypatch):
+    """A model that was taught hostile texts, see TAUGHT."""
+    monkeypatch.setattr(core.Blip2OPTGated, "predict_answers", lambda self, images, questions, **more: [HOSTILE_ANSWERS for _ in questions])
+
+
+def test_hostile_texts_stay_text_in_every_string(opened, taught, picture, tmp_path):
     words = demo.words_of("both")
-    opened.answers = [HOSTILE, HOSTILE + "2", HOSTILE_NAME]
     opened.model.efficientnet.classes = [f"{HOSTILE}{i}" for i in range(opened.model.efficientnet.num_classes)]
     left, right = demo.answers_html(demo.answers_of(opened, picture, HOSTILE, occluded=True), words)
     assert HOSTILE in harmless(left) and HOSTILE in harmless(right) and HOSTILE_NAME in harmless(left)
@@ -274,29 +277,27 @@ def test_while_a_model_loads_there_is_a_picture_to_look_at():
     uri, = [attributes["src"] for tag, attributes in read.tags if tag == "img"]
     with Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))) as figure:
         assert figure.width > 1000 and figure.convert("L").getextrema()[0] < 50
-    assert "four minutes, once" in read.text and "三到四分钟" in read.text
+    assert "a few seconds" in read.text and "几秒" in read.text
 
 
 # --- loading ------------
 
 @pytest.fixture
 def run(build, tiny, tmp_path):
-    """A run folder whose gates are open, and whose answers are hostile."""
+    """A run folder whose gates are open."""
     model = open_gates(build())
     places = {"blip2": str(tiny[0]), "efficientnet": str(tiny[1]), "qformer": None, "gating": "film", "styles": model.styles}
     runfolder.save_checkpoint(tmp_path / "run/best.pt", {
         "stage": "gated", "model_args": places, "state": runfolder.trainable_state(model), "frozen": runfolder.fingerprint(model),
-        "answers": dict.fromkeys(HOSTILE_ANSWERS, 1), "args": {}})
+        "args": {}})
     return tmp_path / "run"
 
 
-def test_a_run_is_loaded_with_its_answers_and_the_pictures_by_style(run, sample, opened, picture):
+def test_a_run_is_loaded_with_the_pictures_by_style(run, sample, opened, picture):
     for place in (run, run / "best.pt"):
         asked = demo.load_asked(str(place), str(sample))
-        assert asked.answers == sorted(HOSTILE_ANSWERS) and asked.trained
     assert asked.styles == sorted({row.style for row in rows.read_split(sample, "train")})
     assert all(len(set(paths)) == len(paths) > 1 for paths in asked.examples.values())
-    opened.answers = asked.answers
     assert same(demo.answers_of(asked, picture, QUESTION)["gated"], demo.answers_of(opened, picture, QUESTION)["gated"])
     assert "example pictures" in harmless(demo.status_html(asked, demo.words_of("en")))
 
@@ -311,23 +312,26 @@ def test_rows_without_a_picture_or_a_style_are_no_examples(run, tmp_path, monkey
 def test_without_data_styles_come_from_the_weights_and_the_page_says_so(run, tmp_path):
     asked = demo.load_asked(str(run), str(tmp_path / "none"))
     said = harmless(demo.status_html(asked, demo.words_of("en")))
-    assert len(asked.styles) == 28 and "classifier's weights" in said and "untrained" not in said
+    assert len(asked.styles) == 28 and "classifier's weights" in said
 
 
-def test_the_untrained_tiny_model_says_that_its_gates_are_fresh(tiny, tmp_path, monkeypatch):
-    import make_tiny
-    monkeypatch.setattr(make_tiny, "ensure", lambda: tiny)
-    asked = demo.load_asked("tiny", str(tmp_path / "none"))
-    assert asked.answers == [] and not asked.model.training
-    assert "gates are fresh" in harmless(demo.status_html(asked, demo.words_of("en")))
+def test_what_ships_is_the_default_and_its_answers_are_right(tmp_path, monkeypatch):
+    """The gates that ship tell the manner of the test pictures beside them; closed, they do not. Their record says how often."""
+    monkeypatch.chdir(tmp_path)
+    args = demo.get_args([])
+    asked = demo.load_asked(args.checkpoint, args.data)
+    examples = demo.examples_of(args.data)
+    assert len(examples) == 4 and "classifier's weights" in harmless(demo.status_html(asked, demo.words_of("en")))
+    found = [demo.answers_of(asked, *example) for example in examples]
+    told = {name: sum(one[side]["answer"] == one["styles"][0][0] for one in found) for name, side in (("open", "gated"), ("closed", "closed"))}
+    assert told["open"] >= 3 > told["closed"]
 
 
-def test_examples_are_validation_pictures_or_drawn_ones(sample, tmp_path):
-    found = demo.examples_of(str(sample), str(tmp_path))
+def test_examples_are_validation_pictures_or_the_ones_that_ship(sample, tmp_path):
+    found = demo.examples_of(str(sample))
     validation = {row.image for row in rows.read_split(sample, "val")}
     assert 1 <= len(found) <= 4 and {image for image, _ in found} <= validation and all(question for _, question in found)
-    drawn = demo.examples_of(str(tmp_path / "none"), str(tmp_path))
-    assert len(drawn) == 4 and all(rows.load_image(image).size == (224, 224) for image, _ in drawn)
+    assert all(rows.load_image(image).size == (224, 224) for image, _ in demo.examples_of(str(tmp_path / "none")))
 
 
 def test_captions_come_from_the_captioner_of_a_folder(tmp_path, picture):
@@ -371,7 +375,7 @@ def test_places_that_are_not_there_are_refused_before_anything_is_loaded(tmp_pat
         with pytest.raises(DataError, match="no such file or folder"):
             demo.get_args([flag, str(tmp_path / "none")])
     monkeypatch.chdir(tmp_path)
-    assert demo.get_args([]).checkpoint == "tiny" and demo.get_args([]).captioner is None
+    assert demo.get_args([]).checkpoint == "tiny" and demo.get_args([]).captioner == published.tiny("blip")
     (tmp_path / "runs/gated").mkdir(parents=True)
     (tmp_path / "runs/gated/best.pt").touch()
     assert demo.get_args([]).checkpoint == "runs/gated/best.pt"
@@ -396,11 +400,11 @@ def served(run, sample, tmp_path):
         port = free.getsockname()[1]
     report, log = tmp_path / "report.html", tmp_path / "log"
     report.write_text("<h1>the report</h1><script>alert(6)</script>")
-    command = [sys.executable, str(ROOT / "demo.py"), "--checkpoint", str(run), "--data", str(sample), "--report", str(report),
+    command = [sys.executable, "-c", TAUGHT, "--checkpoint", str(run), "--data", str(sample), "--report", str(report),
                "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, cwd=tmp_path, env={**os.environ, "GRADIO_SERVER_NAME": "0.0.0.0",
-                                                                                      "GRADIO_SHARE": "True"})
+                                                                                      "GRADIO_SHARE": "True", "PYTHONPATH": str(ROOT)})
     try:
         for _ in range(300):
             assert process.poll() is None, log.read_text()
@@ -416,7 +420,7 @@ def served(run, sample, tmp_path):
 
 
 @pytest.mark.skipif(NO_BROWSER, reason="needs gradio, playwright and chromium")
-def test_the_page_in_a_browser(served, run, sample, picture, tmp_path):
+def test_the_page_in_a_browser(served, taught, run, sample, picture, tmp_path):
     from playwright.sync_api import sync_playwright
     home, upload = f"http://127.0.0.1:{served}/", tmp_path / HOSTILE_NAME
     broken = tmp_path / f"broken {HOSTILE_NAME}"

@@ -157,7 +157,7 @@ def test_check_data_says_what_the_language_model_gets(flags, capsys, monkeypatch
     monkeypatch.setattr(efficientnet, "load_foreign", lambda *a: pytest.fail("a weight was loaded"))
     assert train_gated.main(flags("--check-data", "--max-answer", "3")) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"train: \d+ of 240 answers are cut by --max-answer 3, first \S+ \(line \d+\): '", printed)
+    assert re.search(r"train: \d+ of 240 answers are cut at 3 tokens, first \S+ \(line \d+\): '", printed)
     shown = re.findall(r"\(line \d+\): \[(.*)\] \|' ?(.*)\\n', (\d+) tokens are trained", printed)
     assert len(shown) == 3 and all("Question: " in prompt and prompt.endswith("Answer:") and int(n) <= 3 for prompt, _, n in shown)
 

@@ -12,11 +12,11 @@ from PIL import Image
 import core
 import make_sample
 import maps
+import published
 import rows
 from rows import DataError
 
 QUESTION, ANSWER = "How many boats are there?", "two"
-MODELS = pathlib.Path(__file__).resolve().parent.parent / "models" / "tiny-blip2"
 
 
 @pytest.fixture
@@ -594,9 +594,8 @@ def test_faithfulness_gives_a_row_a_map(build, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 7
 
 
-@pytest.mark.skipif(not MODELS.is_dir(), reason="models/tiny-blip2 is not made")
 def test_what_the_tower_never_sees_is_missed_most_on_the_things():
-    model = core.Blip2OPTGated.build(str(MODELS), None, [], gating="none").eval()
+    model = core.Blip2OPTGated.build(published.tiny("blip2"), None, [], gating="none").eval()
     scenes = [maps.drawn_scene(index, model.image_size, 8) for index in range(6)]
     heats = []
     for scene in scenes:
