@@ -836,7 +836,7 @@ class Blip2OPTGated(nn.Module):
         return self.lm_inputs(visual, **batch), batch["input_ids"][:, -1:]
 
     def _with_cache(self, cache):
-        """The cache as the language model and its generate() take it: past_key_values before transformers 5.24, cache from then on."""
+        """The cache as the language model and its generate() take it: past_key_values before transformers 5.24, cache since."""
         names = inspect.signature(type(self.language_model).forward).parameters
         return {"cache" if "cache" in names else "past_key_values": cache}
 
