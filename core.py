@@ -18,6 +18,7 @@ space in which images and texts are compared.
 """
 
 import copy
+import inspect
 from functools import partial
 from typing import NamedTuple
 
@@ -811,7 +812,7 @@ class Blip2OPTGated(nn.Module):
         settings = {"num_beams": beams, "num_return_sequences": best or 1,
                     **({"length_penalty": length_penalty} if beams > 1 else {})}
         ids = self.language_model.generate(
-            **inputs, past_key_values=cache, **settings, do_sample=False, max_new_tokens=max_new_tokens, min_new_tokens=1,
+            **inputs, **self._with_cache(cache), **settings, do_sample=False, max_new_tokens=max_new_tokens, min_new_tokens=1,
             eos_token_id=newline_id(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id)
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)  # only new tokens: the prompt went in as embeddings
         texts = [text.split("\n")[0].strip() for text in texts]
@@ -847,13 +848,18 @@ class Blip2OPTGated(nn.Module):
         visual = self.visual_prompt(image_embeds, style_feature, batch["input_ids"], batch["attention_mask"], gated, blind)
         return self.lm_inputs(visual, **batch), batch["input_ids"][:, -1:]
 
+    def _with_cache(self, cache):
+        """The cache as the language model and its generate() take it: past_key_values before transformers 5.24, cache since."""
+        names = inspect.signature(type(self.language_model).forward).parameters
+        return {"cache" if "cache" in names else "past_key_values": cache}
+
     def _prefill(self, inputs):
         """lm_inputs -> DynamicCache of all positions but the last, [B,heads,Q+L-1,D/heads] a layer; the last one's state is the
         first that predicts an answer token."""
         from transformers import DynamicCache
         cache = DynamicCache()
         if inputs["inputs_embeds"].shape[1] > 1:  # else nothing stands before it
-            self.language_model.model(**{name: x[:, :-1] for name, x in inputs.items()}, past_key_values=cache)
+            self.language_model.model(**{name: x[:, :-1] for name, x in inputs.items()}, **self._with_cache(cache))
         return cache
 
     def _log_likelihoods(self, inputs, last, pairs, chunk):
@@ -869,7 +875,7 @@ class Blip2OPTGated(nn.Module):
             real, before = targets != -100, targets[:, :-1]  # the last token of an answer predicts nothing
             ids = torch.cat([last[rows], before.clamp(min=0)], 1)  # [N,A], right-padded
             mask = torch.cat([inputs["attention_mask"][rows], real[:, :-1]], 1)  # [N,Q+L-1+A]; a pad takes no position
-            out = self.language_model.model(input_ids=ids, attention_mask=mask, past_key_values=_cache_rows(cache, rows))
+            out = self.language_model.model(input_ids=ids, attention_mask=mask, **self._with_cache(_cache_rows(cache, rows)))
             states = out.last_hidden_state[real]  # [N,A,D] -> [M,D]
             nll = F.cross_entropy(self.language_model.lm_head(states).float(), targets[real], reduction="none")  # [M]
             sums[part] = -torch.zeros(targets.shape, device=last.device).masked_scatter(real, nll).sum(1)  # [N]

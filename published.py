@@ -39,6 +39,7 @@ def load_blip2(name, dtype=torch.float32, lm_precision=None, tower=True):
         model_class, options["config"] = WithoutTower, load_config(name)
         options["config"].vision_config.num_hidden_layers = 0
     model, tokenizer = load_published(model_class, "BLIP-2", name, torch.promote_types(dtype, lm_dtype), **options)
+    keep_4bit_layout(model)
     model.vision_model.to(dtype)
     if "quantization_config" not in options:
         model.language_model.to(lm_dtype)
@@ -59,6 +60,15 @@ def quantization(lm_precision, dtype):
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
+
+
+def keep_4bit_layout(model):
+    """No 4-bit layer may repack its weight. bitsandbytes >= 0.49 does so on a CPU with avx512_bf16 for a faster kernel, in the
+    first pass without gradient of a layer in eval mode; that kernel passes no gradient on, its scales are rounded, and the frozen
+    language model is always in eval mode. Older versions do not look at the attribute."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_published(model_class, kind, name, dtype=torch.float32, **options):

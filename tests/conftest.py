@@ -1,8 +1,10 @@
 """Shared by all tests: random tiny weights in the published formats, a small drawn data set, all of it offline."""
 
+import logging
 import os
 import pathlib
 import sys
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -43,6 +45,26 @@ def build(tiny):
         loop.seed_everything(1)
         return core.Blip2OPTGated.build(*tiny, sorted(styles), **settings).eval()
     return build_model
+
+
+@pytest.fixture
+def no_warning(monkeypatch):
+    """Until the test ends a warning is an error: Python's, torch's said once a process, and what transformers logs."""
+    class Refusing(logging.Handler):
+        def emit(self, record):
+            raise AssertionError(f"{record.name} logs: {record.getMessage()}")
+
+    from transformers.utils import logging as library
+    refusing, logger = Refusing(logging.WARNING), library.get_logger("transformers")
+    monkeypatch.setattr(logging.Logger, "warning_once", logging.Logger.warning)  # else one of an earlier test is not said again
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    logger.addHandler(refusing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    logger.removeHandler(refusing)
+    torch.set_warn_always(always)
 
 
 @pytest.fixture

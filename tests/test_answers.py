@@ -266,6 +266,19 @@ def test_half_precision(build):
         assert torch.isfinite(exact.confidence(QUESTIONS, ANSWERS[:4], **pictures(exact))).all()
 
 
+@pytest.mark.parametrize("beams", [1, 5])
+def test_no_step_and_no_answer_warns(build, batch, beams, no_warning):
+    """Neither this end of the supported versions of transformers nor the other has a word to say about how it is called."""
+    model = decisive(build()).train()
+    model(**batch, hit_weight=0.1, kl_weight=0.05)["loss"].backward()
+    model.eval()
+    seen = model.image_features(batch["images"])
+    answers = model.predict_answers(None, QUESTIONS[:3], **seen, beams=beams)
+    model.score_answers(QUESTIONS[:3], ANSWERS, **seen)
+    model.confidence(QUESTIONS[:3], answers, **seen)
+    model.predict_answers(batch["images"], QUESTIONS[:3], method="rank", answers=ANSWERS)
+
+
 def test_refusals(model, features, build):
     with pytest.raises(ValueError, match="generate or rank, got 'beam'"):
         model.predict_answers(None, QUESTIONS, **features, method="beam")

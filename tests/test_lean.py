@@ -294,6 +294,24 @@ def test_training_and_evaluation_in_nf4(flags, tmp_path, capsys):
     assert values[0] == pytest.approx(runfolder.load_checkpoint(best)["value"], rel=1e-4) and values[0] != values[1]
 
 
+def test_nf4_trains_after_a_pass_without_gradient_on_every_cpu(build, batch, monkeypatch):
+    """bitsandbytes 0.49 and newer repack 4-bit layers for inference on CPUs with avx512_bf16: here on any CPU, as they would there."""
+    layers = pytest.importorskip("bitsandbytes").nn.modules
+    if not hasattr(layers, "has_avx512bf16"):
+        pytest.skip("this bitsandbytes never repacks")
+    expected, expected_grads = gradients(opened(build, lm_precision="nf4"), batch)
+    monkeypatch.setattr(layers, "has_avx512bf16", lambda: True)
+    model = opened(build, lm_precision="nf4")
+    was = {name: value.clone() for name, value in model.language_model.state_dict().items()}
+    with torch.no_grad():
+        model(**batch)
+    loss, grads = gradients(model, batch)
+    assert torch.equal(loss, expected) and grads.keys() == expected_grads.keys()
+    assert all(torch.equal(grads[name], grad) for name, grad in expected_grads.items())
+    for name, value in model.language_model.state_dict().items():  # repacking would round the scales
+        assert torch.equal(value, was[name]), name
+
+
 def test_packed_precisions_need_bitsandbytes(flags, monkeypatch, capsys):
     monkeypatch.setattr(published.importlib.util, "find_spec", lambda name: None)
     assert loop.exit_code(train_gated.main, flags("--lm-precision", "nf4")) == 2
