@@ -27,14 +27,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
-from timm.utils import ModelEmaV3
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import efficientnet
@@ -135,6 +132,7 @@ class Paintings(Dataset):
     """
 
     def __init__(self, read, classes, size, crop=1.0, seed=0):
+        from torchvision.transforms import v2  # not above, as timm below: each takes as long as torch, and --help needs neither
         self.rows, self.size, self.seed = read, size, seed
         self.labels = [classes.index(row.style) for row in read]
         jitter = v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02)  # light: colour is part of a style
@@ -258,7 +256,8 @@ def class_table(confusion, classes, trained_on):
 
 def build(args, classes, say, blank=False):
     """timm's net with a head of len(classes), from --pretrained or --init. blank: weights are put in later (--resume)."""
-    wanted = dict(num_classes=len(classes), drop_rate=args.dropout, drop_path_rate=args.drop_path)
+    import timm
+    wanted = {"num_classes": len(classes), "drop_rate": args.dropout, "drop_path_rate": args.drop_path}
     try:
         net = timm.create_model(args.arch, **wanted)
     except (RuntimeError, TypeError, ValueError, OSError) as error:  # unknown to timm or the hub, a net without drop-path
@@ -319,6 +318,7 @@ def to_train(run):
 
 def mixed(images, labels, classes, cutmix, mixup):
     """images [B,3,s,s], labels [B] -> (images, targets [B,K]); CutMix (alpha 1), MixUp (alpha 0.2) in their share of batches."""
+    from torchvision.transforms import v2
     draw = random.random()
     if draw < cutmix:
         return v2.CutMix(num_classes=classes, alpha=1.0)(images, labels)
@@ -337,7 +337,7 @@ class Run:
     classes: list
     model: torch.nn.Module
     wrapped: torch.nn.Module
-    ema: ModelEmaV3
+    ema: torch.nn.Module
     optimizer: torch.optim.Optimizer
     train: Paintings
     val: Paintings
@@ -368,6 +368,7 @@ class Run:
 
 def save_best(run, out):
     """best.pt: the averaged weights and plain values; efficientnet.EfficientNet28.from_checkpoint takes it as it is."""
+    import timm
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in run.ema.module.state_dict().items()}
     runfolder.save_checkpoint(out / "best.pt", {
         "stage": "efficientnet", "model": state, "arch": run.args.arch, "classes": run.classes, "size": run.args.size,
@@ -480,6 +481,7 @@ def rehearse(run):
 
 def prepare(args, resumed=False):
     """Flags -> a Run at its first step: rows, model, average, optimizer."""
+    from timm.utils import ModelEmaV3
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     classes, splits = wikiart.read_data(args, accelerator.print)
     loop.seed_everything(args.seed)

@@ -176,7 +176,7 @@ def trainable_state(model):
 def load_trainable(model, state, source):
     """Put trainable_state back, strictly: the same names and shapes, or a DataError that names the first that differ."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    wrong = [n for n in own.keys() ^ state.keys()] + [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+    wrong = list(own.keys() ^ state.keys()) + [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
     if wrong:
         raise DataError(f"{source} does not fit this model: {len(wrong)} of {len(own)} tensors are missing, unknown or of "
                         f"another shape, first {sorted(wrong)[:3]}: was it trained on another model, "

@@ -219,7 +219,7 @@ class Collate:
 
 def collate_gallery(samples):
     """Samples of Gallery -> {"images": [B,3,s,s]}."""
-    for found, name in samples:
+    for found, _ in samples:
         if isinstance(found, DataError):
             return {"fault": str(found)}
     return {"images": torch.stack([image for image, _ in samples])}

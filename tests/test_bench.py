@@ -69,7 +69,8 @@ def test_full_size_on_paper(tmp_path, capsys):
     table = {(one["lm"], one["trained"], one["activations"]): one for one in found["rows"]}
     assert found["computed"] and len(table) == 12 and "computed from the shapes" in capsys.readouterr().out
     whole = {lm: table[lm, "Q-Former and gates", "keep"] for lm in ("bf16", "nf4")}
-    assert whole["bf16"]["weights"] / 2**30 == pytest.approx(4.94, abs=0.01) and whole["nf4"]["weights"] / 2**30 == pytest.approx(1.46, abs=0.01)
+    assert whole["bf16"]["weights"] / 2**30 == pytest.approx(4.94, abs=0.01)
+    assert whole["nf4"]["weights"] / 2**30 == pytest.approx(1.46, abs=0.01)
     assert whole["nf4"]["batch 2"] < 4 * 2**30 and whole["bf16"]["batch 2"] < 7.5 * 2**30
     samples = [table["bf16", "gates", how]["sample"] for how in ("keep", "bits", "recompute")]
     assert samples == sorted(samples, reverse=True)
@@ -94,7 +95,8 @@ def test_operations_of_the_full_size():
 def test_gate_cost_is_the_share_of_what_differs(monkeypatch):
     """Seconds come from a clock that counts calls: 1 for every visual prompt without gates, 3 with, 2 an update, 10 a step."""
     real, seen = bench.core.Blip2OPTGated.visual_prompt, []
-    monkeypatch.setattr(bench.core.Blip2OPTGated, "visual_prompt", lambda self, *a, **k: seen.append(a[4] if len(a) > 4 else "step") or real(self, *a, **k))
+    monkeypatch.setattr(bench.core.Blip2OPTGated, "visual_prompt",
+                        lambda self, *a, **k: seen.append(a[4] if len(a) > 4 else "step") or real(self, *a, **k))
 
     def counted(function):
         before = len(seen)

@@ -613,7 +613,7 @@ def test_gate_maps_show_the_change_of_each_patch_and_what_was_found(checkpoint, 
     features, vectors, _ = train_cir.encode(model, pool, opener, Accelerator(cpu=True), 8, 0)
     scores, names = train_cir.scored(vectors, features), list(pool.gallery)
     assert len(drawings) == train_cir.MAPS and drawings[0][0].name == f"{pool.queries[0].pairid}.png"
-    for (path, reference, heat, text, target, found), number in ((drawings[0], 0), (drawings[-1], len(pool.queries) - 1)):
+    for (_, reference, heat, text, target, found), number in ((drawings[0], 0), (drawings[-1], len(pool.queries) - 1)):
         query = pool.queries[number]
         assert (text, target, reference.size) == (cirr.text_of(query), pool.gallery[query.target], (model.image_size,) * 2)
         with torch.no_grad():
@@ -682,7 +682,8 @@ def test_dry_run_writes_nothing_and_a_cache_gives_the_same_scores(command, tmp_p
         assert torch.allclose(tensor, values[1][2][name], atol=1e-5), name
     capsys.readouterr()
     maps = tmp_path / "maps"
-    train_cir.main(["--data", command()[1], "--checkpoint", str(tmp_path / "run/best.pt"), "--cache", str(tmp_path / "cache"), "--workers", "0",
+    train_cir.main(["--data", command()[1], "--checkpoint", str(tmp_path / "run/best.pt"), "--cache", str(tmp_path / "cache"),
+                    "--workers", "0",
                     "--gate-maps", str(maps)])
     printed = capsys.readouterr().out
     assert f"mean {values[0][1]:.2f}" in printed and "0 to make" in printed and len(list(maps.glob("*.png"))) > 0

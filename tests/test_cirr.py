@@ -447,7 +447,7 @@ def test_submission_ranks_and_leaves_the_reference_out(drawn, tmp_path):
 
 
 def test_ranking_keeps_the_order_of_ties_and_puts_nan_last():
-    assert list(cirr.ranking(np.array([[0.5, np.nan, 0.5, 0.9]]), {n: "" for n in "abcd"})) == [["d", "a", "c", "b"]]
+    assert list(cirr.ranking(np.array([[0.5, np.nan, 0.5, 0.9]]), dict.fromkeys("abcd", ""))) == [["d", "a", "c", "b"]]
 
 
 def small_submission(metric="recall"):

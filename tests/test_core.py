@@ -215,7 +215,8 @@ def test_fresh_gated_model_equals_transformers_blip2(build, batch, tiny):
     assert torch.allclose(all_logits(model, batch, True)[real], expected[real], atol=1e-5)
     labels = torch.cat([torch.full_like(image_ids, -100), batch["labels"]], 1)
     for i in range(3):  # transformers averages over tokens, we over samples: equal one by one
-        one = theirs(batch["images"][i:i + 1], torch.cat([image_ids, batch["input_ids"]], 1)[i:i + 1], mask[i:i + 1], labels=labels[i:i + 1])
+        one = theirs(batch["images"][i:i + 1], torch.cat([image_ids, batch["input_ids"]], 1)[i:i + 1], mask[i:i + 1],
+                     labels=labels[i:i + 1])
         assert model(**batch)["lm"][i].item() == pytest.approx(one.loss.item(), abs=1e-5)
 
 
@@ -374,7 +375,8 @@ def test_the_loss_sees_the_answer_and_only_the_answer(build, batch):
     assert [model.tokenizer.decode(row[row != -100]) for row in labels] == [" Pop Art\n", " three\n", " red\n"]
     features = model.image_features(batch["images"])
     other = core.encode_training(model.tokenizer, ["Which style is this painting?"] * 2, ["Pop Art", "Cubism"])
-    visual = model.visual_prompt(features["image_embeds"][[0, 0]], features["style_feature"][[0, 0]], other["input_ids"], other["prompt_mask"])
+    visual = model.visual_prompt(features["image_embeds"][[0, 0]], features["style_feature"][[0, 0]], other["input_ids"],
+                                 other["prompt_mask"])
     assert torch.equal(visual[0], visual[1])  # the gates never see the answer
     assert not torch.equal(*model(**other, images=batch["images"][[0, 0]])["lm"])
 

@@ -362,7 +362,8 @@ def test_find_gives_what_the_search_of_train_cir_prints_without_the_reference_it
     hits = demo.load_finder(best, str(folder))(str(upload), text)
     assert len(hits) == 12 and names[3] not in [name for _, name, _ in hits]
     capsys.readouterr()
-    train_cir.main(["--checkpoint", best, "--gallery", str(folder), "--image", str(folder / names[3]), "--search", text, "--out", str(tmp_path),
+    train_cir.main(["--checkpoint", best, "--gallery", str(folder), "--image", str(folder / names[3]), "--search", text, "--out",
+                    str(tmp_path),
                     "--workers", "0"])
     printed = capsys.readouterr().out
     assert "15 of them indexed before" in printed

@@ -35,7 +35,8 @@ def shapes(state):
             "numpy": {"model": state, "acc": np.float64(0.61), "epoch": np.int64(3), "flag": np.bool_(True)}}
 
 
-@pytest.mark.parametrize("kind", ["bare", "model", "state_dict", "ema", "module", "compiled", "both prefixes", "namespace", "path", "numpy"])
+@pytest.mark.parametrize("kind", ["bare", "model", "state_dict", "ema", "module", "compiled", "both prefixes", "namespace",
+                                  "path", "numpy"])
 def test_known_shapes_load_without_running_anything(state, tmp_path, kind):
     file = tmp_path / "best.pt"
     torch.save(shapes(state)[kind] if kind != "bare" else dict(state, arch_free=torch.zeros(1)), file)

@@ -315,7 +315,7 @@ def test_scores_by_hand():
     for label, hit in ((6, 0.0), (4, 1.0)):
         one = [{"row": 0, "label": label, "loss": 1.0, "best": [0, 1, 2, 3, 4]}]
         assert pretrain.summary(one, 7)[0]["top5"] == hit
-    table = pretrain.class_table(matrix, list("ABCDEFG"), {name: 5 for name in "ABCDEFG"})
+    table = pretrain.class_table(matrix, list("ABCDEFG"), dict.fromkeys("ABCDEFG", 5))
     assert table[1] == ("A", 5, 4, "0.750", "0.750", "0.750", "B (1)") and table[4] == ("D", 5, 0, "0.000", "0.000", "0.000", "")
 
 

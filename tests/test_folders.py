@@ -18,7 +18,8 @@ from rows import DataError
 
 COLUMNS = ("image", "question", "answer", "confidence")
 MADE_WITH = {"checkpoint (sha256)": "ab", "beams": 5, "--abstain-below": None, "layers": (1, 2)}
-NAMES = ["plain.jpg", "=cmd|' -C calc'!A0.jpg", "+1.jpg", "@a.jpg", "-a.jpg", 'a,"b"\r\nc".jpg', "\r.jpg", "\n.jpg", " lead.jpg", "Öl 画.jpg", "''.jpg"]
+NAMES = ["plain.jpg", "=cmd|' -C calc'!A0.jpg", "+1.jpg", "@a.jpg", "-a.jpg", 'a,"b"\r\nc".jpg', "\r.jpg", "\n.jpg", " lead.jpg",
+         "Öl 画.jpg", "''.jpg"]
 ASKED = [("Which style, \"this\"?",), ("What\nis it?",)]
 KEYS = [(name, *question) for name in NAMES for question in ASKED]
 
@@ -115,7 +116,8 @@ def test_a_full_disk_is_one_line_and_the_rows_before_stay(tmp_path, monkeypatch)
         file.write(data[:5])
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(DataError, match=r"out\.csv: cannot be written \(No space left on device\); the rows before stay") as error, opened(path) as table:
+    words = r"out\.csv: cannot be written \(No space left on device\); the rows before stay"
+    with pytest.raises(DataError, match=words) as error, opened(path) as table:
         monkeypatch.setattr(cache, "write_all", full)
         table.append(KEYS[3:4], [("a", "1")])
     assert "\n" not in str(error.value) and path.read_bytes()[:-5] == before
@@ -125,8 +127,10 @@ def test_a_full_disk_is_one_line_and_the_rows_before_stay(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("now, words", [
-    ({**MADE_WITH, "checkpoint (sha256)": "cd"}, r"checkpoint \(sha256\) is 'cd', was 'ab'"), ({**MADE_WITH, "beams": 1}, "beams is 1, was 5"),
-    ({**MADE_WITH, "more": 0}, "more is 0, was None"), ({k: v for k, v in MADE_WITH.items() if k != "--abstain-below"}, "--abstain-below is None")])
+    ({**MADE_WITH, "checkpoint (sha256)": "cd"}, r"checkpoint \(sha256\) is 'cd', was 'ab'"),
+    ({**MADE_WITH, "beams": 1}, "beams is 1, was 5"),
+    ({**MADE_WITH, "more": 0}, "more is 0, was None"),
+    ({k: v for k, v in MADE_WITH.items() if k != "--abstain-below"}, "--abstain-below is None")])
 def test_rows_of_other_settings_are_refused(tmp_path, now, words):
     before = written(tmp_path / "out.csv", KEYS[:3])
     with pytest.raises(DataError, match=rf"out\.csv: its rows were made with something else.*{words}"), opened(tmp_path / "out.csv", now):
@@ -154,7 +158,8 @@ def test_what_is_no_such_table_is_refused_and_left_as_it_is(tmp_path, spoil, wor
 
 
 def test_a_table_belongs_to_one_process(tmp_path):
-    with FileLock(tmp_path / ".out.csv.lock"), pytest.raises(DataError, match="another process is writing it"), opened(tmp_path / "out.csv"):
+    refused = pytest.raises(DataError, match="another process is writing it")
+    with FileLock(tmp_path / ".out.csv.lock"), refused, opened(tmp_path / "out.csv"):
         pass
     written(tmp_path / "out.csv", KEYS[:1])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv", "out.csv.json"]
@@ -184,7 +189,8 @@ def test_every_picture_is_told_once_as_itself(tmp_path, pictures, capsys, batch_
     with opened(tmp_path / "out.csv") as table:
         fill(table, pictures, batch_size, workers)
     table = cells(tmp_path / "out.csv")[1:]
-    assert [(r[0], r[1]) for r in table] == [(name, *q) for name in sorted(["a.png", "b.png", "c.png", "d.png", "e.png", "below/f.png"]) for q in ASKED]
+    names = sorted(["a.png", "b.png", "c.png", "d.png", "e.png", "below/f.png"])
+    assert [(r[0], r[1]) for r in table] == [(name, *q) for name in names for q in ASKED]
     for name, _, told, _ in table:
         assert float(told) == pytest.approx(rows.picture_tensor(pictures / name, 8)[0].mean().item(), abs=1e-4)
     assert "12 rows, 12 of them new; 0 of 6 pictures could not be read\n" in capsys.readouterr().out

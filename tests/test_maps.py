@@ -1,4 +1,5 @@
-"""maps.py: each map against an independent computation of the same thing, hooks that leave nothing behind, figures that say what they are."""
+"""maps.py: each map against an independent computation of the same thing, hooks that leave nothing behind, figures that say what
+they are."""
 
 import json
 import pathlib
@@ -143,7 +144,8 @@ def test_no_hook_is_left_after_a_failure(gated, monkeypatch, part):
 
     monkeypatch.setattr(gated.qformer.encoder.layer[-1].attention, "forward", fail)
     calls = {"occlusion": lambda: maps.occlusion(gated, features, QUESTION, ANSWER),
-             "tower_occlusion": lambda: maps.tower_occlusion(gated, torch.zeros(1, 3, gated.image_size, gated.image_size), features, QUESTION, ANSWER),
+             "tower_occlusion": lambda: maps.tower_occlusion(gated, torch.zeros(1, 3, gated.image_size, gated.image_size),
+                                                             features, QUESTION, ANSWER),
              "attention_maps": lambda: maps.attention_maps(gated, features, QUESTION),
              "gradient_map": lambda: maps.gradient_map(gated, features, QUESTION, ANSWER)}
     with pytest.raises(KeyError, match="planned"):
@@ -235,7 +237,7 @@ def test_an_answer_that_rests_on_one_patch_has_its_maximum_there(build):
 def test_tower_occlusion_is_the_tower_without_these_patches(gated):
     model = loud(gated)
     pixels = torch.randn(1, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(4))
-    features, side = {**features_of(model), **{"image_embeds": model.vision_model(pixel_values=pixels).last_hidden_state}}, 8
+    features, side = {**features_of(model), "image_embeds": model.vision_model(pixel_values=pixels).last_hidden_state}, 8
     found = maps.tower_occlusion(model, pixels, features, QUESTION, ANSWER, window=1)
     full = model.confidence([QUESTION], [ANSWER], **features).item()
     for patch in (0, 9, 63):
@@ -383,8 +385,10 @@ def test_frames_are_kept_in_order_and_written_again_after_resume(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["gates.json"]
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"frames": [{}]}', '{"frames": 3}', '{"frames": [{"step": 1, "layers": [0], "styles": []}]}',
-                                     '{"frames": [{"step": 1, "layers": [0, 2], "styles": {"a": {"key": {"mean": [[1]], "std": [[0]]}}}}]}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"frames": [{}]}', '{"frames": 3}',
+                                     '{"frames": [{"step": 1, "layers": [0], "styles": []}]}',
+                                     '{"frames": [{"step": 1, "layers": [0, 2], '
+                                     '"styles": {"a": {"key": {"mean": [[1]], "std": [[0]]}}}}]}'])
 def test_another_file_in_the_place_of_gates_json_is_an_error_with_its_name(tmp_path, content):
     path = tmp_path / "gates.json"
     path.write_text(content)
@@ -471,7 +475,8 @@ def test_a_figure_says_what_each_map_is(tmp_path, figures):
     maps.draw(tmp_path / "m.png", PICTURE, "How many boats?", "two", panels_of(), truth="three")
     texts = "\n".join(texts_of(figures[0]))
     for said in ("How many boats?", "answer: two   (the table says: three)", maps.NOTICE, "attention, gates on\n(7 % more is on CLS)",
-                 "attention, gates off\n(the same for every question)", "attention, gates on minus off", "attention x gradient of the answer",
+                 "attention, gates off\n(the same for every question)", "attention, gates on minus off",
+                 "attention x gradient of the answer",
                  "occlusion in the cross-attention, 2 x 2 patches\n(evidence", "occlusion in the picture, 2 x 2 patches\n(evidence",
                  "scale on K (1: no change)", "scale on V (1: no change)", "shift on V (0: no change)", "layer 4", "percentage points",
                  "% of a query's attention", "fall of the answer's log-probability, nats", "positive part, nats"):
@@ -539,7 +544,8 @@ def test_white_is_no_change_and_maps_lie_as_the_picture(tmp_path, figures):
     change = np.zeros((8, 8), np.float32)
     change[1, 6], change[4, 2] = 0.5, -0.25
     white = Image.new("RGB", (112, 112), "white")
-    maps.draw(tmp_path / "m.png", white, "?", "!", panels_of(occlusion=change, tower=change, attention=0.3 + change / 2, closed=0.3 - change / 2))
+    maps.draw(tmp_path / "m.png", white, "?", "!",
+              panels_of(occlusion=change, tower=change, attention=0.3 + change / 2, closed=0.3 - change / 2))
     for title in ("occlusion in the cross", "occlusion in the picture", "gates on minus off"):
         axis = next(a for a in figures[0].axes if title in a.get_title())
         drawn = np.asarray(axis.images[0].get_array())

@@ -284,11 +284,11 @@ def test_half_are_mirrored_but_never_where_the_caption_says_left_or_right(photo)
 
 def test_crops_are_those_of_torchvision(photo):
     boxes = [pairs.crop_box(*photo.size, np.random.default_rng(seed)) for seed in range(300)]
-    shares = [(r - l) * (b - t) / (120 * 90) for l, t, r, b in boxes]
-    ratios = [(r - l) / (b - t) for l, t, r, b in boxes]
-    assert all(0 <= l < r <= 120 and 0 <= t < b <= 90 for l, t, r, b in boxes)
+    shares = [(right - left) * (b - t) / (120 * 90) for left, t, right, b in boxes]
+    ratios = [(right - left) / (b - t) for left, t, right, b in boxes]
+    assert all(0 <= left < right <= 120 and 0 <= t < b <= 90 for left, t, right, b in boxes)
     assert 0.49 < min(shares) < 0.53 and 0.9 < max(shares) <= 1 and 0.73 < min(ratios) < 0.8 and 1.28 < max(ratios) < 1.36
-    assert len({l for l, _, _, _ in boxes}) > 20 and len({t for _, t, _, _ in boxes}) > 20
+    assert len({left for left, _, _, _ in boxes}) > 20 and len({t for _, t, _, _ in boxes}) > 20
     assert pairs.crop_box(400, 100, np.random.default_rng(0)) == (133, 0, 266, 100)  # no such part fits: the middle
     assert pairs.crop_box(100, 400, np.random.default_rng(0)) == (0, 133, 100, 266)
     left, top, right, bottom = boxes[0]

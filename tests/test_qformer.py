@@ -411,8 +411,8 @@ def draw_pairs(folder):
             shape = ImageDraw.Draw(picture)
             (shape.ellipse, shape.rectangle, shape.line)[kind]((6 + n, 6, 40 + n, 40), fill=colour)
             picture.save(folder / f"images/{split}{n}.png")
-            table[f"{split}{n}.png"] = [f"a {colour} {('disc', 'box', 'line')[kind]}", f"{colour} on white, picture {n}"][:1
-                                                                                                                          if split == "val" else 2]
+            texts = [f"a {colour} {('disc', 'box', 'line')[kind]}", f"{colour} on white, picture {n}"]
+            table[f"{split}{n}.png"] = texts[:1 if split == "val" else 2]
         (folder / f"{split}_captions.json").write_text(json.dumps(table))
     return folder
 

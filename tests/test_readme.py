@@ -56,7 +56,8 @@ def texts_of(page):
     """The indented blocks and the `inline` texts of a page, one command each, without comments; (is it of a block, text)."""
     for line in text_of(page).replace("\\\n", " ").splitlines():
         inline = [] if line.startswith("    ") else re.findall(r"`([^`]+)`", line)
-        yield from ((line.startswith("    "), re.sub(r"\s+#.*", "", text).strip()) for text in ([line] if line.startswith("    ") else inline))
+        yield from ((line.startswith("    "), re.sub(r"\s+#.*", "", text).strip())
+                    for text in ([line] if line.startswith("    ") else inline))
 
 
 def commands(page, blocks=False):
@@ -184,7 +185,8 @@ def data_sets():
         pathlib.Path(link).symlink_to(here / "data/artquest")
     names = sorted(p.name for p in pathlib.Path("data/artquest/images").iterdir())
     pairs = [{"image": name, "caption": "a boat"} for name in names]
-    for place, files in (("data/coco", {"coco_karpathy_train": pairs[4:], "coco_karpathy_val": pairs[:4]}), ("data/vg", {"vg_caption": pairs[4:]})):
+    for place, files in (("data/coco", {"coco_karpathy_train": pairs[4:], "coco_karpathy_val": pairs[:4]}),
+                         ("data/vg", {"vg_caption": pairs[4:]})):
         pathlib.Path(place).mkdir()
         pathlib.Path(place, "images").symlink_to(here / "data/artquest/images")
         for name, content in files.items():

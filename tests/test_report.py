@@ -269,7 +269,7 @@ def test_a_line_lies_where_its_numbers_are():
     (left, bottom), (right, top) = chart.lines[0].places
     (x, y), = chart.lines[1].places
     assert x == (left + right) / 2 and y == pytest.approx((bottom + top) / 2) and top < bottom and left < right
-    assert dict((label, place) for place, label in chart.yticks)["2"] == pytest.approx(y)
+    assert {label: place for place, label in chart.yticks}["2"] == pytest.approx(y)
     assert [line.dots for line in chart.lines] == [False, True]
     assert all(0 <= v <= report.HEIGHT for v in (top, bottom)) and all(report.LEFT <= v <= report.WIDTH for v in (left, right))
     assert report.line_chart("loss", [("a", [(1, math.inf)], False)]) is None

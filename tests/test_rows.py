@@ -21,8 +21,8 @@ import torch
 from PIL import Image, ImageFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import rows  # noqa: E402
-from rows import DataError, load_image, read_split, read_table, resolve_image  # noqa: E402
+import rows
+from rows import DataError, load_image, read_split, read_table, resolve_image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 HEAD = "image,question,answer,question_type,style\n"
@@ -213,13 +213,13 @@ def test_missing_split_lists_what_is_there(data):
 # --- paths ----------------------------------------------------------------------------------------------------------
 
 # path in the table: what the refusal says
-ESCAPES = {name: "'..'" for name in (
+ESCAPES = dict.fromkeys((
     "../secret.jpg", "sub/../../secret.jpg", "sub/.. /a.jpg", "..", "..\\secret.jpg", "/etc/hostname", " /etc/hostname",
-    "\\\\host\\share\\a.jpg", "C:\\pictures\\a.jpg")}
-ESCAPES |= {name: "URL" for name in (
-    "https://example.org/a.jpg", "file:///etc/hostname", "data:image/png;base64,AAAA", "a.jpg\0.png", "\0")}
-ESCAPES |= {name: "leaves" for name in ("out.jpg", "outdir/secret.jpg", "null.jpg", "twin/secret.jpg")}
-ESCAPES |= {name: "not a regular file" for name in ("loop.jpg", "pipe.jpg", "sub", ".", "broken.jpg")}
+    "\\\\host\\share\\a.jpg", "C:\\pictures\\a.jpg"), "'..'")
+ESCAPES |= dict.fromkeys((
+    "https://example.org/a.jpg", "file:///etc/hostname", "data:image/png;base64,AAAA", "a.jpg\0.png", "\0"), "URL")
+ESCAPES |= dict.fromkeys(("out.jpg", "outdir/secret.jpg", "null.jpg", "twin/secret.jpg"), "leaves")
+ESCAPES |= dict.fromkeys(("loop.jpg", "pipe.jpg", "sub", ".", "broken.jpg"), "not a regular file")
 ESCAPES |= {"": "empty", "  ": "empty", "a.jpg/x.jpg": "not there", "x" * 5000: "not there"}
 
 

@@ -113,7 +113,8 @@ def test_accumulation_equals_the_large_batch(build, sample, flags, sizes):
         torch.nn.init.normal_(model.gates[0].value.weight, std=0.1)
         group, share = micro_batches(sizes)
         collate = train_gated.Collate(model.tokenizer, model.styles, 16)
-        run = train_gated.Run(args, Accelerator(cpu=True), model, model, None, collate, data, data, {"hit_weight": 0.1, "kl_weight": 0.05}, {}, {})
+        run = train_gated.Run(args, Accelerator(cpu=True), model, model, None, collate, data, data,
+                              {"hit_weight": 0.1, "kl_weight": 0.05}, {}, {})
         batches = iter(loop.load_batches(data, collate, [numbers for _, numbers in share], 0))
         sums = train_gated.train_step(run, batches, group, share)
         return sums, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
@@ -183,7 +184,7 @@ def test_select_em_and_early_stopping(flags, tmp_path, capsys):
 def test_terms_that_cannot_be_are_said_to_be_off(flags, capsys, tmp_path):
     train_gated.main(flags("--gating", "none", "--epochs", "1"))
     assert "KL term is off" in capsys.readouterr().out
-    assert set(n.split(".")[0] for n in state_of(tmp_path / "run/best.pt")) == {"language_projection"}
+    assert {n.split(".")[0] for n in state_of(tmp_path / "run/best.pt")} == {"language_projection"}
 
 
 def test_non_finite_loss_stops_with_the_rows(flags, tmp_path, capsys):
@@ -283,7 +284,8 @@ def test_majority_answers():
 
 def test_score_table_by_hand():
     row = lambda kind, answer: type("Row", (), {"question_type": kind, "answer": answer})()  # noqa: E731
-    table = eval_gated.score_table([row("a", "Red"), row("a", "two"), row("b", "dog")], {"x": [{"prediction": p} for p in ("red", "2", "cat")]})
+    table = eval_gated.score_table([row("a", "Red"), row("a", "two"), row("b", "dog")],
+                                   {"x": [{"prediction": p} for p in ("red", "2", "cat")]})
     assert [(r["type"], r["n"], r["EM"], r["VQA"]) for r in table] == [
         ("a", 2, 50, 100), ("b", 1, 0, 0), ("all", 3, pytest.approx(100 / 3), pytest.approx(200 / 3))]
 
@@ -312,7 +314,8 @@ def features_of(model, path):
 @pytest.mark.parametrize("method", ["generate", "rank"])
 def test_confidence_and_margin_are_those_of_the_model(trained, loaded, sample, tmp_path, capsys, method):
     model, checkpoint = loaded
-    eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--predictions", str(tmp_path / "p.json"), "--no-baselines", "--workers", "0",
+    eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--predictions", str(tmp_path / "p.json"), "--no-baselines",
+                     "--workers", "0",
                      "--beams", "2", "--method", method, "--abstain-below", "0.05"])
     found, questions = read_csv(tmp_path / "p.csv"), rows.read_split(sample, "val")
     assert ("margin" in found[0]) is (method == "rank") and len({one["confidence"] for one in found}) > 5
@@ -348,7 +351,8 @@ def test_confidence_costs_a_pass_only_where_it_is_shown(trained, tmp_path, monke
     monkeypatch.setattr(core.Blip2OPTGated, "confidence", lambda *args, **kwargs: asked.append(1) or real(*args, **kwargs))
     command = ["--checkpoint", str(trained / "best.pt"), "--workers", "0", "--beams", "1", "--batch-size", "1000", "--max-new-tokens", "3"]
     calls = []
-    for more in ([], ["--predictions", str(tmp_path / "p.json")], ["--no-baselines", "--abstain-below", "0"], ["--report", str(tmp_path / "r.html")]):
+    for more in ([], ["--predictions", str(tmp_path / "p.json")], ["--no-baselines", "--abstain-below", "0"],
+                 ["--report", str(tmp_path / "r.html")]):
         eval_gated.main([*command, *more])
         calls.append(len(asked))
         asked.clear()
@@ -357,7 +361,8 @@ def test_confidence_costs_a_pass_only_where_it_is_shown(trained, tmp_path, monke
 
 def test_one_candidate_has_no_runner_up(loaded, sample):
     model, _ = loaded
-    features, args = features_of(model, next((sample / "images").glob("*.jpg"))), eval_gated.get_args(["--checkpoint", "x", "--method", "rank"])
+    features = features_of(model, next((sample / "images").glob("*.jpg")))
+    args = eval_gated.get_args(["--checkpoint", "x", "--method", "rank"])
     found = eval_gated.answers_to(model, ["Which style?"], None, features, args, ["Cubism"])
     assert found.keys() == {"prediction", "confidence"} and found["prediction"] == ["Cubism"]
 
@@ -378,7 +383,8 @@ def test_a_probability_that_is_no_number_is_one_line(trained, tmp_path, capsys, 
 
 def test_report_of_an_evaluation(trained, sample, tmp_path, capsys):
     path, predictions = tmp_path / "new/report.html", tmp_path / "p.json"
-    eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--report", str(path), "--predictions", str(predictions), "--workers", "0", "--beams", "1"])
+    eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--report", str(path), "--predictions", str(predictions),
+                     "--workers", "0", "--beams", "1"])
     assert f"report: {path}" in capsys.readouterr().out
     page, found = Page(path), read_csv(predictions.with_suffix(".csv"))
     check_safe(page)
@@ -411,7 +417,8 @@ def photos(sample, tmp_path):
 
 
 def ask(trained, photos, *more, questions=QUESTIONS):
-    return ["--checkpoint", str(trained / "best.pt"), "--images", str(photos), "--answers", str(photos.parent / "out.csv"), "--workers", "0",
+    return ["--checkpoint", str(trained / "best.pt"), "--images", str(photos), "--answers", str(photos.parent / "out.csv"),
+            "--workers", "0",
             "--beams", "2", "--ask", *questions, *more]
 
 
@@ -439,7 +446,8 @@ def test_ask_goes_on_after_a_kill_and_takes_new_questions(trained, photos, capsy
     rows_left = whole[:len(whole) // 2].count(b"\r\n") - 1
     asked, real = [], train_gated.core.Blip2OPTGated.predict_answers
     monkeypatch.setattr(train_gated.core.Blip2OPTGated, "predict_answers",
-                        lambda model, images, questions, *rest, **more: asked.extend(questions) or real(model, images, questions, *rest, **more))
+                        lambda model, images, questions, *rest, **more: asked.extend(questions)
+                        or real(model, images, questions, *rest, **more))
     eval_gated.main(ask(trained, photos))
     assert out.read_bytes() == whole and 0 < len(asked) == 12 - rows_left < 12
     asked.clear()
@@ -486,11 +494,13 @@ def test_ask_refuses_answers_of_another_checkpoint_or_of_other_settings(trained,
 
 @pytest.mark.parametrize("more, words", [
     (["--ask", "a?"], "--ask and --answers go together"), (["--answers", "a.csv"], "--ask and --answers go together"),
-    (["--ask", "a?", "--answers", "a.csv"], "--ask needs --images"), (["--ask", " ", "--answers", "a.csv", "--images", "x"], "a question is empty"),
+    (["--ask", "a?", "--answers", "a.csv"], "--ask needs --images"),
+    (["--ask", " ", "--answers", "a.csv", "--images", "x"], "a question is empty"),
     (["--ask", "a?", "--answers", "a.csv", "--images", "x", "--table", "t.json", "--no-baselines"], "leave --table, --no-baselines out"),
     (["--ask", "a?", "--answers", "a.csv", "--images", "x", "--merge-lora", "m.pt"], "leave --merge-lora out"),
     (["--ask", "a?", "--answers", "a.csv", "--images", "x", "--cache", "c"], "leave --cache out"),
-    (["--merge-lora", "m.pt", "--report", "r.html"], "--merge-lora answers nothing"), (["--merge-lora", "m.pt", "--abstain-below", "0"], "answers nothing"),
+    (["--merge-lora", "m.pt", "--report", "r.html"], "--merge-lora answers nothing"),
+    (["--merge-lora", "m.pt", "--abstain-below", "0"], "answers nothing"),
     (["--abstain-below", "1.5"], "between 0 and 1"), (["--abstain-below", "nan"], "between 0 and 1")])
 def test_flags_of_eval_that_do_not_go_together(capsys, more, words):
     with pytest.raises(SystemExit) as stop:
@@ -633,7 +643,8 @@ def test_config_file(flags, tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [("learning_rate: 1", "unknown settings learning_rate"), ("gating: tanh", "none of film"),
-                                           ("epochs: many", "epochs"), ("batch_size: 0", "batch_size"), ("train_qformer: perhaps", "true or false"), ("[1, 2]", "name: value")])
+                                           ("epochs: many", "epochs"), ("batch_size: 0", "batch_size"),
+                                           ("train_qformer: perhaps", "true or false"), ("[1, 2]", "name: value")])
 def test_config_mistakes(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(runfolder.DataError, match=message):

@@ -365,7 +365,8 @@ def test_config_damages(exported, quick, load):
     config = folder / sharing.CONFIG
     text = config.read_text()
     told = {"format": "newer version", "future": "unknown: future", "gating": "gating", "styles sorted": "sorted", "lora_rank": "lora_rank",
-            "fingerprints": "other: language_model", "sha256": "not those that were exported", "base_model": "base_model", "bool": "gate_scale"}
+            "fingerprints": "other: language_model", "sha256": "not those that were exported", "base_model": "base_model",
+            "bool": "gate_scale"}
     changes = {"format": lambda c: c.update(format=2), "future": lambda c: c.update(future=1), "gating": lambda c: c.update(gating="filn"),
                "styles sorted": lambda c: c.update(style_vocabulary=["b", "a"]), "lora_rank": lambda c: c.update(lora_rank="2"),
                "fingerprints": lambda c: c["fingerprints"].update(language_model="0" * 16),
@@ -394,7 +395,7 @@ def test_checkpoints_that_are_none_of_ours(tiny, quick, load, tmp_path):
     assert "another stage (cir)" in told(stage="cir")
     assert "unknown: novelty" in told(model_args={**checkpoint["model_args"], "novelty": 1})
     assert "unknown: safe" in told(model_args={**checkpoint["model_args"], "safe": False})
-    assert "1 of" in told(state={n: t for n, t in list(checkpoint["state"].items())[1:]})
+    assert "1 of" in told(state=dict(list(checkpoint["state"].items())[1:]))
     assert "dtype" in told(state={n: t.half() for n, t in checkpoint["state"].items()})
     torch.save({**checkpoint, "args": pathlib.PurePosixPath("x")}, tmp_path / "best.pt")
     assert "nothing of it was run" in refused(load, tmp_path)
@@ -619,7 +620,8 @@ def test_training_command_gives_the_settings_again():
 @pytest.mark.parametrize("word, told", [
     ("/home/jane/x.csv", ".../x.csv"), ("data/artquest", "data/artquest"), ("--data=/a/b/", "--data=.../b"),
     ("C:\\Users\\Jane\\a.csv", ".../a.csv"),
-    ("/home/jane", ".../<user>"), ("runs/jane_1", "runs/<user>_1"), ("https://jane:secret@h.x/y", "https://..."), ("/a/b:/c/d", ".../b:.../d"),
+    ("/home/jane", ".../<user>"), ("runs/jane_1", "runs/<user>_1"), ("https://jane:secret@h.x/y", "https://..."),
+    ("/a/b:/c/d", ".../b:.../d"),
     ("~/a", ".../a"), ("../../a", ".../a"), ("coco=/a/coco", "coco=.../coco"), ("1e-3", "1e-3"), ("Salesforce/blip2", "Salesforce/blip2"),
     ("gpu7", "<host>"), ("a.gpu7.lab.example", "a.<host>"),
     ("janes", "janes"), ("xjane", "xjane"), ("/x/y=3", ".../y=3"), ("--endpoint=http://gpu7:80", "--endpoint=http://..."),
