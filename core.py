@@ -28,8 +28,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from efficientnet import EfficientNet28, load_strictly
-from published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
-from rows import DataError
+from engine.published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
+from engine.errors import DataError
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
 PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
@@ -944,14 +944,14 @@ def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.
         model, processor = core.load_gated("runs/gated")
         model.predict_answers(processor("painting.jpg"), ["What style is this painting?"])
     """
-    import sharing
+    from show import sharing
     return sharing.load_gated(folder, blip2, efficientnet, device, dtype, lm_precision, **more)
 
 
 if __name__ == "__main__":
     import argparse
 
-    import sharing
+    from show import sharing
     parser = argparse.ArgumentParser(description="core.py: the models. Nothing to run here but --env.")
     parser.add_argument("--env", action="store_true", required=True,
                         help="print what a bug report needs; names and paths are masked")

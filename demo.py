@@ -27,13 +27,13 @@ import torch
 from PIL import Image
 
 import core
-import gallery
-import loop
-import maps
-import published
-import rows
-import runfolder
-from rows import DataError
+from show import gallery
+from engine import loop
+from show import maps
+from engine import published
+from data import rows
+from engine import runfolder
+from engine.errors import DataError
 
 BEST, TOP_STYLES, EXAMPLES, LONGEST = 3, 5, 8, 500  # candidates, styles shown, pictures a style, letters of a text
 FIGURE = pathlib.Path(__file__).resolve().parent / "data/maps.png"

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD, DataError
-from runfolder import forbidden
+from engine.errors import DataError
+
+from data.rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from engine.runfolder import forbidden
 
 
 # WikiArt's 27 styles in the order of ArtGAN's style_class.txt, then photographs

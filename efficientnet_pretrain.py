@@ -35,11 +35,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import efficientnet
-import loop
-import rows
-import runfolder
-import wikiart
-from rows import IMAGENET_MEAN, IMAGENET_STD, DataError
+from engine import loop
+from data import rows
+from engine import runfolder
+from data import wikiart
+from engine.errors import DataError
+from data.rows import IMAGENET_MEAN, IMAGENET_STD
 
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm", "top1", "top5", "f1", "balanced")

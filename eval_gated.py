@@ -26,17 +26,17 @@ import torch
 from accelerate import Accelerator
 
 import core
-import folders
-import gallery
-import loop
-import maps
+from engine import folders
+from show import gallery
+from engine import loop
+from show import maps
 import metrics
-import published
-import report
-import rows
-import runfolder
-import sharing
-from rows import DataError
+from engine import published
+from show import report
+from data import rows
+from engine import runfolder
+from show import sharing
+from engine.errors import DataError
 from train_gated import (PANELS, Collate, Questions, cached_features, evaluate, loss_summary, predicted_styles, read_data, resolved,
                          say_cut)
 from train_gated import get_args as train_gated_args

@@ -30,7 +30,9 @@ from collections import Counter
 
 import numpy as np
 
-from tables import DataError, cell, parse_json, read_text, shown
+from engine.errors import DataError
+
+from data.tables import cell, parse_json, read_text, shown
 
 # --------------------------------------------------------------------------- VQA accuracy
 
@@ -611,5 +613,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    import loop  # not above: it needs torch
+    from engine import loop  # not above: it needs torch
     sys.exit(loop.exit_code(main))

@@ -30,14 +30,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import core
-import loop
+from engine import loop
 import metrics
-import pairs
-import published
-import rows
-import runfolder
-import shards
-from rows import DataError
+from data import pairs
+from engine import published
+from data import rows
+from engine import runfolder
+from data import shards
+from engine.errors import DataError
 
 DEFAULT, BERT = "Salesforce/blip2-itm-vit-g", "bert-base-uncased"
 NEXT = "transformers' Blip2ForImageTextRetrieval, train_cir.py --blip2 and train_gated.py --qformer"  # what takes OUT/hf

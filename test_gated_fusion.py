@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import core
-import loop
-import published
-import runfolder
+from engine import loop
+from engine import published
+from engine import runfolder
 
 
 def make_fusion():

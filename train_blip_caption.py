@@ -30,18 +30,18 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import core
-import folders
-import gallery
-import loop
+from engine import folders
+from show import gallery
+from engine import loop
 import metrics
-import published
-import report
-import rows
-import runfolder
-from captions import (LONGEST, MAX_LENGTH, augmented, check_data, fingerprint, limited, pictures_in, read_data, split_file,
+from engine import published
+from show import report
+from data import rows
+from engine import runfolder
+from data.captions import (LONGEST, MAX_LENGTH, augmented, check_data, fingerprint, limited, pictures_in, read_data, split_file,
                       token_ids)
-from cases import numbers_of, told, write_cases
-from rows import DataError
+from show.cases import numbers_of, told, write_cases
+from engine.errors import DataError
 
 DEFAULT = "Salesforce/blip-image-captioning-base"
 # conservative: what the analysis of the first runs recommends; original: what was run

@@ -29,17 +29,17 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import cache
-import cirr
+from engine import cache
+from data import cirr
 import core
-import gallery
-import loop
+from show import gallery
+from engine import loop
 import metrics
-import published
-import report
-import rows
-import runfolder
-from rows import DataError
+from engine import published
+from show import report
+from data import rows
+from engine import runfolder
+from engine.errors import DataError
 
 DEFAULT = "Salesforce/blip2-itm-vit-g"
 CLIP = 1.0  # gradient norm

@@ -26,17 +26,17 @@ from accelerate.utils import gather_object
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
-import cache
+from engine import cache
 import core
 import efficientnet
-import loop
-import maps
+from engine import loop
+from show import maps
 import metrics
-import published
-import rows
-import runfolder
-import sharing
-from rows import DataError
+from engine import published
+from data import rows
+from engine import runfolder
+from show import sharing
+from engine.errors import DataError
 
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")

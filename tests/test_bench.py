@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import bench
-import loop
-from rows import DataError
+from tools import bench
+from engine import loop
+from engine.errors import DataError
 
 SIZES = {"vision": {**bench.SMALL["vision"], "num_hidden_layers": 1, "image_size": 56}, "qformer": bench.SMALL["qformer"],
          "text": {**bench.SMALL["text"], "num_hidden_layers": 2}, "queries": 8}

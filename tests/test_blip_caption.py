@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-import cases
-import loop
-import make_tiny
+from show import cases
+from engine import loop
+from tools import make_tiny
 import metrics
-import runfolder
+from engine import runfolder
 import train_blip_caption as blip
-from rows import DataError
+from engine.errors import DataError
 from test_report import Page, check_safe
 
 COLOURS = {"red": (210, 40, 40), "blue": (40, 80, 210), "green": (40, 160, 60)}

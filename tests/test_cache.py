@@ -20,11 +20,11 @@ import pytest
 import torch
 from PIL import Image
 
-import cache
-import loop
-import published
-import rows
-from rows import DataError
+from engine import cache
+from engine import loop
+from engine import published
+from data import rows
+from engine.errors import DataError
 
 SHAPE, BATCH, SIZE = (5, 8), 3, 16
 

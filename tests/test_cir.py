@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-import cirr
+from data import cirr
 import core
-import loop
-import make_sample
-import make_tiny
+from engine import loop
+from tools import make_sample
+from tools import make_tiny
 import metrics
-import published
-import runfolder
+from engine import published
+from engine import runfolder
 import train_cir
-from rows import DataError
+from engine.errors import DataError
 from test_report import Page, check_safe
 
 

@@ -19,13 +19,13 @@ import pytest
 import torch
 from PIL import Image
 
-import cirr
-import loop
-import make_sample
+from data import cirr
+from engine import loop
+from tools import make_sample
 import metrics
-import rows
-import sample_cirr
-from cirr import DataError, Query
+from data import rows
+from tools import sample_cirr
+from data.cirr import DataError, Query
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REAL = pathlib.Path(os.environ.get("CIRR") or ROOT / "../shared/data/cirr")

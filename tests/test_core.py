@@ -16,11 +16,11 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2T
 
 import core
 import efficientnet
-import make_tiny
-import published
-import rows
-import runfolder
-from rows import DataError
+from tools import make_tiny
+from engine import published
+from data import rows
+from engine import runfolder
+from engine.errors import DataError
 
 KINDS = [("film", "head"), ("film", "channel"), ("gate", "head"), ("gate", "channel")]
 

@@ -25,10 +25,10 @@ from PIL import Image
 
 import core
 import demo
-import published
-import rows
-import runfolder
-from rows import DataError
+from engine import published
+from data import rows
+from engine import runfolder
+from engine.errors import DataError
 
 ROOT = pathlib.Path(demo.__file__).parent
 HOSTILE = """<script>alert(1)</script>"'><img src=x onerror=alert(2)> ${alert(3)} {{7*7}} ../../etc/passwd &lt;b&gt;"""
@@ -335,7 +335,7 @@ def test_examples_are_validation_pictures_or_the_ones_that_ship(sample, tmp_path
 
 
 def test_captions_come_from_the_captioner_of_a_folder(tmp_path, picture):
-    import make_tiny
+    from tools import make_tiny
     import train_blip_caption
     folder = make_tiny.save_random_captioner(tmp_path)
     model, tokenizer = train_blip_caption.load_blip(folder)
@@ -345,7 +345,7 @@ def test_captions_come_from_the_captioner_of_a_folder(tmp_path, picture):
 
 
 def test_find_gives_what_the_search_of_train_cir_prints_without_the_reference_itself(sample, tmp_path, capsys):
-    import make_tiny
+    from tools import make_tiny
     import train_cir
     base, folder, best = make_tiny.save_random_retrieval(tmp_path), tmp_path / "gallery", str(tmp_path / "cir/best.pt")
     args = train_cir.get_args(["--data", "none", "--blip2", base])

@@ -10,9 +10,9 @@ import timm
 import torch
 
 import efficientnet
-import make_tiny
-import rows
-from rows import DataError
+from tools import make_tiny
+from data import rows
+from engine.errors import DataError
 
 ARCH = make_tiny.ARCH
 

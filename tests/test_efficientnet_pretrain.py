@@ -23,11 +23,11 @@ from safetensors.torch import save_file
 import conftest  # noqa: F401  (sets the import path)
 import efficientnet
 import efficientnet_pretrain as pretrain
-import loop
-import rows
-import runfolder
-import wikiart
-from rows import DataError
+from engine import loop
+from data import rows
+from engine import runfolder
+from data import wikiart
+from engine.errors import DataError
 from timm.utils import ModelEmaV3
 
 ARCH = "test_efficientnet"

@@ -29,12 +29,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import get_worker_info
 
-import loop
+from engine import loop
 import core
 import eval_gated
-import make_tiny
-import published
-import runfolder
+from tools import make_tiny
+from engine import published
+from engine import runfolder
 import train_gated
 from test_rows import bomb
 

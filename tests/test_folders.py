@@ -11,10 +11,10 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-import cache
-import folders
-import rows
-from rows import DataError
+from engine import cache
+from engine import folders
+from data import rows
+from engine.errors import DataError
 
 COLUMNS = ("image", "question", "answer", "confidence")
 MADE_WITH = {"checkpoint (sha256)": "ab", "beams": 5, "--abstain-below": None, "layers": (1, 2)}

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
-import gallery
-import rows
-from rows import DataError
+from show import gallery
+from data import rows
+from engine.errors import DataError
 
 WIDTH = (4, 16)
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }} $x^{$ \u202e"

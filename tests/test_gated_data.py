@@ -13,8 +13,8 @@ import core
 import efficientnet
 import eval_gated
 import metrics
-import rows
-import runfolder
+from data import rows
+from engine import runfolder
 import train_gated
 
 

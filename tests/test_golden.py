@@ -23,7 +23,7 @@ from transformers import Blip2Config, Blip2QFormerConfig
 import core
 import metrics
 import pretrain_qformer
-import published
+from engine import published
 import train_cir
 from metrics import bleu, cider_d, coco_meteor, exact_match, meteor, normalise_answer, rouge_l, sentence_bleu
 from metrics import strip_punctuation, tokenize, vqa_accuracy
@@ -565,7 +565,7 @@ def test_cirr_recalls(case):
 
 @named("cirr_metrics")
 def test_cirr_submission_files(case, tmp_path):
-    import cirr
+    from data import cirr
     names = read(case / "test_names.json")
     queries = [cirr.Query(str(q["pairid"]), q["reference"], "", ("",), tuple(q["members"]), "", 0) for q in names["queries"]]
     gallery = dict.fromkeys(names["gallery_names"], "")

@@ -32,8 +32,8 @@ import torch
 
 import conftest  # noqa: F401  (sets the import path)
 import eval_gated
-import loop
-import runfolder
+from engine import loop
+from engine import runfolder
 import train_gated
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc")

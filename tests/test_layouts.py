@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import rows
-from rows import DataError, describe_layout, join_semart, read_layout, read_split
+from data import rows
+from engine.errors import DataError
+from data.rows import describe_layout, join_semart, read_layout, read_split
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the reference data is not beside this checkout")

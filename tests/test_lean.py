@@ -16,11 +16,11 @@ from transformers import Blip2VisionModel
 
 import core
 import eval_gated
-import loop
-import published
-import runfolder
+from engine import loop
+from engine import published
+from engine import runfolder
 import train_gated
-from rows import DataError
+from engine.errors import DataError
 
 WEIGHTS = {"hit_weight": 0.1, "kl_weight": 0.05}
 

@@ -11,11 +11,11 @@ from matplotlib.text import Text
 from PIL import Image
 
 import core
-import make_sample
-import maps
-import published
-import rows
-from rows import DataError
+from tools import make_sample
+from show import maps
+from engine import published
+from data import rows
+from engine.errors import DataError
 
 QUESTION, ANSWER = "How many boats are there?", "two"
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import loop
+from engine import loop
 import conftest
 import metrics
 

@@ -24,15 +24,15 @@ from torch.utils.data import get_worker_info
 
 import conftest  # noqa: F401  (sets the import path)
 import efficientnet_pretrain as pretrain
-import loop
-import make_tiny
+from engine import loop
+from tools import make_tiny
 import metrics
-import rows
-import runfolder
+from data import rows
+from engine import runfolder
 import test_blip_caption
 import test_efficientnet_pretrain
 import train_blip_caption as blip
-import wikiart
+from data import wikiart
 from test_faults import (ERROR, content_of, edited, fails, flip, half, hole, hostile, in_use, json_of, no_rename, small_files,
                          snapshot)
 from test_rows import bomb

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-import loop
-import pairs
-import rows
-import shards
-from tables import DataError
+from engine import loop
+from data import pairs
+from data import rows
+from data import shards
+from engine.errors import DataError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -627,7 +627,7 @@ def test_a_member_of_a_shard_that_claims_to_be_huge_is_not_read(tmp_path):
 PEAK = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
-import shards
+from data import shards
 found = shards.count_samples(shards.shard_files(sys.argv[2]), "cc", say=lambda line: None)
 count = sum(1 for _ in shards.ShardStream(found, 8, 0, buffer=10, augment=False))
 print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

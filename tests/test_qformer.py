@@ -18,14 +18,14 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw
 
 import core
-import loop
+from engine import loop
 import metrics
 import pretrain_qformer
-import published
-import runfolder
+from engine import published
+from engine import runfolder
 import train_cir
 from conftest import ROOT
-from rows import DataError
+from engine.errors import DataError
 from test_cir import random_retrieval, to_lavis
 from test_pairs import pack, sample_members
 

@@ -17,15 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-import bench
-import compare_gated
+from tools import bench
+from tools import compare_gated
 import demo
 import efficientnet_pretrain
 import eval_gated
-import loop
-import make_sample
-import make_tiny
-import maps
+from engine import loop
+from tools import make_sample
+from tools import make_tiny
+from show import maps
 import metrics
 import pretrain_qformer
 import train_blip_caption

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import cirr
+from data import cirr
 import metrics
-import report
-import runfolder
+from show import report
+from engine import runfolder
 import train_gated
-from captions import Picture
-from rows import Row
+from data.captions import Picture
+from data.rows import Row
 
 HOSTILE = ["<script>alert(1)</script>", "\" onmouseover=\"x()\" a=\"", "' onerror='x()", "javascript:alert(1)",
            "]]></style></title><b>", "\u202eevil\u202c \u2066", "../../../etc/passwd\0.png", "{{ 7*7 }} {% raw %}",

@@ -21,10 +21,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import get_worker_info
 
-import loop
+from engine import loop
 import pretrain_qformer
-import published
-import runfolder
+from engine import published
+from engine import runfolder
 import test_cir
 import test_other_faults
 import train_cir
@@ -221,7 +221,7 @@ def headless_tokenizer(folder):
 def opt_blip2(flag):
     """A BLIP-2 with OPT, whose Q-Former reads no text."""
     def harm(world):
-        import make_tiny
+        from tools import make_tiny
         return [flag, make_tiny.save_random(world.folder / "opt")[0]]
     return harm
 

@@ -21,8 +21,9 @@ import torch
 from PIL import Image, ImageFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import rows
-from rows import DataError, load_image, read_split, read_table, resolve_image
+from data import rows
+from engine.errors import DataError
+from data.rows import load_image, read_split, read_table, resolve_image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 HEAD = "image,question,answer,question_type,style\n"

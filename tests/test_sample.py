@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-import make_sample as ms
+from tools import make_sample as ms
 
 PICTURES = 64
 

@@ -16,13 +16,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-import compare_gated
+from tools import compare_gated
 import conftest
 import eval_gated
-import loop
+from engine import loop
 import metrics
-import rows
-import runfolder
+from data import rows
+from engine import runfolder
 import train_gated
 from test_report import Page, check_safe
 
@@ -232,7 +232,7 @@ def test_checkpoint_gives_the_same_numbers_after_loading(trained, capsys):
 
 
 def test_other_frozen_weights_are_refused(trained, tmp_path, capsys):
-    import make_tiny
+    from tools import make_tiny
     loop.seed_everything(99)
     other = make_tiny.save_random(tmp_path / "other", ["Question: What style is this? Answer: Cubism\n"])
     code = loop.exit_code(eval_gated.main, ["--checkpoint", str(trained / "best.pt"), "--efficientnet", other[1], "--workers", "0"])

@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save_file
 
 import core
 import efficientnet
-import loop
-import published
-import rows
-import runfolder
-import sharing
+from engine import loop
+from engine import published
+from data import rows
+from engine import runfolder
+from show import sharing
 import train_gated
-from rows import DataError
+from engine.errors import DataError
 
 STYLES = ["Cubism", "Pointillism", "Pop Art"]
 BUILD = core.Blip2OPTGated.build

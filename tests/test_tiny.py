@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 
 import core
-import make_tiny
+from tools import make_tiny
 import metrics
-import published
-import rows
-import runfolder
+from engine import published
+from data import rows
+from engine import runfolder
 
 RECORDS = {part: published.TINY / f"{part.removesuffix('.pt')}.json" for part in make_tiny.PARTS}
 

@@ -14,10 +14,10 @@ from accelerate import Accelerator
 import core
 import demo
 import eval_gated
-import make_sample
-import published
-import rows
-import runfolder
+from tools import make_sample
+from engine import published
+from data import rows
+from engine import runfolder
 import train_gated
 
 LONGEST = "in flat areas with thick outlines"

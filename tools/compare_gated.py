@@ -18,10 +18,10 @@ import time
 from types import SimpleNamespace
 
 import eval_gated
-import loop
-import runfolder
+from engine import loop
+from engine import runfolder
 import train_gated
-from rows import DataError
+from engine.errors import DataError
 
 SYSTEMS = {"ungated, Q-Former frozen": ["--gating", "none"], "gated, Q-Former frozen": [],
            "ungated, Q-Former trained": ["--gating", "none", "--train-qformer"], "gated, Q-Former trained": ["--train-qformer"]}

@@ -8,7 +8,7 @@ import base64
 import io
 
 import metrics
-import rows
+from data import rows
 
 
 def mean_of_three(scores):
@@ -44,5 +44,5 @@ def thumbnail(path, side=320):
 
 def write_cases(path, data, captions, count, title):
     """A page of its own with the `count` worst and best rows by mean_of_three, see report.caption_cases."""
-    import report  # not above: it takes thumbnail from here
+    from show import report  # not above: it takes thumbnail from here
     report.write(path, title, report.caption_cases(data.rows, captions, count))

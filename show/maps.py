@@ -35,12 +35,12 @@ from PIL import Image
 from tqdm import tqdm
 
 import core
-import gallery
-import loop
-import published
-import rows
-import runfolder
-from rows import DataError
+from show import gallery
+from engine import loop
+from engine import published
+from data import rows
+from engine import runfolder
+from engine.errors import DataError
 
 KINDS = ("what", "count", "colour")  # of questions about the things, as data/make_sample.py asks them
 FILE = "gates.json"  # in a run folder: a frame of gate_summary an evaluation
@@ -620,7 +620,7 @@ class Scene(NamedTuple):
 def drawn_scene(index, size, side, seed=0):
     """A scene of data/make_sample.py, never one of the sample's or of the tiny model's training, with one question about its
     things; kinds of questions take turns."""
-    from make_tiny import make_sample
+    from tools.make_tiny import make_sample
     rng = np.random.default_rng([seed, 99_000_000 + index])
     scene, style = make_sample.random_scene(rng), list(make_sample.STYLES)[index % len(make_sample.STYLES)]
     picture = make_sample.draw_scene(scene, style, size, seed=99_000_000 + index)

@@ -36,11 +36,11 @@ import yaml
 from PIL import Image
 
 import core
-import published
-import report
-import rows
-import runfolder
-from rows import DataError
+from engine import published
+from show import report
+from data import rows
+from engine import runfolder
+from engine.errors import DataError
 
 FORMAT = 1  # of gate_config.json; a file of a higher one is refused
 CONFIG, GATES, ADAPTER, ADAPTER_CONFIG = "gate_config.json", "gates.safetensors", "adapter_model.safetensors", "adapter_config.json"

@@ -15,7 +15,7 @@ import urllib.request
 import torch
 
 from efficientnet import load_foreign, load_strictly, unwrap_state
-from rows import DataError
+from engine.errors import DataError
 
 # --- folders in HuggingFace's format ------------
 

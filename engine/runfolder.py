@@ -32,7 +32,7 @@ import torch
 import yaml
 from torch import nn
 
-from rows import DataError
+from engine.errors import DataError
 
 # --- files written whole ------------
 

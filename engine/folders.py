@@ -25,12 +25,12 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import cache
-import loop
-import rows
-import runfolder
-from rows import DataError
-from tables import shown
+from engine import cache
+from engine import loop
+from data import rows
+from engine import runfolder
+from engine.errors import DataError
+from data.tables import shown
 
 
 # --- the table ------------

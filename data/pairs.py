@@ -21,10 +21,11 @@ from dataclasses import dataclass, replace
 from PIL import Image, ImageOps
 
 import metrics
-import rows
-from captions import LEFT_RIGHT
-from cirr import clean_text
-from tables import DataError, cell, locate, read_json, read_text, shown
+from data import rows
+from data.captions import LEFT_RIGHT
+from data.cirr import clean_text
+from engine.errors import DataError
+from data.tables import cell, locate, read_json, read_text, shown
 
 FILES = {"train": ("coco_karpathy_train.json", "vg_caption.json", "train_captions.json"),
          "val": ("coco_karpathy_val.json", "val_captions.json")}

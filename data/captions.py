@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from PIL import Image, ImageEnhance, ImageOps
 
 import metrics
-import published
-import rows
-from rows import DataError
+from engine import published
+from data import rows
+from engine.errors import DataError
 
 MAX_LENGTH = 60  # tokens of a caption, [DEC] among them, in training and in generation
 LONGEST = 100  # words; what is longer is no caption

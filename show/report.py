@@ -25,9 +25,9 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 import metrics
-import runfolder
-from cases import thumbnail
-from rows import DataError
+from engine import runfolder
+from show.cases import thumbnail
+from engine.errors import DataError
 
 LISTED, FIXED = 40, 12  # cards of a list, and of the samples that are the same at every evaluation
 RESAMPLES = 1000

@@ -17,10 +17,10 @@ from collections import Counter
 from dataclasses import replace
 
 import efficientnet
-import rows
-import runfolder
-import tables
-from rows import DataError
+from data import rows
+from engine import runfolder
+from data import tables
+from engine.errors import DataError
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # folders and subsets, the first that is there
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")

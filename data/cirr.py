@@ -21,9 +21,10 @@ import numpy as np
 from PIL import Image
 
 import metrics
-import rows
-import runfolder
-from tables import DataError, cell, locate, parse_json, read_json, read_text, shown
+from data import rows
+from engine import runfolder
+from engine.errors import DataError
+from data.tables import cell, locate, parse_json, read_json, read_text, shown
 
 SPLITS = {"cirr": ("train", "val", "test1"), "fashioniq": ("train", "val")}  # what check looks at
 CATEGORIES = ("dress", "shirt", "toptee")  # of FashionIQ

@@ -45,15 +45,15 @@ from torch import nn
 
 import core
 import efficientnet
-import loop
+from engine import loop
 import metrics
-import published
-import rows
-import runfolder
+from engine import published
+from data import rows
+from engine import runfolder
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "data"))
-import make_sample  # noqa: E402  (data/ is a folder of data and its maker, not a package)
+from tools import make_sample  # noqa: E402  (data/ is a folder of data and its maker, not a package)
 
 RECIPE = 2  # raise it whenever the same command would make other models
 PARTS = ("blip2", "efficientnet-28.pt", "blip2-itm", "blip", "gated")  # in this order: later ones take earlier ones
@@ -621,7 +621,7 @@ def test_captions():
 
 @torch.no_grad()
 def caption_figures(out):
-    import cases
+    from show import cases
     import train_blip_caption
     from transformers import BlipForConditionalGeneration
     model, tokenizer = published.load_published(BlipForConditionalGeneration, "BLIP", str(out / "blip"))

@@ -23,13 +23,14 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-import loop
-import pairs
-import rows
-import runfolder
-from cirr import clean_text
-from pairs import Pair
-from tables import DataError, cell, parse_json, shown
+from engine import loop
+from data import pairs
+from data import rows
+from engine import runfolder
+from data.cirr import clean_text
+from data.pairs import Pair
+from engine.errors import DataError
+from data.tables import cell, parse_json, shown
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")

@@ -742,7 +742,7 @@ def main(argv=None):
         parser.error("--pictures must be at least 64 and --seed at least 0")
     args.out = args.out or Path("data/cirr" if args.cirr else "data/artquest")
     if args.cirr:
-        import sample_cirr
+        from tools import sample_cirr
         sample_cirr.make(args.out, args.seed, args.pictures, parser.error)
         return
     stamp = {"version": VERSION, "seed": args.seed, "pictures": args.pictures}

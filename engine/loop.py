@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-import rows
+from data import rows
 from core import to_device
-from rows import DataError
+from engine.errors import DataError
 
 # --- loaders ------------
 

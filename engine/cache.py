@@ -32,10 +32,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-import loop
-import runfolder
-from rows import DataError
-from tables import shown
+from engine import loop
+from engine import runfolder
+from engine.errors import DataError
+from data.tables import shown
 
 FORMAT = 1  # part of every file name: another layout is another store
 RECORD = 40  # bytes

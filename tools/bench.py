@@ -31,10 +31,10 @@ from torch import nn
 from tqdm import tqdm
 
 import core
-import loop
-import make_tiny
-import rows
-import runfolder
+from engine import loop
+from tools import make_tiny
+from data import rows
+from engine import runfolder
 import train_blip_caption
 import train_cir
 import train_gated

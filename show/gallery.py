@@ -29,11 +29,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-import rows
-import runfolder
-from cases import thumbnail
-from rows import DataError
-from tables import shown
+from data import rows
+from engine import runfolder
+from show.cases import thumbnail
+from engine.errors import DataError
+from data.tables import shown
 
 INDEX = "index.jsonl"
 LARGE = 100_000  # pictures; above it an index of faiss is used where faiss is installed
