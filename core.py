@@ -32,10 +32,64 @@ from engine.published import load_blip2, load_published, qformer_weights, read_w
 from engine.errors import DataError
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
-PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
-MAX_TEXT = 32  # tokens of a text in the Q-Former, [CLS] and [SEP] among them
-MAX_ANSWER = 64  # tokens of an answer with its end of line, at most: more than short answers ever have, so that none is cut
-CONTEXT = "Context: {} "  # before it, where a data set has text about the picture
+
+
+# --- the style classifier ------------
+
+class EfficientNet28(nn.Module):
+    """Style classifier: timm's EfficientNet-B3 with a head of 28 classes (27 WikiArt styles and photographs).
+
+    forward takes images in BLIP's normalisation and at BLIP-2's size; the bridge to ImageNet's normalisation is inside.
+    """
+
+    def __init__(self, num_classes=28, arch="efficientnet_b3", classes=None):
+        super().__init__()
+        import timm
+        self.net = timm.create_model(arch, num_classes=num_classes, pretrained=False)
+        self.arch, self.num_classes, self.classes = arch, num_classes, classes
+        for name, values in (("blip_mean", BLIP_MEAN), ("blip_std", BLIP_STD),
+                             ("net_mean", IMAGENET_MEAN), ("net_std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def width(self):
+        """Length of the pooled feature (1536 for B3)."""
+        return self.net.num_features
+
+    @classmethod
+    def from_checkpoint(cls, path, safe=False):
+        """Build the net with as many classes as the checkpoint holds, and load it strictly. `arch` and `classes` are
+        taken from the file where it has them (ours do); other files are taken for an EfficientNet-B3."""
+        loaded = load_foreign(path, safe)
+        state, where = unwrap_state(loaded)
+        if "classifier.weight" not in state:
+            raise DataError(f"{path}: no timm EfficientNet in {where} (no classifier.weight among {len(state)} tensors, "
+                            f"first {list(state)[:3]})")
+        extra = loaded if isinstance(loaded, dict) else {}
+        arch = extra.get("arch") if isinstance(extra.get("arch"), str) else "efficientnet_b3"
+        try:
+            net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"))
+        except RuntimeError as error:  # timm, of a name that it does not know
+            raise DataError(f"{path}: arch {arch!r} cannot be built ({' '.join(str(error).split())})") from None
+        load_strictly(net.net, state, f"{path} ({where}) as {arch}")
+        return net
+
+    def style_names(self):
+        """The classes' names: the checkpoint's own, else WikiArt's where their number fits. DataError: neither."""
+        names = self.classes if isinstance(self.classes, (list, tuple)) else WIKIART[:self.num_classes]
+        if len(names) != self.num_classes or not all(isinstance(name, str) for name in names):
+            raise DataError(f"the style checkpoint names {len(names)} styles for its {self.num_classes} classes: a style cannot "
+                            "be taken from its prediction")
+        return [name.replace("_", " ") for name in names]
+
+    def forward(self, images):
+        """images [B,3,h,w] in BLIP's normalisation -> pooled feature [B,width]."""
+        pixels = (images.float() * self.blip_std + self.blip_mean).clamp(0, 1)
+        return self.net.forward_head(self.net.forward_features((pixels - self.net_mean) / self.net_std), pre_logits=True)
+
+    def logits(self, feature):
+        """Pooled feature [B,width] -> class scores [B,num_classes]."""
+        return self.net.get_classifier()(feature)
 
 
 # --- masks: additive, float, 0 where a row may look and the lowest float where it may not ------------
@@ -355,79 +409,6 @@ def style_kl(image_logits, logits, rows, pieces):
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
 
-# --- prompts ------------
-
-def newline_id(tokenizer):
-    """The token that ends an answer (BLIP-2's stage 2 trains "text + newline")."""
-    return tokenizer("\n", add_special_tokens=False).input_ids[-1]
-
-
-def prompt_ids(tokenizer, question, context="", max_tokens=64, max_context=128):
-    """Token ids of BOS, the context where there is one, and the prompt.
-
-    A long question is cut so that "Answer:" always stands at the end; a context is cut to max_context tokens of its own.
-    """
-    def ids(text):
-        return tokenizer(text, add_special_tokens=False).input_ids
-
-    head, tail = PROMPT.split("{}")
-    before = ids(CONTEXT.format(context.strip())) if context.strip() else []
-    if len(before) > max_context:
-        before = before[:max_context - 1] + ids(" ")[-1:]
-    asked = [tokenizer.bos_token_id, *ids(head + question.strip())][:max_tokens - len(ids(tail))]
-    return asked[:1] + before + asked[1:] + ids(tail)
-
-
-def answer_ids(tokenizer, answer, max_tokens=None):
-    """Token ids of " answer" and the newline; with max_tokens cut to as many, the newline stays."""
-    ids = tokenizer(" " + answer.strip(), add_special_tokens=False).input_ids
-    return (ids if max_tokens is None else ids[:max_tokens - 1]) + [newline_id(tokenizer)]
-
-
-def answer_lengths(tokenizer, answers):
-    """Tokens of each answer with its end of line; equal answers are counted once."""
-    lengths = {answer: len(answer_ids(tokenizer, answer)) for answer in set(answers)}
-    return [lengths[answer] for answer in answers]
-
-
-def pad_ids(rows, value, left=False, multiple=1):
-    """Lists of ids -> LongTensor [B,L], padded with value on the right, or on the left for generation; L a multiple of `multiple`."""
-    L = -(-max(map(len, rows)) // multiple) * multiple
-    return torch.tensor([[value] * (L - len(r)) + r if left else r + [value] * (L - len(r)) for r in rows])
-
-
-def text_lengths(tokenizer, questions, answers, contexts):
-    """Tokens of each prompt with its answer, nearly (nothing is cut here): what batches of equal length are made by."""
-    texts = [CONTEXT.format(c.strip()) * bool(c.strip()) + PROMPT.format(q) + f" {a}"
-             for q, a, c in zip(questions, answers, contexts)]
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
-
-
-def encode_training(tokenizer, questions, answers, max_answer=None, contexts=None, multiple=1):
-    """Questions and answers -> dict of [B,L] tensors, right-padded to a multiple: input_ids, attention_mask, prompt_mask, labels.
-
-    labels are -100 on the prompt and on pads, so the loss sees the answer alone. prompt_mask marks the prompt: the gates
-    read the question there and never the answer. max_answer: tokens of an answer kept, None = all.
-    """
-    prompts = [prompt_ids(tokenizer, q, c) for q, c in zip(questions, contexts or [""] * len(questions))]
-    targets = [answer_ids(tokenizer, a, max_answer) for a in answers]
-    def padded(rows, value):
-        return pad_ids(rows, value, multiple=multiple)
-
-    pairs = list(zip(prompts, targets))
-    return {"input_ids": padded([p + t for p, t in pairs], tokenizer.pad_token_id),
-            "attention_mask": padded([[1] * len(p + t) for p, t in pairs], 0),
-            "prompt_mask": padded([[1] * len(p) + [0] * len(t) for p, t in pairs], 0),
-            "labels": padded([[-100] * len(p) + t for p, t in pairs], -100)}
-
-
-def encode_prompts(tokenizer, questions, contexts=None):
-    """Questions -> dict of [B,L] tensors for generation: input_ids, attention_mask; left-padded, as OPT needs it."""
-    prompts = [prompt_ids(tokenizer, q, c) for q, c in zip(questions, contexts or [""] * len(questions))]
-    return {"input_ids": pad_ids(prompts, tokenizer.pad_token_id, left=True),
-            "attention_mask": pad_ids([[1] * len(p) for p in prompts], 0, left=True)}
-
-
 # --- stage 1: image and text in one space ------------
 
 class Blip2Retrieval(nn.Module):
@@ -508,12 +489,6 @@ class Blip2Retrieval(nn.Module):
         """The text alone -> the unit vector of its [CLS], [B,E]."""
         states = self.qformer(self.embeddings(input_ids), mask=padding_mask(attention_mask))
         return F.normalize(self.text_projection(states[:, 0]), dim=-1)
-
-
-def text_ids(tokenizer, texts, max_length=MAX_TEXT):
-    """Texts -> dict of [B,L]: input_ids ([CLS] words [SEP], a long one loses its end and keeps [SEP]), attention_mask."""
-    ids = [i if len(i) <= max_length else i[:max_length - 1] + i[-1:] for i in tokenizer(list(texts), verbose=False).input_ids]
-    return {"input_ids": pad_ids(ids, tokenizer.pad_token_id), "attention_mask": pad_ids([[1] * len(i) for i in ids], 0)}
 
 
 def itc_targets(own, everyone, smoothing=0.1):
@@ -931,21 +906,63 @@ def _row_mean(rows):
     return rows / rows.sum(1, keepdim=True).clamp(min=1)
 
 
-def to_device(batch, device):
-    """Move the tensors of a dict; other values stay."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+def _known_settings():
+    """Names that Blip2OPTGated.build takes, but for those of how a model is loaded."""
+    parameters = [*inspect.signature(core.Blip2OPTGated).parameters, *PLACES, "lm_precision"]
+    return set(parameters) - {"tokenizer", "dtype", "safe", "tower"}
 
 
-# --- one line to load what was trained ------------
+class Processor:
+    """Pictures -> [B,3,s,s] as the model takes them, on its device: a path, a PIL image, or a list of these (B of them).
 
-def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.float32, lm_precision=None, **more):
-    """runs/<name>/, its best.pt or an exported folder -> (Blip2OPTGated in eval mode, processor of pictures); see sharing.load_gated.
+    DataError: a picture that is missing, damaged, or of another kind."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, pictures):
+        pictures = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+        tensors = [rows.image_tensor(self._image(one), self.model.image_size) for one in pictures]
+        return torch.stack(tensors).to(self.model.query_tokens.device)
+
+    def _image(self, picture):
+        if isinstance(picture, (str, os.PathLike)):
+            return rows.load_image(picture)
+        if not isinstance(picture, Image.Image):
+            raise DataError(f"a picture's path or a PIL image is wanted, got {type(picture).__name__}")
+        try:
+            picture.load()
+            return rows.to_rgb(picture)
+        except OSError as error:  # Pillow reads no pixel before it must
+            raise DataError(f"{getattr(picture, 'filename', '') or 'a PIL image'}: cannot be read ({error})") from None
+
+
+def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.float32, lm_precision=None, qformer=None,
+               safe=True):
+    """What was trained -> (Blip2OPTGated in eval mode, Processor).
+
+    folder: runs/<name>/, its best.pt, or an exported folder. blip2, efficientnet, qformer: where these of the training lie now, if
+    they moved. dtype: of the frozen towers; lm_precision: one of published.LM_PRECISIONS (default: as in training). safe=False:
+    take a style classifier that only pickle can load, WHICH RUNS WHATEVER THE FILE HOLDS.
 
         model, processor = core.load_gated("runs/gated")
         model.predict_answers(processor("painting.jpg"), ["What style is this painting?"])
+
+    DataError: see the head of this file.
     """
-    from show import sharing
-    return sharing.load_gated(folder, blip2, efficientnet, device, dtype, lm_precision, **more)
+    saved = read(folder)
+    moved = {"blip2": blip2, "efficientnet": efficientnet, "qformer": qformer, "lm_precision": lm_precision}
+    places = _places(saved, {name: str(value) for name, value in moved.items() if value is not None})
+    if places["lm_precision"] not in (None, *published.LM_PRECISIONS):
+        raise DataError(f"lm_precision {places['lm_precision']!r} is none of {', '.join(published.LM_PRECISIONS)}")
+    try:
+        model = core.Blip2OPTGated.build(**places, dtype=dtype, safe=safe)
+    except (TypeError, ValueError) as error:  # of a setting's value
+        raise DataError(f"{saved.source}: no model can be built from its settings ({' '.join(str(error).split())[:160]})") from None
+    _refuse_other_base(saved, places, model)
+    _refuse_other_dtypes(saved, model)
+    runfolder.load_trainable(model, saved.state, saved.source)
+    return model.eval().to(device), Processor(model)
 
 
 if __name__ == "__main__":

@@ -512,44 +512,6 @@ def chance_level(gallery, members=None):
 
 # --------------------------------------------------------------------------- command line
 
-def _coco_rows(path, rows):
-    """COCO's rows of image_id and caption -> {image: [captions]}, ids as text."""
-    found = {}
-    for number, row in enumerate(rows, 1):
-        where = f"{path}, row {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: {shown(json.dumps(row))} where an object with image_id and caption belongs: mend it")
-        found.setdefault(cell(where, row, "image_id", "image"), []).append(cell(where, row, "caption", "caption"))
-    return found
-
-
-def _file_names(path, content):
-    """{image: file name} of a COCO annotation file, {} of any other."""
-    images = content.get("images") if isinstance(content, dict) and "annotations" in content else None
-    rows = [row for row in images if isinstance(row, dict)] if isinstance(images, list) else []
-    return {cell(path, row, "id", "image"): cell(path, row, "file_name", "file name") for row in rows if "file_name" in row}
-
-
-def read_captions(path, encoding="utf-8"):
-    """({image: [captions]}, {image: file name}) of a JSON file; the second is empty but for COCO's annotation files.
-
-    Forms: {image: [captions]}, {image: caption}, COCO's annotations {"images": .., "annotations": [rows]} and results
-    [rows], rows being {"image_id": .., "caption": ..}. DataError: unreadable, another form, no captions, a key twice.
-    """
-    content = parse_json(path, read_text(path, encoding))
-    rows = content.get("annotations", content) if isinstance(content, dict) else content
-    if isinstance(rows, list):
-        found = _coco_rows(path, rows)
-    elif isinstance(content, dict) and rows is content:
-        lists = {image: captions if isinstance(captions, list) else [captions] for image, captions in content.items()}
-        found = {image: [cell(f"{path}, {shown(image)}", {"caption": text}, "caption", "caption") for text in captions]
-                 for image, captions in lists.items()}
-    else:
-        raise DataError(f"{path}: neither {{image: captions}} nor COCO's annotations or results: see metrics.py --help")
-    if not found:
-        raise DataError(f"{path}: it holds no captions: nothing to score")
-    return found, _file_names(path, content)
-
 
 def read_pair(references_path, predictions_path, encoding="utf-8"):
     """({image: caption}, {image: [captions]}) of two files for read_captions, over the same images. Predictions that

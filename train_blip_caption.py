@@ -312,6 +312,27 @@ def evaluate(model, tokenizer, data, collate, accelerator, settings, batch_size,
     return sorted(gather_object(found), key=lambda one: one["row"])
 
 
+def mean_of_three(scores):
+    """Mean of METEOR, ROUGE-L and CIDEr-D: what best.pt is chosen by. CIDEr-D has no value for a single picture."""
+    values = [scores[name] for name in (metrics.meteor_name(), "ROUGE-L", "CIDEr-D") if scores[name] is not None]
+    return sum(values) / len(values)
+
+
+def numbers_of(found, data):
+    """The numbers of an evaluation that are logged, over the rows of `data` with all their captions as references."""
+    corpus = metrics.score_captions([one["caption"] for one in found], [list(p.captions) for p in data.rows])["corpus"]
+    numbers = {"images": len(found), "loss": sum(one["loss"] for one in found) / sum(one["tokens"] for one in found),
+               "meteor": corpus[metrics.meteor_name()], "rouge_l": corpus["ROUGE-L"], "cider_d": corpus["CIDEr-D"],
+               "bleu_4": corpus["BLEU-4"], "score": mean_of_three(corpus)}
+    return {name: value for name, value in numbers.items() if value is not None}
+
+
+def told(numbers):
+    """Numbers for the terminal."""
+    line = ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items())
+    return line + ("" if metrics.meteor_name() == "METEOR" else f" ({metrics.meteor_name()})")
+
+
 # --- one run: what the functions of the loop share ------------
 
 @dataclass

@@ -469,6 +469,11 @@ def chance(pools, layout):
     return mean_of([metrics.chance_level(len(pool.gallery), cirr.MEMBERS if layout == "cirr" else None) for pool in pools])
 
 
+def chance_text(pool):
+    chance = metrics.chance_level(len(pool.gallery), MEMBERS if pool.name == "cirr" else None)
+    return ", ".join(f"{name} {value:.2f}" for name, value in chance.items())
+
+
 def told(numbers):
     return ", ".join(f"{name} {value:.4f}" if name == "change" else f"{name} {value:.2f}" for name, value in numbers.items())
 

@@ -41,10 +41,6 @@ from engine.errors import DataError
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")
 CLIP = 1.0  # gradient norm
-PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation")]),
-          ("style", [("epoch", "hit", "mass on style words"), ("epoch", "hard_hit", "style word first"),
-                     ("epoch", "kl", "symmetric KL")]),
-          ("learning", [("step", "grad_norm", "gradient norm"), ("epoch", "em", "exact match")])]
 
 
 def get_args(argv=None):
@@ -128,109 +124,6 @@ def get_args(argv=None):
 
 # --- data: your own data set goes here ------------
 
-def read_data(args, split, say=print):
-    """Rows of a split, bad ones refused; with --skip-bad left out and listed, after every picture has been decoded once."""
-    columns = dict(pair.partition("=")[::2] for pair in args.columns)
-    if args.context and not args.semart:
-        columns["context"] = args.context
-    read, understood = rows.read_layout(args.data, split, columns, args.images, args.encoding, args.separator)
-    say(f"{split}: {understood}")
-    if os.path.isfile(args.data) and args.val_share and split in ("train", "val"):
-        read = rows.hold_out(read, args.val_share, split == "val")
-        say(f"{split}: one table for both: {len(read)} rows, {args.val_share:.0%} of the pictures are held out for validation")
-    read = joined(args, split, read, say)
-    broken = rows.verify_images(read, max(1, args.workers)) if args.skip_bad else []
-    good, bad = rows.usable_rows(read, args.skip_bad, broken)
-    for row, reason in bad:
-        say(f"left out: {row.file}, {rows.locate(row.file, row.line)}: {reason}")
-    if bad:
-        say(f"{split}: {len(bad)} of {len(read)} rows left out ({len(bad) / len(read):.1%})")
-    return good
-
-
-def joined(args, split, read, say):
-    """The rows with style and context from where --style and --context say."""
-    if args.style == "none":
-        read = [replace(row, style="") for row in read]
-    fields = {"style": args.style} if args.style not in ("column", "efficientnet", "none") else {}
-    if args.context and args.semart:
-        fields["context"] = args.context
-    if fields and not args.semart:
-        raise DataError(f"--style {args.style} is a column of SemArt's table: pass --semart, or one of column, efficientnet, none")
-    if not fields:
-        return read
-    place = pathlib.Path(args.semart)
-    table = place / f"semart_{split}.csv" if place.is_dir() else place
-    read, matched = rows.join_semart(read, table, fields)
-    say(f"{split}: {', '.join(f'{name} from {column}' for name, column in fields.items())} of {table}, "
-        f"{matched} of {len(read)} rows")
-    return read
-
-
-@torch.no_grad()
-def predicted_styles(args, blip2, checkpoint, splits, device, say=print):
-    """--style efficientnet: the rows of every split with the classifier's likeliest style of their picture."""
-    net = efficientnet.EfficientNet28.from_checkpoint(checkpoint, args.safe_load).eval().to(device)
-    names, size = net.style_names(), published.image_size_of(blip2)
-    paths = list(dict.fromkeys(row.image for read in splits for row in read))
-    style = {}
-    with ThreadPoolExecutor(max(1, args.workers)) as pool:
-        for start in tqdm(range(0, len(paths), 32), desc="styles", leave=False, mininterval=1, disable=None):
-            chunk = paths[start:start + 32]
-            images = torch.stack(list(pool.map(lambda path: rows.picture_tensor(path, size), chunk)))
-            best = net.logits(net(images.to(device))).argmax(-1).tolist()
-            style |= {path: names[index] for path, index in zip(chunk, best)}
-    say(f"style of {len(paths)} pictures predicted by {checkpoint}: {rows.histogram(style.values(), 30)}")
-    return [[replace(row, style=style[row.image]) for row in read] for read in splits]
-
-
-class Questions(Dataset):
-    """Row number -> ({"images": tensor [3,s,s] in BLIP's normalisation}, Row), or (the DataError of a broken picture, Row).
-
-    The error is handed on and not raised: one that comes out of a loader process would keep the others from ending.
-    features: None, or {path: {"image_embeds": [P,W], "style_feature": [F]}} of a cache, taken in place of the pictures.
-    """
-
-    def __init__(self, questions, image_size, features=None):
-        self.rows, self.image_size, self.features = questions, image_size, features
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        row = self.rows[index]
-        try:
-            if self.features is not None:
-                return self.features[row.image], row
-            return {"images": rows.picture_tensor(row.image, self.image_size)}, row
-        except DataError as error:
-            return error, row
-
-
-class Collate:
-    """Samples -> batch for Blip2OPTGated.forward. A class and not a closure, so that it also works where workers are spawned.
-
-    max_answer: see answer_length."""
-
-    def __init__(self, tokenizer, styles, max_answer):
-        self.tokenizer, self.styles, self.max_answer = tokenizer, [s.lower() for s in styles], max_answer
-
-    def __call__(self, samples):
-        features, group = zip(*samples)
-        for found, row in samples:
-            if isinstance(found, DataError):
-                return {"fault": f"{row.file}, {rows.locate(row.file, row.line)}: {found}"}
-        batch = core.encode_training(self.tokenizer, [r.question for r in group], [r.answer for r in group], self.max_answer,
-                                     [r.context for r in group], multiple=4)  # few distinct lengths
-        batch |= default_collate(features)  # images [B,3,s,s], or image_embeds [B,P,W] and style_feature [B,F]
-        batch["style"] = torch.tensor([self._index(r.style) for r in group])  # [B], -1 = unknown
-        batch["hit_rows"] = torch.tensor([self._index(r.answer) >= 0 for r in group])  # [B]
-        return batch
-
-    def _index(self, name):
-        name = name.strip().lower()
-        return self.styles.index(name) if name in self.styles else -1
-
 
 def check_data(args):
     """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
@@ -270,19 +163,6 @@ def check_tokens(args, splits):
         show_rows(tokenizer, splits["train"][:3], longest)
 
 
-def answer_length(tokenizer, train_rows, limit):
-    """Tokens of the longest training answer with its end of line, `limit` at most: what is trained and what is generated."""
-    return min(limit, max(core.answer_lengths(tokenizer, [r.answer for r in train_rows])))
-
-
-def say_cut(tokenizer, splits, longest, say=print):
-    """Say of every split {name: rows} how many answers have more than `longest` tokens; only those are not trained or scored whole."""
-    for split, read in splits.items():
-        cut = [r for r, n in zip(read, core.answer_lengths(tokenizer, [r.answer for r in read])) if n > longest]
-        first = f", first {loop.named(cut[:1])}: {cut[0].answer!r}" if cut else ""
-        say(f"{split}: {len(cut)} of {len(read)} answers are cut at {longest} tokens{first}")
-
-
 def show_rows(tokenizer, some, max_answer):
     """Rows as the language model reads them, with what the loss does not see in brackets."""
     print("--- prompt | target, as the model gets it; [tokens in brackets] are masked in the loss")
@@ -296,95 +176,10 @@ def show_rows(tokenizer, some, max_answer):
 
 # --- evaluation ------------
 
-@torch.no_grad()
-def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weights, answer=None, gates=False, **seeing):
-    """Score every row exactly once, on however many processes.
-
-    answer: None, or a function (model, rows, features) -> {column: a value for each row}, "prediction" among them. seeing:
-    gated=False or blind=True, see Blip2OPTGated.forward. Returns on every process a list of dicts in row order: row, total, lm,
-    hit, hard_hit, hit_rows, kl (those that are switched on), the columns of `answer`, and with gates=True the gates of a model that has any
-    (maps.gate_rows).
-    """
-    model.eval()
-    by_length = sorted(range(len(data)), key=lambda i: text_length(data.rows[i]))  # few pads
-    mine = by_length[accelerator.process_index::accelerator.num_processes]
-    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    found = []
-    loaded = iter(loop.load_batches(data, collate, batches, workers))
-    for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
-                        disable=None if accelerator.is_main_process else True):
-        with loop.dead_loaders_named([data.rows[i] for i in numbers]):
-            batch = loop.next_batch(loaded, accelerator.device)
-        features = {name: batch.pop(name) for name in ("image_embeds", "style_feature") if name in batch}
-        features = features or model.image_features(batch.pop("images"), batch.pop("style_images", None))
-        with accelerator.autocast():
-            parts = model(**batch, **features, **loss_weights, **seeing)
-        parts.pop("loss")
-        table = {name: values.float().cpu().tolist() for name, values in parts.items()}
-        if answer:
-            table |= answer(model, [data.rows[i] for i in numbers], features)
-        if gates and model.gates is not None:
-            table["gates"] = maps.gate_rows(model, features["style_feature"], batch["input_ids"], batch["prompt_mask"])
-        found += [{"row": i, **{name: values[k] for name, values in table.items()}} for k, i in enumerate(numbers)]
-    return sorted(gather_object(found), key=lambda one: one["row"])
-
-
-def text_length(row):
-    """Letters that the language model reads of a row."""
-    return len(row.question) + len(row.answer) + len(row.context)
-
-
-def mean(found, name, where=None):
-    """Mean of a column of evaluate's result over all rows, or over those where column `where` is not 0; None without any."""
-    values = [one[name] for one in found if name in one and (where is None or one[where])]
-    return sum(values) / len(values) if values else None
-
 
 def greedy_answers(model, group, features):
     """The answers of --select em: no beams, since they are asked for in every epoch."""
     return {"prediction": model.predict_answers(None, [r.question for r in group], [r.context for r in group], **features, beams=1)}
-
-
-def loss_summary(found):
-    """The numbers that are logged of an evaluation; hits are over the rows whose answer is a style."""
-    numbers = {"loss": mean(found, "total"), "lm": mean(found, "lm"), "hit": mean(found, "hit", "hit_rows"),
-               "hard_hit": mean(found, "hard_hit", "hit_rows"), "kl": mean(found, "kl")}
-    return {name: value for name, value in numbers.items() if value is not None}
-
-
-# --- features of the frozen towers ------------
-
-@torch.no_grad()
-def cached_features(args, built_from, questions, accelerator, dtype):
-    """--cache: (cache.Features of the rows' pictures, {"vision_model": its fingerprint}); without it (None, {}).
-
-    The towers come in turns: the vision tower is gone again when the classifier is loaded, both when the language model is, so
-    that memory holds the largest and not the sum.
-    """
-    if args.cache is None:
-        return None, {}
-    paths = list(dict.fromkeys(row.image for row in questions))
-    tower, _ = published.load_vision(built_from["blip2"], dtype)
-    tower.requires_grad_(False)
-    size, kept = tower.config.image_size, {}
-    with accelerator.main_process_first():  # the others find everything there
-        kept["image_embeds"] = cache.vision_features(args.cache, tower, paths, partial(rows.picture_tensor, size=size),
-                                                     rows.PREPROCESSING, args.workers, accelerator.device, accelerator.print)
-        towers = runfolder.fingerprint(torch.nn.ModuleDict({"vision_model": tower}))
-        del tower
-        if built_from["gating"] != "none":
-            kept["style_feature"] = style_features(args, built_from["efficientnet"], paths, size, accelerator)
-    return cache.Features(**kept), towers
-
-
-def style_features(args, checkpoint, paths, size, accelerator):
-    """cache.Store of the style classifier's pooled feature [F], in float32."""
-    net = efficientnet.EfficientNet28.from_checkpoint(checkpoint, args.safe_load).eval().to(accelerator.device)
-    store = cache.Store(args.cache, "style", {"weights": cache.weights_digest(net), "size": size, "pixels": rows.PREPROCESSING},
-                        (net.width,), torch.float32)
-    store.fill(paths, partial(rows.picture_tensor, size=size), net, cache.BATCH, args.workers, accelerator.print,
-               accelerator.device)
-    return store
 
 
 # --- model ------------
@@ -395,13 +190,6 @@ def model_args(args, train_rows, max_answer):
     return {"blip2": args.blip2, "qformer": args.qformer, "efficientnet": args.efficientnet, "gating": args.gating, "per": args.per,
             "gate_scale": args.gate_scale, "train_qformer": args.train_qformer, "lora_rank": args.lora_rank,
             "style_head": args.kl_weight != 0, "styles": styles, "lm_precision": args.lm_precision, "max_answer": max_answer}
-
-
-def resolved(built_from):
-    """model_args with names made into places: tiny's own files; a hub's ID is looked for in models/ first."""
-    own = published.tiny("efficientnet-28.pt") if built_from["blip2"] == "tiny" else "runs/efficientnet-28/best.pt"
-    return {**built_from, "blip2": published.in_models(built_from["blip2"], "blip2"),
-            "efficientnet": str(built_from["efficientnet"] or own)}
 
 
 def loss_weights(args, model, say):

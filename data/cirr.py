@@ -335,11 +335,6 @@ def check_pool(pool, root, workers, say):
     return found, bool(missing or broken)
 
 
-def chance_text(pool):
-    chance = metrics.chance_level(len(pool.gallery), MEMBERS if pool.name == "cirr" else None)
-    return ", ".join(f"{name} {value:.2f}" for name, value in chance.items())
-
-
 # --- pixels ------------
 
 def pad_to_ratio(image, ratio):

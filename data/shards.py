@@ -295,12 +295,6 @@ def packed(samples):
     return images, [pair for _, pair in good], [found for found, _ in samples if isinstance(found, DataError)]
 
 
-def loader(stream, batch_size, workers):
-    """A DataLoader over a ShardStream, for batches_of."""
-    return DataLoader(stream, batch_size=batch_size, collate_fn=packed, num_workers=workers, timeout=600 if workers else 0,
-                      worker_init_fn=loop.outlive_signals if workers else None)
-
-
 def batches_of(loaded, batch_size, steps, collate, skip_broken=False, say=print):
     """Exactly `steps` batches: collate of batch_size samples (picture [3,s,s], Pair).
 

@@ -25,6 +25,12 @@ from engine.errors import DataError
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # folders and subsets, the first that is there
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 PHOTOGRAPH, PER_PHOTO = "Photograph", 27  # one photograph for so many paintings
+# WikiArt's 27 styles in the order of ArtGAN's style_class.txt, then photographs
+WIKIART = ["Abstract Expressionism", "Action Painting", "Analytical Cubism", "Art Nouveau", "Baroque", "Color Field Painting",
+           "Contemporary Realism", "Cubism", "Early Renaissance", "Expressionism", "Fauvism", "High Renaissance",
+           "Impressionism", "Mannerism Late Renaissance", "Minimalism", "Naive Art Primitivism", "New Realism",
+           "Northern Renaissance", "Pointillism", "Pop Art", "Post Impressionism", "Realism", "Rococo", "Romanticism",
+           "Symbolism", "Synthetic Cubism", "Ukiyo-e", "Photograph"]
 
 
 # --- names of styles ------------

@@ -1,5 +1,70 @@
-"""errors.py: what tells a user's mistake."""
+"""errors.py: what a user can mend, and how it is told: one line and an exit code.
+
+    DataError       a user's mistake, or a file's
+    exit_code       what every script's main() is run by
+    batch_size_in_memory_errors, out_of_memory, dead_loader    where memory runs out, or a loader process dies
+"""
+
+import contextlib
+import re
+import sys
 
 
 class DataError(Exception):
     """Something that the user can mend: bad input, a missing file, a wrong flag. Told in one line, with exit code 2."""
+
+
+DEAD_LOADER = r"DataLoader (worker \(pid|timed out)"  # what torch says of a loader process that died or hangs
+
+
+def exit_code(main, argv=None):
+    """Run main(argv) and turn what a user can mend into one line and an exit code: 2 bad input, 130 Ctrl-C."""
+    try:
+        return main(argv) or 0
+    except DataError as error:
+        message, code = str(error), 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except OSError as error:  # a full disk, a folder without rights
+        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
+    except ModuleNotFoundError as error:  # of those that are imported where they are needed
+        message, code = f"{error}: pip install -r requirements.txt", 2
+    except (MemoryError, RuntimeError) as error:
+        if ran_out_of_memory(error):
+            message, code = out_of_memory(error, "--batch-size"), 2
+        elif re.search(DEAD_LOADER, str(error)):
+            message, code = dead_loader(error), 2
+        else:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def ran_out_of_memory(error):
+    """Is this what torch or Python raises where a GPU or the machine is too small?"""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+@contextlib.contextmanager
+def batch_size_in_memory_errors(batch_size, flag="--batch-size"):
+    """Memory that runs out within is a DataError that says the batch size and the flag for it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out_of_memory(error):
+            raise
+        raise DataError(out_of_memory(error, f"{flag} {batch_size}")) from None
+
+
+def out_of_memory(error, batch_size):
+    """The message for a GPU or a machine that is too small, with what was used where that is known. batch_size: the flag."""
+    used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use" if torch.cuda.is_initialized() else ""
+    what = f"{' '.join(str(error).split())[:160]}{used}" or "of this machine, not of a GPU"
+    same = " (in training double --accumulation: the result is the same)" if batch_size.startswith("--batch-size") else ""
+    return f"out of memory ({what}): halve {batch_size}{same}, use --precision bf16, or train fewer parts"
+
+
+def dead_loader(error):
+    """The message for a loader process that was killed or hangs."""
+    return (f"a loader process failed ({' '.join(str(error).split())[:160]}): use --workers 0, or give it more shared memory "
+            "(/dev/shm); a hanging one often waits for a network disk")

@@ -141,16 +141,30 @@ def whole_rows(data):
     return end
 
 
-def digest(path):
-    """sha256 of a file's bytes."""
-    found, buffer = hashlib.sha256(), memoryview(bytearray(2**18))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            found.update(buffer[:count])
-    return found.hexdigest()
-
-
 # --- pictures ------------
+
+def pictures_in(folder, say=print):
+    """The pictures in `folder` and below, as sorted names relative to it; what leads out of it is left out with a note.
+
+    Links to folders are not followed: what they lead to within `folder` is found where it stands.
+    DataError: no such folder, no picture in it."""
+    root, names, left_out = os.path.realpath(folder), [], []
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in rows.FORMATS}
+    if not os.path.isdir(root):
+        raise DataError(f"{folder}: there is no such folder of pictures")
+    for place, folders, files in os.walk(root, onerror=lambda error: left_out.append(error.filename)):
+        for path in (os.path.join(place, name) for name in folders + files):
+            if os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root:
+                left_out.append(path)
+            elif os.path.splitext(path)[1].lower() in known and os.path.isfile(path):
+                names.append(os.path.relpath(path, root).replace(os.sep, "/"))
+    if left_out:
+        say(f"note: {folder}: {len(left_out)} links that leave it or folders that cannot be listed are left out, first "
+            f"{shown(os.path.relpath(left_out[0], root))}")
+    if not names:
+        raise DataError(f"{folder}: no picture in it ({', '.join(rows.FORMATS)})")
+    return sorted(names)
+
 
 class Pictures(Dataset):
     """Number -> (picture [3,s,s] in BLIP's normalisation, its name), or (the DataError that keeps it out, its name)."""

@@ -26,49 +26,6 @@ from engine.errors import DataError
 
 # --- loaders ------------
 
-def load_batches(data, collate, batches, workers):
-    """A DataLoader over given lists of row numbers."""
-    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
-                      worker_init_fn=outlive_signals if workers else None, timeout=600 if workers else 0)
-
-
-class LoaderError(DataError):
-    """A picture or a loader process failed between two steps: the model is as the last step left it."""
-
-
-def next_batch(batches, device):
-    """The next batch on its device; a LoaderError where one of its pictures is broken."""
-    batch = next(batches)
-    if "fault" in batch:
-        raise LoaderError(batch["fault"])
-    return to_device(batch, device)
-
-
-@contextlib.contextmanager
-def dead_loaders_named(group):
-    """A loader process that dies within, which torch reports in the midst of anything, is a LoaderError with these rows."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search(DEAD_LOADER, str(error)):
-            raise
-        raise LoaderError(f"{dead_loader(error)}; it was at {named(group)}") from None
-
-
-def named(group):
-    """Rows for a message: picture and place of the first few."""
-    listed = [r.name + (f" ({rows.locate(r.file, r.line)})" if r.line else "") for r in group]  # a folder has no lines
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
-
-
-DEAD_LOADER = r"DataLoader (worker \(pid|timed out)"  # what torch says of a loader process that died or hangs
-
-
-def dead_loader(error):
-    """The message for a loader process that was killed or hangs."""
-    return (f"a loader process failed ({' '.join(str(error).split())[:160]}): use --workers 0, or give it more shared memory "
-            "(/dev/shm); a hanging one often waits for a network disk")
-
 
 def bad_loss(what, step, group):
     """The message for a loss or gradient that is not finite."""
@@ -95,61 +52,6 @@ class StopSignal:
     def __exit__(self, *exception):
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def outlive_signals(worker):
-    """worker_init_fn: the main process decides when to stop. Loaders do not hear Ctrl-C; after a SIGTERM, which a job
-    scheduler sends to all, they go on for 30 s, so that the main process can finish its step. They must not ignore it for
-    good: Python itself ends leftover loaders with SIGTERM at exit, and would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))
-
-
-def exit_code(main, argv=None):
-    """Run main(argv) and turn what a user can mend into one line and an exit code: 2 bad input, 130 Ctrl-C."""
-    try:
-        return main(argv) or 0
-    except DataError as error:
-        message, code = str(error), 2
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except OSError as error:  # a full disk, a folder without rights
-        message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
-    except ModuleNotFoundError as error:  # of those that are imported where they are needed
-        message, code = f"{error}: pip install -r requirements.txt", 2
-    except (MemoryError, RuntimeError) as error:
-        if ran_out_of_memory(error):
-            message, code = out_of_memory(error, "--batch-size"), 2
-        elif re.search(DEAD_LOADER, str(error)):
-            message, code = dead_loader(error), 2
-        else:
-            raise
-    print(f"error: {message}", file=sys.stderr)
-    return code
-
-
-def ran_out_of_memory(error):
-    """Is this what torch or Python raises where a GPU or the machine is too small?"""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-@contextlib.contextmanager
-def batch_size_in_memory_errors(batch_size, flag="--batch-size"):
-    """Memory that runs out within is a DataError that says the batch size and the flag for it."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not ran_out_of_memory(error):
-            raise
-        raise DataError(out_of_memory(error, f"{flag} {batch_size}")) from None
-
-
-def out_of_memory(error, batch_size):
-    """The message for a GPU or a machine that is too small, with what was used where that is known. batch_size: the flag."""
-    used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use" if torch.cuda.is_initialized() else ""
-    what = f"{' '.join(str(error).split())[:160]}{used}" or "of this machine, not of a GPU"
-    same = " (in training double --accumulation: the result is the same)" if batch_size.startswith("--batch-size") else ""
-    return f"out of memory ({what}): halve {batch_size}{same}, use --precision bf16, or train fewer parts"
 
 
 def stopped(accelerator, stop):

@@ -153,6 +153,13 @@ def in_models(name, tiny_part=None):
     return str(here) if here.is_dir() and not pathlib.Path(name).exists() else name
 
 
+def resolved(built_from):
+    """model_args with names made into places: tiny's own files; a hub's ID is looked for in models/ first."""
+    own = published.tiny("efficientnet-28.pt") if built_from["blip2"] == "tiny" else "runs/efficientnet-28/best.pt"
+    return {**built_from, "blip2": published.in_models(built_from["blip2"], "blip2"),
+            "efficientnet": str(built_from["efficientnet"] or own)}
+
+
 def local_folder(name):
     """A folder, or that of a HuggingFace id's weights on this machine, fetched where they are not there."""
     from huggingface_hub import snapshot_download

@@ -42,8 +42,6 @@ from data import rows
 from engine import runfolder
 from engine.errors import DataError
 
-KINDS = ("what", "count", "colour")  # of questions about the things, as data/make_sample.py asks them
-FILE = "gates.json"  # in a run folder: a frame of gate_summary an evaluation
 GUIDE = """Attention and the difference: shares of the
 softmax, mean over layers, heads and queries.
 
@@ -249,19 +247,6 @@ def scores(model, features, question, answer, context):
 
 # --- gate values ------------
 
-@torch.no_grad()
-def gate_tensors(model, style_feature, input_ids, prompt_mask):
-    """-> Gate of tensors [B,layers,heads]; a gate per channel as its mean over the channels of a head."""
-    control = model.control(style_feature, input_ids, prompt_mask)
-    by_layer = [gate(control) for gate in model.gates]
-
-    def stacked(name):
-        values = [getattr(gate, name) for gate in by_layer]  # each [B,heads,1,1 or H/heads], the shift may be 0.0
-        shape = by_layer[0].key.shape[:2]
-        return torch.stack([x.mean((2, 3)) if isinstance(x, torch.Tensor) else torch.full(shape, x) for x in values], 1)
-
-    return core.Gate(*(stacked(name).float().cpu() for name in core.Gate._fields))
-
 
 def gate_values(model, features, question, context=""):
     """What the gates do for one question -> Gate of arrays [layers,heads] (key and value around 1, shift around 0; a gate per
@@ -271,71 +256,6 @@ def gate_values(model, features, question, context=""):
     batch = core.to_device(core.encode_prompts(model.tokenizer, [question], [context]), features["style_feature"].device)
     found = gate_tensors(model, features["style_feature"], batch["input_ids"], batch["attention_mask"])
     return core.Gate(*(x[0].numpy() for x in found))
-
-
-def gate_rows(model, style_feature, input_ids, prompt_mask):
-    """Key and value scales of a batch -> list of B nested lists [2][layers][heads]: what evaluate keeps of each row."""
-    found = gate_tensors(model, style_feature, input_ids, prompt_mask)
-    return torch.stack([found.key, found.value], 1).tolist()
-
-
-def gate_summary(gates, styles, layers):
-    """Mean and spread of the gates by style, as plain values for gates.json.
-
-    gates: [rows][2][layers][heads] of gate_rows; styles: the style of each row; layers: their numbers (qformer.cross_layers).
-    -> {"layers": [...], "styles": {style: {"n": rows, "key" and "value": {"mean", "std"}, each [layers][heads]}}}; the
-    spread is that between the style's own rows (divided by n), 0 for one row. Rows without a style count as "(none)"."""
-    values = np.asarray(gates, dtype=np.float64)  # [rows,2,layers,heads]
-    names = np.array([style.strip() or "(none)" for style in styles])
-    summary = {}
-    for name in sorted(set(names.tolist())):
-        own = values[names == name]
-        summary[name] = {"n": len(own), **{part: {"mean": own[:, i].mean(0).tolist(), "std": own[:, i].std(0).tolist()}
-                                           for i, part in enumerate(("key", "value"))}}
-    return {"layers": list(layers), "styles": summary}
-
-
-def found_gates(model, found, questions):
-    """gate_summary of what train_gated.evaluate(gates=True) found for the rows `questions`; None without gates."""
-    if model.gates is None:
-        return None
-    return gate_summary([one["gates"] for one in found], [questions[one["row"]].style for one in found], model.qformer.cross_layers)
-
-
-def read_frames(path):
-    """The frames of a gates.json, [] where there is none. DataError: another file."""
-    path = pathlib.Path(path)
-    if not path.exists():
-        return []
-    try:
-        frames = json.loads(path.read_text(encoding="utf-8"))["frames"]
-        for frame in frames:
-            check_frame(frame)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a {FILE} of this project ({' '.join(str(error).split())[:80]}): move it away, it is only "
-                        "drawn from") from None
-    return frames
-
-
-def check_frame(frame):
-    """An error of some kind where a frame is not as append_frame makes it."""
-    int(frame["step"])
-    for found in frame["styles"].values():
-        for part in ("key", "value"):
-            for kind in ("mean", "std"):
-                shape = np.asarray(found[part][kind], dtype=float).shape
-                if len(shape) != 2 or shape[0] != len(frame["layers"]):
-                    raise ValueError(f"{part} {kind} is of shape {shape}")
-
-
-def append_frame(path, step, summary):
-    """Add an evaluation's gate_summary after `step` optimizer steps to gates.json -> all frames, in order.
-
-    Frames of this step and later ones are dropped: after --resume they come again."""
-    frames = [frame for frame in read_frames(path) if frame["step"] < step] + [{"step": step, **summary}]
-    with runfolder.whole_file(path) as file:
-        json.dump({"frames": frames}, file)
-    return frames
 
 
 # --- one question as a figure ------------
@@ -604,119 +524,3 @@ def skyline(frames, path_png, path_gif=None):
     with runfolder.whole_file(path_gif, "wb") as file:
         pages[0].save(file, format="GIF", save_all=True, append_images=pages[1:], loop=0,
                       duration=[900] * (len(pages) - 1) + [3000])
-
-
-# --- do the maps point at what the question is about? ------------
-
-class Scene(NamedTuple):
-    """A drawn picture whose things stand in a known place."""
-    pixels: torch.Tensor  # [3,s,s], normalised
-    cover: np.ndarray  # [side,side], share of each patch that the things cover
-    question: str
-    answer: str
-    kind: str  # what, count or colour
-
-
-def drawn_scene(index, size, side, seed=0):
-    """A scene of data/make_sample.py, never one of the sample's or of the tiny model's training, with one question about its
-    things; kinds of questions take turns."""
-    from tools.make_tiny import make_sample
-    rng = np.random.default_rng([seed, 99_000_000 + index])
-    scene, style = make_sample.random_scene(rng), list(make_sample.STYLES)[index % len(make_sample.STYLES)]
-    picture = make_sample.draw_scene(scene, style, size, seed=99_000_000 + index)
-    things = make_sample.thing_shapes(scene)
-    mask = make_sample.fill(things, side * 8, [255] * len(things), "L")  # [8*side,8*side], 1 on the things
-    question, answer, kind = make_sample.questions(scene, style, rng)[index % 3]
-    return Scene(rows.image_tensor(picture, size), mask.reshape(side, 8, side, 8).mean((1, 3)), question, answer, kind)
-
-
-def mass_inside(heat, cover):
-    """Share of the map's positive part that lies on the things; nan where nothing is positive. heat, cover [side,side]."""
-    positive = np.clip(heat, 0, None).astype(np.float64)
-    return float((positive * cover).sum() / positive.sum()) if positive.any() else math.nan
-
-
-def scene_maps(model, pixels, features, scene, sizes):
-    """{name: [side,side]} of one scene: attention, attention x gradient, both kinds of occlusion with each window size."""
-    asked, answer = (features, scene.question), scene.answer
-    found = {"attention": mean_map(attention_maps(model, *asked))[0], "attention x gradient": gradient_map(model, *asked, answer)}
-    found |= {f"occlusion, cross-attention, {n} x {n}": occlusion(model, *asked, answer, window=n) for n in sizes}
-    return found | {f"occlusion, picture, {n} x {n}": tower_occlusion(model, pixels, *asked, answer, window=n) for n in sizes}
-
-
-def faithfulness(model, pictures=100, sizes=(1, 2, 3), seed=0):
-    """How much of each map lies on the things that the question is about -> one dict a map.
-
-    The maps are of the right answer. inside: mean share of a map's positive part on the things; error: its standard error;
-    chance: the things' share of the picture; elsewhere: the share of the same map on the things of the next picture, which a map
-    that only likes the middle reaches as well; above: share of the pictures whose map is above their own chance; peak: how much
-    of the map's highest patch is covered by things; n: pictures with anything positive; right, what, count, colour: inside over
-    the pictures that the model answers right, and by kind of question."""
-    side = model.vision_model.config.image_size // model.vision_model.config.patch_size
-    scenes = [drawn_scene(index, model.image_size, side, seed) for index in range(pictures)]
-    by_map, right = {}, []
-    for scene in tqdm(scenes, desc="maps", leave=False, mininterval=1, disable=None):
-        pixels = scene.pixels[None].to(model.query_tokens.device)
-        features = model.image_features(pixels)
-        right += [model.predict_answers(None, [scene.question], **features) == [scene.answer]]
-        for name, heat in scene_maps(model, pixels, features, scene, sizes).items():
-            by_map.setdefault(name, []).append(heat)
-    return [{"map": name, **shares(heats, scenes, np.array(right))} for name, heats in by_map.items()]
-
-
-def shares(heats, scenes, right):
-    """The numbers of faithfulness for one map of every scene. heats [side,side] each; right: bool [scenes]."""
-    inside = np.array([mass_inside(heat, scene.cover) for heat, scene in zip(heats, scenes)])
-    elsewhere = np.array([mass_inside(heat, scene.cover) for heat, scene in zip(heats, scenes[1:] + scenes[:1])])
-    chance, kinds = np.array([scene.cover.mean() for scene in scenes]), np.array([scene.kind for scene in scenes])
-    good = np.isfinite(inside)  # a map without anything positive points nowhere
-
-    def mean(values, where):
-        return float(values[good & where].mean()) if (good & where).any() else math.nan
-
-    return {"n": int(good.sum()), "inside": mean(inside, True), "error": float(inside[good].std() / math.sqrt(max(1, good.sum()))),
-            "chance": float(chance.mean()), "elsewhere": mean(elsewhere, True), "above": mean(inside > chance, True),
-            "peak": float(np.mean([scene.cover.flat[heat.argmax()] for heat, scene in zip(heats, scenes)])),
-            "right": mean(inside, right), **{kind: mean(inside, kinds == kind) for kind in KINDS}}
-
-
-def print_faithfulness(table):
-    """The rows of faithfulness as text."""
-    columns = ("chance", "elsewhere", "above", "peak", "right", *KINDS)
-    print(f"{'map':36}{'n':>5}{'inside':>16}" + "".join(f"{name:>10}" for name in columns))
-    for row in table:
-        print(f"{row['map']:36}{row['n']:>5}{row['inside']:>8.1%} ± {row['error']:>5.1%}"
-              + "".join(f"{row[name]:>10.1%}" for name in columns))
-
-
-def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faithfulness", action="store_true", required=True,
-                        help="share of each map on the things of new drawn scenes")
-    parser.add_argument("--checkpoint", metavar="FILE",
-                        help="best.pt of train_gated.py (default: the tiny BLIP-2 as it ships)")
-    parser.add_argument("--pictures", type=runfolder.positive, default=100, help="(default: 100)")
-    parser.add_argument("--windows", type=runfolder.positive, nargs="+", default=[1, 2, 3],
-                        help="patches on a side (default: 1 2 3)")
-    parser.add_argument("--seed", type=runfolder.whole, default=0, help="of the scenes (default: 0)")
-    return runfolder.parse_args(parser, argv)
-
-
-def load(path):
-    """The model of a best.pt, or without one the tiny BLIP-2, ungated and as it is."""
-    if path is None:
-        return core.Blip2OPTGated.build(published.tiny("blip2"), None, [], gating="none").eval()
-    import eval_gated
-    checkpoint = runfolder.load_checkpoint(path, ("model_args", "state", "frozen"))
-    model = eval_gated.load_model(eval_gated.get_args(["--checkpoint", path]), checkpoint, torch.float32)
-    runfolder.load_trainable(model, checkpoint["state"], path)
-    return model.eval()
-
-
-def main(argv=None):
-    args = get_args(argv)
-    print_faithfulness(faithfulness(load(args.checkpoint), args.pictures, args.windows, args.seed))
-
-
-if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))

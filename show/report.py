@@ -650,6 +650,12 @@ def caption_cases(pictures, said, count):
     return [cases.corpus(), *extremes(cases.order, cases.card, cases.note, count)]
 
 
+def write_cases(path, data, captions, count, title):
+    """A page of its own with the `count` worst and best rows by mean_of_three, see report.caption_cases."""
+    from show import report  # not above: it takes thumbnail from here
+    report.write(path, title, report.caption_cases(data.rows, captions, count))
+
+
 # --- retrieval: train_cir ------------
 
 class Ranked:

@@ -1,0 +1,71 @@
+"""questions.py: questions about paintings: the rows of a split with style and context, and the data set they become."""
+
+import os
+import pathlib
+from dataclasses import replace
+
+from torch.utils.data import Dataset
+
+from engine.errors import DataError
+
+
+def read_data(args, split, say=print):
+    """Rows of a split, bad ones refused; with --skip-bad left out and listed, after every picture has been decoded once."""
+    columns = dict(pair.partition("=")[::2] for pair in args.columns)
+    if args.context and not args.semart:
+        columns["context"] = args.context
+    read, understood = rows.read_layout(args.data, split, columns, args.images, args.encoding, args.separator)
+    say(f"{split}: {understood}")
+    if os.path.isfile(args.data) and args.val_share and split in ("train", "val"):
+        read = rows.hold_out(read, args.val_share, split == "val")
+        say(f"{split}: one table for both: {len(read)} rows, {args.val_share:.0%} of the pictures are held out for validation")
+    read = joined(args, split, read, say)
+    broken = rows.verify_images(read, max(1, args.workers)) if args.skip_bad else []
+    good, bad = rows.usable_rows(read, args.skip_bad, broken)
+    for row, reason in bad:
+        say(f"left out: {row.file}, {rows.locate(row.file, row.line)}: {reason}")
+    if bad:
+        say(f"{split}: {len(bad)} of {len(read)} rows left out ({len(bad) / len(read):.1%})")
+    return good
+
+
+def joined(args, split, read, say):
+    """The rows with style and context from where --style and --context say."""
+    if args.style == "none":
+        read = [replace(row, style="") for row in read]
+    fields = {"style": args.style} if args.style not in ("column", "efficientnet", "none") else {}
+    if args.context and args.semart:
+        fields["context"] = args.context
+    if fields and not args.semart:
+        raise DataError(f"--style {args.style} is a column of SemArt's table: pass --semart, or one of column, efficientnet, none")
+    if not fields:
+        return read
+    place = pathlib.Path(args.semart)
+    table = place / f"semart_{split}.csv" if place.is_dir() else place
+    read, matched = rows.join_semart(read, table, fields)
+    say(f"{split}: {', '.join(f'{name} from {column}' for name, column in fields.items())} of {table}, "
+        f"{matched} of {len(read)} rows")
+    return read
+
+
+class Questions(Dataset):
+    """Row number -> ({"images": tensor [3,s,s] in BLIP's normalisation}, Row), or (the DataError of a broken picture, Row).
+
+    The error is handed on and not raised: one that comes out of a loader process would keep the others from ending.
+    features: None, or {path: {"image_embeds": [P,W], "style_feature": [F]}} of a cache, taken in place of the pictures.
+    """
+
+    def __init__(self, questions, image_size, features=None):
+        self.rows, self.image_size, self.features = questions, image_size, features
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = self.rows[index]
+        try:
+            if self.features is not None:
+                return self.features[row.image], row
+            return {"images": rows.picture_tensor(row.image, self.image_size)}, row
+        except DataError as error:
+            return error, row

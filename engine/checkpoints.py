@@ -1,0 +1,249 @@
+"""checkpoints.py: tensors on disk: our own best.pt and last.pt, and what others wrote, without running what it holds.
+
+    save_checkpoint, load_checkpoint            our own; code in a file never runs
+    trainable_state, load_trainable, fingerprint, other_parts, parts_table    what one holds of a model
+    verify_saved, refuse_other_tensors          proof that it holds the model, bit by bit
+    load_foreign, unwrap_state, load_strictly   somebody else's
+"""
+
+import hashlib
+import pathlib
+import pickle
+import shutil
+import warnings
+import zipfile
+import zlib
+from argparse import Namespace
+
+import numpy as np
+import torch
+from torch import nn
+
+from engine.errors import DataError
+
+
+# --- our own ------------
+
+def save_checkpoint(path, content):
+    """torch.save of tensors and plain values, whole or not at all. A failed write (disk full) is a DataError."""
+    try:
+        with whole_file(path, "wb") as file:
+            torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        folder = pathlib.Path(path).parent
+        free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MB are free on its disk" if folder.is_dir() else "no such folder"
+        resume = " and use --resume" if (folder / "last.pt").exists() else " (with --save-last, --resume could go on from here)"
+        raise DataError(f"{path}: could not be saved ({' '.join(str(error).split())}; {free}); what stood there before is "
+                        f"untouched: free some space{resume}") from None
+
+
+def load_checkpoint(path, needs=()):
+    """Load one of our own checkpoints with weights_only=True: code in the file never runs. needs: keys it must hold."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as parts:  # torch.load itself never looks at the check sums
+            changed = parts.testzip()
+            # nor do check sums cover these two, which torch.save leaves at 0
+            changed = changed or next((part.filename for part in parts.infolist() if part.external_attr or part.compress_type),
+                                      None)
+        if changed:
+            raise ValueError(f"the bytes of {changed} have changed since they were written")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path}: not one of this project's checkpoints, which hold tensors and plain values: it holds "
+                        f"{forbidden(error)}, and nothing of it was run") from None
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, ValueError, KeyError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{path}: damaged, incomplete or not one of this project's checkpoints ({reason})") from None
+    missing = [key for key in needs if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise DataError(f"{path}: not a checkpoint of this stage (no {', '.join(missing)})")
+    return as_written_today(content)
+
+
+def as_written_today(content):
+    """A checkpoint as this version writes it: float32 tensors where it was kept in half precision to be small, and the length of
+    an answer among model_args, which was a flag alone once."""
+    if isinstance(content, dict) and content.get("kept_in") == "float16":
+        content["state"] = {name: tensor.float() for name, tensor in content["state"].items()}
+    if isinstance(content, dict) and "max_answer" in content.get("args", ()) and "model_args" in content:
+        content["model_args"].setdefault("max_answer", content["args"]["max_answer"])
+    return content
+
+
+def forbidden(error):
+    """The class or function that the weights-only loader met, from its error."""
+    reason = " ".join(str(error).split())
+    return reason.split("GLOBAL ")[-1].split(" ")[0] if "GLOBAL " in reason else "an object that is not allowed"
+
+
+# --- what one holds of a model ------------
+
+LINEAR = "language_model, linear layers"  # a part of fingerprint
+
+
+def parts_table(model):
+    """Parameters by top-level part: list of (part, trainable, frozen), and the sum as the last row."""
+    rows = []
+    for name, part in [*model.named_children(), *model.named_parameters(recurse=False)]:
+        parameters = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
+        counts = [sum(p.numel() for p in parameters if p.requires_grad is wanted) for wanted in (True, False)]
+        if sum(counts):
+            rows.append((name, *counts))
+    return rows + [("sum", sum(r[1] for r in rows), sum(r[2] for r in rows))]
+
+
+def print_parts(model):
+    """Print parts_table, one line a part."""
+    print(f"{'part':22}{'trainable':>15}{'frozen':>17}")
+    for name, trainable, frozen in parts_table(model):
+        print(f"{name:22}{trainable:>15,}{frozen:>17,}")
+
+
+def trainable_state(model):
+    """{name: tensor on the CPU} of everything that is trained: what best.pt holds."""
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable(model, state, source):
+    """Put trainable_state back, strictly: the same names and shapes, or a DataError that names the first that differ."""
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wrong = list(own.keys() ^ state.keys()) + [n for n in own.keys() & state.keys() if own[n].shape != state[n].shape]
+    if wrong:
+        raise DataError(f"{source} does not fit this model: {len(wrong)} of {len(own)} tensors are missing, unknown or of "
+                        f"another shape, first {sorted(wrong)[:3]}: was it trained on another model, "
+                        "or with other flags (--gating, --per, --no-gate)?")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def fingerprint(model):
+    """{part: short hash} of the frozen parts: shapes and a few values of every tensor, rounded to bf16 so that it does not depend
+    on the dtype of loading. Tells the BLIP-2 a run was trained on from another one; it is not a checksum of all bytes.
+
+    The linear layers of the language model are a part of their own, absent where their weights are packed (int8, nf4)."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    linear = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+              and name.startswith("language_model.") and ".layers." in name}
+    packed = any(not module.weight.is_floating_point() for module in linear.values())
+    digests = {}
+    for name, tensor in sorted(model.state_dict().items()):
+        in_linear = name.startswith(tuple(linear))
+        if name in trained or (in_linear and packed):
+            continue
+        flat = tensor.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).float().cpu().numpy()
+        digest = digests.setdefault(LINEAR if in_linear else name.partition(".")[0], hashlib.sha256())
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
+    return {part: digest.hexdigest()[:16] for part, digest in digests.items()}
+
+
+def other_parts(now, was):
+    """The parts whose fingerprints differ. The language model's linear layers count only where neither side has packed them."""
+    if not isinstance(was, dict):  # of an older version of this project
+        return ["all"]
+    packed = (LINEAR in now) != (LINEAR in was)
+    return sorted(part for part in now.keys() | was.keys() if now.get(part) != was.get(part) and not (packed and part == LINEAR))
+
+
+# --- proof ------------
+
+def verify_saved(path, model):
+    """DataError unless the tensors of the best.pt at `path` are those of the model, bit by bit. For use after each save_best:
+    the file is read once (its check sums too), no model is built."""
+    saved = read(path)
+    _refuse_other_tensors(path, saved.state, runfolder.trainable_state(model))
+
+
+def _refuse_other_tensors(source, found, wanted):
+    wrong = sorted(name for name in found.keys() | wanted.keys()
+                   if name not in found or name not in wanted or not same_bits(found[name], wanted[name]))
+    if wrong:
+        raise DataError(f"{source}: not the model that was to be saved: {len(wrong)} of {len(wanted)} trained tensors are missing, "
+                        f"unknown or differ, first {wrong[:3]}")
+
+
+def same_bits(a, b):
+    """Same shape, dtype and bytes; unlike torch.equal it tells 0 from -0 and takes NaN for NaN."""
+    def flat(x):
+        return x.detach().contiguous().reshape(-1).view(torch.uint8)
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(flat(a), flat(b))
+
+
+# --- somebody else's ------------
+
+def _harmless_globals():
+    """Classes that training scripts leave in checkpoints and that run nothing when they are rebuilt."""
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [getattr(np.dtypes, n) for n in ("Float64DType", "Float32DType", "Int64DType", "Int32DType", "BoolDType")]
+    paths = [(getattr(pathlib, n), f"{module}.{n}") for n in ("PosixPath", "PurePosixPath")
+             for module in ("pathlib", "pathlib._local")]  # Python 3.13 writes the second name
+    return [Namespace, np.dtype, *dtypes, *paths,
+            (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
+
+
+def load_foreign(path, safe, advice="drop --safe-load if you trust whoever made the file"):
+    """Load a checkpoint that somebody else wrote, without running anything in it where that is possible.
+
+    Tries torch's weights-only loader with argparse.Namespace, PosixPath and numpy scalars allowed. Only when the file needs
+    another class: with safe=True a DataError; else a warning and weights_only=False, WHICH RUNS WHATEVER THE FILE HOLDS.
+    A damaged file is a DataError and never reaches the second way.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such checkpoint")
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head[:2] != b"PK" and head[:1] != b"\x80":
+        raise DataError(f"{path}: not a PyTorch file ({path.stat().st_size} bytes; a web page or a git-lfs pointer saved "
+                        "under this name?): download it again")
+    try:
+        with torch.serialization.safe_globals(_harmless_globals()):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        name = forbidden(error)
+    except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: damaged or incomplete ({type(error).__name__}): download it again") from None
+    if safe:
+        raise DataError(f"{path}: holds {name}, which only the unsafe loader can rebuild; {advice}")
+    warnings.warn(f"{path} holds {name}: loading it with weights_only=False, which runs whatever code the file holds. "
+                  "--safe-load refuses this.", stacklevel=2)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # unpickling foreign code may raise anything
+        raise DataError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from None
+
+
+def unwrap_state(loaded):
+    """Find the state dict in a checkpoint: bare, or under ema / model / state_dict (EMA weights first); strip
+    `module.` and `_orig_mod.` prefixes. Returns ({name: tensor}, where it stood)."""
+    where = "the file itself"
+    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict"):
+        inner = loaded.get(key) if isinstance(loaded, dict) else None
+        if inner is not None and (isinstance(inner, (dict, nn.Module))):
+            loaded, where = inner, f"key {key!r}"
+            break
+    if isinstance(loaded, nn.Module):
+        loaded = loaded.state_dict()
+    state = {}
+    for name, tensor in (loaded.items() if isinstance(loaded, dict) else ()):
+        if isinstance(tensor, torch.Tensor):
+            while name.startswith(("module.", "_orig_mod.")):
+                name = name.split(".", 1)[1]
+            state[name] = tensor
+    return state, where
+
+
+def load_strictly(module, state, source, assign=False):
+    """load_state_dict that says in one line what does not fit."""
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [f"{n} {tuple(state[n].shape)} for {tuple(own[n].shape)}" for n in own.keys() & state.keys()
+              if own[n].shape != state[n].shape]
+    if missing or unexpected or shapes:
+        raise DataError(f"{source} does not fit: missing {missing[:5]} ({len(missing)}), unexpected {unexpected[:5]} "
+                        f"({len(unexpected)}), other shapes {shapes[:5]} ({len(shapes)})")
+    module.load_state_dict(state, assign=assign)

@@ -1,0 +1,62 @@
+"""evaluation.py: a Gated BLIP-2 scored on questions, the same way in training and afterwards."""
+
+import torch
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+
+PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation")]),
+          ("style", [("epoch", "hit", "mass on style words"), ("epoch", "hard_hit", "style word first"),
+                     ("epoch", "kl", "symmetric KL")]),
+          ("learning", [("step", "grad_norm", "gradient norm"), ("epoch", "em", "exact match")])]
+
+
+@torch.no_grad()
+def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weights, answer=None, gates=False, **seeing):
+    """Score every row exactly once, on however many processes.
+
+    answer: None, or a function (model, rows, features) -> {column: a value for each row}, "prediction" among them. seeing:
+    gated=False or blind=True, see Blip2OPTGated.forward. Returns on every process a list of dicts in row order: row, total, lm,
+    hit, hard_hit, hit_rows, kl (those that are switched on), the columns of `answer`, and with gates=True the gates of a model that has any
+    (maps.gate_rows).
+    """
+    model.eval()
+    by_length = sorted(range(len(data)), key=lambda i: text_length(data.rows[i]))  # few pads
+    mine = by_length[accelerator.process_index::accelerator.num_processes]
+    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
+    found = []
+    loaded = iter(loop.load_batches(data, collate, batches, workers))
+    for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
+                        disable=None if accelerator.is_main_process else True):
+        with loop.dead_loaders_named([data.rows[i] for i in numbers]):
+            batch = loop.next_batch(loaded, accelerator.device)
+        features = {name: batch.pop(name) for name in ("image_embeds", "style_feature") if name in batch}
+        features = features or model.image_features(batch.pop("images"), batch.pop("style_images", None))
+        with accelerator.autocast():
+            parts = model(**batch, **features, **loss_weights, **seeing)
+        parts.pop("loss")
+        table = {name: values.float().cpu().tolist() for name, values in parts.items()}
+        if answer:
+            table |= answer(model, [data.rows[i] for i in numbers], features)
+        if gates and model.gates is not None:
+            table["gates"] = maps.gate_rows(model, features["style_feature"], batch["input_ids"], batch["prompt_mask"])
+        found += [{"row": i, **{name: values[k] for name, values in table.items()}} for k, i in enumerate(numbers)]
+    return sorted(gather_object(found), key=lambda one: one["row"])
+
+
+def text_length(row):
+    """Letters that the language model reads of a row."""
+    return len(row.question) + len(row.answer) + len(row.context)
+
+
+def mean(found, name, where=None):
+    """Mean of a column of evaluate's result over all rows, or over those where column `where` is not 0; None without any."""
+    values = [one[name] for one in found if name in one and (where is None or one[where])]
+    return sum(values) / len(values) if values else None
+
+
+def loss_summary(found):
+    """The numbers that are logged of an evaluation; hits are over the rows whose answer is a style."""
+    numbers = {"loss": mean(found, "total"), "lm": mean(found, "lm"), "hit": mean(found, "hit", "hit_rows"),
+               "hard_hit": mean(found, "hard_hit", "hit_rows"), "kl": mean(found, "kl")}
+    return {name: value for name, value in numbers.items() if value is not None}

@@ -1,0 +1,78 @@
+"""files.py: files that are whole or not there at all, locks, full disks."""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import shutil
+import tempfile
+
+from engine.errors import DataError
+
+
+@contextlib.contextmanager
+def whole_file(path, mode="w"):
+    """Open a temporary file beside `path`; when the block ends well it is flushed to disk and renamed to `path`."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's 0600 would stay
+        os.replace(temporary, path)
+    except BaseException as error:
+        os.unlink(temporary)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # a full disk does not say what for
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # else a power cut may undo the rename
+    finally:
+        os.close(folder)
+
+
+def refuse_unwritable(path):
+    """DataError where a file cannot be written, before hours are spent on what goes into it."""
+    folder = pathlib.Path(path).parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+@contextlib.contextmanager
+def held(path, waiting, say=print):
+    """Hold a lock file; a second process says `waiting` and waits until the first has ended, however that ends."""
+    from filelock import FileLock, Timeout
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(waiting)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_full_disk(out, needed):
+    """DataError where the disk of `out` has fewer than `needed` bytes free: better now than after the first epoch."""
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise DataError(f"--out {out}: {needed / 2**20:,.0f} MB are needed for the checkpoints and {free / 2**20:,.0f} MB are free")
+
+
+def digest(path):
+    """sha256 of a file's bytes."""
+    found, buffer = hashlib.sha256(), memoryview(bytearray(2**18))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            found.update(buffer[:count])
+    return found.hexdigest()

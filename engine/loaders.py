@@ -1,0 +1,65 @@
+"""loaders.py: DataLoaders, and what is said when a picture is broken or a loader process dies.
+
+    load_batches   over given row numbers; load_stream: over tar files
+    next_batch     on its device; LoaderError where a picture is broken
+    dead_loaders_named, named    which rows a loader died at
+"""
+
+import contextlib
+import re
+import signal
+
+import torch
+from accelerate.utils import send_to_device
+from torch.utils.data import DataLoader
+
+from engine.errors import DataError
+
+
+def load_batches(data, collate, batches, workers):
+    """A DataLoader over given lists of row numbers."""
+    return DataLoader(data, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=torch.cuda.is_available(),
+                      worker_init_fn=outlive_signals if workers else None, timeout=600 if workers else 0)
+
+
+def loader(stream, batch_size, workers):
+    """A DataLoader over a ShardStream, for batches_of."""
+    return DataLoader(stream, batch_size=batch_size, collate_fn=packed, num_workers=workers, timeout=600 if workers else 0,
+                      worker_init_fn=loop.outlive_signals if workers else None)
+
+
+class LoaderError(DataError):
+    """A picture or a loader process failed between two steps: the model is as the last step left it."""
+
+
+def next_batch(batches, device):
+    """The next batch on its device; a LoaderError where one of its pictures is broken."""
+    batch = next(batches)
+    if "fault" in batch:
+        raise LoaderError(batch["fault"])
+    return to_device(batch, device)
+
+
+@contextlib.contextmanager
+def dead_loaders_named(group):
+    """A loader process that dies within, which torch reports in the midst of anything, is a LoaderError with these rows."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(DEAD_LOADER, str(error)):
+            raise
+        raise LoaderError(f"{dead_loader(error)}; it was at {named(group)}") from None
+
+
+def named(group):
+    """Rows for a message: picture and place of the first few."""
+    listed = [r.name + (f" ({rows.locate(r.file, r.line)})" if r.line else "") for r in group]  # a folder has no lines
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+def outlive_signals(worker):
+    """worker_init_fn: the main process decides when to stop. Loaders do not hear Ctrl-C; after a SIGTERM, which a job
+    scheduler sends to all, they go on for 30 s, so that the main process can finish its step. They must not ignore it for
+    good: Python itself ends leftover loaders with SIGTERM at exit, and would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))

@@ -1,0 +1,137 @@
+"""prompts.py: texts as the models read them: what training, evaluation and every page must agree on.
+
+    prompt_ids, answer_ids, encode_training, encode_prompts   questions and answers of the language model
+    answer_length, say_cut                                    how long answers may be, and which are cut
+    Collate                                                   samples of questions.Questions -> a batch
+    text_ids                                                  texts of the Q-Former
+
+Capitals in shape comments as in core.py: B batch, L text tokens, P image patches, W vision width.
+"""
+
+import torch
+from torch.utils.data import default_collate
+
+from engine.errors import DataError
+
+
+PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
+CONTEXT = "Context: {} "  # before it, where a data set has text about the picture
+MAX_TEXT = 32  # tokens of a text in the Q-Former, [CLS] and [SEP] among them
+MAX_ANSWER = 64  # tokens of an answer with its end of line, at most: more than short answers ever have, so that none is cut
+
+
+def newline_id(tokenizer):
+    """The token that ends an answer (BLIP-2's stage 2 trains "text + newline")."""
+    return tokenizer("\n", add_special_tokens=False).input_ids[-1]
+
+
+def prompt_ids(tokenizer, question, context="", max_tokens=64, max_context=128):
+    """Token ids of BOS, the context where there is one, and the prompt.
+
+    A long question is cut so that "Answer:" always stands at the end; a context is cut to max_context tokens of its own.
+    """
+    def ids(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    head, tail = PROMPT.split("{}")
+    before = ids(CONTEXT.format(context.strip())) if context.strip() else []
+    if len(before) > max_context:
+        before = before[:max_context - 1] + ids(" ")[-1:]
+    asked = [tokenizer.bos_token_id, *ids(head + question.strip())][:max_tokens - len(ids(tail))]
+    return asked[:1] + before + asked[1:] + ids(tail)
+
+
+def answer_ids(tokenizer, answer, max_tokens=None):
+    """Token ids of " answer" and the newline; with max_tokens cut to as many, the newline stays."""
+    ids = tokenizer(" " + answer.strip(), add_special_tokens=False).input_ids
+    return (ids if max_tokens is None else ids[:max_tokens - 1]) + [newline_id(tokenizer)]
+
+
+def answer_lengths(tokenizer, answers):
+    """Tokens of each answer with its end of line; equal answers are counted once."""
+    lengths = {answer: len(answer_ids(tokenizer, answer)) for answer in set(answers)}
+    return [lengths[answer] for answer in answers]
+
+
+def pad_ids(rows, value, left=False, multiple=1):
+    """Lists of ids -> LongTensor [B,L], padded with value on the right, or on the left for generation; L a multiple of `multiple`."""
+    L = -(-max(map(len, rows)) // multiple) * multiple
+    return torch.tensor([[value] * (L - len(r)) + r if left else r + [value] * (L - len(r)) for r in rows])
+
+
+def text_lengths(tokenizer, questions, answers, contexts):
+    """Tokens of each prompt with its answer, nearly (nothing is cut here): what batches of equal length are made by."""
+    texts = [CONTEXT.format(c.strip()) * bool(c.strip()) + PROMPT.format(q) + f" {a}"
+             for q, a, c in zip(questions, answers, contexts)]
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
+
+
+def encode_training(tokenizer, questions, answers, max_answer=None, contexts=None, multiple=1):
+    """Questions and answers -> dict of [B,L] tensors, right-padded to a multiple: input_ids, attention_mask, prompt_mask, labels.
+
+    labels are -100 on the prompt and on pads, so the loss sees the answer alone. prompt_mask marks the prompt: the gates
+    read the question there and never the answer. max_answer: tokens of an answer kept, None = all.
+    """
+    prompts = [prompt_ids(tokenizer, q, c) for q, c in zip(questions, contexts or [""] * len(questions))]
+    targets = [answer_ids(tokenizer, a, max_answer) for a in answers]
+    def padded(rows, value):
+        return pad_ids(rows, value, multiple=multiple)
+
+    pairs = list(zip(prompts, targets))
+    return {"input_ids": padded([p + t for p, t in pairs], tokenizer.pad_token_id),
+            "attention_mask": padded([[1] * len(p + t) for p, t in pairs], 0),
+            "prompt_mask": padded([[1] * len(p) + [0] * len(t) for p, t in pairs], 0),
+            "labels": padded([[-100] * len(p) + t for p, t in pairs], -100)}
+
+
+def encode_prompts(tokenizer, questions, contexts=None):
+    """Questions -> dict of [B,L] tensors for generation: input_ids, attention_mask; left-padded, as OPT needs it."""
+    prompts = [prompt_ids(tokenizer, q, c) for q, c in zip(questions, contexts or [""] * len(questions))]
+    return {"input_ids": pad_ids(prompts, tokenizer.pad_token_id, left=True),
+            "attention_mask": pad_ids([[1] * len(p) for p in prompts], 0, left=True)}
+
+
+def text_ids(tokenizer, texts, max_length=MAX_TEXT):
+    """Texts -> dict of [B,L]: input_ids ([CLS] words [SEP], a long one loses its end and keeps [SEP]), attention_mask."""
+    ids = [i if len(i) <= max_length else i[:max_length - 1] + i[-1:] for i in tokenizer(list(texts), verbose=False).input_ids]
+    return {"input_ids": pad_ids(ids, tokenizer.pad_token_id), "attention_mask": pad_ids([[1] * len(i) for i in ids], 0)}
+
+
+# --- batches of questions ------------
+
+class Collate:
+    """Samples -> batch for Blip2OPTGated.forward. A class and not a closure, so that it also works where workers are spawned.
+
+    max_answer: see answer_length."""
+
+    def __init__(self, tokenizer, styles, max_answer):
+        self.tokenizer, self.styles, self.max_answer = tokenizer, [s.lower() for s in styles], max_answer
+
+    def __call__(self, samples):
+        features, group = zip(*samples)
+        for found, row in samples:
+            if isinstance(found, DataError):
+                return {"fault": f"{row.file}, {rows.locate(row.file, row.line)}: {found}"}
+        batch = core.encode_training(self.tokenizer, [r.question for r in group], [r.answer for r in group], self.max_answer,
+                                     [r.context for r in group], multiple=4)  # few distinct lengths
+        batch |= default_collate(features)  # images [B,3,s,s], or image_embeds [B,P,W] and style_feature [B,F]
+        batch["style"] = torch.tensor([self._index(r.style) for r in group])  # [B], -1 = unknown
+        batch["hit_rows"] = torch.tensor([self._index(r.answer) >= 0 for r in group])  # [B]
+        return batch
+
+    def _index(self, name):
+        name = name.strip().lower()
+        return self.styles.index(name) if name in self.styles else -1
+
+
+def answer_length(tokenizer, train_rows, limit):
+    """Tokens of the longest training answer with its end of line, `limit` at most: what is trained and what is generated."""
+    return min(limit, max(core.answer_lengths(tokenizer, [r.answer for r in train_rows])))
+
+
+def say_cut(tokenizer, splits, longest, say=print):
+    """Say of every split {name: rows} how many answers have more than `longest` tokens; only those are not trained or scored whole."""
+    for split, read in splits.items():
+        cut = [r for r, n in zip(read, core.answer_lengths(tokenizer, [r.answer for r in read])) if n > longest]
+        first = f", first {loop.named(cut[:1])}: {cut[0].answer!r}" if cut else ""
+        say(f"{split}: {len(cut)} of {len(read)} answers are cut at {longest} tokens{first}")
