@@ -1,35 +1,48 @@
 """core.py: the models, and what every stage must agree on. Plain modules and functions; nothing runs on import.
 
 Reading order (building blocks first, the whole last):
+  style classifier EfficientNet28
   masks            padding_mask, unimodal_mask, unilm_mask
   Q-Former         QFormer, TextEmbeddings
   gates            KVGate, PromptMapper, GatedFusionModule
   style terms      style_vocabulary, style_hit, style_kl
-  prompts          encode_prompts, encode_training
-  stage 1          Blip2Retrieval, text_ids, itc_targets, itc_loss, max_similarity
+  stage 1          Blip2Retrieval, itc_targets, itc_loss, max_similarity
   memory           PackedReLU, save_activations
   the system       Blip2OPTGated
-The style classifier is in efficientnet.py, the loading of published models in published.py, checkpoints and run folders in
-runfolder.py, the tools of training loops in loop.py, tables and images in rows.py.
+  loading          load_gated
+What stands below: engine/prompts.py (texts as the models read them), published.py (models of others), checkpoints.py, saved.py
+(what a training left); data/rows.py (tables and images).
 
 Capitals in shape comments: B batch, Q queries, L text tokens, S = Q + L, P image patches (with CLS), H Q-Former width,
 W vision width, D language model width, V vocabulary, T control tokens, M answer positions of the whole batch, E width of the
 space in which images and texts are compared.
 """
 
+import argparse
 import copy
 import inspect
+import os
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from efficientnet import EfficientNet28, load_strictly
-from engine.published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
+from data import rows
+from data.rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from data.wikiart import WIKIART
+from engine import environment, published
+from engine.checkpoints import load_foreign, load_strictly, load_trainable, unwrap_state
 from engine.errors import DataError
+# all names of prompts: README, and whoever copies a script, has them as core.encode_training and so on
+from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_TEXT, PROMPT, answer_ids, answer_lengths, encode_prompts, encode_training,  # noqa: F401
+                            newline_id, pad_ids, prompt_ids, text_ids, text_lengths)
+from engine.published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
+from engine.saved import PLACES, places_of, read, refuse_other_base, refuse_other_dtypes
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
 
@@ -819,7 +832,7 @@ class Blip2OPTGated(nn.Module):
 
     def _prompt_inputs(self, questions, contexts, image_embeds, style_feature, gated, blind):
         """-> lm_inputs of the left-padded prompts, [B,Q+L], and the last token of each, [B,1], never a pad."""
-        batch = to_device(encode_prompts(self.tokenizer, questions, contexts), image_embeds.device)
+        batch = send_to_device(encode_prompts(self.tokenizer, questions, contexts), image_embeds.device, non_blocking=True)
         visual = self.visual_prompt(image_embeds, style_feature, batch["input_ids"], batch["attention_mask"], gated, blind)
         return self.lm_inputs(visual, **batch), batch["input_ids"][:, -1:]
 
@@ -906,9 +919,11 @@ def _row_mean(rows):
     return rows / rows.sum(1, keepdim=True).clamp(min=1)
 
 
+# --- one line to load what was trained ------------
+
 def _known_settings():
     """Names that Blip2OPTGated.build takes, but for those of how a model is loaded."""
-    parameters = [*inspect.signature(core.Blip2OPTGated).parameters, *PLACES, "lm_precision"]
+    parameters = [*inspect.signature(Blip2OPTGated).parameters, *PLACES, "lm_precision"]
     return set(parameters) - {"tokenizer", "dtype", "safe", "tower"}
 
 
@@ -948,29 +963,26 @@ def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.
         model, processor = core.load_gated("runs/gated")
         model.predict_answers(processor("painting.jpg"), ["What style is this painting?"])
 
-    DataError: see the head of this file.
+    DataError: see engine/saved.py.
     """
-    saved = read(folder)
+    saved = read(folder, _known_settings())
     moved = {"blip2": blip2, "efficientnet": efficientnet, "qformer": qformer, "lm_precision": lm_precision}
-    places = _places(saved, {name: str(value) for name, value in moved.items() if value is not None})
+    places = places_of(saved, {name: str(value) for name, value in moved.items() if value is not None})
     if places["lm_precision"] not in (None, *published.LM_PRECISIONS):
         raise DataError(f"lm_precision {places['lm_precision']!r} is none of {', '.join(published.LM_PRECISIONS)}")
     try:
-        model = core.Blip2OPTGated.build(**places, dtype=dtype, safe=safe)
+        model = Blip2OPTGated.build(**places, dtype=dtype, safe=safe)
     except (TypeError, ValueError) as error:  # of a setting's value
         raise DataError(f"{saved.source}: no model can be built from its settings ({' '.join(str(error).split())[:160]})") from None
-    _refuse_other_base(saved, places, model)
-    _refuse_other_dtypes(saved, model)
-    runfolder.load_trainable(model, saved.state, saved.source)
+    refuse_other_base(saved, places, model)
+    refuse_other_dtypes(saved, model)
+    load_trainable(model, saved.state, saved.source)
     return model.eval().to(device), Processor(model)
 
 
 if __name__ == "__main__":
-    import argparse
-
-    from show import sharing
     parser = argparse.ArgumentParser(description="core.py: the models. Nothing to run here but --env.")
     parser.add_argument("--env", action="store_true", required=True,
                         help="print what a bug report needs; names and paths are masked")
     parser.parse_args()
-    print(sharing.environment())
+    print(environment.environment())

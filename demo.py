@@ -27,13 +27,10 @@ import torch
 from PIL import Image
 
 import core
-from show import gallery
-from engine import loop
-from show import maps
-from engine import published
 from data import rows
-from engine import runfolder
+from engine import errors, flags, loop, picture_index, published
 from engine.errors import DataError
+from show import gallery, maps
 
 BEST, TOP_STYLES, EXAMPLES, LONGEST = 3, 5, 8, 500  # candidates, styles shown, pictures a style, letters of a text
 FIGURE = pathlib.Path(__file__).resolve().parent / "data/maps.png"
@@ -88,10 +85,10 @@ def get_args(argv=None):
     parser.add_argument("--data", default="data/artquest", metavar="DIR",
                         help="training data with styles, for examples and for the styles to mix in "
                              "(default: data/artquest where it is)")
-    parser.add_argument("--port", type=runfolder.positive, default=7860, help="(default: 7860)")
+    parser.add_argument("--port", type=flags.positive, default=7860, help="(default: 7860)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--lang", choices=("en", "zh", "both"), default="both", help="language of the labels (default: both)")
-    args = runfolder.parse_args(parser, argv)
+    args = flags.parse_args(parser, argv)
     args.checkpoint = args.checkpoint or next((path for path in CHECKPOINTS if os.path.isfile(path)), "tiny")
     args.captioner = args.captioner or published.tiny("blip")
     for path in (args.report, args.gallery, args.retrieval):
@@ -240,7 +237,7 @@ def load_finder(checkpoint, folder):
 
     def find(image, text):
         vector = train_cir.query_vector(model, accelerator, opener(image), text)
-        numbers, scores = gallery.best(features, vector, args.top + 1)
+        numbers, scores = picture_index.best(features, vector, args.top + 1)
         hits = [(os.path.join(folder, names[i]), names[i], float(score)) for i, score in zip(numbers, scores)]
         return [hit for hit in hits if not filecmp.cmp(hit[0], image, shallow=False)][:args.top]  # the reference itself, uploaded
 
@@ -511,4 +508,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))

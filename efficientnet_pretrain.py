@@ -34,13 +34,10 @@ from accelerate.utils import broadcast, gather_object
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import efficientnet
-from engine import loop
-from data import rows
-from engine import runfolder
-from data import wikiart
-from engine.errors import DataError
+from data import rows, wikiart
 from data.rows import IMAGENET_MEAN, IMAGENET_STD
+from engine import checkpoints, environment, errors, files, flags, loaders, loop, runfolder
+from engine.errors import DataError
 
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm", "top1", "top5", "f1", "balanced")
@@ -56,7 +53,7 @@ def get_args(argv=None):
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, metavar="DIR|FILE", help="ArtGAN's folder, a folder per style, or a classes.csv")
     data.add_argument("--images", metavar="DIR", help="image root of a table (default: DATA/images, else DATA)")
-    data.add_argument("--val-share", type=runfolder.share, default=0.1, help="share of each style held out for validation where "
+    data.add_argument("--val-share", type=flags.share, default=0.1, help="share of each style held out for validation where "
                                                                              "--data is STYLE/ folders alone (default: 0.1)")
     data.add_argument("--photos", metavar="DIR", help="photographs of anything, e.g. COCO's: a class of their own, one for "
                                                       f"{wikiart.PER_PHOTO} paintings (default: none)")
@@ -66,40 +63,40 @@ def get_args(argv=None):
                                                                 "which training leaves out, and stop; loads no weight")
     data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
                                                              "longest batch, and stop; nothing is written")
-    data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    data.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--arch", default="efficientnet_b3", help="timm's name of an EfficientNet (default: efficientnet_b3)")
-    model.add_argument("--size", type=runfolder.positive, default=300, help="pixels a side (default: 300)")
+    model.add_argument("--size", type=flags.positive, default=300, help="pixels a side (default: 300)")
     model.add_argument("--pretrained", action="store_true", help="start from timm's ImageNet weights (downloaded on first use)")
     model.add_argument("--init", metavar="FILE", help="start from this state dict (.pt, .pth, .safetensors)")
-    model.add_argument("--dropout", type=runfolder.share, default=0.3, help="before the classifier (default: 0.3)")
-    model.add_argument("--drop-path", type=runfolder.share, default=0.2, help="of the deepest block, less above (default: 0.2)")
+    model.add_argument("--dropout", type=flags.share, default=0.3, help="before the classifier (default: 0.3)")
+    model.add_argument("--drop-path", type=flags.share, default=0.2, help="of the deepest block, less above (default: 0.2)")
     model.add_argument("--freeze-bn", action="store_true", help="leave the batch-norm statistics as the first weights have "
                                                                 "them; scale and shift are trained")
     run = parser.add_argument_group("training")
-    run.add_argument("--epochs", type=runfolder.positive, default=30, help="(default: 30)")
-    run.add_argument("--batch-size", type=runfolder.positive, default=32, help="pictures a step and process (default: 32)")
-    run.add_argument("--accumulation", type=runfolder.positive, default=1, help="batches an optimizer step (default: 1)")
-    run.add_argument("--lr", type=runfolder.rate, default=3e-4, help="peak learning rate (default: 3e-4)")
-    run.add_argument("--warmup", type=runfolder.share, default=0.05, help="share of all steps spent warming up (default: 0.05)")
-    run.add_argument("--weight-decay", type=runfolder.weight, default=1e-3, help="not on biases and norms (default: 1e-3)")
-    run.add_argument("--balance", type=runfolder.share, default=1.0, help="1: every style equally often; 0: as in the data "
+    run.add_argument("--epochs", type=flags.positive, default=30, help="(default: 30)")
+    run.add_argument("--batch-size", type=flags.positive, default=32, help="pictures a step and process (default: 32)")
+    run.add_argument("--accumulation", type=flags.positive, default=1, help="batches an optimizer step (default: 1)")
+    run.add_argument("--lr", type=flags.rate, default=3e-4, help="peak learning rate (default: 3e-4)")
+    run.add_argument("--warmup", type=flags.share, default=0.05, help="share of all steps spent warming up (default: 0.05)")
+    run.add_argument("--weight-decay", type=flags.weight, default=1e-3, help="not on biases and norms (default: 1e-3)")
+    run.add_argument("--balance", type=flags.share, default=1.0, help="1: every style equally often; 0: as in the data "
                                                                           "(default: 1)")
-    run.add_argument("--smoothing", type=runfolder.share, default=0.1, help="of the labels (default: 0.1)")
-    run.add_argument("--cutmix", type=runfolder.share, default=0.5, help="share of the batches with CutMix (default: 0.5)")
-    run.add_argument("--mixup", type=runfolder.share, default=0.0, help="share of the batches with MixUp (default: 0)")
-    run.add_argument("--crop", type=runfolder.share, default=0.75, help="smallest share of a picture that a crop may keep "
+    run.add_argument("--smoothing", type=flags.share, default=0.1, help="of the labels (default: 0.1)")
+    run.add_argument("--cutmix", type=flags.share, default=0.5, help="share of the batches with CutMix (default: 0.5)")
+    run.add_argument("--mixup", type=flags.share, default=0.0, help="share of the batches with MixUp (default: 0)")
+    run.add_argument("--crop", type=flags.share, default=0.75, help="smallest share of a picture that a crop may keep "
                                                                         "(default: 0.75)")
-    run.add_argument("--ema", type=runfolder.share, default=0.9999, help="greatest decay of the averaged weights; 0 = no average "
+    run.add_argument("--ema", type=flags.share, default=0.9999, help="greatest decay of the averaged weights; 0 = no average "
                                                                          "(default: 0.9999)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                      help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
-    run.add_argument("--seed", type=runfolder.whole, default=42, help="(default: 42)")
+    run.add_argument("--seed", type=flags.whole, default=42, help="(default: 42)")
     run.add_argument("--out", default="runs/efficientnet-28", metavar="DIR", help="run folder (default: runs/efficientnet-28)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
-    args = runfolder.parse_args(parser, argv)
+    args = flags.parse_args(parser, argv)
     if args.cutmix + args.mixup > 1:
         parser.error(f"--cutmix {args.cutmix:g} and --mixup {args.mixup:g} are shares of the same batches: more than 1 in all")
     return args
@@ -162,7 +159,7 @@ def collate(samples):
     """Samples -> {"images": [B,3,s,s], "labels": [B]}, or {"fault": message}."""
     for pixels, _, row in samples:
         if isinstance(pixels, DataError):
-            return {"fault": f"{row.file}, {loop.named([row])}: {pixels}: --check-data lists such files, and training leaves "
+            return {"fault": f"{row.file}, {loaders.named([row])}: {pixels}: --check-data lists such files, and training leaves "
                              "them out"}
     pixels, labels, _ = zip(*samples)
     return {"images": torch.stack(pixels), "labels": torch.tensor(labels)}
@@ -172,7 +169,7 @@ def next_batch(batches, device):
     """The next batch on its device, channels last; a LoaderError where one of its pictures is broken."""
     batch = next(batches)
     if "fault" in batch:
-        raise loop.LoaderError(batch["fault"])
+        raise loaders.LoaderError(batch["fault"])
     images = batch["images"].to(device, non_blocking=True, memory_format=torch.channels_last)  # [B,3,s,s] still, NHWC in memory
     return images, batch["labels"].to(device, non_blocking=True)
 
@@ -204,7 +201,7 @@ def evaluate(net, data, accelerator, batch_size, workers):
     net.eval()
     mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    loaded, found = iter(loop.load_batches(data, collate, batches, workers)), []
+    loaded, found = iter(loaders.load_batches(data, collate, batches, workers)), []
     for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
         images, labels = next_batch(loaded, accelerator.device)
@@ -237,7 +234,7 @@ def draw_confusion(confusion, classes, path, title):
     axis.tick_params(which="both", length=0)
     axis.set(xlabel="predicted", ylabel="true (validation pictures)")
     axis.set_title(title, loc="left", fontsize=11)
-    with runfolder.whole_file(path, "wb") as file:
+    with files.whole_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=110)
     plt.close(figure)
 
@@ -290,13 +287,13 @@ def start_from(net, path, say):
             raise DataError(f"{path}: cannot be read as safetensors ({' '.join(str(error).split())[:160]})") from None
     else:
         advice = "save its state dict alone: torch.save(model.state_dict(), FILE)"
-        state, where = efficientnet.unwrap_state(efficientnet.load_foreign(path, True, advice))
+        state, where = checkpoints.unwrap_state(checkpoints.load_foreign(path, True, advice))
     own, head = net.state_dict(), ("classifier.weight", "classifier.bias")
     other = [n for n in head if n in state and state[n].shape[:1] != own[n].shape[:1] and state[n].ndim == own[n].ndim]
     if other:
         say(f"{path}: its classifier head of {len(state[other[0]])} classes is left out, the new one has {len(own[other[0]])}")
         state = {**state, **{name: own[name] for name in head}}
-    efficientnet.load_strictly(net, state, f"--init {path} ({where})")
+    checkpoints.load_strictly(net, state, f"--init {path} ({where})")
 
 
 def make_optimizer(model, lr, weight_decay):
@@ -368,10 +365,10 @@ class Run:
 # --- checkpoints ------------
 
 def save_best(run, out):
-    """best.pt: the averaged weights and plain values; efficientnet.EfficientNet28.from_checkpoint takes it as it is."""
+    """best.pt: the averaged weights and plain values; core.EfficientNet28.from_checkpoint takes it as it is."""
     import timm
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in run.ema.module.state_dict().items()}
-    runfolder.save_checkpoint(out / "best.pt", {
+    checkpoints.save_checkpoint(out / "best.pt", {
         "stage": "efficientnet", "model": state, "arch": run.args.arch, "classes": run.classes, "size": run.args.size,
         "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "args": vars(run.args), **run.marks,
         "torch": torch.__version__.split("+")[0], "timm": timm.__version__})
@@ -379,7 +376,7 @@ def save_best(run, out):
 
 def save_last(run, out):
     """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    runfolder.save_checkpoint(out / "last.pt", {
+    checkpoints.save_checkpoint(out / "last.pt", {
         "stage": "efficientnet", "state": run.model.state_dict(), "ema": run.ema.module.state_dict(), "settings": settings(run),
         **runfolder.training_state(run)})
 
@@ -395,10 +392,10 @@ def settings(run):
 
 def restore(run, path):
     """Put last.pt back. DataError where anything differs that would change the result."""
-    last = runfolder.load_checkpoint(path, ("state", "ema", "optimizer", "scaler", "step", "marks", "settings"))
+    last = checkpoints.load_checkpoint(path, ("state", "ema", "optimizer", "scaler", "step", "marks", "settings"))
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
-    efficientnet.load_strictly(run.model, last["state"], str(path))
-    efficientnet.load_strictly(run.ema.module, last["ema"], str(path))
+    checkpoints.load_strictly(run.model, last["state"], str(path))
+    checkpoints.load_strictly(run.ema.module, last["ema"], str(path))
     runfolder.restore_training(run, last)
 
 
@@ -426,14 +423,14 @@ def train_step(run, batches, group, share):
 def train_epoch(run, plan, stop):
     """The optimizer steps of `plan`. Ends early when a signal has come."""
     accelerator = run.accelerator
-    batches = iter(loop.load_batches(run.train, collate, [keys for _, share in plan for _, keys in share], run.args.workers))
+    batches = iter(loaders.load_batches(run.train, collate, [keys for _, share in plan for _, keys in share], run.args.workers))
     bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
     to_train(run)
     for group, share in bar:
         lr = run.lr(run.step)
         for group_of_parameters in run.optimizer.param_groups:
             group_of_parameters["lr"] = lr
-        with loop.dead_loaders_named([run.train.rows[n] for n, *_ in group]):
+        with loaders.dead_loaders_named([run.train.rows[n] for n, *_ in group]):
             loss = train_step(run, batches, group, share)
         norm = float(accelerator.clip_grad_norm_(run.model.parameters(), CLIP))
         if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
@@ -465,7 +462,7 @@ def rehearse(run):
     group, share = run.plan(0)[0]
     to_train(run)
     try:
-        train_step(run, iter(loop.load_batches(run.train, collate, [keys for _, keys in share], 0)), group, share)
+        train_step(run, iter(loaders.load_batches(run.train, collate, [keys for _, keys in share], 0)), group, share)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
@@ -489,7 +486,7 @@ def prepare(args, resumed=False):
     with accelerator.main_process_first():  # one downloads, the others find it
         model = build(args, classes, accelerator.print, blank=resumed).to(accelerator.device)
     if accelerator.is_main_process:
-        runfolder.print_parts(model)
+        checkpoints.print_parts(model)
     # before prepare, which ties forward to this very object. Warm-up: the decay of step t is 1 - t^(-2/3), so that the average
     # spans t^(2/3) steps and a run of 200 steps has a useful one too
     ema = ModelEmaV3(model, decay=args.ema, use_warmup=True)
@@ -504,7 +501,7 @@ def train(run, out, stop):
     for epoch in range(run.marks["done"], args.epochs):
         try:
             train_epoch(run, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
-        except loop.LoaderError:
+        except loaders.LoaderError:
             if leader and run.step:
                 save_last(run, out)
             raise
@@ -539,7 +536,7 @@ def report(run, out):
     draw_confusion(confusion, run.classes, out / "confusion.png",
                    f"{out.name}, epoch {epoch}: macro F1 {run.marks['value']:.3f}; per cent of each row")
     lines = class_table(confusion, run.classes, Counter(row.style for row in run.train.rows))
-    with runfolder.whole_file(out / "per_class.csv") as file:
+    with files.whole_file(out / "per_class.csv") as file:
         csv.writer(file).writerows(lines)
     for name, *numbers, other in lines:
         print(f"{name:28}" + "".join(f"{number:>11}" for number in numbers) + f"   {other}")
@@ -554,7 +551,7 @@ def begin(run, out, resumed):
     if run.accelerator.is_main_process:
         size = sum(t.nbytes for t in run.model.state_dict().values())
         # best.pt; last.pt with weights, average and AdamW's two; for each the old and the new file
-        runfolder.refuse_full_disk(out, size * (10 if args.save_last else 2))
+        files.refuse_full_disk(out, size * (10 if args.save_last else 2))
         runfolder.start_run(out, args)
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
         if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
@@ -596,11 +593,11 @@ def fit(args):
 
 def main(argv=None):
     args = get_args(argv)
-    for note in runfolder.note_versions():
+    for note in environment.environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
         return wikiart.check_data(args)
-    with loop.batch_size_in_memory_errors(args.batch_size):
+    with errors.batch_size_in_memory_errors(args.batch_size):
         if args.dry_run:
             return dry_run(args)
         run, signal_number = fit(args)
@@ -608,4 +605,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))

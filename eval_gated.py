@@ -26,20 +26,17 @@ import torch
 from accelerate import Accelerator
 
 import core
-from engine import folders
-from show import gallery
-from engine import loop
-from show import maps
 import metrics
-from engine import published
-from show import report
-from data import rows
-from engine import runfolder
-from show import sharing
-from engine.errors import DataError
-from train_gated import (PANELS, Collate, Questions, cached_features, evaluate, loss_summary, predicted_styles, read_data, resolved,
-                         say_cut)
 from train_gated import get_args as train_gated_args
+from data import rows
+from data.questions import Questions, read_data
+from engine import checkpoints, errors, files, flags, folders, gate_frames, loop, published
+from engine.errors import DataError
+from engine.evaluation import PANELS, evaluate, loss_summary
+from engine.features import cached_features, predicted_styles
+from engine.prompts import Collate, say_cut
+from engine.published import resolved
+from show import maps, report, sharing
 
 LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
 SCORES = ("EM", "VQA", "BLEU", "BLEU-AQ", "ROUGE-L")  # percent; AQ: with ArtQuest's order of the arguments
@@ -60,7 +57,7 @@ def get_args(argv=None):
     parser.add_argument("--separator", help="of the CSV file (default: as in training)")
     parser.add_argument("--semart", metavar="DIR|FILE", help="SemArt's table, where --style or --context of the training need it "
                                                              "(default: as in training)")
-    parser.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
+    parser.add_argument("--skip-bad", type=flags.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                         help="leave bad rows and broken or missing images out and list them, up to this share (0.01 where no "
                              "number is given)")
     parser.add_argument("--predictions", metavar="FILE.json", help="answers in VQAv2's result format, and beside it FILE.csv with "
@@ -68,20 +65,20 @@ def get_args(argv=None):
                                                                    "margin: log-likelihood above that of the runner-up")
     parser.add_argument("--method", choices=("generate", "rank"), default="generate",
                         help="generate: beam search; rank: the likeliest of all training answers (default: generate)")
-    parser.add_argument("--beams", type=runfolder.positive, default=5, help="beams of generate (default: 5)")
-    parser.add_argument("--max-new-tokens", type=runfolder.positive, metavar="N",
+    parser.add_argument("--beams", type=flags.positive, default=5, help="beams of generate (default: 5)")
+    parser.add_argument("--max-new-tokens", type=flags.positive, metavar="N",
                         help="longest answer of generate (default: as long as the longest of training)")
     parser.add_argument("--table", metavar="FILE.json", help="the table as a list of JSON objects")
     parser.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves, confusion of "
                                                               "styles, how well confidence is calibrated, and samples")
-    parser.add_argument("--abstain-below", type=runfolder.share, metavar="X",
+    parser.add_argument("--abstain-below", type=flags.share, metavar="X",
                         help="confidence (0 to 1) below which there is no answer: says how many questions are answered and the EM "
                              "of those, the files keep all answers; with --ask the answer stays empty")
     parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="ask this of every picture of --images and of the folders "
                                                                      "in it, write --answers, and stop")
     parser.add_argument("--answers", metavar="FILE.csv", help="of --ask: image, question, answer, confidence; goes on where it "
                                                               "stopped, FILE.csv.json says what it was made with")
-    parser.add_argument("--maps", type=runfolder.whole, default=0, metavar="N",
+    parser.add_argument("--maps", type=flags.whole, default=0, metavar="N",
                         help="draw where the model looks and what its answers rest on, for the first N questions, and the gates "
                              "by style, into maps/ beside the checkpoint (default: 0)")
     parser.add_argument("--export", metavar="DIR", help="write the trained tensors, gate_config.json and a model card there; they "
@@ -93,15 +90,15 @@ def get_args(argv=None):
     parser.add_argument("--blip2", metavar="ID|DIR", help="where the BLIP-2 of training lies now, if it moved")
     parser.add_argument("--efficientnet", metavar="FILE", help="where the style classifier of training lies now, if it moved")
     parser.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
-    parser.add_argument("--batch-size", type=runfolder.positive, default=16, help="questions at a time (default: 16)")
-    parser.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    parser.add_argument("--batch-size", type=flags.positive, default=16, help="questions at a time (default: 16)")
+    parser.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
     parser.add_argument("--cache", metavar="DIR",
                         help="keep the frozen towers' features there, computed once, also those of training")
     parser.add_argument("--lm-precision", choices=tuple(published.LM_PRECISIONS),
                         help="of the frozen language model (default: as in training)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                         help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
-    args = runfolder.parse_args(parser, argv)
+    args = flags.parse_args(parser, argv)
     mistake = flags_at_odds(args)
     if mistake:
         parser.error(mistake)
@@ -139,7 +136,7 @@ def load_model(args, checkpoint, dtype, towers=None):
         model = core.Blip2OPTGated.build(**places, safe=args.safe_load, dtype=dtype, tower=not towers)
     except TypeError as error:  # a setting that this version does not know
         raise DataError(f"{args.checkpoint}: written by another version of this project ({error})") from None
-    others = runfolder.other_parts({**runfolder.fingerprint(model), **(towers or {})}, checkpoint["frozen"])
+    others = checkpoints.other_parts({**checkpoints.fingerprint(model), **(towers or {})}, checkpoint["frozen"])
     if others:
         raise DataError(f"{args.checkpoint} was trained on another BLIP-2 or style classifier than {places['blip2']} and "
                         f"{places['efficientnet']} (other: {', '.join(others)}): pass --blip2 and --efficientnet of the training")
@@ -189,8 +186,8 @@ def write_merged(model, checkpoint, path):
         raise DataError("--merge-lora: this checkpoint was trained without --lora-rank")
     model.merge_lora()
     settings = {**checkpoint["model_args"], "lora_rank": 0, "own_kv": True}
-    runfolder.save_checkpoint(path, {**checkpoint, "state": runfolder.trainable_state(model), "model_args": settings,
-                                     "frozen": runfolder.fingerprint(model)})
+    checkpoints.save_checkpoint(path, {**checkpoint, "state": checkpoints.trainable_state(model), "model_args": settings,
+                                     "frozen": checkpoints.fingerprint(model)})
     print(f"merged: {path}")
 
 
@@ -232,19 +229,19 @@ def ask(args, checkpoint, accelerator):
     """--ask: a row of --answers for each picture of --images and each question, but for those that are there, see folders.py."""
     if accelerator.num_processes > 1:
         raise DataError("--ask writes one file from one process: start it without accelerate launch")
-    names, asked = gallery.pictures_in(args.images), [(question,) for question in dict.fromkeys(args.ask)]
+    names, asked = report.captions.pictures_in(args.images), [(question,) for question in dict.fromkeys(args.ask)]
     places = built_as(args, checkpoint)
     search = {"beams": args.beams, "max-new-tokens": args.max_new_tokens} if args.method == "generate" else {}
-    made_with = {"checkpoint (sha256)": folders.digest(args.checkpoint), "--images": os.path.realpath(args.images),
+    made_with = {"checkpoint (sha256)": files.digest(args.checkpoint), "--images": os.path.realpath(args.images),
                  "--method": args.method, **search, "--abstain-below": args.abstain_below, "precision": accelerator.mixed_precision,
                  "--lm-precision": places.get("lm_precision")}
-    with folders.opened(args.answers, ANSWERS, 2, made_with) as table, loop.batch_size_in_memory_errors(args.batch_size):
+    with folders.opened(args.answers, ANSWERS, 2, made_with) as table, errors.batch_size_in_memory_errors(args.batch_size):
         todo = table.lacking(names, asked)
         if not todo:
             print(f"{args.answers}: all {len(names)} pictures are there")
             return
         model = load_model(args, checkpoint, core.DTYPES[accelerator.mixed_precision]).to(accelerator.device).eval()
-        runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
+        checkpoints.load_trainable(model, checkpoint["state"], args.checkpoint)
         if checkpoint["args"].get("context"):
             print("note: this model was trained with a text before the question (--context); here there is none")
 
@@ -326,9 +323,9 @@ def write_predictions(path, ids, questions, found):
     path, predictions = pathlib.Path(path), [one["prediction"] for one in found]
     sure = [{"confidence": f"{math.exp(one['confidence']):.4f}", **({"margin": f"{one['margin']:.4f}"} if "margin" in one else {})}
             for one in found]
-    with runfolder.whole_file(path) as file:
+    with files.whole_file(path) as file:
         json.dump([{"question_id": i, "answer": p} for i, p in zip(ids, predictions)], file, ensure_ascii=False, indent=0)
-    with runfolder.whole_file(path.with_suffix(".csv")) as file:
+    with files.whole_file(path.with_suffix(".csv")) as file:
         writer = csv.writer(file)
         writer.writerow(("question_id", "image", "question", "answer", "prediction", "question_type", "style", *sure[0]))
         writer.writerows((i, r.name, r.question, r.answer, p, r.question_type, r.style, *own.values())
@@ -360,7 +357,7 @@ class Evaluation:
         def answer(model, group, features):
             questions, contexts = [r.question for r in group], [r.context for r in group]
             return answers_to(model, questions, contexts, features, args, candidates, sure or bool(args.report), **seeing)
-        with loop.batch_size_in_memory_errors(args.batch_size):
+        with errors.batch_size_in_memory_errors(args.batch_size):
             found = evaluate(self.model, data or self.data, self.collate, self.accelerator, args.batch_size, args.workers, weights,
                              answer, **seeing)
         return found if trained else [{k: v for k, v in one.items() if k != "total"} for one in found]  # a part of it is left out
@@ -393,7 +390,7 @@ def answers_of_systems(run):
         systems["majority answer"] = [{"prediction": majority.get(r.question_type, majority[""])} for r in run.questions]
         systems["no image"] = run.answer(trained=False, blind=True)
         systems["BLIP-2, no gates"] = run.answer(trained=False, gated=False)
-    runfolder.load_trainable(model, run.checkpoint["state"], args.checkpoint)
+    checkpoints.load_trainable(model, run.checkpoint["state"], args.checkpoint)
     if not args.no_baselines and model.gates is not None:
         systems["gates closed"] = run.answer(gated=False)
     if args.shuffle_style and model.gates is not None:
@@ -414,7 +411,7 @@ def deliver(run, systems, command):
     if args.abstain_below is not None:
         print(coverage(questions, trained, args.abstain_below))
     if args.table:
-        with runfolder.whole_file(args.table) as file:
+        with files.whole_file(args.table) as file:
             json.dump(table, file, indent=1)
     if args.report:
         made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, {args.split}", seed=run.checkpoint["args"]["seed"])
@@ -425,7 +422,7 @@ def deliver(run, systems, command):
     if args.maps:
         folder = map_folder(args)
         drawn = maps.draw_rows(run.model, questions, [one["prediction"] for one in trained], args.maps, folder, run.data.features)
-        frames = maps.read_frames(folder.parent / maps.FILE)
+        frames = gate_frames.read_frames(folder.parent / gate_frames.FILE)
         if frames and run.model.gates is not None:
             maps.skyline(frames, folder / "gates.png", folder / "gates.gif")
         print(f"maps of the first {len(drawn)} questions: {folder}")
@@ -447,7 +444,7 @@ def refuse_places(args):
         raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
     for path in filter(None, (args.predictions, args.table, args.report, args.answers, args.merge_lora,
                               args.maps and map_folder(args) / "001.png")):
-        runfolder.refuse_unwritable(path)
+        files.refuse_unwritable(path)
     if args.export:
         if args.merge_lora:
             raise DataError("--export goes with an evaluation, not with --merge-lora")
@@ -457,12 +454,12 @@ def refuse_places(args):
 def main(argv=None):
     args = get_args(argv)
     refuse_places(args)
-    checkpoint = runfolder.load_checkpoint(
+    checkpoint = checkpoints.load_checkpoint(
         args.checkpoint, ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen"))
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     if args.merge_lora:
         model = load_model(args, checkpoint, torch.float32)
-        runfolder.load_trainable(model, checkpoint["state"], args.checkpoint)
+        checkpoints.load_trainable(model, checkpoint["state"], args.checkpoint)
         return write_merged(model, checkpoint, args.merge_lora)
     if args.ask:
         return ask(args, checkpoint, accelerator)
@@ -473,4 +470,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))

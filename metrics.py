@@ -30,9 +30,11 @@ from collections import Counter
 
 import numpy as np
 
+from data import captions
+from data.tables import shown
+from engine import errors
 from engine.errors import DataError
 
-from data.tables import cell, parse_json, read_text, shown
 
 # --------------------------------------------------------------------------- VQA accuracy
 
@@ -516,6 +518,7 @@ def chance_level(gallery, members=None):
 def read_pair(references_path, predictions_path, encoding="utf-8"):
     """({image: caption}, {image: [captions]}) of two files for read_captions, over the same images. Predictions that
     go by the file names of COCO's annotations are understood. DataError: not one prediction for each image."""
+    from data.captions import read_captions  # not above: it needs torch
     references, names = read_captions(references_path, encoding)
     predictions, _ = read_captions(predictions_path, encoding)
     for image, captions in predictions.items():
@@ -575,5 +578,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from engine import loop  # not above: it needs torch
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))

@@ -30,13 +30,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import core
-from engine import loop
 import metrics
-from data import pairs
-from engine import published
-from data import rows
-from engine import runfolder
-from data import shards
+from data import pairs, rows, shards
+from engine import checkpoints, environment, errors, files, flags, loaders, loop, published, runfolder
 from engine.errors import DataError
 
 DEFAULT, BERT = "Salesforce/blip2-itm-vit-g", "bert-base-uncased"
@@ -62,16 +58,16 @@ def get_args(argv=None):
                            "Genome's or the plain {file: captions} kind, or WebDataset shards (folder of .tar, or a brace pattern)")
     data.add_argument("--images", metavar="DIR", help="image root of all sets (default: PLACE/images, else PLACE)")
     data.add_argument("--encoding", default="utf-8", help="of the caption files (default: utf-8)")
-    data.add_argument("--val-share", type=runfolder.share, default=0.1, help="share of the pictures held out where no set has a "
+    data.add_argument("--val-share", type=flags.share, default=0.1, help="share of the pictures held out where no set has a "
                                                                              "validation file (default: 0.1)")
-    data.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
+    data.add_argument("--skip-bad", type=flags.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                       help="leave missing or broken pictures out and list them, up to this share (0.01 where no number is given)")
     data.add_argument("--skip-broken", action="store_true",
                       help="leave broken samples and shards of WebDataset sets out and list them")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
     data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
                                                              "longest batch, and stop; nothing is written")
-    data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    data.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip2", default=DEFAULT, metavar="ID|DIR|tiny",
                        help="whose vision tower: any BLIP-2 in HuggingFace's format, or its vision part alone; tiny ships with "
@@ -80,19 +76,19 @@ def get_args(argv=None):
                        help="where the Q-Former starts: a BERT, a BLIP-2 in image-text-retrieval format, a LAVIS stage-1 .pth, or "
                             f"random (default: {BERT}; with --blip2 tiny random)")
     run = parser.add_argument_group("training")
-    run.add_argument("--epochs", type=runfolder.positive, default=10, help="(default: 10)")
-    run.add_argument("--batch-size", type=runfolder.positive, default=100, help="pairs a step and process (default: 100)")
-    run.add_argument("--lr", type=runfolder.rate, default=1e-4, help="peak learning rate (default: 1e-4)")
-    run.add_argument("--min-lr", type=runfolder.weight, default=1e-5, help="at the end of the cosine (default: 1e-5)")
-    run.add_argument("--warmup", type=runfolder.whole, default=5000, metavar="STEPS",
+    run.add_argument("--epochs", type=flags.positive, default=10, help="(default: 10)")
+    run.add_argument("--batch-size", type=flags.positive, default=100, help="pairs a step and process (default: 100)")
+    run.add_argument("--lr", type=flags.rate, default=1e-4, help="peak learning rate (default: 1e-4)")
+    run.add_argument("--min-lr", type=flags.weight, default=1e-5, help="at the end of the cosine (default: 1e-5)")
+    run.add_argument("--warmup", type=flags.whole, default=5000, metavar="STEPS",
                      help="steps of warm-up, at most a tenth of all (default: 5000)")
-    run.add_argument("--weight-decay", type=runfolder.weight, default=0.05, help="not on biases and norms (default: 0.05)")
+    run.add_argument("--weight-decay", type=flags.weight, default=0.05, help="not on biases and norms (default: 0.05)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                      help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
-    run.add_argument("--max-val", type=runfolder.positive, default=1000, help="validation pictures scored (default: 1000)")
-    run.add_argument("--rerank", type=runfolder.whole, default=16, metavar="K",
+    run.add_argument("--max-val", type=flags.positive, default=1000, help="validation pictures scored (default: 1000)")
+    run.add_argument("--rerank", type=flags.whole, default=16, metavar="K",
                      help="matches re-ranked by ITM; 0 = none (default: 16)")
-    run.add_argument("--seed", type=runfolder.whole, default=42, help="(default: 42)")
+    run.add_argument("--seed", type=flags.whole, default=42, help="(default: 42)")
     run.add_argument("--out", default="runs/qformer", metavar="DIR", help="run folder (default: runs/qformer)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
@@ -100,7 +96,7 @@ def get_args(argv=None):
     other = parser.add_argument_group("without training")
     other.add_argument("--convert", metavar="FILE", help="write OUT/hf of this LAVIS stage-1 .pth or best.pt, with the tower "
                                                               "of --blip2, and stop")
-    args = runfolder.parse_args(parser, argv)
+    args = flags.parse_args(parser, argv)
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--data", action="append")
     args.data = own.parse_known_args(argv)[0].data or args.data  # argparse would add them to those of --config
@@ -433,9 +429,9 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, rerank):
     first = {image_id: number for number, image_id in reversed(list(enumerate(ids)))}  # the first pair of each picture
     shown = list(dict.fromkeys(ids))
     batches = [[(0, first[i]) for i in shown[start:start + batch_size]] for start in range(0, len(shown), batch_size)]
-    loaded, kept, images = iter(loop.load_batches(data, collate, batches, workers)), [], []
+    loaded, kept, images = iter(loaders.load_batches(data, collate, batches, workers)), [], []
     for _ in tqdm(batches, desc="encoding", leave=False, mininterval=1, disable=None if accelerator.is_main_process else True):
-        embeds = model.image_embeds(loop.next_batch(loaded, accelerator.device)["images"])
+        embeds = model.image_embeds(loaders.next_batch(loaded, accelerator.device)["images"])
         kept.append(embeds.to(next(model.vision_model.parameters()).dtype).cpu())  # [B,P,W]; half precision where the tower has it
         with accelerator.autocast():
             images.append(model.image_features(embeds).float())
@@ -533,9 +529,9 @@ class Run:
         """The batches of an epoch's plan after the first `done`; tar files are read from the epoch's start to get there."""
         plan, args = self.plan(epoch), self.args
         chosen = [[(epoch, n) for n in mine] for mine in plan[done:] if mine is not None]
-        of_pairs = iter(loop.load_batches(self.train, self.collate, chosen, args.workers))
+        of_pairs = iter(loaders.load_batches(self.train, self.collate, chosen, args.workers))
         self.stream.set_epoch(epoch)
-        of_stream = shards.batches_of(shards.loader(self.stream, args.batch_size, args.workers), args.batch_size, plan.count(None),
+        of_stream = shards.batches_of(loaders.load_stream(self.stream, args.batch_size, args.workers), args.batch_size, plan.count(None),
                                       self.collate, args.skip_broken, self.accelerator.print)
         of_stream = itertools.islice(of_stream, plan[:done].count(None), None)
         return (next(of_stream if mine is None else of_pairs) for mine in plan[done:])
@@ -555,17 +551,17 @@ class Run:
 def save_best(run, out):
     """best.pt: trained tensors and plain values only."""
     import transformers
-    runfolder.save_checkpoint(out / "best.pt", {
-        "stage": "qformer", "state": runfolder.trainable_state(run.model),
+    checkpoints.save_checkpoint(out / "best.pt", {
+        "stage": "qformer", "state": checkpoints.trainable_state(run.model),
         "model_args": {"blip2": run.args.blip2, "init": run.args.init}, "args": vars(run.args), **run.marks,
-        "frozen": runfolder.fingerprint(run.model), "precision": run.accelerator.mixed_precision,
+        "frozen": checkpoints.fingerprint(run.model), "precision": run.accelerator.mixed_precision,
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
 
 
 def save_last(run, out):
     """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    runfolder.save_checkpoint(out / "last.pt", {
-        "stage": "qformer", "state": runfolder.trainable_state(run.model), "frozen": runfolder.fingerprint(run.model),
+    checkpoints.save_checkpoint(out / "last.pt", {
+        "stage": "qformer", "state": checkpoints.trainable_state(run.model), "frozen": checkpoints.fingerprint(run.model),
         "settings": settings(run), **runfolder.training_state(run)})
 
 
@@ -583,14 +579,14 @@ def settings(run):
 
 def restore(run, path):
     """Put last.pt back. DataError where anything differs that would change the result."""
-    last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
+    last = checkpoints.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
     if last.get("stage") != "qformer":
         raise DataError(f"{path}: a checkpoint of another stage ({last.get('stage')}) and not of this one")
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
-    if last["frozen"] != runfolder.fingerprint(run.model):
+    if last["frozen"] != checkpoints.fingerprint(run.model):
         raise DataError(f"{path} was trained on another vision tower than the one given now: "
                         "pass the same --blip2, or another --out")
-    runfolder.load_trainable(run.model, last["state"], path)
+    checkpoints.load_trainable(run.model, last["state"], path)
     runfolder.restore_training(run, last)
 
 
@@ -621,8 +617,8 @@ def train_epoch(run, epoch, stop):
         for part in run.optimizer.param_groups:
             part["lr"] = lr
         of_tars = [SimpleNamespace(name="the tar files", line=0)]
-        with loop.dead_loaders_named([run.train.rows[n] for n in mine] if mine else of_tars):
-            batch = loop.next_batch(batches, accelerator.device)
+        with loaders.dead_loaders_named([run.train.rows[n] for n in mine] if mine else of_tars):
+            batch = loaders.next_batch(batches, accelerator.device)
         found = batch["pairs"]
         sums = train_step(run, batch)
         norm = float(accelerator.clip_grad_norm_(trained, CLIP))
@@ -655,7 +651,7 @@ def rehearse(run):
     count = min(run.args.batch_size, len(run.train) // run.accelerator.num_processes)  # the same on each process
     picked = sorted(range(len(run.train)), key=lambda n: len(run.train.rows[n].text))[-count:]
     run.wrapped.train()
-    train_step(run, loop.next_batch(iter([run.collate([run.train[0, n] for n in picked])]), run.accelerator.device))
+    train_step(run, loaders.next_batch(iter([run.collate([run.train[0, n] for n in picked])]), run.accelerator.device))
     run.optimizer.zero_grad()
     few = Captioned(run.val.rows[:run.args.batch_size], run.val.size)
     evaluate(run.model, few, run.collate, run.accelerator, run.args.batch_size, run.args.workers, run.args.rerank)
@@ -680,7 +676,7 @@ def prepare(args):
     with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
         model = load_model(args, core.DTYPES[accelerator.mixed_precision], accelerator.print)
     if accelerator.is_main_process:
-        runfolder.print_parts(model)
+        checkpoints.print_parts(model)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
     stream = shards.ShardStream(streamed, model.image_size, args.seed, accelerator.process_index, accelerator.num_processes)
     return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer),
@@ -696,7 +692,7 @@ def train(run, out, stop):
             if loop.stopped(run.accelerator, stop):
                 break
             numbers = validate(run)
-        except loop.LoaderError:
+        except loaders.LoaderError:
             if leader and run.step:
                 save_last(run, out)
             raise
@@ -733,10 +729,10 @@ def begin(run, out, resumed):
         restore(run, out / "last.pt")
         run.accelerator.print(f"resuming after step {run.step} of {run.total}")
     if leader:
-        size = sum(t.nbytes for t in runfolder.trainable_state(run.model).values())
+        size = sum(t.nbytes for t in checkpoints.trainable_state(run.model).values())
         tower = sum(t.nbytes for t in run.model.vision_model.state_dict().values())
         # AdamW keeps twice the weights; old and new file; at the end OUT/hf
-        runfolder.refuse_full_disk(out, size * (9 if args.save_last else 3) + tower)
+        files.refuse_full_disk(out, size * (9 if args.save_last else 3) + tower)
         runfolder.start_run(out, args)
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
         if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
@@ -775,7 +771,7 @@ def fit(args):
         if run.log:
             run.log.close()
             if not stop.number and run.marks["value"] is not None:
-                runfolder.load_trainable(run.model, runfolder.load_checkpoint(out / "best.pt")["state"], out / "best.pt")
+                checkpoints.load_trainable(run.model, checkpoints.load_checkpoint(out / "best.pt")["state"], out / "best.pt")
                 export(run.model, out / "hf")
                 say(f"{out / 'hf'}: for {NEXT}")
     run.accelerator.end_training()
@@ -787,7 +783,7 @@ def convert(args):
     folder = pathlib.Path(args.out) / "hf"
     if folder.exists():
         raise DataError(f"{folder} is there already: choose another --out")
-    runfolder.refuse_unwritable(folder)
+    files.refuse_unwritable(folder)
     args.init = args.convert
     export(load_model(args, core.DTYPES["fp16"]), folder)
     print(f"{folder}: for {NEXT}")
@@ -795,13 +791,13 @@ def convert(args):
 
 def main(argv=None):
     args = get_args(argv)
-    for note in runfolder.note_versions():
+    for note in environment.environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
         return check_data(args)
     if args.convert:
         return convert(args)
-    with loop.batch_size_in_memory_errors(args.batch_size, "the --batch-size"):  # there is no --accumulation here
+    with errors.batch_size_in_memory_errors(args.batch_size, "the --batch-size"):  # there is no --accumulation here
         if args.dry_run:
             return dry_run(args)
         run, signal_number = fit(args)
@@ -809,4 +805,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))

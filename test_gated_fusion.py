@@ -14,9 +14,7 @@ import pytest
 import torch
 
 import core
-from engine import loop
-from engine import published
-from engine import runfolder
+from engine import checkpoints, loop, published
 
 
 def make_fusion():
@@ -87,7 +85,7 @@ def test_5_gating(fusion, inputs):
 
 
 def test_6_model_load(gated):
-    *parts, total = runfolder.parts_table(gated)
+    *parts, total = checkpoints.parts_table(gated)
     assert {"vision_model", "language_model", "gates", "mapper"} <= {name for name, *_ in parts} and total[1] > 0
     print(f"tiny Gated BLIP-2: {total[1]:,} trainable, {total[2]:,} frozen parameters")
 

@@ -30,18 +30,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import core
-from engine import folders
-from show import gallery
-from engine import loop
 import metrics
-from engine import published
-from show import report
 from data import rows
-from engine import runfolder
 from data.captions import (LONGEST, MAX_LENGTH, augmented, check_data, fingerprint, limited, pictures_in, read_data, split_file,
-                      token_ids)
-from show.cases import numbers_of, told, write_cases
+                           token_ids)
+from engine import checkpoints, environment, errors, files, flags, folders, loaders, loop, published, runfolder
 from engine.errors import DataError
+from show import report
+from show.report import write_cases
 
 DEFAULT = "Salesforce/blip-image-captioning-base"
 # conservative: what the analysis of the first runs recommends; original: what was run
@@ -68,46 +64,46 @@ def get_args(argv=None):
                                                     "test_captions.json: {file: caption or list of captions}")
     data.add_argument("--images", metavar="DIR", help="image root (default: DATA/images, else DATA)")
     data.add_argument("--encoding", default="utf-8", help="of the files of captions (default: utf-8)")
-    data.add_argument("--shots", type=runfolder.positive, metavar="N", help="train on N pictures only, picked by --seed")
+    data.add_argument("--shots", type=flags.positive, metavar="N", help="train on N pictures only, picked by --seed")
     data.add_argument("--train-texts-clean", action="store_true",
                       help=f"remove empty, duplicate (twice on a picture) and absurdly long (over {LONGEST} words) captions")
     data.add_argument("--augment", action="store_true", help="mirror (not where the caption says left or right), brightness, "
                                                              "contrast, rotation by up to 10 degrees")
-    data.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
+    data.add_argument("--skip-bad", type=flags.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                       help="leave bad or missing pictures out and list them, up to this share (0.01 where no number is given)")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
     data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
                                                              "longest batch, and stop; nothing is written")
-    data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    data.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip", metavar="ID|DIR|tiny", help="HuggingFace id, local folder, or tiny (ships with the project); default "
                                                              f"{DEFAULT}, or what --checkpoint was trained on")
     model.add_argument("--recipe", choices=tuple(RECIPES), default="conservative",
                        help="defaults of the flags marked (recipe): " + "; ".join(
                            f"{name}: {', '.join(f'{k} {v:g}' for k, v in flags.items())}" for name, flags in RECIPES.items()))
-    model.add_argument("--unfreeze", type=runfolder.whole, metavar="LAYERS", help="vision layers trained, from the last (recipe)")
+    model.add_argument("--unfreeze", type=flags.whole, metavar="LAYERS", help="vision layers trained, from the last (recipe)")
     model.add_argument("--unfreeze-schedule", nargs="+", default=[], metavar="EPOCH:LAYERS",
                        help="open more as epochs go by: 3:2 5:4 trains 2 layers from the third epoch on, 4 from the fifth")
     run = parser.add_argument_group("training")
-    run.add_argument("--epochs", type=runfolder.positive, default=15, help="(default: 15)")
-    run.add_argument("--batch-size", type=runfolder.positive, default=6, help="captions a step and process (default: 6)")
-    run.add_argument("--accumulation", type=runfolder.positive, default=1, help="batches an optimizer step (default: 1)")
-    run.add_argument("--lr", type=runfolder.rate, help="peak learning rate of the text decoder (recipe)")
-    run.add_argument("--vision-lr", type=runfolder.weight, help="that of the vision tower as a multiple of --lr (recipe)")
-    run.add_argument("--warmup", type=runfolder.whole, default=1000, metavar="STEPS",
+    run.add_argument("--epochs", type=flags.positive, default=15, help="(default: 15)")
+    run.add_argument("--batch-size", type=flags.positive, default=6, help="captions a step and process (default: 6)")
+    run.add_argument("--accumulation", type=flags.positive, default=1, help="batches an optimizer step (default: 1)")
+    run.add_argument("--lr", type=flags.rate, help="peak learning rate of the text decoder (recipe)")
+    run.add_argument("--vision-lr", type=flags.weight, help="that of the vision tower as a multiple of --lr (recipe)")
+    run.add_argument("--warmup", type=flags.whole, default=1000, metavar="STEPS",
                      help="steps of warm-up, at most a tenth of all (default: 1000)")
-    run.add_argument("--weight-decay", type=runfolder.weight, help="not on biases and norms (recipe)")
+    run.add_argument("--weight-decay", type=flags.weight, help="not on biases and norms (recipe)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                      help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
-    run.add_argument("--patience", type=runfolder.whole, help="epochs without a better score before stopping; 0 = never (recipe)")
-    run.add_argument("--seed", type=runfolder.whole, default=42, help="(default: 42)")
+    run.add_argument("--patience", type=flags.whole, help="epochs without a better score before stopping; 0 = never (recipe)")
+    run.add_argument("--seed", type=flags.whole, default=42, help="(default: 42)")
     run.add_argument("--out", default="runs/blip", metavar="DIR", help="run folder (default: runs/blip)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     look = parser.add_argument_group("evaluation")
-    look.add_argument("--max-val", type=runfolder.positive, metavar="N", help="score N pictures only (default: the whole split)")
-    look.add_argument("--val-batch", type=runfolder.positive, default=32, help="pictures captioned at once (default: 32)")
+    look.add_argument("--max-val", type=flags.positive, metavar="N", help="score N pictures only (default: the whole split)")
+    look.add_argument("--val-batch", type=flags.positive, default=32, help="pictures captioned at once (default: 32)")
     look.add_argument("--zero-shot", action="store_true", help="score the untrained weights and stop")
     look.add_argument("--checkpoint", metavar="FILE", help="a best.pt: score it and stop, or use it for --caption")
     look.add_argument("--caption", nargs="+", metavar="PATH", help="caption these pictures and folders of pictures and stop")
@@ -117,9 +113,9 @@ def get_args(argv=None):
     look.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves and samples, in "
                                                             "training of the best epoch; that of the test split is FILE_test.html")
     look.add_argument("--json", action="store_true", help="print captions and scores as JSON")
-    look.add_argument("--cases", type=runfolder.whole, default=0, metavar="N",
+    look.add_argument("--cases", type=flags.whole, default=0, metavar="N",
                       help="write OUT/cases.html: the N worst and the N best validation pictures")
-    args = runfolder.parse_args(parser, argv)
+    args = flags.parse_args(parser, argv)
     if not args.data and (args.check_data or not args.caption):
         parser.error("--data is needed, but for --caption")
     if args.zero_shot and args.checkpoint:
@@ -296,12 +292,12 @@ def evaluate(model, tokenizer, data, collate, accelerator, settings, batch_size,
     model.eval()
     mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
     batches, found = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)], []
-    loaded = iter(loop.load_batches(data, collate, batches, workers))
+    loaded = iter(loaders.load_batches(data, collate, batches, workers))
     for numbers in tqdm(batches, desc="captioning", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
-        batch = loop.next_batch(loaded, accelerator.device)
+        batch = loaders.next_batch(loaded, accelerator.device)
         pixels, table = batch.pop("pixel_values"), {}
-        with loop.batch_size_in_memory_errors(batch_size, "--val-batch"), accelerator.autocast():
+        with errors.batch_size_in_memory_errors(batch_size, "--val-batch"), accelerator.autocast():
             table["caption"] = describe(model, tokenizer, pixels, settings)
             if sure:
                 table["confidence"] = confidence(model, tokenizer, collate, pixels, table["caption"]).tolist()
@@ -376,18 +372,18 @@ class Run:
 def save_best(run, out):
     """best.pt: trained tensors and plain values only, with the settings of generation."""
     import transformers
-    runfolder.save_checkpoint(out / "best.pt", {
-        "stage": "blip", "state": runfolder.trainable_state(run.model), "model_args": {"blip": run.args.blip}, "open": run.open,
+    checkpoints.save_checkpoint(out / "best.pt", {
+        "stage": "blip", "state": checkpoints.trainable_state(run.model), "model_args": {"blip": run.args.blip}, "open": run.open,
         "generation": GENERATION, "precision": run.accelerator.mixed_precision, "args": vars(run.args), **run.marks,
-        "meteor": metrics.meteor_name(), "frozen": runfolder.fingerprint(run.model.vision_model),
+        "meteor": metrics.meteor_name(), "frozen": checkpoints.fingerprint(run.model.vision_model),
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
 
 
 def save_last(run, out):
     """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    runfolder.save_checkpoint(out / "last.pt", {
-        "stage": "blip", "state": runfolder.trainable_state(run.model), "open": run.open,
-        "frozen": runfolder.fingerprint(run.model.vision_model), "settings": settings(run), **runfolder.training_state(run)})
+    checkpoints.save_checkpoint(out / "last.pt", {
+        "stage": "blip", "state": checkpoints.trainable_state(run.model), "open": run.open,
+        "frozen": checkpoints.fingerprint(run.model.vision_model), "settings": settings(run), **runfolder.training_state(run)})
 
 
 def settings(run):
@@ -402,7 +398,7 @@ def settings(run):
 
 def restore(run, path):
     """Put last.pt back. DataError where anything differs that would change the result."""
-    last = runfolder.load_checkpoint(path, ("state", "open", "optimizer", "step", "marks", "frozen", "settings"))
+    last = checkpoints.load_checkpoint(path, ("state", "open", "optimizer", "step", "marks", "frozen", "settings"))
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
     run.open_up(last["open"])
     load_weights(run.model, last, path)
@@ -419,9 +415,9 @@ def load_trained(name, best, path):
 
 def load_weights(model, content, path):
     """The trained tensors of a checkpoint into a model with as many open layers. DataError: trained on another BLIP."""
-    if content["frozen"] != runfolder.fingerprint(model.vision_model):
+    if content["frozen"] != checkpoints.fingerprint(model.vision_model):
         raise DataError(f"{path} was trained on another BLIP than the one given now: pass the same --blip")
-    runfolder.load_trainable(model, content["state"], path)
+    checkpoints.load_trainable(model, content["state"], path)
 
 
 # --- the loop ------------
@@ -439,7 +435,7 @@ def train_step(run, batches, group, share):
     for i, (number, picked) in enumerate(share):
         # dropout is a pure function of (seed, step, micro-batch): exact resume and equal processes depend on it
         loop.seed_everything(run.args.seed, run.step, number)
-        batch = loop.next_batch(batches, run.accelerator.device)
+        batch = loaders.next_batch(batches, run.accelerator.device)
         with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
             loss = run.wrapped(**batch).loss
         if not torch.isfinite(loss):
@@ -454,7 +450,7 @@ def train_epoch(run, epoch, plan, stop):
     """The optimizer steps of `plan`, a part of the epoch's. Ends early when a signal has come."""
     accelerator = run.accelerator
     picked = [[(epoch, n) for n in numbers] for _, share in plan for _, numbers in share]
-    batches = iter(loop.load_batches(run.train, run.collate, picked, run.args.workers))
+    batches = iter(loaders.load_batches(run.train, run.collate, picked, run.args.workers))
     bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
     run.open_up(layers_at(run.args, epoch))
     trained = [p for p in run.model.parameters() if p.requires_grad]
@@ -463,7 +459,7 @@ def train_epoch(run, epoch, plan, stop):
         lr = run.lr(run.step)
         for part in run.optimizer.param_groups:
             part["lr"] = lr * part["scale"]
-        with loop.dead_loaders_named([run.train.rows[n] for n in group]):
+        with loaders.dead_loaders_named([run.train.rows[n] for n in group]):
             loss = train_step(run, batches, group, share)
         norm = float(accelerator.clip_grad_norm_(trained, CLIP))
         if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
@@ -515,7 +511,7 @@ def prepare(args):
         model, tokenizer = load_blip(args.blip)
     open_layers(model, layers_at(args, args.epochs))  # all that will ever be trained
     if accelerator.is_main_process:
-        runfolder.print_parts(model)
+        checkpoints.print_parts(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     text, size = model.config.text_config, model.config.vision_config.image_size
@@ -533,7 +529,7 @@ def train(run, out, stop):
             break
         try:
             train_epoch(run, epoch, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
-        except loop.LoaderError:
+        except loaders.LoaderError:
             if leader and run.step:
                 save_last(run, out)
             raise
@@ -563,7 +559,7 @@ def train(run, out, stop):
 
 def write_captions(path, data, found):
     """{file: caption}, as metrics.py reads it; found: of evaluate."""
-    with runfolder.whole_file(path) as file:
+    with files.whole_file(path) as file:
         json.dump(captions_of(data, found), file, indent=1, ensure_ascii=False)
 
 
@@ -584,8 +580,8 @@ def begin(run, out, resumed):
         restore(run, out / "last.pt")
         run.accelerator.print(f"resuming after step {run.step} of {run.total}")
     if leader:
-        size = sum(t.nbytes for t in runfolder.trainable_state(run.model).values())
-        runfolder.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
+        size = sum(t.nbytes for t in checkpoints.trainable_state(run.model).values())
+        files.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
         runfolder.start_run(out, args)
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
         if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
@@ -603,7 +599,7 @@ def finish(run, out):
         say(f"{out / 'cases.html'}: {args.cases} worst and best")
     if split_file(args, "test").is_file():
         # into a fresh model: layers that were opened after the best epoch are no longer what they were then
-        run.model = load_trained(None, runfolder.load_checkpoint(out / "best.pt"), out / "best.pt")[0].to(run.accelerator.device)
+        run.model = load_trained(None, checkpoints.load_checkpoint(out / "best.pt"), out / "best.pt")[0].to(run.accelerator.device)
         data = Captions(limited(read_data(args, "test", say), args, "test", say), run.val.image_size, run.tokenizer)
         numbers, found = validate(run, data)
         say(f"test: {told(numbers)}")
@@ -629,7 +625,7 @@ def fit(args):
     resumed = args.resume and (out / "last.pt").exists()
     runfolder.refuse_overwrite(out, resumed)
     if args.report:
-        runfolder.refuse_unwritable(args.report)
+        files.refuse_unwritable(args.report)
     run = prepare(args)
     say = run.accelerator.print
     with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
@@ -654,7 +650,7 @@ def ready(args):
     """What generates without training -> (model in eval mode, tokenizer, Collate, Accelerator, generation settings)."""
     best = {"generation": GENERATION}
     if args.checkpoint:
-        best = runfolder.load_checkpoint(args.checkpoint, ("state", "model_args", "open", "frozen", "generation", "precision"))
+        best = checkpoints.load_checkpoint(args.checkpoint, ("state", "model_args", "open", "frozen", "generation", "precision"))
         if best.get("stage") != "blip":
             raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({best.get('stage')}) and not of this one")
     if args.checkpoint and args.precision == "auto" and torch.cuda.is_available():
@@ -673,7 +669,7 @@ def score(args):
 
     page = pathlib.Path(args.out) / "cases.html"
     for path in filter(None, (args.cases and page, args.report)):
-        runfolder.refuse_unwritable(path)
+        files.refuse_unwritable(path)
     model, tokenizer, collate, accelerator, generation = ready(args)
     result = {}
     for split in ["val"] + ["test"] * split_file(args, "test").is_file():
@@ -707,12 +703,12 @@ def write_report(args, checkpoint, split, data, found):
 def caption_folder(args):
     """--captions: a row for each picture of the folder and those below, but for those that are there, see folders.py."""
     folder, = args.caption
-    names = gallery.pictures_in(folder)
-    runfolder.refuse_unwritable(args.captions)
+    names = report.captions.pictures_in(folder)
+    files.refuse_unwritable(args.captions)
     model, tokenizer, _, accelerator, generation = ready(args)
     if accelerator.num_processes > 1:
         raise DataError("--captions writes one file from one process: start it without accelerate launch")
-    trained = folders.digest(args.checkpoint) if args.checkpoint else None
+    trained = files.digest(args.checkpoint) if args.checkpoint else None
     made_with = {"checkpoint (sha256)": trained, "--blip": None if trained else args.blip, "--caption": os.path.realpath(folder),
                  "precision": accelerator.mixed_precision, **generation}
 
@@ -722,7 +718,7 @@ def caption_folder(args):
             return [key for key, in keys], [(text,) for text in describe(model, tokenizer, images, generation)]
 
     with (folders.opened(args.captions, ("image", "caption"), 1, made_with) as table,
-          loop.batch_size_in_memory_errors(args.val_batch, "--val-batch")):
+          errors.batch_size_in_memory_errors(args.val_batch, "--val-batch")):
         folders.fill(table, folder, table.lacking(names, [()]), tell, model.config.vision_config.image_size, args.val_batch,
                      args.workers, accelerator.device)
 
@@ -746,7 +742,7 @@ def caption(args):
 
 def main(argv=None):
     args = get_args(argv)
-    for note in runfolder.note_versions():
+    for note in environment.environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
         return check_data(args, published.in_models(args.blip, "blip"))
@@ -754,7 +750,7 @@ def main(argv=None):
         return caption_folder(args)
     if args.caption or args.zero_shot or args.checkpoint:
         return caption(args) if args.caption else score(args)
-    with loop.batch_size_in_memory_errors(args.batch_size):
+    with errors.batch_size_in_memory_errors(args.batch_size):
         if args.dry_run:
             return dry_run(args)
         run, signal_number = fit(args)
@@ -762,4 +758,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))

@@ -29,17 +29,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from engine import cache
-from data import cirr
 import core
-from show import gallery
-from engine import loop
 import metrics
-from engine import published
-from show import report
-from data import rows
-from engine import runfolder
+from data import cirr, rows
+from engine import cache, checkpoints, environment, errors, files, flags, loaders, loop, picture_index, published, runfolder
 from engine.errors import DataError
+from show import gallery, report
 
 DEFAULT = "Salesforce/blip2-itm-vit-g"
 CLIP = 1.0  # gradient norm
@@ -66,14 +61,14 @@ def get_args(argv=None):
                       help="image root (default: the first of DATA/img_raw, DATA/images, DATA that fits)")
     data.add_argument("--transform", choices=("targetpad", "squarepad", "plain"), default="targetpad",
                       help="pad to a ratio and crop, pad to a square, or squash (default: targetpad)")
-    data.add_argument("--target-ratio", type=runfolder.rate, default=1.25, help="of targetpad, 1 or more (default: 1.25)")
-    data.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
+    data.add_argument("--target-ratio", type=flags.rate, default=1.25, help="of targetpad, 1 or more (default: 1.25)")
+    data.add_argument("--skip-bad", type=flags.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                       help="leave missing or broken pictures out and list them, up to this share (0.01 where no number is given); "
                            "recall is then over a smaller gallery")
     data.add_argument("--check-data", action="store_true", help="read everything, list missing pictures, and stop; loads no weight")
     data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
                                                              "longest batch, and stop; nothing is written")
-    data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    data.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
     data.add_argument("--cache", metavar="DIR", help="keep the vision tower's features there, computed once: 0.7 MB a picture in "
                                                      "bf16 (default: none, the tower runs in every step)")
     model = parser.add_argument_group("model")
@@ -85,27 +80,27 @@ def get_args(argv=None):
     model.add_argument("--spatial-attention", action="store_true",
                        help="the sentence also says where in the picture the fusion acts")
     loss = parser.add_argument_group("loss (0 switches a term off)")
-    loss.add_argument("--loss-rtc", type=runfolder.weight, default=0.4, help="learned prompts with the sentence find the target "
+    loss.add_argument("--loss-rtc", type=flags.weight, default=0.4, help="learned prompts with the sentence find the target "
                                                                              "(default: 0.4)")
-    loss.add_argument("--loss-align", type=runfolder.weight, default=0.4, help="the sentence-level prompt near the learned ones "
+    loss.add_argument("--loss-align", type=flags.weight, default=0.4, help="the sentence-level prompt near the learned ones "
                                                                                "(default: 0.4)")
-    loss.add_argument("--loss-patch", type=runfolder.weight, default=0.0, help="late interaction of query tokens with target "
+    loss.add_argument("--loss-patch", type=flags.weight, default=0.0, help="late interaction of query tokens with target "
                                                                                "tokens (default: 0)")
-    loss.add_argument("--hard-batch", type=runfolder.weight, default=0.0, metavar="BETA",
+    loss.add_argument("--hard-batch", type=flags.weight, default=0.0, metavar="BETA",
                       help="weigh the negatives of a batch by exp(BETA cosine) (default: 0)")
-    loss.add_argument("--hard-set", type=runfolder.whole, default=0, metavar="N",
+    loss.add_argument("--hard-set", type=flags.whole, default=0, metavar="N",
                       help="N more negatives from the query's own image set, at most 4 (default: 0)")
     run = parser.add_argument_group("training")
-    run.add_argument("--epochs", type=runfolder.positive, default=10, help="(default: 10)")
-    run.add_argument("--batch-size", type=runfolder.positive, default=64, help="queries a step and process, each the others' "
+    run.add_argument("--epochs", type=flags.positive, default=10, help="(default: 10)")
+    run.add_argument("--batch-size", type=flags.positive, default=64, help="queries a step and process, each the others' "
                                                                                "negative (default: 64)")
-    run.add_argument("--lr", type=runfolder.rate, default=1e-5, help="peak learning rate (default: 1e-5)")
-    run.add_argument("--warmup", type=runfolder.share, default=0.02, help="share of all steps spent warming up (default: 0.02)")
-    run.add_argument("--weight-decay", type=runfolder.weight, default=0.05, help="not on biases and norms (default: 0.05)")
+    run.add_argument("--lr", type=flags.rate, default=1e-5, help="peak learning rate (default: 1e-5)")
+    run.add_argument("--warmup", type=flags.share, default=0.02, help="share of all steps spent warming up (default: 0.02)")
+    run.add_argument("--weight-decay", type=flags.weight, default=0.05, help="not on biases and norms (default: 0.05)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                      help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
-    run.add_argument("--validation-frequency", type=runfolder.positive, default=1, metavar="EPOCHS", help="(default: 1)")
-    run.add_argument("--seed", type=runfolder.whole, default=42, help="(default: 42)")
+    run.add_argument("--validation-frequency", type=flags.positive, default=1, metavar="EPOCHS", help="(default: 1)")
+    run.add_argument("--seed", type=flags.whole, default=42, help="(default: 42)")
     run.add_argument("--out", default="runs/cir", metavar="DIR", help="run folder (default: runs/cir)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every validation")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
@@ -120,8 +115,8 @@ def get_args(argv=None):
     look.add_argument("--search", metavar="TEXT", help="find pictures of --gallery by --image and this text")
     look.add_argument("--image", metavar="FILE", help="reference picture of --search, whose matches go to OUT/search.html too")
     look.add_argument("--gallery", metavar="DIR", help="folder of pictures, indexed once")
-    look.add_argument("--top", type=runfolder.positive, default=12, help="matches shown (default: 12)")
-    args = runfolder.parse_args(parser, argv)
+    look.add_argument("--top", type=flags.positive, default=12, help="matches shown (default: 12)")
+    args = flags.parse_args(parser, argv)
     if args.search is not None and not (args.image and args.gallery and args.checkpoint):
         parser.error("--search needs --image, --gallery and --checkpoint")
     if args.search is None and not args.data:
@@ -396,10 +391,10 @@ def encode(model, pool, opener, accelerator, batch_size, workers):
         queries_of.setdefault(query.reference, []).append(number)
     mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    loaded, found = iter(loop.load_batches(data, collate_gallery, batches, workers)), []
+    loaded, found = iter(loaders.load_batches(data, collate_gallery, batches, workers)), []
     for numbers in tqdm(batches, desc="encoding", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
-        embeds = model.image_embeds(loop.next_batch(loaded, accelerator.device)["images"])  # [B,P,W]
+        embeds = model.image_embeds(loaders.next_batch(loaded, accelerator.device)["images"])  # [B,P,W]
         with accelerator.autocast():
             features = model.image_features(embeds).float().cpu()
         asked = [(k, n) for k, i in enumerate(numbers) for n in queries_of.get(data.names[i], ())]
@@ -521,15 +516,15 @@ def save_best(run, out):
     """best.pt: trained tensors and plain values only."""
     import transformers
     model_args = {name: getattr(run.args, name) for name in MODEL_ARGS}
-    runfolder.save_checkpoint(out / "best.pt", {
-        "stage": "cir", "state": runfolder.trainable_state(run.model), "model_args": model_args, "args": vars(run.args),
+    checkpoints.save_checkpoint(out / "best.pt", {
+        "stage": "cir", "state": checkpoints.trainable_state(run.model), "model_args": model_args, "args": vars(run.args),
         **run.marks, "frozen": run.frozen, "precision": run.accelerator.mixed_precision,
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
 
 
 def load_best(args):
     """--checkpoint -> (its content, Sprc in eval mode as it was trained, Accelerator). A --blip2 on the command line wins."""
-    best = runfolder.load_checkpoint(args.checkpoint, ("state", "model_args", "frozen", "precision"))
+    best = checkpoints.load_checkpoint(args.checkpoint, ("state", "model_args", "frozen", "precision"))
     if best.get("stage") != "cir":
         raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({best.get('stage')}) and not of this one")
     for name in MODEL_ARGS:
@@ -540,17 +535,17 @@ def load_best(args):
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     with accelerator.main_process_first():
         model = load_model(args, core.DTYPES[accelerator.mixed_precision])
-    if runfolder.fingerprint(model) != best["frozen"]:
+    if checkpoints.fingerprint(model) != best["frozen"]:
         raise DataError(f"{args.checkpoint} was trained on another vision tower than {args.blip2 or DEFAULT}: "
                         "pass --blip2 with its folder")
-    runfolder.load_trainable(model, best["state"], args.checkpoint)
+    checkpoints.load_trainable(model, best["state"], args.checkpoint)
     return best, model.eval().to(accelerator.device), accelerator
 
 
 def save_last(run, out):
     """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    runfolder.save_checkpoint(out / "last.pt", {
-        "stage": "cir", "state": runfolder.trainable_state(run.model), "frozen": run.frozen, "settings": settings(run),
+    checkpoints.save_checkpoint(out / "last.pt", {
+        "stage": "cir", "state": checkpoints.trainable_state(run.model), "frozen": run.frozen, "settings": settings(run),
         **runfolder.training_state(run)})
 
 
@@ -564,14 +559,14 @@ def settings(run):
 
 def restore(run, path):
     """Put last.pt back. DataError where anything differs that would change the result."""
-    last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
+    last = checkpoints.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
     if last.get("stage") != "cir":
         raise DataError(f"{path}: a checkpoint of another stage ({last.get('stage')}) and not of this one")
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
     if last["frozen"] != run.frozen:
         raise DataError(f"{path} was trained on another vision tower than the one given now: "
                         "pass the same --blip2, or another --out")
-    runfolder.load_trainable(run.model, last["state"], path)
+    checkpoints.load_trainable(run.model, last["state"], path)
     runfolder.restore_training(run, last)
 
 
@@ -586,7 +581,7 @@ def train_step(run, batches, group, share):
     for i, (number, picked) in enumerate(share):
         # dropout is a pure function of (seed, step, micro-batch): exact resume depends on it
         loop.seed_everything(run.args.seed, run.step, number)
-        batch = loop.next_batch(batches, run.accelerator.device)
+        batch = loaders.next_batch(batches, run.accelerator.device)
         images = batch.pop("images")  # [B,2+N,3,s,s]
         embeds = run.model.image_embeds(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # [B,2+N,P,W]
         negatives = embeds[:, 2:] if run.args.hard_set else None
@@ -605,7 +600,7 @@ def train_epoch(run, epoch, plan, stop):
     """The optimizer steps of `plan`, a part of the epoch's. Ends early when a signal has come."""
     accelerator = run.accelerator
     picked = [[(epoch, n) for n in numbers] for _, share in plan for _, numbers in share]
-    batches = iter(loop.load_batches(run.train, run.collate, picked, run.args.workers))
+    batches = iter(loaders.load_batches(run.train, run.collate, picked, run.args.workers))
     bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
     trained = [p for p in run.model.parameters() if p.requires_grad]
     run.wrapped.train()
@@ -613,7 +608,7 @@ def train_epoch(run, epoch, plan, stop):
         lr = run.lr(run.step)
         for part in run.optimizer.param_groups:
             part["lr"] = lr
-        with loop.dead_loaders_named([run.train.rows[n] for n in group]):
+        with loaders.dead_loaders_named([run.train.rows[n] for n in group]):
             sums = train_step(run, batches, group, share)
         norm = float(accelerator.clip_grad_norm_(trained, CLIP))
         if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
@@ -655,8 +650,8 @@ def prepare(args):
     with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
         model = load_model(args, core.DTYPES[accelerator.mixed_precision])
     if accelerator.is_main_process:
-        runfolder.print_parts(model)
-    frozen, opener = runfolder.fingerprint(model), picture_source(args, model, [*train, *val], accelerator)
+        checkpoints.print_parts(model)
+    frozen, opener = checkpoints.fingerprint(model), picture_source(args, model, [*train, *val], accelerator)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
     return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer), opener,
                Triplets(train, opener, args.hard_set, args.seed), val, frozen)
@@ -672,7 +667,7 @@ def train(run, out, stop):
             if loop.stopped(run.accelerator, stop):
                 break
             numbers, scores = validate(run) if due else ({}, None)
-        except loop.LoaderError:
+        except loaders.LoaderError:
             if leader and run.step:
                 save_last(run, out)
             raise
@@ -711,8 +706,8 @@ def begin(run, out, resumed):
         restore(run, out / "last.pt")
         run.accelerator.print(f"resuming after step {run.step} of {run.total}")
     if leader:
-        size = sum(t.nbytes for t in runfolder.trainable_state(run.model).values())
-        runfolder.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
+        size = sum(t.nbytes for t in checkpoints.trainable_state(run.model).values())
+        files.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
         runfolder.start_run(out, args)
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
         if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
@@ -736,7 +731,7 @@ def fit(args):
     resumed = args.resume and (out / "last.pt").exists()
     runfolder.refuse_overwrite(out, resumed)
     if args.report:
-        runfolder.refuse_unwritable(args.report)
+        files.refuse_unwritable(args.report)
     run = prepare(args)
     say = run.accelerator.print
     with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
@@ -763,9 +758,9 @@ def score(args):
     pools = read_data(args, "val", say)
     unseen = read_data(args, "test1", say) if args.submit else []
     for folder in filter(None, (args.submit, args.gate_maps)):  # now, and not after everything has been encoded
-        runfolder.refuse_unwritable(pathlib.Path(folder, "a file"))
+        files.refuse_unwritable(pathlib.Path(folder, "a file"))
     if args.report:
-        runfolder.refuse_unwritable(args.report)
+        files.refuse_unwritable(args.report)
     opener = picture_source(args, model, [*pools, *unseen], accelerator)
     say(f"a random order scores {told(chance(pools, args.format))}")
     found, scores = [], []
@@ -826,7 +821,7 @@ def indexed(args, best, model, accelerator, opener):
         with accelerator.autocast():
             return model.image_features(embeds)
 
-    return gallery.open_index(args.gallery, store, key, width, opener, encode, args.workers, args.batch_size)
+    return picture_index.open_index(args.gallery, store, key, width, opener, encode, args.workers, args.batch_size)
 
 
 @torch.no_grad()
@@ -844,12 +839,12 @@ def search(args):
     best, model, accelerator = load_best(args)
     opener = Opener(model.image_size, args.transform, args.target_ratio)
     reference, page = opener(args.image), pathlib.Path(args.out) / "search.html"
-    runfolder.refuse_unwritable(page)
+    files.refuse_unwritable(page)
     names, features = indexed(args, best, model, accelerator, opener)
     vector = query_vector(model, accelerator, reference, args.search)
     paths = [os.path.join(args.gallery, name) for name in names]
     itself = [number for number, path in enumerate(paths) if os.path.samefile(path, args.image)]
-    numbers, scores = gallery.best(features, vector, args.top, itself)
+    numbers, scores = picture_index.best(features, vector, args.top, itself)
     for rank, (number, score) in enumerate(zip(numbers, scores), 1):
         print(f"{rank:3}  {score:.3f}  {paths[number]}")
     gallery.write_page(page, "Composed image retrieval", args.image, args.search,
@@ -868,11 +863,11 @@ def digest(state):
 
 def main(argv=None):
     args = get_args(argv)
-    for note in runfolder.note_versions():
+    for note in environment.environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
         return cirr.check(args.data, args.format, args.images, workers=max(1, args.workers))
-    with loop.batch_size_in_memory_errors(args.batch_size, "the --batch-size"):  # there is no --accumulation here
+    with errors.batch_size_in_memory_errors(args.batch_size, "the --batch-size"):  # there is no --accumulation here
         if args.search is not None:
             return search(args)
         if args.checkpoint:
@@ -884,4 +879,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))

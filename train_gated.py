@@ -26,17 +26,15 @@ from accelerate.utils import gather_object
 from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
-from engine import cache
 import core
-import efficientnet
-from engine import loop
-from show import maps
 import metrics
-from engine import published
 from data import rows
-from engine import runfolder
-from show import sharing
+from data.questions import Questions, read_data
+from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, published, runfolder
 from engine.errors import DataError
+from engine.evaluation import PANELS, evaluate, loss_summary, text_length
+from engine.features import cached_features, predicted_styles
+from engine.prompts import Collate, answer_length, say_cut
 
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")
@@ -47,7 +45,7 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, metavar="DIR|FILE", help="folder with train.csv and val.csv, or one table")
-    data.add_argument("--val-share", type=runfolder.share, default=0.1,
+    data.add_argument("--val-share", type=flags.share, default=0.1,
                       help="share of the pictures held out for validation where --data is one table (default: 0.1)")
     data.add_argument("--images", metavar="DIR", help="image root (default: DATA/images, else DATA)")
     data.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN",
@@ -61,13 +59,13 @@ def get_args(argv=None):
                                                            "picture name")
     data.add_argument("--context", metavar="COLUMN", help="text put before the question: a column of the table, with --semart "
                                                           "of SemArt's (DESCRIPTION) (default: none)")
-    data.add_argument("--skip-bad", type=runfolder.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
+    data.add_argument("--skip-bad", type=flags.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                       help="leave bad rows and broken or missing images out and list them, up to this share of a split "
                            "(0.01 where no number is given)")
     data.add_argument("--check-data", action="store_true", help="read everything, print what is there, and stop; loads no weight")
     data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
                                                              "longest batch, and stop; nothing is written")
-    data.add_argument("--workers", type=runfolder.whole, default=2, help="loader processes (default: 2)")
+    data.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
     data.add_argument("--cache", metavar="DIR", help="keep the frozen towers' features there, computed once: 0.7 MB a picture in "
                                                      "bf16 (default: none, the towers run in every step)")
     model = parser.add_argument_group("model")
@@ -83,23 +81,23 @@ def get_args(argv=None):
                        help="film: scale K, scale and shift V; gate: 2 sigmoid on K and V; none: BLIP-2 as it is (default: film)")
     model.add_argument("--per", choices=("head", "channel"), default="head",
                        help="one gate value a head or a channel (default: head)")
-    model.add_argument("--gate-scale", type=runfolder.rate, default=1.0, help="start value of the learned gate scale (default: 1)")
+    model.add_argument("--gate-scale", type=flags.rate, default=1.0, help="start value of the learned gate scale (default: 1)")
     model.add_argument("--train-qformer", action="store_true", help="train the Q-Former and its queries too")
-    model.add_argument("--lora-rank", type=runfolder.whole, default=0,
+    model.add_argument("--lora-rank", type=flags.whole, default=0,
                        help="LoRA on the cross-attention's W_K and W_V (default: 0 = off)")
     loss = parser.add_argument_group("loss (0 switches a term off)")
     loss.add_argument("--hit-weight", type=float, default=0.1, help="style words where the answer is a style (default: 0.1)")
     loss.add_argument("--kl-weight", type=float, default=0.05, help="image style against answer style (default: 0.05)")
     run = parser.add_argument_group("training")
-    run.add_argument("--epochs", type=runfolder.positive, default=10, help="(default: 10)")
-    run.add_argument("--batch-size", type=runfolder.positive, default=16, help="questions a step and process (default: 16)")
-    run.add_argument("--accumulation", type=runfolder.positive, default=2, help="batches an optimizer step (default: 2)")
-    run.add_argument("--length-pool", type=runfolder.positive, default=1, metavar="N",
+    run.add_argument("--epochs", type=flags.positive, default=10, help="(default: 10)")
+    run.add_argument("--batch-size", type=flags.positive, default=16, help="questions a step and process (default: 16)")
+    run.add_argument("--accumulation", type=flags.positive, default=2, help="batches an optimizer step (default: 2)")
+    run.add_argument("--length-pool", type=flags.positive, default=1, metavar="N",
                      help="optimizer steps whose questions are sorted by length together: more saves pads, but makes batches of "
                           "one kind of question (default: 1, the batches of a step alone)")
-    run.add_argument("--lr", type=runfolder.rate, default=1e-4, help="peak learning rate (default: 1e-4)")
-    run.add_argument("--warmup", type=runfolder.share, default=0.05, help="share of all steps spent warming up (default: 0.05)")
-    run.add_argument("--weight-decay", type=runfolder.weight, default=0.01, help="not on biases and norms (default: 0.01)")
+    run.add_argument("--lr", type=flags.rate, default=1e-4, help="peak learning rate (default: 1e-4)")
+    run.add_argument("--warmup", type=flags.share, default=0.05, help="share of all steps spent warming up (default: 0.05)")
+    run.add_argument("--weight-decay", type=flags.weight, default=0.01, help="not on biases and norms (default: 0.01)")
     run.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                      help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
     run.add_argument("--lm-precision", choices=tuple(published.LM_PRECISIONS),
@@ -107,19 +105,19 @@ def get_args(argv=None):
     run.add_argument("--activations", choices=("keep", "bits", "recompute"), default="keep",
                      help="of the language model for the backward pass. bits: of each ReLU its signs; recompute: only each layer's "
                           "input. Less memory, more time, the same gradients (default: keep)")
-    run.add_argument("--max-answer", type=runfolder.positive, default=core.MAX_ANSWER, metavar="N",
+    run.add_argument("--max-answer", type=flags.positive, default=core.MAX_ANSWER, metavar="N",
                      help="an answer has as many tokens as the longest of training, end of line included, and never more than N "
                           f"(default: {core.MAX_ANSWER})")
     run.add_argument("--select", choices=("loss", "em"), default="loss",
                      help="best.pt by lowest validation loss or highest exact match (default: loss)")
-    run.add_argument("--patience", type=runfolder.whole, default=3,
+    run.add_argument("--patience", type=flags.whole, default=3,
                      help="epochs without a better value before stopping; 0 = never (default: 3)")
-    run.add_argument("--seed", type=runfolder.whole, default=42, help="(default: 42)")
+    run.add_argument("--seed", type=flags.whole, default=42, help="(default: 42)")
     run.add_argument("--out", default="runs/gated", metavar="DIR", help="run folder (default: runs/gated)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
-    return runfolder.parse_args(parser, argv)
+    return flags.parse_args(parser, argv)
 
 
 # --- data: your own data set goes here ------------
@@ -151,7 +149,7 @@ def check_data(args):
 
 def check_tokens(args, splits):
     """What the language model will read: answers that are cut, and three rows with the masked tokens in brackets."""
-    places = resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
+    places = published.resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
     try:
         tokenizer = published.load_tokenizer(places["blip2"])
     except DataError as error:
@@ -255,12 +253,12 @@ def save_best(run, out):
     """best.pt: trained tensors and plain values only."""
     import transformers
     read = run.train.rows
-    runfolder.save_checkpoint(out / "best.pt", {
-        "stage": "gated", "state": runfolder.trainable_state(run.model), "model_args": run.built_from, "args": vars(run.args),
+    checkpoints.save_checkpoint(out / "best.pt", {
+        "stage": "gated", "state": checkpoints.trainable_state(run.model), "model_args": run.built_from, "args": vars(run.args),
         **run.marks, "loss_weights": run.weights, "majority": majority_answers(read),
         "answers": sorted({r.answer.strip() for r in read}), "frozen": run.frozen,
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
-    sharing.verify_saved(out / "best.pt", run.model)
+    checkpoints.verify_saved(out / "best.pt", run.model)
 
 
 def majority_answers(train_rows):
@@ -273,8 +271,8 @@ def majority_answers(train_rows):
 
 def save_last(run, out):
     """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    runfolder.save_checkpoint(out / "last.pt", {
-        "stage": "gated", "state": runfolder.trainable_state(run.model), "frozen": run.frozen, "settings": settings(run),
+    checkpoints.save_checkpoint(out / "last.pt", {
+        "stage": "gated", "state": checkpoints.trainable_state(run.model), "frozen": run.frozen, "settings": settings(run),
         **runfolder.training_state(run)})
 
 
@@ -289,13 +287,13 @@ def settings(run):
 
 def restore(run, path):
     """Put last.pt back. DataError where anything differs that would change the result."""
-    last = runfolder.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
+    last = checkpoints.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
     runfolder.refuse_other_settings(settings(run), last["settings"], path)
-    others = runfolder.other_parts(run.frozen, last["frozen"])
+    others = checkpoints.other_parts(run.frozen, last["frozen"])
     if others:
         raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now "
                         f"(other: {', '.join(others)}): pass the same --blip2 and --efficientnet, or another --out")
-    runfolder.load_trainable(run.model, last["state"], path)
+    checkpoints.load_trainable(run.model, last["state"], path)
     runfolder.restore_training(run, last)
 
 
@@ -318,7 +316,7 @@ def train_step(run, batches, group, share):
     for i, (number, picked) in enumerate(share):
         # dropout is a pure function of (seed, step, micro-batch): exact resume and equal processes depend on it
         loop.seed_everything(run.args.seed, run.step, number)
-        batch = loop.next_batch(batches, run.accelerator.device)
+        batch = loaders.next_batch(batches, run.accelerator.device)
         with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
             parts = run.wrapped(**batch, **run.weights)
         if not torch.isfinite(parts["loss"]):
@@ -333,7 +331,7 @@ def train_step(run, batches, group, share):
 def train_epoch(run, plan, stop):
     """The optimizer steps of `plan`. Ends early when a signal has come."""
     accelerator = run.accelerator
-    batches = iter(loop.load_batches(run.train, run.collate, [numbers for _, share in plan for _, numbers in share],
+    batches = iter(loaders.load_batches(run.train, run.collate, [numbers for _, share in plan for _, numbers in share],
                                      run.args.workers))
     bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
     trained = [p for p in run.model.parameters() if p.requires_grad]
@@ -342,7 +340,7 @@ def train_epoch(run, plan, stop):
         lr = run.lr(run.step)
         for group_of_parameters in run.optimizer.param_groups:
             group_of_parameters["lr"] = lr
-        with loop.dead_loaders_named([run.train.rows[n] for n in group]):
+        with loaders.dead_loaders_named([run.train.rows[n] for n in group]):
             sums = train_step(run, batches, group, share)
         norm = float(accelerator.clip_grad_norm_(trained, CLIP))
         if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
@@ -370,7 +368,7 @@ def validate(run, data):
     if answer:
         hits = [metrics.exact_match(one["prediction"], data.rows[one["row"]].answer.strip()) for one in found]
         numbers["em"] = sum(hits) / len(hits)
-    return numbers, maps.found_gates(run.model, found, data.rows)
+    return numbers, gate_frames.found_gates(run.model, found, data.rows)
 
 
 def rehearse(run):
@@ -393,7 +391,7 @@ def prepare(args):
     """Flags -> a Run at its first step: rows, features, model, optimizer."""
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     splits = [read_data(args, split, accelerator.print) for split in ("train", "val")]
-    places = resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
+    places = published.resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
     if args.style == "efficientnet":
         splits = predicted_styles(args, places["blip2"], places["efficientnet"], splits, accelerator.device, accelerator.print)
     train_rows, val_rows = splits
@@ -407,11 +405,11 @@ def prepare(args):
     core.save_activations(model.language_model, args.activations)
     weights = loss_weights(args, model, accelerator.print)
     if accelerator.is_main_process:
-        runfolder.print_parts(model)
+        checkpoints.print_parts(model)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
     return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer, model.styles, model.max_answer),
                Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features), weights,
-               built_from, {**runfolder.fingerprint(model), **towers})
+               built_from, {**checkpoints.fingerprint(model), **towers})
 
 
 def train(run, out, stop):
@@ -423,7 +421,7 @@ def train(run, out, stop):
             break
         try:
             train_epoch(run, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
-        except loop.LoaderError:
+        except loaders.LoaderError:
             if leader and run.step:
                 save_last(run, out)
             raise
@@ -443,7 +441,7 @@ def train(run, out, stop):
                 save_best(run, out)
             draw(run, out)
             if gates and math.isfinite(numbers[args.select]):
-                maps.append_frame(out / maps.FILE, run.step, gates)
+                gate_frames.append_frame(out / gate_frames.FILE, run.step, gates)
     if stop.number and leader:
         save_last(run, out)
         say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
@@ -461,11 +459,11 @@ def begin(run, out, resumed):
         restore(run, out / "last.pt")
         run.accelerator.print(f"resuming after step {run.step} of {run.total}")
     if leader:
-        size = sum(t.nbytes for t in runfolder.trainable_state(run.model).values())
-        runfolder.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
+        size = sum(t.nbytes for t in checkpoints.trainable_state(run.model).values())
+        files.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
         runfolder.start_run(out, args)
         if not resumed:
-            (out / maps.FILE).unlink(missing_ok=True)  # of a run that ended before its first best.pt
+            (out / gate_frames.FILE).unlink(missing_ok=True)  # of a run that ended before its first best.pt
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
         if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
             save_best(run, out)
@@ -504,11 +502,11 @@ def fit(args):
 
 def main(argv=None):
     args = get_args(argv)
-    for note in runfolder.note_versions():
+    for note in environment.environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
         return check_data(args)
-    with loop.batch_size_in_memory_errors(args.batch_size):
+    with errors.batch_size_in_memory_errors(args.batch_size):
         if args.dry_run:
             return dry_run(args)
         run, signal_number = fit(args)
@@ -516,4 +514,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))

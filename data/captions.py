@@ -4,9 +4,10 @@
     limited        --max-val of them; pictures_in: what --caption names
     token_ids      captions -> tokens, at most MAX_LENGTH
     augmented      a picture mirrored, brightened, turned: a pure function of its arguments
-    check_data     --check-data: what is there, and what the decoder will read of it
+    check_data     --check-data: what is there; check_tokens: what the decoder will read of it
+    read_captions  a JSON file in any of the forms that captions come in
 
-A split is DATA/SPLIT_captions.json, {file: caption or list of captions}, or COCO's annotations (metrics.read_captions).
+A split is DATA/SPLIT_captions.json, {file: caption or list of captions}, or COCO's annotations (read_captions).
 """
 
 import hashlib
@@ -18,9 +19,8 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageEnhance, ImageOps
 
-import metrics
-from engine import published
 from data import rows
+from data.tables import cell, parse_json, read_text, shown
 from engine.errors import DataError
 
 MAX_LENGTH = 60  # tokens of a caption, [DEC] among them, in training and in generation
@@ -82,18 +82,18 @@ class Picture:
     fault: str = ""
 
 
-def split_file(args, split):
-    return pathlib.Path(args.data) / f"{split}_captions.json"
+def split_file(data, split):
+    return pathlib.Path(data) / f"{split}_captions.json"
 
 
-def read_data(args, split, say=print):
-    """Pictures of a split, bad ones refused, with --skip-bad left out and listed; training captions cleaned if asked for."""
-    path = str(split_file(args, split))
+def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, skip_bad=0.0, shots=None, seed=0, workers=2, say=print):
+    """Pictures of a split, bad ones refused, with skip_bad left out and listed; training captions cleaned if asked for."""
+    path = str(split_file(data, split))
     if not os.path.isfile(path):
         raise DataError(f"{path}: there is no such file: --data is a folder with train_captions.json and val_captions.json")
-    captions, names = metrics.read_captions(path, args.encoding)
+    captions, names = read_captions(path, encoding)
     named = [(names.get(key, key), texts) for key, texts in captions.items()]  # COCO's keys are numbers
-    root, listings, missed, found = rows.image_root(path, args.images, "", named[0][0]), {}, 0, []
+    root, listings, missed, found = rows.image_root(path, images, "", named[0][0]), {}, 0, []
     for number, (name, texts) in enumerate(named, 1):
         image, fault = "", ""
         try:  # the search for the nearest name is slow in a big folder, and five are shown
@@ -102,16 +102,16 @@ def read_data(args, split, say=print):
         except DataError as error:
             fault, missed = str(error), missed + 1
         found.append(Picture(image, name, tuple(" ".join(text.split()) for text in texts), number, path, fault))
-    if split == "train" and args.train_texts_clean:
+    if split == "train" and texts_clean:
         found = clean(found, say)
     say(f"{split}: {path}: {len(found)} pictures, {sum(len(p.captions) for p in found)} captions, images in {root}")
     empty = "an empty caption (--train-texts-clean removes those of the training file)"
     found = [p if p.fault or (p.captions and all(p.captions)) else replace(p, fault=empty) for p in found]
-    if args.skip_bad:
-        broken = dict(rows.verify_images([p for p in found if not p.fault], max(1, args.workers)))
+    if skip_bad:
+        broken = dict(rows.verify_images([p for p in found if not p.fault], max(1, workers)))
         found = [replace(p, fault=broken.get(p.image, p.fault)) for p in found]
-    good = usable(found, args.skip_bad, say)
-    return chosen(good, args.shots, args.seed, path) if split == "train" and args.shots else good
+    good = usable(found, skip_bad, say)
+    return chosen(good, shots, seed, path) if split == "train" and shots else good
 
 
 def usable(found, skip_bad, say):
@@ -156,12 +156,12 @@ def chosen(pictures, count, seed, path):
     return [p for p in pictures if p.name in picked]
 
 
-def limited(pictures, args, split, say=print):
+def limited(pictures, max_val, split, say=print):
     """The pictures that are scored: all, or with --max-val so many, which is said."""
-    if not args.max_val or args.max_val >= len(pictures):
+    if not max_val or max_val >= len(pictures):
         return pictures
-    say(f"{split}: {args.max_val} of {len(pictures)} pictures are scored (--max-val): not comparable with the whole split")
-    return chosen(pictures, args.max_val, 0, "")
+    say(f"{split}: {max_val} of {len(pictures)} pictures are scored (--max-val): not comparable with the whole split")
+    return chosen(pictures, max_val, 0, "")
 
 
 def fingerprint(pictures):
@@ -201,14 +201,14 @@ def augmented(image, caption, rng):
 
 # --- --check-data ------------
 
-def check_data(args, blip):
+def check_data(data, load_tokenizer, skip_bad=0.0, workers=2, **reading):
     """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded.
 
-    blip: id or folder whose tokenizer says what is cut."""
+    load_tokenizer: function that gives the tokenizer, which says what is cut, or raises DataError; reading: as for read_data."""
     splits, failed = {}, False
-    for split in [s for s in ("train", "val", "test") if s != "test" or split_file(args, s).is_file()]:
+    for split in [s for s in ("train", "val", "test") if s != "test" or split_file(data, s).is_file()]:
         try:
-            splits[split] = read_data(args, split)
+            splits[split] = read_data(data, split, skip_bad=skip_bad, workers=workers, **reading)
         except DataError as error:
             print(f"{split}: error: {error}")
             failed = True
@@ -217,7 +217,7 @@ def check_data(args, blip):
         lengths = sorted(len(text.split()) for text in texts)
         print(f"{split}: {len(set(texts))} different captions of {lengths[0]} to {lengths[-1]} words, half up to "
               f"{lengths[len(lengths) // 2]}; {sum(bool(LEFT_RIGHT.search(t)) for t in texts)} say left or right")
-        for path, reason in rows.verify_images(splits[split], max(1, args.workers)) if not args.skip_bad else []:
+        for path, reason in rows.verify_images(splits[split], max(1, workers)) if not skip_bad else []:
             print(f"broken image: {path}: {reason}")
             failed = True
     shared = rows.shared_images(splits)
@@ -225,15 +225,15 @@ def check_data(args, blip):
         print(f"in {' and '.join(homes)}: {image}")
     if len(shared) > 10:
         print(f"... {len(shared)} pictures stand in more than one split")
-    check_tokens(blip, splits)
+    check_tokens(load_tokenizer, splits)
     print("training would fail" if failed else "training can start")
     return int(failed)
 
 
-def check_tokens(blip, splits):
+def check_tokens(load_tokenizer, splits):
     """What the decoder will read: captions that are cut, and three of them piece by piece."""
     try:
-        tokenizer = published.load_tokenizer(blip)
+        tokenizer = load_tokenizer()
     except DataError as error:
         print(f"tokens not checked: {error}")
         return

@@ -20,11 +20,11 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-import metrics
+import train_cir
 from data import rows
-from engine import runfolder
-from engine.errors import DataError
 from data.tables import cell, locate, parse_json, read_json, read_text, shown
+from engine import files
+from engine.errors import DataError
 
 SPLITS = {"cirr": ("train", "val", "test1"), "fashioniq": ("train", "val")}  # what check looks at
 CATEGORIES = ("dress", "shirt", "toptee")  # of FashionIQ
@@ -323,7 +323,7 @@ def check_pool(pool, root, workers, say):
     sets = len({frozenset(query.members) for query in pool.queries if query.members})
     say(f"{pool.name} {pool.split}: {len(pool.queries)} pairs, {len({q.reference for q in pool.queries})} references, "
         f"{f'{sets} image sets, ' if sets else ''}gallery of {len(pool.gallery)} pictures; captions of {min(lengths)} to "
-        f"{max(lengths)} words, {lengths.count(0)} empty; a random ranking scores {chance_text(pool)}")
+        f"{max(lengths)} words, {lengths.count(0)} empty; a random ranking scores {train_cir.chance_text(pool)}")
     found, missing = find_images(pool.gallery, root)
     for name, reason in missing.items():
         say(f"missing: {name}: {reason}")
@@ -417,6 +417,6 @@ def write_submission(folder, queries, gallery, scores):
         content = submission(queries, ranked, metric)
         check_submission(content, queries, gallery)
         paths.append(pathlib.Path(folder) / f"{metric}_submission.json")
-        with runfolder.whole_file(paths[-1]) as file:
+        with files.whole_file(paths[-1]) as file:
             file.write(as_json(content))
     return paths

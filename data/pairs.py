@@ -20,12 +20,11 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageOps
 
-import metrics
-from data import rows
+from data import captions, rows
 from data.captions import LEFT_RIGHT
 from data.cirr import clean_text
-from engine.errors import DataError
 from data.tables import cell, locate, read_json, read_text, shown
+from engine.errors import DataError
 
 FILES = {"train": ("coco_karpathy_train.json", "vg_caption.json", "train_captions.json"),
          "val": ("coco_karpathy_val.json", "val_captions.json")}
@@ -89,8 +88,8 @@ def split_file(place, split):
 def read_captions(path, encoding):
     """[(row, picture's name, [captions])] of a file in any of the layouts. DataError: another, a value that is not text."""
     if not path.lower().endswith(".jsonl") and read_text(path, encoding).lstrip().startswith("{"):
-        captions, names = metrics.read_captions(path, encoding)
-        return [(number, names.get(key, key), texts) for number, (key, texts) in enumerate(captions.items(), 1)]
+        found, names = captions.read_captions(path, encoding)
+        return [(number, names.get(key, key), texts) for number, (key, texts) in enumerate(found.items(), 1)]
     table = []
     for line, cells in read_json(path, encoding)[1]:
         where, texts = f"{path}, {locate(path, line)}", cells.get("caption")

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch.utils.data import Dataset
 
+from data import rows
 from engine.errors import DataError
 
 

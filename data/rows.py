@@ -28,9 +28,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from engine.errors import DataError
-
 from data.tables import cell, locate, read_json, read_table, shown, unfold
+from engine.errors import DataError
 
 BLIP_MEAN, BLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

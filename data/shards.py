@@ -3,7 +3,7 @@
     is_shards, shard_files     whether a PLACE is tar files: a folder of .tar, a .tar, a brace pattern; which
     count_samples              tar files -> [Shard], counted from their headers, which also shows damage
     ShardStream                an epoch of them as samples, shared out over processes and loader workers, each to exactly one
-    steps_per_epoch, loader, batches_of    as many full batches for every process
+    steps_per_epoch, packed, batches_of    as many full batches for every process
     check                      what --check-data prints of them
 
 A sample is KEY.jpg (or another of PICTURES) beside KEY.txt, or KEY.json with "caption" or "text". Other members are passed
@@ -20,17 +20,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from engine import loop
-from data import pairs
-from data import rows
-from engine import runfolder
+from data import pairs, rows
 from data.cirr import clean_text
 from data.pairs import Pair
-from engine.errors import DataError
 from data.tables import cell, parse_json, shown
+from engine import files, picture_index
+from engine.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")
@@ -158,7 +156,7 @@ def count_samples(paths, source, cache=None, skip_broken=False, say=print):
     if not shards:
         raise DataError(f"{source}: all of the {len(paths)} shards are broken: check --data")
     if cache and any(known.get(path) != entry for path, entry in counted.items()):
-        with runfolder.whole_file(cache) as file:
+        with files.whole_file(cache) as file:
             json.dump(known | counted, file)
     say(f"{source}: {len(shards)} shards of {sum(shard.samples for shard in shards)} samples in {os.path.dirname(paths[0])}")
     return shards
@@ -298,7 +296,7 @@ def packed(samples):
 def batches_of(loaded, batch_size, steps, collate, skip_broken=False, say=print):
     """Exactly `steps` batches: collate of batch_size samples (picture [3,s,s], Pair).
 
-    A broken sample becomes the batch {"fault": ...}, of which loop.next_batch makes a LoaderError; with skip_broken it is left
+    A broken sample becomes the batch {"fault": ...}, of which loaders.next_batch makes a LoaderError; with skip_broken it is left
     out and said. Where too few are left at the end for as many batches as the other processes have, the last samples come
     again. DataError: not one good batch."""
     waiting, last, left_out = [], [], 0

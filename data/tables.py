@@ -14,12 +14,10 @@ import os
 import re
 from collections import Counter
 
+from engine.errors import DataError
+
 SEPARATORS = {"tab": "\t", "\\t": "\t"}  # a real tab is hard to type in a shell
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": ""}
-
-
-class DataError(Exception):
-    """Bad input. Scripts print it as `error: <text>` and exit with code 2."""
 
 
 def shown(text, limit=100):

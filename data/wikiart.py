@@ -16,10 +16,8 @@ import unicodedata
 from collections import Counter
 from dataclasses import replace
 
-import efficientnet
-from data import rows
-from engine import runfolder
-from data import tables
+from data import rows, tables
+from engine import files
 from engine.errors import DataError
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # folders and subsets, the first that is there
@@ -39,7 +37,7 @@ def style_key(name):
     return re.sub(r"[\s_-]+", " ", rows.folded(name))
 
 
-KNOWN = {style_key(name): name for name in efficientnet.WIKIART} | {"art nouveau modern": "Art Nouveau"}  # folder, list
+KNOWN = {style_key(name): name for name in WIKIART} | {"art nouveau modern": "Art Nouveau"}  # folder, list
 
 
 def style_name(name):
@@ -280,7 +278,7 @@ def check_data(args):
         print(f"in {' and '.join(names)}: {image}")
     path = broken_list(args)
     if faults or path.exists():
-        with runfolder.whole_file(path) as file:
+        with files.whole_file(path) as file:
             file.writelines(f"{name}\t{' '.join(reason.split())}\n" for name, reason in faults.items())
         print(f"{len(faults)} broken pictures listed in {path}: training leaves them out")
     print("training can start")

@@ -32,10 +32,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-from engine import loop
-from engine import runfolder
-from engine.errors import DataError
 from data.tables import shown
+from engine import files, loaders
+from engine.errors import DataError
 
 FORMAT = 1  # part of every file name: another layout is another store
 RECORD = 40  # bytes
@@ -219,12 +218,12 @@ class Store:
         if not self._locate(pictures):
             self._announce(pictures, 0, say)
             return 0
-        runfolder.refuse_unwritable(self.rows)
-        with runfolder.held(self.lock, f"{self.lock}: another process is making these features; waiting for it", say):
+        files.refuse_unwritable(self.rows)
+        with files.held(self.lock, f"{self.lock}: another process is making these features; waiting for it", say):
             todo = self._locate(pictures)  # another process may have made some
             self._announce(pictures, len(todo), say)
             if todo:
-                with errors_named(self.json), runfolder.whole_file(self.json) as file:
+                with errors_named(self.json), files.whole_file(self.json) as file:
                     json.dump({**self.about, "bytes of a row": self.size}, file, indent=1)
                 start = self._cut(say)
                 data = Pictures(todo, [pictures[path][0] for path in todo], tensor_of)
@@ -286,14 +285,14 @@ class Store:
         """Encode `data` batch by batch into the rows from number `start` on."""
         groups = [list(range(i, min(i + batch_size, len(data)))) for i in range(0, len(data), batch_size)]
         self.rows.touch()
-        batches = iter(loop.load_batches(data, stacked, groups, workers))
+        batches = iter(loaders.load_batches(data, stacked, groups, workers))
         try:
             with (open(self.rows, "r+b", buffering=0) as rows_file, open(self.index, "ab", buffering=0) as index,
                   tqdm(total=len(data), desc=self.kind, unit="image", mininterval=1, disable=None) as bar):
                 rows_file.seek(start * self.size)
                 for group in groups:
                     paths = [data.paths[i] for i in group]
-                    with loop.dead_loaders_named([types.SimpleNamespace(name=shown(path), line=0) for path in paths]):
+                    with loaders.dead_loaders_named([types.SimpleNamespace(name=shown(path), line=0) for path in paths]):
                         batch = next(batches)
                     if "fault" in batch:
                         raise DataError(batch["fault"])

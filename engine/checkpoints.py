@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from engine import files, saved
 from engine.errors import DataError
 
 
@@ -27,7 +28,7 @@ from engine.errors import DataError
 def save_checkpoint(path, content):
     """torch.save of tensors and plain values, whole or not at all. A failed write (disk full) is a DataError."""
     try:
-        with whole_file(path, "wb") as file:
+        with files.whole_file(path, "wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         folder = pathlib.Path(path).parent
@@ -154,11 +155,11 @@ def other_parts(now, was):
 def verify_saved(path, model):
     """DataError unless the tensors of the best.pt at `path` are those of the model, bit by bit. For use after each save_best:
     the file is read once (its check sums too), no model is built."""
-    saved = read(path)
-    _refuse_other_tensors(path, saved.state, runfolder.trainable_state(model))
+    refuse_other_tensors(path, load_checkpoint(path, ("state",))["state"], trainable_state(model))
 
 
-def _refuse_other_tensors(source, found, wanted):
+def refuse_other_tensors(source, found, wanted):
+    """DataError where two {name: tensor} differ in a name or a bit."""
     wrong = sorted(name for name in found.keys() | wanted.keys()
                    if name not in found or name not in wanted or not same_bits(found[name], wanted[name]))
     if wrong:

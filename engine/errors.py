@@ -42,6 +42,7 @@ def exit_code(main, argv=None):
 
 def ran_out_of_memory(error):
     """Is this what torch or Python raises where a GPU or the machine is too small?"""
+    import torch  # not above: metrics.py as a command needs none of it
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
@@ -58,6 +59,7 @@ def batch_size_in_memory_errors(batch_size, flag="--batch-size"):
 
 def out_of_memory(error, batch_size):
     """The message for a GPU or a machine that is too small, with what was used where that is known. batch_size: the flag."""
+    import torch
     used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use" if torch.cuda.is_initialized() else ""
     what = f"{' '.join(str(error).split())[:160]}{used}" or "of this machine, not of a GPU"
     same = " (in training double --accumulation: the result is the same)" if batch_size.startswith("--batch-size") else ""

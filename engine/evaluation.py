@@ -4,7 +4,9 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from engine import gate_frames, loaders
 
+# of curves.png and of the report: (heading, [(kind of row, column of training_log.csv, label)])
 PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation")]),
           ("style", [("epoch", "hit", "mass on style words"), ("epoch", "hard_hit", "style word first"),
                      ("epoch", "kl", "symmetric KL")]),
@@ -18,18 +20,18 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
     answer: None, or a function (model, rows, features) -> {column: a value for each row}, "prediction" among them. seeing:
     gated=False or blind=True, see Blip2OPTGated.forward. Returns on every process a list of dicts in row order: row, total, lm,
     hit, hard_hit, hit_rows, kl (those that are switched on), the columns of `answer`, and with gates=True the gates of a model that has any
-    (maps.gate_rows).
+    (gate_frames.gate_rows).
     """
     model.eval()
     by_length = sorted(range(len(data)), key=lambda i: text_length(data.rows[i]))  # few pads
     mine = by_length[accelerator.process_index::accelerator.num_processes]
     batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
     found = []
-    loaded = iter(loop.load_batches(data, collate, batches, workers))
+    loaded = iter(loaders.load_batches(data, collate, batches, workers))
     for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
-        with loop.dead_loaders_named([data.rows[i] for i in numbers]):
-            batch = loop.next_batch(loaded, accelerator.device)
+        with loaders.dead_loaders_named([data.rows[i] for i in numbers]):
+            batch = loaders.next_batch(loaded, accelerator.device)
         features = {name: batch.pop(name) for name in ("image_embeds", "style_feature") if name in batch}
         features = features or model.image_features(batch.pop("images"), batch.pop("style_images", None))
         with accelerator.autocast():
@@ -39,7 +41,7 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
         if answer:
             table |= answer(model, [data.rows[i] for i in numbers], features)
         if gates and model.gates is not None:
-            table["gates"] = maps.gate_rows(model, features["style_feature"], batch["input_ids"], batch["prompt_mask"])
+            table["gates"] = gate_frames.gate_rows(model, features["style_feature"], batch["input_ids"], batch["prompt_mask"])
         found += [{"row": i, **{name: values[k] for name, values in table.items()}} for k, i in enumerate(numbers)]
     return sorted(gather_object(found), key=lambda one: one["row"])
 

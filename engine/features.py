@@ -7,15 +7,20 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from data import rows
+from engine import cache, published
+from engine.checkpoints import fingerprint
+
 
 @torch.no_grad()
-def predicted_styles(args, blip2, checkpoint, splits, device, say=print):
-    """--style efficientnet: the rows of every split with the classifier's likeliest style of their picture."""
-    net = efficientnet.EfficientNet28.from_checkpoint(checkpoint, args.safe_load).eval().to(device)
-    names, size = net.style_names(), published.image_size_of(blip2)
+def predicted_styles(net, size, checkpoint, splits, workers, device, say=print):
+    """--style efficientnet: the rows of every split with the classifier's likeliest style of their picture.
+
+    net: the EfficientNet28 on `device`; size: of the pictures; checkpoint: its file, for the message."""
+    names = net.style_names()
     paths = list(dict.fromkeys(row.image for read in splits for row in read))
     style = {}
-    with ThreadPoolExecutor(max(1, args.workers)) as pool:
+    with ThreadPoolExecutor(max(1, workers)) as pool:
         for start in tqdm(range(0, len(paths), 32), desc="styles", leave=False, mininterval=1, disable=None):
             chunk = paths[start:start + 32]
             images = torch.stack(list(pool.map(lambda path: rows.picture_tensor(path, size), chunk)))
@@ -26,33 +31,32 @@ def predicted_styles(args, blip2, checkpoint, splits, device, say=print):
 
 
 @torch.no_grad()
-def cached_features(args, built_from, questions, accelerator, dtype):
-    """--cache: (cache.Features of the rows' pictures, {"vision_model": its fingerprint}); without it (None, {}).
+def cached_features(folder, blip2, load_style, questions, accelerator, dtype, workers):
+    """--cache: (cache.Features of the rows' pictures, {"vision_model": its fingerprint}); without a folder (None, {}).
 
-    The towers come in turns: the vision tower is gone again when the classifier is loaded, both when the language model is, so
+    load_style: function that loads the EfficientNet28, None where no gates are built. The towers come in turns: the vision tower is gone again when the classifier is loaded, both when the language model is, so
     that memory holds the largest and not the sum.
     """
-    if args.cache is None:
+    if folder is None:
         return None, {}
     paths = list(dict.fromkeys(row.image for row in questions))
-    tower, _ = published.load_vision(built_from["blip2"], dtype)
+    tower, _ = published.load_vision(blip2, dtype)
     tower.requires_grad_(False)
     size, kept = tower.config.image_size, {}
     with accelerator.main_process_first():  # the others find everything there
-        kept["image_embeds"] = cache.vision_features(args.cache, tower, paths, partial(rows.picture_tensor, size=size),
-                                                     rows.PREPROCESSING, args.workers, accelerator.device, accelerator.print)
-        towers = runfolder.fingerprint(torch.nn.ModuleDict({"vision_model": tower}))
+        kept["image_embeds"] = cache.vision_features(folder, tower, paths, partial(rows.picture_tensor, size=size),
+                                                     rows.PREPROCESSING, workers, accelerator.device, accelerator.print)
+        towers = fingerprint(torch.nn.ModuleDict({"vision_model": tower}))
         del tower
-        if built_from["gating"] != "none":
-            kept["style_feature"] = style_features(args, built_from["efficientnet"], paths, size, accelerator)
+        if load_style is not None:
+            kept["style_feature"] = style_features(folder, load_style().to(accelerator.device), paths, size, accelerator, workers)
     return cache.Features(**kept), towers
 
 
-def style_features(args, checkpoint, paths, size, accelerator):
+def style_features(folder, net, paths, size, accelerator, workers):
     """cache.Store of the style classifier's pooled feature [F], in float32."""
-    net = efficientnet.EfficientNet28.from_checkpoint(checkpoint, args.safe_load).eval().to(accelerator.device)
-    store = cache.Store(args.cache, "style", {"weights": cache.weights_digest(net), "size": size, "pixels": rows.PREPROCESSING},
+    store = cache.Store(folder, "style", {"weights": cache.weights_digest(net), "size": size, "pixels": rows.PREPROCESSING},
                         (net.width,), torch.float32)
-    store.fill(paths, partial(rows.picture_tensor, size=size), net, cache.BATCH, args.workers, accelerator.print,
+    store.fill(paths, partial(rows.picture_tensor, size=size), net, cache.BATCH, workers, accelerator.print,
                accelerator.device)
     return store

@@ -1,8 +1,8 @@
 """folders.py: a folder of pictures in, a table out: eval_gated.py --ask and train_blip_caption.py --captions.
 
-    opened    a Table: a CSV file that goes on where it stopped
-    fill      what a model says of the pictures that the table lacks, batch by batch
-    digest    of a checkpoint: what its rows depend on
+    opened         a Table: a CSV file that goes on where it stopped
+    fill           what a model says of the pictures that the table lacks, batch by batch
+    pictures_in    the pictures in a folder and below
 
 The file grows by whole batches, each safe on disk before the next begins: a kill at any instant loses one batch at most, and the row
 that it cut short is cut off at the next start. FILE.json beside it says what the rows were made with, so that rows of two
@@ -14,7 +14,6 @@ formula, also in quotes; a sign before it would keep the names from being found 
 
 import contextlib
 import csv
-import hashlib
 import io
 import json
 import os
@@ -22,15 +21,14 @@ import pathlib
 import types
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from engine import cache
-from engine import loop
 from data import rows
-from engine import runfolder
-from engine.errors import DataError
 from data.tables import shown
+from engine import cache, files, loaders
+from engine.errors import DataError
 
 
 # --- the table ------------
@@ -70,9 +68,9 @@ def opened(path, columns, keys, made_with):
             _refuse_other(path, made_with)
             done = _read(path, columns, keys)
         else:
-            with runfolder.whole_file(_about(path)) as file:  # first: a table without it is never taken up again
+            with files.whole_file(_about(path)) as file:  # first: a table without it is never taken up again
                 json.dump(made_with, file, indent=1)
-            with runfolder.whole_file(path) as file:
+            with files.whole_file(path) as file:
                 csv.writer(file).writerow(columns)
             done = set()
         with open(path, "ab", buffering=0) as file:
@@ -200,11 +198,11 @@ def fill(table, folder, todo, tell, image_size, batch_size, workers, device):
     tell(images [B,3,s,s], keys) -> (N keys, N tuples of cells); keys: B lists, of each picture. batch_size: pictures at a time."""
     names, before, bad = list(todo), len(table.done), {}
     groups = [list(range(i, min(i + batch_size, len(names)))) for i in range(0, len(names), batch_size)]
-    batches = iter(loop.load_batches(Pictures(folder, names, image_size), collate, groups, workers))
+    batches = iter(loaders.load_batches(Pictures(folder, names, image_size), collate, groups, workers))
     with tqdm(total=len(names), desc="pictures", unit="image", mininterval=1, disable=None) as bar:
         for group in groups:
-            with loop.dead_loaders_named([types.SimpleNamespace(name=shown(names[n]), line=0) for n in group]):
-                batch = loop.next_batch(batches, device)
+            with loaders.dead_loaders_named([types.SimpleNamespace(name=shown(names[n]), line=0) for n in group]):
+                batch = loaders.next_batch(batches, device)
             bad |= batch["bad"]
             if batch["names"]:
                 table.append(*tell(batch["images"], [todo[name] for name in batch["names"]]))

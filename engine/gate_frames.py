@@ -11,8 +11,9 @@ import pathlib
 import numpy as np
 import torch
 
+import core
+from engine import files
 from engine.errors import DataError
-
 
 FILE = "gates.json"  # in a run folder: a frame of gate_summary an evaluation
 
@@ -91,6 +92,6 @@ def append_frame(path, step, summary):
 
     Frames of this step and later ones are dropped: after --resume they come again."""
     frames = [frame for frame in read_frames(path) if frame["step"] < step] + [{"step": step, **summary}]
-    with runfolder.whole_file(path) as file:
+    with files.whole_file(path) as file:
         json.dump({"frames": frames}, file)
     return frames

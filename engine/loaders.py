@@ -13,7 +13,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
-from engine.errors import DataError
+from data.tables import locate
+from engine.errors import DEAD_LOADER, DataError, dead_loader
 
 
 def load_batches(data, collate, batches, workers):
@@ -22,10 +23,10 @@ def load_batches(data, collate, batches, workers):
                       worker_init_fn=outlive_signals if workers else None, timeout=600 if workers else 0)
 
 
-def loader(stream, batch_size, workers):
-    """A DataLoader over a ShardStream, for batches_of."""
-    return DataLoader(stream, batch_size=batch_size, collate_fn=packed, num_workers=workers, timeout=600 if workers else 0,
-                      worker_init_fn=loop.outlive_signals if workers else None)
+def load_stream(stream, collate, batch_size, workers):
+    """A DataLoader over a stream of samples, each loader with its own part of it."""
+    return DataLoader(stream, batch_size=batch_size, collate_fn=collate, num_workers=workers, timeout=600 if workers else 0,
+                      worker_init_fn=outlive_signals if workers else None)
 
 
 class LoaderError(DataError):
@@ -37,7 +38,7 @@ def next_batch(batches, device):
     batch = next(batches)
     if "fault" in batch:
         raise LoaderError(batch["fault"])
-    return to_device(batch, device)
+    return send_to_device(batch, device, non_blocking=True)
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def dead_loaders_named(group):
 
 def named(group):
     """Rows for a message: picture and place of the first few."""
-    listed = [r.name + (f" ({rows.locate(r.file, r.line)})" if r.line else "") for r in group]  # a folder has no lines
+    listed = [r.name + (f" ({locate(r.file, r.line)})" if r.line else "") for r in group]  # a folder has no lines
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 

@@ -1,36 +1,29 @@
-"""loop.py: what every training loop shares: loaders, order, seeds, learning rate, stopping, exit codes.
+"""loop.py: what every training loop shares: order, seeds, learning rate, stopping.
 
-    load_batches, next_batch, LoaderError   a DataLoader over given row numbers, and what it says when it fails
     epoch_plan, seed_everything, cosine_lr  who sees which row when, and with which dropout: pure functions of whole numbers
-    batch_size_in_memory_errors, is_better  which batch size was too large; whether best.pt is to be written
+    is_better, bad_loss                     whether best.pt is to be written; a loss that is no number, with its rows
     dry_run, kept_bytes, Pace               memory before a run, time to its end
-    StopSignal, stopped, exit_code          Ctrl-C, SIGTERM; an error that a user can mend is one line
+    StopSignal, stopped                     Ctrl-C, SIGTERM
 """
 
-import contextlib
 import math
 import os
 import random
-import re
 import signal
 import sys
 import time
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from data import rows
-from core import to_device
+from engine import loaders
 from engine.errors import DataError
-
-# --- loaders ------------
 
 
 def bad_loss(what, step, group):
     """The message for a loss or gradient that is not finite."""
     return (f"{what} at step {step}; best.pt and last.pt are as they were; look at these rows, lower --lr, or use --precision "
-            f"bf16 or no: {named(group)}")
+            f"bf16 or no: {loaders.named(group)}")
 
 
 # --- stopping ------------

@@ -24,8 +24,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
+from data.tables import shown
+from data import captions
+from engine import files
 from engine.errors import DataError
-
 
 INDEX = "index.jsonl"
 LARGE = 100_000  # pictures; above it an index of faiss is used where faiss is installed
@@ -36,7 +38,7 @@ PROBES = 0.05  # share of the lists of the faiss index that a query looks into: 
 
 def held(store, say):
     """Hold the store; a second process waits until the first has ended, and finds its work done."""
-    return runfolder.held(store / ".lock", f"{store}: another process is at work on this index; waiting for it", say)
+    return files.held(store / ".lock", f"{store}: another process is at work on this index; waiting for it", say)
 
 
 def refuse_small_disk(store, needed, what):
@@ -69,14 +71,14 @@ def read_index(store, key, width):
 
 def write_index(store, key, width, file, entries):
     """index.jsonl from {name: (size, mtime_ns, fault)}."""
-    with runfolder.whole_file(store / INDEX) as lines:
+    with files.whole_file(store / INDEX) as lines:
         lines.write(json.dumps({"key": key, "width": list(width), "features": file.name}) + "\n")
         lines.writelines(json.dumps([name, *entry]) + "\n" for name, entry in entries.items())
 
 
 def copy_rows(file, numbers, size, target):
     """The rows `numbers`, of `size` bytes each, of a features file as a new one."""
-    with runfolder.whole_file(target, "wb") as new, open(file, "rb") if numbers else contextlib.nullcontext() as old:
+    with files.whole_file(target, "wb") as new, open(file, "rb") if numbers else contextlib.nullcontext() as old:
         for number in numbers:
             old.seek(number * size)
             new.write(old.read(size))
@@ -149,8 +151,8 @@ def open_index(folder, store, key, width, load, encode, workers=2, batch_size=32
     the features be copied once; new ones go to the end: ties are then in the order of indexing.
     DataError: as pictures_in, all pictures broken, a store that cannot be written, a disk that is too small."""
     store, row = pathlib.Path(store), math.prod(width) * 2
-    runfolder.refuse_unwritable(store / INDEX)
-    names = pictures_in(folder, say)
+    files.refuse_unwritable(store / INDEX)
+    names = captions.pictures_in(folder, say)
     with held(store, say):
         file, known = read_index(store, key, width)
         stamps = {name: (stat.st_size, stat.st_mtime_ns) for name in names for stat in [os.stat(os.path.join(folder, name))]}
@@ -224,7 +226,7 @@ def faiss_index(features, say=print):
                 index.add(vectors[start:start + 2**17].astype(np.float32))
             for stale in path.parent.glob("*.faiss"):
                 stale.unlink()
-            with runfolder.whole_file(path, "wb") as file:
+            with files.whole_file(path, "wb") as file:
                 faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
 

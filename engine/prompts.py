@@ -11,8 +11,9 @@ Capitals in shape comments as in core.py: B batch, L text tokens, P image patche
 import torch
 from torch.utils.data import default_collate
 
+from data.tables import locate
 from engine.errors import DataError
-
+from engine.loaders import named
 
 PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
 CONTEXT = "Context: {} "  # before it, where a data set has text about the picture
@@ -111,9 +112,9 @@ class Collate:
         features, group = zip(*samples)
         for found, row in samples:
             if isinstance(found, DataError):
-                return {"fault": f"{row.file}, {rows.locate(row.file, row.line)}: {found}"}
-        batch = core.encode_training(self.tokenizer, [r.question for r in group], [r.answer for r in group], self.max_answer,
-                                     [r.context for r in group], multiple=4)  # few distinct lengths
+                return {"fault": f"{row.file}, {locate(row.file, row.line)}: {found}"}
+        batch = encode_training(self.tokenizer, [r.question for r in group], [r.answer for r in group], self.max_answer,
+                                [r.context for r in group], multiple=4)  # few distinct lengths
         batch |= default_collate(features)  # images [B,3,s,s], or image_embeds [B,P,W] and style_feature [B,F]
         batch["style"] = torch.tensor([self._index(r.style) for r in group])  # [B], -1 = unknown
         batch["hit_rows"] = torch.tensor([self._index(r.answer) >= 0 for r in group])  # [B]
@@ -126,12 +127,12 @@ class Collate:
 
 def answer_length(tokenizer, train_rows, limit):
     """Tokens of the longest training answer with its end of line, `limit` at most: what is trained and what is generated."""
-    return min(limit, max(core.answer_lengths(tokenizer, [r.answer for r in train_rows])))
+    return min(limit, max(answer_lengths(tokenizer, [r.answer for r in train_rows])))
 
 
 def say_cut(tokenizer, splits, longest, say=print):
     """Say of every split {name: rows} how many answers have more than `longest` tokens; only those are not trained or scored whole."""
     for split, read in splits.items():
-        cut = [r for r, n in zip(read, core.answer_lengths(tokenizer, [r.answer for r in read])) if n > longest]
-        first = f", first {loop.named(cut[:1])}: {cut[0].answer!r}" if cut else ""
+        cut = [r for r, n in zip(read, answer_lengths(tokenizer, [r.answer for r in read])) if n > longest]
+        first = f", first {named(cut[:1])}: {cut[0].answer!r}" if cut else ""
         say(f"{split}: {len(cut)} of {len(read)} answers are cut at {longest} tokens{first}")

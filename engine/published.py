@@ -14,8 +14,9 @@ import urllib.request
 
 import torch
 
-from efficientnet import load_foreign, load_strictly, unwrap_state
+from engine.checkpoints import load_foreign, load_strictly, unwrap_state
 from engine.errors import DataError
+
 
 # --- folders in HuggingFace's format ------------
 
@@ -135,7 +136,7 @@ def load_vision(name, dtype=torch.float32):
     return model, config
 
 
-TINY = pathlib.Path(__file__).resolve().parent / "models/tiny"  # make_tiny.py is the recipe; {part}.json beside each is its record
+TINY = pathlib.Path(__file__).resolve().parent.parent / "models/tiny"  # tools/make_tiny.py is the recipe; {part}.json beside each is its record
 
 
 def tiny(part):
@@ -155,8 +156,8 @@ def in_models(name, tiny_part=None):
 
 def resolved(built_from):
     """model_args with names made into places: tiny's own files; a hub's ID is looked for in models/ first."""
-    own = published.tiny("efficientnet-28.pt") if built_from["blip2"] == "tiny" else "runs/efficientnet-28/best.pt"
-    return {**built_from, "blip2": published.in_models(built_from["blip2"], "blip2"),
+    own = tiny("efficientnet-28.pt") if built_from["blip2"] == "tiny" else "runs/efficientnet-28/best.pt"
+    return {**built_from, "blip2": in_models(built_from["blip2"], "blip2"),
             "efficientnet": str(built_from["efficientnet"] or own)}
 
 

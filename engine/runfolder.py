@@ -7,32 +7,22 @@
     runs/<name>/events.out.*       the same numbers for TensorBoard
     runs/<name>/curves.png
 
-Also here, since two scripts must not disagree on it: config files, argparse types, versions. The loop's own tools are in loop.py.
+What stands in a checkpoint is checkpoints.py's, command lines are flags.py's, the loop's own tools are in loop.py.
 """
 
-import argparse
 import contextlib
 import csv
-import hashlib
-import importlib.metadata
-import math
 import os
 import pathlib
-import pickle
 import shlex
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
-import zipfile
-import zlib
 
-import torch
 import yaml
-from torch import nn
 
+from engine import environment, files
 from engine.errors import DataError
+
 
 # --- what a checkpoint holds of a training ------------
 
@@ -69,7 +59,7 @@ def ended(run, signal_number, what, script, argv):
 def cited(script, argv, seed, result):
     """One line about a finished run for a paper's appendix: result, seed, version, command. argv: flags, None = the process's."""
     command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
-    return f"to cite: {result}; seed {seed}; commit {project_version()}; {command}"
+    return f"to cite: {result}; seed {seed}; commit {environment.project_version()}; {command}"
 
 
 def refuse_overwrite(out, resume):
@@ -122,7 +112,7 @@ def locked(out):
 def start_run(out, args):
     """Write args.yaml."""
     try:
-        with whole_file(pathlib.Path(out) / "args.yaml") as file:
+        with files.whole_file(pathlib.Path(out) / "args.yaml") as file:
             yaml.safe_dump(vars(args), file, sort_keys=False, allow_unicode=True)
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
@@ -140,7 +130,7 @@ class RunLog:
         kept = []
         if keep_until is not None and self.path.exists():  # a row that a kill cut short has no last column
             kept = [row for row in read_log(self.path) if row[columns[-1]] is not None and int(row["step"]) <= keep_until]
-        with whole_file(self.path) as file:
+        with files.whole_file(self.path) as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(kept)
@@ -186,6 +176,6 @@ def draw_curves(log_path, png_path, panels, title):
         if axis.lines:
             axis.legend(frameon=False, fontsize=9)
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
-    with whole_file(png_path, "wb") as file:
+    with files.whole_file(png_path, "wb") as file:
         figure.savefig(file, format="png", dpi=130)
     plt.close(figure)

@@ -2,7 +2,7 @@
 
     read                                       either -> Saved
     places_of, refuse_other_base, refuse_other_dtypes    what must be there, and fit, before the tensors go into a model
-    to_peft, from_peft, sizes, revision_of     what writing such a folder needs as well
+    to_peft, from_peft, sizes_of, revision_of   what writing such a folder needs as well
 
 Files from elsewhere are data: safetensors, JSON, and torch.load with weights_only=True. Any tensor that is missing, unknown or of
 another shape or dtype, and any frozen part with another fingerprint, is a DataError.
@@ -19,8 +19,10 @@ from typing import NamedTuple
 import safetensors
 import safetensors.torch
 
+from data.tables import shown
+from engine import published
+from engine.checkpoints import fingerprint, load_checkpoint, other_parts
 from engine.errors import DataError
-
 
 FORMAT = 1  # of gate_config.json; a file of a higher one is refused
 CONFIG, GATES, ADAPTER, ADAPTER_CONFIG = "gate_config.json", "gates.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -40,41 +42,43 @@ class Saved(NamedTuple):
     source: str
     settings: dict  # of Blip2OPTGated.build
     frozen: dict  # fingerprints
-    state: dict  # {name: tensor}, see runfolder.trainable_state
+    state: dict  # {name: tensor}, see checkpoints.trainable_state
     config: dict  # of an exported folder, {} of a best.pt
 
 
-def read(folder):
-    """A run's folder, its best.pt, or an exported folder (which goes first where a folder is both) -> Saved."""
+def read(folder, known):
+    """A run's folder, its best.pt, or an exported folder (which goes first where a folder is both) -> Saved.
+
+    known: names of the settings that this version's model takes."""
     path = pathlib.Path(folder)
     if (path / CONFIG).is_file():
-        return _read_export(path)
+        return _read_export(path, known)
     if path.is_dir() and not (path / "best.pt").is_file():
         raise DataError(f"{folder}: neither best.pt nor {CONFIG} in it: give the folder of a run of train_gated.py, its best.pt, "
                         "or a folder that eval_gated.py --export wrote")
     path = path / "best.pt" if path.is_dir() else path
-    best = runfolder.load_checkpoint(path, ("model_args", "state", "frozen"))
+    best = load_checkpoint(path, ("model_args", "state", "frozen"))
     if best.get("stage", "gated") != "gated":
         raise DataError(f"{path}: a checkpoint of another stage ({best['stage']}), not of train_gated.py")
-    refuse_unknown(path, best["model_args"].keys() - _known_settings())
+    refuse_unknown(path, best["model_args"].keys() - known)
     return Saved(str(path), best["model_args"], best["frozen"], best["state"], {})
 
 
-def _read_export(folder):
-    config = _read_config(folder / CONFIG)
+def _read_export(folder, known):
+    config = _read_config(folder / CONFIG, known)
     gates = _read_tensors(folder / GATES, config["sha256"])
     adapter = {}
     if config["lora_rank"]:
         _read_bytes(folder / ADAPTER_CONFIG, config["sha256"])
-        adapter = {_from_peft(name): tensor for name, tensor in _read_tensors(folder / ADAPTER, config["sha256"]).items()}
+        adapter = {from_peft(name): tensor for name, tensor in _read_tensors(folder / ADAPTER, config["sha256"]).items()}
     if gates.keys() & adapter.keys():
         raise DataError(f"{folder}: {min(gates.keys() & adapter.keys())} stands in both {GATES} and {ADAPTER}")
-    settings = {name: config[name] for name in config.keys() & _known_settings()} | {
+    settings = {name: config[name] for name in config.keys() & known} | {
         "blip2": config["base_model"]["name"], "efficientnet": config["style_classifier"], "styles": config["style_vocabulary"]}
     return Saved(str(folder), settings, config["fingerprints"], {**gates, **adapter}, config)
 
 
-def _read_config(path):
+def _read_config(path, known):
     """gate_config.json with every field of FIELDS and none that is not known. DataError: damaged, newer, of another type."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -84,12 +88,12 @@ def _read_config(path):
         raise DataError(f"{path}: not written by eval_gated.py --export (no number under \"format\")")
     if config["format"] > FORMAT:
         raise DataError(f"{path}: format {config['format']}, of a newer version of this project; this one reads up to {FORMAT}")
-    refuse_unknown(path, config.keys() - FIELDS.keys() - _known_settings())
+    refuse_unknown(path, config.keys() - FIELDS.keys() - known)
     for name, kind in FIELDS.items():
         if name not in config:
             raise DataError(f"{path}: no {name!r} in it: export once more")
         if not isinstance(config[name], kind) or (isinstance(config[name], bool) and kind is not bool):
-            raise DataError(f"{path}: {name}: {rows.shown(config[name])} will not do")
+            raise DataError(f"{path}: {name}: {shown(config[name])} will not do")
     if not isinstance(config["base_model"].get("name"), str):
         raise DataError(f"{path}: base_model: no name in it")
     return config
@@ -120,25 +124,24 @@ def _read_tensors(path, digests):
         raise DataError(f"{path}: not a safetensors file ({error})") from None
 
 
-def _to_peft(name):
+def to_peft(name):
     """Name of a LoRA tensor of the model -> of peft's file, where the adapter's own name is left out."""
     return PREFIX + name.replace(".default.", ".")
 
 
-def _from_peft(name):
+def from_peft(name):
     return re.sub(r"\.(lora_[AB])\.", r".\1.default.", name.removeprefix(PREFIX))
 
 
 # --- fitting ------------
 
-def _places(saved, moved):
+def places_of(saved, moved):
     """The settings with names made into places, those in `moved` first. DataError: a local one that is not there."""
-    from train_gated import resolved  # here, since train_gated imports this file
     is_local = saved.config.get("base_model", {}).get("kind") == "folder"
     if is_local and "blip2" not in moved and not pathlib.Path(saved.settings["blip2"]).exists():
         raise DataError(f"{saved.source}: its base model was a folder called {saved.settings['blip2']!r} where it was trained: "
                         "pass blip2= (--blip2) with where it lies here")
-    places = {"lm_precision": None, "qformer": None, **resolved({**saved.settings, **moved})}
+    places = {"lm_precision": None, "qformer": None, **published.resolved({**saved.settings, **moved})}
     if places["gating"] != "none" and not pathlib.Path(places["efficientnet"]).is_file():
         raise DataError(f"{saved.source}: no style classifier at {places['efficientnet']}: pass efficientnet= (--efficientnet) "
                         "with the one of the training")
@@ -147,11 +150,11 @@ def _places(saved, moved):
     return places
 
 
-def _refuse_other_base(saved, places, model):
+def refuse_other_base(saved, places, model):
     """DataError that names the frozen parts that are not those of the training, or a size that is not that of gate_config.json."""
-    others = runfolder.other_parts(runfolder.fingerprint(model), saved.frozen)
+    others = other_parts(fingerprint(model), saved.frozen)
     if not others:
-        sizes = [f"{name} is {value}, {saved.config[name]} in {CONFIG}" for name, value in _sizes(model).items()
+        sizes = [f"{name} is {value}, {saved.config[name]} in {CONFIG}" for name, value in sizes_of(model).items()
                  if saved.config and saved.config[name] != value]
         if sizes:
             raise DataError(f"{saved.source}: does not fit its base model: {'; '.join(sizes)}: copy or download the folder again")
@@ -162,7 +165,7 @@ def _refuse_other_base(saved, places, model):
                     f"{places['efficientnet']} (other: {', '.join(others)}{told}): pass blip2= and efficientnet= of the training")
 
 
-def _refuse_other_dtypes(saved, model):
+def refuse_other_dtypes(saved, model):
     own = {name: p.dtype for name, p in model.named_parameters()}
     wrong = sorted(name for name, tensor in saved.state.items() if tensor.dtype != own.get(name, tensor.dtype))
     if wrong:
@@ -170,7 +173,7 @@ def _refuse_other_dtypes(saved, model):
                         f"({saved.state[wrong[0]].dtype}): what is trained is kept in full precision")
 
 
-def _sizes(model):
+def sizes_of(model):
     """The fields of gate_config.json that follow from the base model and the style classifier."""
     config = model.qformer.config
     return {"layers": model.qformer.cross_layers, "heads": config.num_attention_heads, "control_width": config.hidden_size,

@@ -1,39 +1,21 @@
-"""gallery.py: finding pictures in a folder: index it once, search it within little memory, show what was found.
+"""gallery.py: pictures that were found, as a web page and as a figure.
 
-    pictures_in, open_index                a folder -> features on disk; only what is new or changed is encoded
-    best, best_matches, faiss_matches      the pictures nearest to a query vector; best says which of the two it takes
-    write_page, draw_gate_map              what was found, as a web page and as a figure
-
-A picture has Q unit vectors of E numbers, a query has one: score(query, picture) = the largest of the Q dot products.
-
-An index is two files of one folder. features-<id>.bin holds a row [Q,E] of float16 for each picture and only ever grows at
-its end, so that another process may read it meanwhile. index.jsonl names it, then a line for each picture in the order of the
-rows; a line is written after its row is safe on disk, so that a row without a line is one that was never finished.
+    thumbnail       a picture inside a page
+    write_page      what a search found
+    draw_gate_map   what the gate changed in the reference, and what was found
 """
 
-import contextlib
-import errno
-import importlib.util
-import json
-import math
-import os
-import pathlib
-import secrets
-import shutil
+import base64
+import io
 import textwrap
 import unicodedata
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image
-from tqdm import tqdm
 
 from data import rows
-from engine import runfolder
-from show.cases import thumbnail
+from engine import files
 from engine.errors import DataError
-from data.tables import shown
 
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei",
          "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS")
@@ -71,7 +53,7 @@ def thumbnail(path, side=320):
 
 
 def thumbnail_or_none(path):
-    """cases.thumbnail of at most 240 pixels, None where the picture cannot be read any more."""
+    """gallery.thumbnail of at most 240 pixels, None where the picture cannot be read any more."""
     try:
         return thumbnail(path, 240)
     except DataError:
@@ -86,7 +68,7 @@ def write_page(path, title, reference, text, hits, note=""):
     hits = [{"uri": thumbnail_or_none(picture), "name": name, "score": score} for picture, name, score in hits]
     page = jinja2.Environment(autoescape=True).from_string(PAGE).render(
         title=title, reference=thumbnail_or_none(reference), text=text, hits=hits, note=note)
-    with runfolder.whole_file(path) as file:
+    with files.whole_file(path) as file:
         file.write(page.encode("utf-8", "replace").decode())  # file names can hold bytes that are no UTF-8
 
 
@@ -140,5 +122,5 @@ def draw_gate_map(path, reference, heat, text, target, found):
             axis.imshow(image)
             axis.set_title(f"{rank}  {'✓ right' if right else '✗ wrong'}", fontsize=11, color=RIGHT if right else WRONG)
             axis.spines[:].set(color=RIGHT if right else WRONG, linewidth=4)
-        with runfolder.whole_file(path, "wb") as file:
+        with files.whole_file(path, "wb") as file:
             figure.savefig(file, format="png", dpi=100)

@@ -1,16 +1,14 @@
 """maps.py: pictures of what a Blip2OPTGated looks at, and of what its answer rests on.
 
-    python maps.py --faithfulness --pictures 100     # do the maps point at what the question is about? (drawn scenes, tiny model)
-    python maps.py --faithfulness --checkpoint runs/demo/best.pt          # the same of a model that train_gated.py has trained
-
     attention_maps, mean_map      where the queries look: description, not evidence
     gradient_map                  attention weighted by the gradient of the answer: a first-order guess
     occlusion                     how far the answer falls when the queries cannot look at a patch: evidence of what they read
     tower_occlusion               the same with a patch that the vision tower never sees: evidence of what in the picture counts
-    gate_values, gate_rows        what the gates do to each layer and head
+    gate_values                   what the gates do to each layer and head
     explain, draw, draw_rows      all of it for one question, as one figure; for the first questions of a table
-    gate_summary, append_frame, skyline    the gates by style, one frame an evaluation, as PNG and GIF
-    faithfulness                  each map against the known place of the things in drawn scenes
+    skyline                       the gates by style, one frame an evaluation (engine/gate_frames.py), as PNG and GIF
+
+Do they point at what a question is about? tools/faithfulness.py asks that of drawn scenes.
 
 features is what Blip2OPTGated.image_features gives for one picture, or a cache: image_embeds [1,P,W], style_feature [1,F] (None
 without gates). Of its P positions the first is CLS, which stands for no place in the picture and is on no map; the rest are
@@ -19,12 +17,9 @@ side x side patches, row by row. Maps are numpy arrays of float32.
 The model itself is not changed: its modules are watched through hooks, which are gone when a function returns or fails.
 """
 
-import argparse
 import contextlib
-import json
 import math
 import pathlib
-import sys
 import warnings
 from functools import partial
 from typing import NamedTuple
@@ -32,15 +27,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 import core
-from show import gallery
-from engine import loop
-from engine import published
 from data import rows
-from engine import runfolder
-from engine.errors import DataError
+from engine import files, gate_frames
+from show import gallery
 
 GUIDE = """Attention and the difference: shares of the
 softmax, mean over layers, heads and queries.
@@ -254,7 +245,7 @@ def gate_values(model, features, question, context=""):
     if model.gates is None:
         return None
     batch = core.to_device(core.encode_prompts(model.tokenizer, [question], [context]), features["style_feature"].device)
-    found = gate_tensors(model, features["style_feature"], batch["input_ids"], batch["attention_mask"])
+    found = gate_frames.gate_tensors(model, features["style_feature"], batch["input_ids"], batch["attention_mask"])
     return core.Gate(*(x[0].numpy() for x in found))
 
 
@@ -302,7 +293,7 @@ def quiet_fonts(text):
 
 def save(figure, path, dpi=100):
     """A figure as a whole PNG."""
-    with runfolder.whole_file(path, "wb") as file:
+    with files.whole_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=dpi)
 
 
@@ -521,6 +512,6 @@ def skyline(frames, path_png, path_gif=None):
             canvas.figure.set_dpi(70)
             canvas.draw()
             pages.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(128, dither=Image.Dither.NONE))
-    with runfolder.whole_file(path_gif, "wb") as file:
+    with files.whole_file(path_gif, "wb") as file:
         pages[0].save(file, format="GIF", save_all=True, append_images=pages[1:], loop=0,
                       duration=[900] * (len(pages) - 1) + [3000])

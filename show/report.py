@@ -1,7 +1,7 @@
 """report.py: an evaluation as one web page that needs no other file and runs no script.
 
     write                           parts (Table, Charts, Cards, Note) -> a page; whatever a text holds is shown as text
-    gated, captions, retrieval      what a stage has found -> its parts: report.write(path, title, report.gated(...))
+    gated, captions, retrieval      what a stage has found -> its parts: write(path, title, gated(...))
     about                           lines on how it was made: command, version of this project, packages, date
     expected_calibration_error, resampled_means     the numbers that are computed here and nowhere else
 
@@ -25,9 +25,9 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 
 import metrics
-from engine import runfolder
-from show.cases import thumbnail
+from engine import environment, files, runfolder
 from engine.errors import DataError
+from show.gallery import thumbnail
 
 LISTED, FIXED = 40, 12  # cards of a list, and of the samples that are the same at every evaluation
 RESAMPLES = 1000
@@ -236,14 +236,14 @@ def write(path, title, parts):
     uris = thumbnails(list(wanted))
     page = template().render(title=title, parts=parts, uris=list(uris.values()), numbers={name: n for n, name in enumerate(uris)},
                              width=WIDTH, height=HEIGHT, left=LEFT)
-    with runfolder.whole_file(path) as file:
+    with files.whole_file(path) as file:
         file.write(page.encode("utf-8", "replace").decode())  # file names can hold bytes that are no UTF-8
 
 
 def about(**lines):
     """`lines` as they are, then command, version of this project, packages and date: the last part of a page."""
     packages = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "numpy")]
-    known = {"command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": runfolder.project_version(),
+    known = {"command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": environment.environment.project_version(),
              "versions": ", ".join(["Python " + sys.version.split()[0], *packages]), "date": time.strftime("%Y-%m-%d %H:%M %z")}
     told = [(name, str(value)) for name, value in {**lines, **known}.items() if value is not None]
     return Table("How this was made", (), told, folded=True)
@@ -652,8 +652,7 @@ def caption_cases(pictures, said, count):
 
 def write_cases(path, data, captions, count, title):
     """A page of its own with the `count` worst and best rows by mean_of_three, see report.caption_cases."""
-    from show import report  # not above: it takes thumbnail from here
-    report.write(path, title, report.caption_cases(data.rows, captions, count))
+    write(path, title, caption_cases(data.rows, captions, count))
 
 
 # --- retrieval: train_cir ------------

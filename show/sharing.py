@@ -1,23 +1,15 @@
-"""sharing.py: gates as others can use them: one line to load them, a folder to hand on, proof that both are the same model.
+"""sharing.py: gates as others can use them: a folder to hand on, proof that both are the same model.
 
-    load_gated       a run's folder, its best.pt or an exported folder -> model and processor (core.load_gated is this)
     export           an exported folder: gates.safetensors, gate_config.json, with LoRA peft's two files, README.md (the model card)
     scores, samples  what the model card tells of an evaluation
     verify           what was written, loaded into a fresh model, gives the same logits to the bit
-    verify_saved     the tensors of a best.pt are those of the model, bit by bit; builds no model
-    environment      what a bug report needs (python core.py --env), names and paths masked
 
-Files from elsewhere are data: safetensors, JSON, and torch.load with weights_only=True. Any tensor that is missing, unknown or of
-another shape or dtype, and any frozen part with another fingerprint, is a DataError.
+Reading such a folder is engine/saved.py's and core.load_gated's.
 """
 
-import contextlib
 import copy
-import getpass
 import hashlib
 import html
-import importlib.metadata
-import inspect
 import json
 import os
 import pathlib
@@ -25,7 +17,6 @@ import platform
 import re
 import shlex
 import shutil
-import socket
 import tempfile
 from typing import NamedTuple
 
@@ -33,14 +24,11 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
-from PIL import Image
 
 import core
-from engine import published
-from show import report
-from data import rows
-from engine import runfolder
+from engine import checkpoints, environment, files, saved
 from engine.errors import DataError
+from show import report
 
 
 # --- proof ------------
@@ -53,12 +41,12 @@ def verify(source, model, batch, **loaded):
     `model` was made with (blip2, efficientnet, dtype, lm_precision, ...); the device is the model's. The fresh model stands beside
     the first one while this runs.
     """
-    fresh, _ = load_gated(source, device=model.query_tokens.device, **loaded)
-    _refuse_other_tensors(source, runfolder.trainable_state(fresh), runfolder.trainable_state(model))
+    fresh, _ = core.load_gated(source, device=model.query_tokens.device, **loaded)
+    checkpoints.refuse_other_tensors(source, checkpoints.trainable_state(fresh), checkpoints.trainable_state(model))
     if fresh.styles != model.styles:
         raise DataError(f"{source}: another style vocabulary when it is loaded again: {fresh.styles[:5]}, was {model.styles[:5]}")
     again, first = logits(fresh, batch), logits(model, batch)  # [M,V]
-    if not same_bits(again, first):
+    if not checkpoints.same_bits(again, first):
         raise DataError(f"{source}: other logits when it is loaded again: {(again != first).sum()} of {first.numel()} differ, "
                         f"by at most {(again - first).abs().max():.3g}: do not share it, and report this with python core.py --env")
 
@@ -84,7 +72,7 @@ def refuse_target(folder):
     path = pathlib.Path(folder)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise DataError(f"--export {folder}: is there already and not empty: choose another folder")
-    runfolder.refuse_unwritable(path)
+    files.refuse_unwritable(path)
 
 
 def export(folder, checkpoint, model, table, samples, command, batch, **loaded):
@@ -96,15 +84,15 @@ def export(folder, checkpoint, model, table, samples, command, batch, **loaded):
     """
     folder = pathlib.Path(folder)
     refuse_target(folder)
-    trained_from = {name: place for name, place in checkpoint["model_args"].items() if name in PLACES and place is not None}
+    trained_from = {name: place for name, place in checkpoint["model_args"].items() if name in saved.PLACES and place is not None}
     loaded = {**trained_from, **loaded}
     temporary = None
     try:
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         config = _write_tensors(temporary, checkpoint, model, loaded["blip2"])
         card = model_card(folder.name, config, checkpoint, table, samples, command)
-        for name, text in ((CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n"), ("README.md", card)):
-            with runfolder.whole_file(temporary / name) as file:
+        for name, text in ((saved.CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n"), ("README.md", card)):
+            with files.whole_file(temporary / name) as file:
                 file.write(text.encode("utf-8", "replace").decode())  # file names can hold bytes that are no UTF-8
         verify(temporary, model, batch, **loaded)
         temporary.chmod(0o755)  # mkdtemp's 0700 would stay
@@ -122,17 +110,17 @@ def _write_tensors(folder, checkpoint, model, blip2):
     """gates.safetensors and, with LoRA, peft's two files -> the content of gate_config.json."""
     settings, state = checkpoint["model_args"], checkpoint["state"]
     base = base_model(settings["blip2"], blip2)
-    lora = {_to_peft(name): tensor for name, tensor in state.items() if ".lora_" in name}
-    files = {GATES: {name: tensor for name, tensor in state.items() if ".lora_" not in name}, **({ADAPTER: lora} if lora else {})}
+    lora = {to_peft(name): tensor for name, tensor in state.items() if ".lora_" in name}
+    files = {saved.GATES: {name: tensor for name, tensor in state.items() if ".lora_" not in name}, **({saved.ADAPTER: lora} if lora else {})}
     for name, tensors in files.items():
-        with runfolder.whole_file(folder / name, "wb") as file:
+        with files.whole_file(folder / name, "wb") as file:
             file.write(safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"format": "pt"}))
     if lora:
         adapter = copy.copy(model.qformer.peft_config["default"])
         adapter.base_model_name_or_path, adapter.revision, adapter.inference_mode = base["name"], base["revision"], True
         adapter.save_pretrained(folder)
-    written = [*files, *([ADAPTER_CONFIG] if lora else [])]
-    return {"format": FORMAT, "base_model": base, **_described(settings, model),
+    written = [*files, *([saved.ADAPTER_CONFIG] if lora else [])]
+    return {"format": saved.FORMAT, "base_model": base, **_described(settings, model),
             "loss_weights": checkpoint["loss_weights"], "precision": checkpoint["args"].get("precision"),
             "fingerprints": checkpoint["frozen"], "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
                                                              for name in written},
@@ -146,8 +134,8 @@ def _described(settings, model):
     trained_whole = settings.get("train_qformer")  # then nothing of another Q-Former is left that is not in gates.safetensors
     return {"style_classifier": portable(settings["efficientnet"]),
             "qformer": None if trained_whole else portable(settings.get("qformer")),
-            **own, **{name: value for name, value in settings.items() if name not in (*PLACES, "styles")},
-            "style_vocabulary": model.styles, **_sizes(model)}
+            **own, **{name: value for name, value in settings.items() if name not in (*saved.PLACES, "styles")},
+            "style_vocabulary": model.styles, **sizes_of(model)}
 
 
 def base_model(name, place):
@@ -157,7 +145,7 @@ def base_model(name, place):
     if name == "tiny":
         return {"name": name, "revision": None, "kind": "tiny"}
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not pathlib.Path(name).exists()
-    return {"name": portable(name), "revision": revision_of(str(place)), "kind": "hub" if is_id else "folder"}
+    return {"name": portable(name), "revision": saved.revision_of(str(place)), "kind": "hub" if is_id else "folder"}
 
 
 def portable(name):
@@ -165,7 +153,7 @@ def portable(name):
     if name is None:
         return None
     path = pathlib.PurePath(name)
-    return path.name if path.is_absolute() or ".." in path.parts or name.startswith("~") else masked_names(str(name))
+    return path.name if path.is_absolute() or ".." in path.parts or name.startswith("~") else environment.masked_names(str(name))
 
 
 # --- the model card ------------
@@ -215,7 +203,7 @@ def model_card(name, config, checkpoint, table, samples, command):
         "", f"# {plain(name)}: gates that let art style steer BLIP-2", "", INTRODUCTION,
         "    import core", f"    model, processor = core.load_gated({name!r})", SNIPPET, "",
         "## What was trained", "", *markdown_table(("", ""), facts), "",
-        "## Data", "", f"Questions about pictures, of the folder {plain(last_part(data['data']))}; styles from: "
+        "## Data", "", f"Questions about pictures, of the folder {plain(environment.last_part(data['data']))}; styles from: "
                        f"{plain(data.get('style', 'column'))}. {CHOSEN.format(**_choice(checkpoint))}", "",
         "## Scores", "", f"{plain(table.file)}: {table.questions:,} questions about {table.pictures:,} pictures; in percent, with "
                          "95 % bootstrap intervals over the pictures, which do not cover what another seed of training would "
@@ -277,10 +265,10 @@ def _facts(config, checkpoint):
 
 
 def _versions(config):
-    packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers", "timm", "peft", "safetensors"))
+    packages = ", ".join(f"{name} {environment.installed(name)}" for name in ("torch", "transformers", "timm", "peft", "safetensors"))
     trained = ", ".join(f"{name} {value}" for name, value in config["versions"].items()) or "not known"
     return [f"Training: {trained}. Evaluation and export: Python {platform.python_version()}, {packages}; this project at commit "
-            f"{runfolder.project_version()}."]
+            f"{environment.environment.project_version()}."]
 
 
 def markdown_table(head, lines):
@@ -310,4 +298,4 @@ def training_command(args):
 
 def told_command(words):
     """A command line in one line, masked."""
-    return " ".join(shlex.join([masked(word) for word in words]).split())
+    return " ".join(shlex.join([environment.masked(word) for word in words]).split())

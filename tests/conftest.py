@@ -15,9 +15,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import core  # noqa: E402
-from engine import loop
-from tools import make_sample  # noqa: E402
-from tools import make_tiny  # noqa: E402
+from engine import loop  # noqa: E402
+from tools import make_sample, make_tiny  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 

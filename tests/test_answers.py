@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import core
-from tools import make_tiny
 from engine import published
+from tools import make_tiny
 
 QUESTIONS = ["Which style is this painting?", "How many?", "What colour are the very many boats on the water of this lake?", "Colour?"]
 CONTEXTS = ["", "A boat.", "", "Three large red boats lie in the sun, one of them is old."]

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tools import bench
-from engine import loop
+from engine import errors, loop
 from engine.errors import DataError
+from tools import bench
 
 SIZES = {"vision": {**bench.SMALL["vision"], "num_hidden_layers": 1, "image_size": 56}, "qformer": bench.SMALL["qformer"],
          "text": {**bench.SMALL["text"], "num_hidden_layers": 2}, "queries": 8}
@@ -108,7 +108,7 @@ def test_gate_cost_is_the_share_of_what_differs(monkeypatch):
 
 def test_full_size_needs_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert loop.exit_code(bench.main, ["--size", "full"]) == 2
+    assert errors.exit_code(bench.main, ["--size", "full"]) == 2
     assert "--plan" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         bench.main(["--plan"])

@@ -13,13 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from show import cases
-from engine import loop
-from tools import make_tiny
 import metrics
-from engine import runfolder
 import train_blip_caption as blip
+from engine import checkpoints, errors, loaders, loop, runfolder
 from engine.errors import DataError
+from show import report
+from tools import make_tiny
 from test_report import Page, check_safe
 
 COLOURS = {"red": (210, 40, 40), "blue": (40, 80, 210), "green": (40, 160, 60)}
@@ -88,7 +87,7 @@ def run(flags):
 
 
 def state_of(path):
-    return runfolder.load_checkpoint(path)["state"]
+    return checkpoints.load_checkpoint(path)["state"]
 
 
 def same_state(a, b):
@@ -169,7 +168,7 @@ def test_schedule_opens_more_as_epochs_go_by(flags, tmp_path):
     assert [blip.layers_at(args, epoch) for epoch in range(5)] == [0, 1, 1, 3, 3]
     blip.main(flags("--unfreeze", "0", "--unfreeze-schedule", "2:2", "--save-last"))
     start = blip.load_blip(args.blip)[0].state_dict()
-    last = runfolder.load_checkpoint(tmp_path / "run/last.pt")
+    last = checkpoints.load_checkpoint(tmp_path / "run/last.pt")
     assert last["open"] == 2 and {n.split(".")[3] for n in last["state"] if n.startswith("vision_model.")} == {"1", "2"}
     assert all(not torch.equal(value, start[name]) for name, value in last["state"].items() if "weight" in name)
     log = runfolder.read_log(tmp_path / "run/training_log.csv")
@@ -212,7 +211,7 @@ def test_accumulation_equals_the_large_batch(run):
 
     def gradients(parts):
         share = list(enumerate(parts))
-        batches = iter(loop.load_batches(run.train, run.collate, parts, 0))
+        batches = iter(loaders.load_batches(run.train, run.collate, parts, 0))
         loss = blip.train_step(run, batches, group, share)
         found = {n: p.grad for n, p in run.model.named_parameters() if p.requires_grad}
         run.optimizer.zero_grad()
@@ -279,7 +278,7 @@ def test_better_and_patience(flags, tmp_path, monkeypatch, capsys):
     values = iter([0.0, 0.3, 0.5, 0.4, 0.5, 0.6])  # the first is the rehearsal's
     monkeypatch.setattr(blip, "numbers_of", lambda found, data: {"score": next(values)})
     blip.main(flags("--epochs", "9", "--patience", "2"))
-    best = runfolder.load_checkpoint(tmp_path / "run/best.pt")
+    best = checkpoints.load_checkpoint(tmp_path / "run/best.pt")
     assert (best["epoch"], best["value"]) == (2, 0.5) and "no better score for 2 epochs" in capsys.readouterr().out
 
 
@@ -289,7 +288,7 @@ def test_test_split_is_scored_by_best_even_where_layers_were_opened_later(flags,
     monkeypatch.setattr(blip, "numbers_of", lambda found, data: {"score": next(values, 0.1)})
     blip.main(flags("--unfreeze-schedule", "2:3"))
     monkeypatch.setattr(blip, "numbers_of", numbers_of)
-    assert runfolder.load_checkpoint(tmp_path / "run/best.pt")["open"] == 1
+    assert checkpoints.load_checkpoint(tmp_path / "run/best.pt")["open"] == 1
     capsys.readouterr()
     blip.main(["--data", str(data), "--checkpoint", str(tmp_path / "run/best.pt"), "--json", "--workers", "0"])
     assert json.loads(capsys.readouterr().out)["test"]["captions"] == json.loads((tmp_path / "run/test.json").read_text())
@@ -300,7 +299,7 @@ def test_zero_shot_checkpoint_and_caption_agree_with_validation(flags, data, tmp
     blip.main(flags("--save-last"))
     said = json.loads((tmp_path / "run/val.json").read_text())
     numbers = [r for r in runfolder.read_log(tmp_path / "run/training_log.csv") if r["kind"] == "epoch"]
-    best = runfolder.load_checkpoint(tmp_path / "run/best.pt")
+    best = checkpoints.load_checkpoint(tmp_path / "run/best.pt")
     capsys.readouterr()
     checkpoint = ["--checkpoint", str(tmp_path / "run/best.pt"), "--json", "--workers", "0"]
     assert blip.main(["--data", str(data), *checkpoint]) is None
@@ -406,7 +405,7 @@ def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch
 
     monkeypatch.setattr(blip, "train_step", interrupt)
     assert blip.main(flags(*more, out="cut")) == 143
-    assert runfolder.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 3
+    assert checkpoints.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 3
     monkeypatch.setattr(blip, "train_step", step)
     blip.main(flags(*more, "--resume", out="cut"))
     for name in ("best.pt", "last.pt"):
@@ -440,7 +439,7 @@ def test_cases_page_holds_text_as_text_and_needs_nothing_else(flags, data, tmp_p
 
 def test_cases_are_the_worst_and_the_best(run, tmp_path):
     captions = ["nothing like it", "a blue square", "the green square", "a red one"]
-    cases.write_cases(tmp_path / "c.html", run.val, captions, 1, "t")
+    report.write_cases(tmp_path / "c.html", run.val, captions, 1, "t")
     page = (tmp_path / "c.html").read_text()
     worst, best = page.split("The 1 best")
     assert "nothing like it" in worst and "a red one" in best and page.count("<figure>") == 2
@@ -511,7 +510,7 @@ def test_captions_of_a_folder_are_those_of_caption_and_go_on_after_a_kill(flags,
     monkeypatch.setattr(blip, "describe", lambda *args: described.append(len(args[2])) or real(*args))
     blip.main(command)
     assert out.read_bytes() == whole and 0 < sum(described) < 13
-    assert loop.exit_code(blip.main, ["--caption", str(images), "--captions", str(out), "--blip", flags()[3], "--workers", "0"]) == 2
+    assert errors.exit_code(blip.main, ["--caption", str(images), "--captions", str(out), "--blip", flags()[3], "--workers", "0"]) == 2
     assert "checkpoint (sha256) is None" in capsys.readouterr().err and out.read_bytes() == whole
 
 
@@ -557,7 +556,7 @@ BAD = [  # what is done to the data folder, further flags, words of the message
 @pytest.mark.parametrize("do, more, words", BAD, ids=lambda x: x[:40] if isinstance(x, str) else "")
 def test_bad_input_is_one_line(data, flags, tmp_path, capsys, do, more, words):
     do(data)
-    assert loop.exit_code(blip.main, flags(*more)) == 2
+    assert errors.exit_code(blip.main, flags(*more)) == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: ") and re.search(words, line), line
     assert not (tmp_path / "run/best.pt").exists()
@@ -582,14 +581,14 @@ def test_broken_training_picture_leaves_a_last_pt(flags, data, tmp_path, monkeyp
         return loss
 
     monkeypatch.setattr(blip, "train_step", spoiled)
-    assert loop.exit_code(blip.main, flags("--batch-size", "2")) == 2
+    assert errors.exit_code(blip.main, flags("--batch-size", "2")) == 2
     assert "row " in (line := capsys.readouterr().err) and "is missing, empty (0 bytes)" in line
-    assert runfolder.load_checkpoint(tmp_path / "run/last.pt")["step"] == 3
+    assert checkpoints.load_checkpoint(tmp_path / "run/last.pt")["step"] == 3
 
 
 def test_other_folders_and_checkpoints_are_refused(flags, folder, data, tiny, tmp_path, capsys):
     def error(*argv):
-        assert loop.exit_code(blip.main, list(argv)) == 2
+        assert errors.exit_code(blip.main, list(argv)) == 2
         return capsys.readouterr().err.splitlines()[-1]
 
     assert "a blip-2 model and not a BLIP" in error(*flags("--zero-shot", "--blip", tiny[0]))
@@ -600,7 +599,7 @@ def test_other_folders_and_checkpoints_are_refused(flags, folder, data, tiny, tm
     other = make_tiny.save_random_captioner(tmp_path / "other", TEXTS)
     best = str(tmp_path / "run/best.pt")
     assert "trained on another BLIP" in error("--caption", str(data / "images"), "--checkpoint", best, "--blip", other)
-    runfolder.save_checkpoint(tmp_path / "x.pt", {**runfolder.load_checkpoint(best), "stage": "gated"})
+    checkpoints.save_checkpoint(tmp_path / "x.pt", {**checkpoints.load_checkpoint(best), "stage": "gated"})
     assert "another stage (gated)" in error("--caption", str(data / "images"), "--checkpoint", str(tmp_path / "x.pt"))
     with runfolder.locked(tmp_path / "held"):
         assert "is in use by" in error(*flags(out="held"))
@@ -614,7 +613,7 @@ class Hostile:
 def test_hostile_checkpoint_never_runs(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOSTILE", str(tmp_path / "ran"))
     torch.save({"state": Hostile()}, tmp_path / "hostile.pt", pickle_module=pickle)
-    assert loop.exit_code(blip.main, ["--caption", str(data / "images"), "--checkpoint", str(tmp_path / "hostile.pt")]) == 2
+    assert errors.exit_code(blip.main, ["--caption", str(data / "images"), "--checkpoint", str(tmp_path / "hostile.pt")]) == 2
     assert "nothing of it was run" in capsys.readouterr().err and not (tmp_path / "ran").exists()
 
 

@@ -20,10 +20,8 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import cache
-from engine import loop
-from engine import published
 from data import rows
+from engine import cache, loaders, published
 from engine.errors import DataError
 
 SHAPE, BATCH, SIZE = (5, 8), 3, 16
@@ -643,7 +641,7 @@ def test_read_through_loaders(case):
     store[case.paths[0]]  # an open file goes through the fork
     data = Rows(cache.Features(image_embeds=store), case.paths)
     groups = [[3, 1, 4], [1, 5, 9, 2], [6, 10, 0, 8, 7]] * 3
-    for loader in (loop.load_batches(data, None, groups, 2),
+    for loader in (loaders.load_batches(data, None, groups, 2),
                    torch.utils.data.DataLoader(data, batch_sampler=groups, num_workers=1, multiprocessing_context="spawn")):
         for group, (found, numbers) in zip(groups, loader, strict=True):
             expected = torch.stack([features_of(tensor_of(case.paths[i])[None])[0].bfloat16() for i in group])

@@ -17,16 +17,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 
-from data import cirr
 import core
-from engine import loop
-from tools import make_sample
-from tools import make_tiny
 import metrics
-from engine import published
-from engine import runfolder
 import train_cir
+from data import cirr
+from engine import checkpoints, errors, loop, published, runfolder
 from engine.errors import DataError
+from tools import make_sample, make_tiny
 from test_report import Page, check_safe
 
 
@@ -110,7 +107,7 @@ def opened(model):
 
 
 def state_of(path):
-    return runfolder.load_checkpoint(path)["state"]
+    return checkpoints.load_checkpoint(path)["state"]
 
 
 # --- the model ------------
@@ -386,7 +383,7 @@ def test_a_broken_picture_stops_the_run_with_its_row(command, drawn, folder, tmp
     content = path.read_bytes()
     try:
         path.write_bytes(content[:400])
-        assert loop.exit_code(train_cir.main, command()) == 2
+        assert errors.exit_code(train_cir.main, command()) == 2
     finally:
         path.write_bytes(content)
     told = capsys.readouterr().err
@@ -420,13 +417,13 @@ def test_training_writes_what_it_says(trained):
     log = runfolder.read_log(out / "training_log.csv")
     epochs = [row for row in log if row["kind"] == "epoch"]
     assert len(epochs) == 2 and all(float(row["mean"]) >= 0 and float(row["change"]) > 0 for row in epochs)
-    best = runfolder.load_checkpoint(out / "best.pt")
+    best = checkpoints.load_checkpoint(out / "best.pt")
     assert best["metric"] == "mean" and not any(name.startswith("vision_model") for name in best["state"])
     assert best["value"] == pytest.approx(max(float(row["mean"]) for row in epochs), abs=1e-3)
 
 
 def test_checkpoint_scores_what_training_said_and_submits(trained, drawn, tmp_path, capsys):
-    best = runfolder.load_checkpoint(trained[0] / "best.pt")
+    best = checkpoints.load_checkpoint(trained[0] / "best.pt")
     train_cir.main(["--data", str(drawn), "--checkpoint", str(trained[0] / "best.pt"), "--workers", "0",
                     "--submit", str(tmp_path / "submission")])
     assert f"mean {best['value']:.2f}" in capsys.readouterr().out
@@ -488,7 +485,7 @@ def test_a_step_takes_what_the_flags_say(command, monkeypatch):
     true_forward = train_cir.Sprc.forward
     monkeypatch.setattr(train_cir.Sprc, "forward", forward)
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", clip)
-    assert loop.exit_code(train_cir.main, command("--hard-set", "2", "--hard-batch", "3", "--loss-rtc", "0.5", "--loss-align",
+    assert errors.exit_code(train_cir.main, command("--hard-set", "2", "--hard-batch", "3", "--loss-rtc", "0.5", "--loss-align",
                                                   "0.6",
                                                   "--loss-patch", "0.7")) == 130
     assert {name: seen[name] for name in ("rtc", "align", "patch", "hard_batch", "limit")} == {
@@ -513,7 +510,7 @@ def test_interrupted_and_resumed_equals_undisturbed(trained, command, tmp_path, 
 
     monkeypatch.setattr(train_cir, "train_step", interrupt)
     assert train_cir.main(command(*MORE, out="cut")) == code
-    assert runfolder.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 4 and epochs == {0, 1}
+    assert checkpoints.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 4 and epochs == {0, 1}
     monkeypatch.setattr(train_cir, "train_step", step)
     train_cir.main(command(*MORE, "--resume", out="cut"))
     for name in ("best.pt", "last.pt"):
@@ -524,7 +521,7 @@ def test_interrupted_and_resumed_equals_undisturbed(trained, command, tmp_path, 
 
 def test_resume_refuses_other_settings_and_other_data(trained, command, drawn, tmp_path, capsys):
     shutil.copytree(trained[0], tmp_path / "run")
-    assert loop.exit_code(train_cir.main, command(*MORE, "--resume", "--lr", "5e-4")) == 2
+    assert errors.exit_code(train_cir.main, command(*MORE, "--resume", "--lr", "5e-4")) == 2
     assert "--lr is 0.0005, was 0.001" in capsys.readouterr().err
     path = drawn / "captions/cap.rc2.train.json"
     content = path.read_text()
@@ -532,7 +529,7 @@ def test_resume_refuses_other_settings_and_other_data(trained, command, drawn, t
         changed = json.loads(content)
         changed[0]["caption"] += " now"
         path.write_text(json.dumps(changed))
-        assert loop.exit_code(train_cir.main, command(*MORE, "--resume")) == 2
+        assert errors.exit_code(train_cir.main, command(*MORE, "--resume")) == 2
     finally:
         path.write_text(content)
     assert "training queries (hash)" in capsys.readouterr().err
@@ -551,18 +548,18 @@ def test_flags_that_do_not_go_together(command, capsys, more, wanted):
 
 
 def test_checkpoints_of_others_are_refused(trained, command, drawn, tiny, tmp_path, capsys):
-    best = runfolder.load_checkpoint(trained[0] / "best.pt")
-    runfolder.save_checkpoint(tmp_path / "gated.pt", {**best, "stage": "gated"})
-    runfolder.save_checkpoint(tmp_path / "other.pt", {**best, "frozen": "0" * 16})
-    runfolder.save_checkpoint(tmp_path / "short.pt", {**best, "state": dict(list(best["state"].items())[:-1])})
+    best = checkpoints.load_checkpoint(trained[0] / "best.pt")
+    checkpoints.save_checkpoint(tmp_path / "gated.pt", {**best, "stage": "gated"})
+    checkpoints.save_checkpoint(tmp_path / "other.pt", {**best, "frozen": "0" * 16})
+    checkpoints.save_checkpoint(tmp_path / "short.pt", {**best, "state": dict(list(best["state"].items())[:-1])})
     capsys.readouterr()
     for name, wanted in (("gated", "another stage (gated)"), ("other", "another vision tower"), ("short", "does not fit"),
                          ("absent", "no such checkpoint")):
-        code = loop.exit_code(train_cir.main, ["--data", str(drawn), "--checkpoint", str(tmp_path / f"{name}.pt"), "--workers",
+        code = errors.exit_code(train_cir.main, ["--data", str(drawn), "--checkpoint", str(tmp_path / f"{name}.pt"), "--workers",
                                                "0"])
         told = capsys.readouterr().err
         assert code == 2 and wanted in told and told.count("error:") == 1, (name, told)
-    assert loop.exit_code(train_cir.main, command("--blip2", tiny[0], out="wrong")) == 2  # a BLIP-2 with OPT has no text path
+    assert errors.exit_code(train_cir.main, command("--blip2", tiny[0], out="wrong")) == 2  # a BLIP-2 with OPT has no text path
     assert "tensors are missing" in capsys.readouterr().err
 
 
@@ -675,7 +672,7 @@ def test_dry_run_writes_nothing_and_a_cache_gives_the_same_scores(command, tmp_p
     values = []
     for out, more in (("run", ()), ("kept", ("--cache", str(tmp_path / "cache")))):
         train_cir.main(command("--epochs", "1", *more, out=out))
-        best = runfolder.load_checkpoint(tmp_path / out / "best.pt")
+        best = checkpoints.load_checkpoint(tmp_path / out / "best.pt")
         values.append((best["frozen"], best["value"], best["state"]))
     assert values[0][0] == values[1][0] and values[0][1] == values[1][1]
     for name, tensor in values[0][2].items():

@@ -19,13 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from data import cirr
-from engine import loop
-from tools import make_sample
 import metrics
-from data import rows
-from tools import sample_cirr
-from data.cirr import DataError, Query
+from data import cirr, rows
+from data.cirr import Query
+from engine import loaders
+from engine.errors import DataError
+from tools import make_sample, sample_cirr
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 REAL = pathlib.Path(os.environ.get("CIRR") or ROOT / "../shared/data/cirr")
@@ -171,7 +170,7 @@ def test_fashioniq_is_ranked_by_category(tmp_path):
     with pytest.raises(DataError, match="split.toptee.val.json: 1 of 3 pictures are missing .*'B00toptee0.jpg' is not there"):
         cirr.read_split(str(tmp_path), "fashioniq", "val", say=lambda line: None)
     one, = cirr.annotations(str(tmp_path), "fashioniq", "val", "shirt")
-    assert one.name == "shirt" and loop.named(one.queries).startswith("B00shirt0 + 'is red / has longer sleeves' (row 1)")
+    assert one.name == "shirt" and loaders.named(one.queries).startswith("B00shirt0 + 'is red / has longer sleeves' (row 1)")
 
 
 def test_text_of_fashioniq_has_four_variants(tmp_path):

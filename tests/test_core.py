@@ -15,12 +15,10 @@ from transformers import Blip2ForConditionalGeneration, Blip2QFormerConfig
 from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerModel, Blip2TextEmbeddings
 
 import core
-import efficientnet
-from tools import make_tiny
-from engine import published
 from data import rows
-from engine import runfolder
+from engine import checkpoints, published
 from engine.errors import DataError
+from tools import make_tiny
 
 KINDS = [("film", "head"), ("film", "channel"), ("gate", "head"), ("gate", "channel")]
 
@@ -173,7 +171,7 @@ def cut_in_half(file):
                                            (cut_in_half, "incomplete")])
 def test_incomplete_blip2_folder_is_refused(tiny, tmp_path, harm, message):
     with pytest.raises(DataError, match=message):
-        core.load_blip2(damaged(tiny, tmp_path / "blip2", harm))
+        published.load_blip2(damaged(tiny, tmp_path / "blip2", harm))
 
 
 def test_qformer_from_elsewhere_together_with_lora(build, tiny):
@@ -512,22 +510,22 @@ def test_prediction_in_training_mode_is_refused(build, batch):
 def test_trained_tensors_round_trip_and_misfits_are_named(build, tmp_path):
     model, other = build(), build()
     nn.init.normal_(model.gates[0].key.weight)
-    runfolder.save_checkpoint(tmp_path / "best.pt", {"state": runfolder.trainable_state(model)})
-    state = runfolder.load_checkpoint(tmp_path / "best.pt")["state"]
-    runfolder.load_trainable(other, state, "best.pt")
+    checkpoints.save_checkpoint(tmp_path / "best.pt", {"state": checkpoints.trainable_state(model)})
+    state = checkpoints.load_checkpoint(tmp_path / "best.pt")["state"]
+    checkpoints.load_trainable(other, state, "best.pt")
     assert torch.equal(other.gates[0].key.weight, model.gates[0].key.weight)
     with pytest.raises(DataError, match="does not fit this model"):
-        runfolder.load_trainable(build(per="channel"), state, "best.pt")
+        checkpoints.load_trainable(build(per="channel"), state, "best.pt")
     with pytest.raises(DataError, match="does not fit this model"):
-        runfolder.load_trainable(build(gating="none"), state, "best.pt")
+        checkpoints.load_trainable(build(gating="none"), state, "best.pt")
 
 
 def test_fingerprint_sees_other_frozen_weights_but_not_gates_or_dtype(build):
     model, other = build(), build()
     nn.init.normal_(other.gates[0].key.weight)
-    assert runfolder.fingerprint(model) == runfolder.fingerprint(other) == runfolder.fingerprint(build(dtype=torch.bfloat16))
+    assert checkpoints.fingerprint(model) == checkpoints.fingerprint(other) == checkpoints.fingerprint(build(dtype=torch.bfloat16))
     nn.init.normal_(other.language_model.model.decoder.layers[0].fc1.weight)
-    assert runfolder.fingerprint(model) != runfolder.fingerprint(other)
+    assert checkpoints.fingerprint(model) != checkpoints.fingerprint(other)
 
 
 def full_size(**settings):
@@ -537,12 +535,12 @@ def full_size(**settings):
                      word_embed_proj_dim=2560)
     with torch.device("meta"):
         return core.Blip2OPTGated(Blip2ForConditionalGeneration(Blip2Config(text_config=text.to_dict())), None,
-                                  efficientnet.EfficientNet28(27), **settings)
+                                  core.EfficientNet28(27), **settings)
 
 
 def test_full_size_counts_and_file_size():
     model = full_size()
-    parts = {name: (trainable, frozen) for name, trainable, frozen in runfolder.parts_table(model)}
+    parts = {name: (trainable, frozen) for name, trainable, frozen in checkpoints.parts_table(model)}
     assert parts["vision_model"] == (0, 985_952_256)
     assert parts["qformer"] == (0, 105_137_664)
     assert parts["query_tokens"] == (0, 24_576)
@@ -554,7 +552,7 @@ def test_full_size_counts_and_file_size():
     # mapper: EfficientNet projection 1,180,416 as in the original; image MLP to 4 distinct tokens, text projection and MLP,
     # LN at the end, and LN on both inputs
     assert parts["mapper"] == (1_180_416 + 3_936_256 + 1_966_848 + 1_574_656 + 1_536 + 2 * (1_536 + 2_560), 0)
-    assert efficientnet.EfficientNet28(28, "efficientnet_b3").width == 1536
+    assert core.EfficientNet28(28, "efficientnet_b3").width == 1536
 
 
 @pytest.mark.parametrize("train_qformer, limit", [(False, 60e6), (True, 500e6)])
@@ -562,9 +560,9 @@ def test_full_size_best_pt(tmp_path, train_qformer, limit):
     model = full_size(train_qformer=train_qformer)
     model.style_head = nn.Linear(1536, 27)  # a vocabulary of 27 styles
     state = {n: torch.zeros(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-    runfolder.save_checkpoint(tmp_path / "best.pt", {"state": state})
+    checkpoints.save_checkpoint(tmp_path / "best.pt", {"state": state})
     assert 0.9 * limit < (tmp_path / "best.pt").stat().st_size < limit
-    assert runfolder.load_checkpoint(tmp_path / "best.pt")["state"].keys() == state.keys()
+    assert checkpoints.load_checkpoint(tmp_path / "best.pt")["state"].keys() == state.keys()
 
 
 def test_full_size_other_gates():

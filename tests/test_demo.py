@@ -25,9 +25,8 @@ from PIL import Image
 
 import core
 import demo
-from engine import published
 from data import rows
-from engine import runfolder
+from engine import checkpoints, picture_index, published
 from engine.errors import DataError
 
 ROOT = pathlib.Path(demo.__file__).parent
@@ -287,8 +286,8 @@ def run(build, tiny, tmp_path):
     """A run folder whose gates are open."""
     model = open_gates(build())
     places = {"blip2": str(tiny[0]), "efficientnet": str(tiny[1]), "qformer": None, "gating": "film", "styles": model.styles}
-    runfolder.save_checkpoint(tmp_path / "run/best.pt", {
-        "stage": "gated", "model_args": places, "state": runfolder.trainable_state(model), "frozen": runfolder.fingerprint(model),
+    checkpoints.save_checkpoint(tmp_path / "run/best.pt", {
+        "stage": "gated", "model_args": places, "state": checkpoints.trainable_state(model), "frozen": checkpoints.fingerprint(model),
         "args": {}})
     return tmp_path / "run"
 
@@ -350,8 +349,8 @@ def test_find_gives_what_the_search_of_train_cir_prints_without_the_reference_it
     base, folder, best = make_tiny.save_random_retrieval(tmp_path), tmp_path / "gallery", str(tmp_path / "cir/best.pt")
     args = train_cir.get_args(["--data", "none", "--blip2", base])
     model = train_cir.load_model(args, torch.float32)
-    runfolder.save_checkpoint(best, {
-        "stage": "cir", "state": runfolder.trainable_state(model), "frozen": runfolder.fingerprint(model), "precision": "no",
+    checkpoints.save_checkpoint(best, {
+        "stage": "cir", "state": checkpoints.trainable_state(model), "frozen": checkpoints.fingerprint(model), "precision": "no",
         "model_args": {name: getattr(args, name) for name in train_cir.MODEL_ARGS}})
     folder.mkdir()
     for path in sorted((sample / "images").iterdir())[:15]:
@@ -457,7 +456,7 @@ def test_the_page_in_a_browser(served, taught, run, sample, picture, tmp_path):
             if shown:
                 page.wait_for_function("text => document.querySelector('#gated .demo').textContent !== text", arg=shown[-1][0])
             shown.append([page.locator(f"{side} .demo").text_content() for side in ("#gated", "#closed")])
-            maps.append([page.locator(f"{side} img").first.get_attribute("src") for side in ("#gated", "#closed")])
+            picture_index.append([page.locator(f"{side} img").first.get_attribute("src") for side in ("#gated", "#closed")])
 
         see()
         assert len(page.query_selector_all("#gated img, #closed img")) == 3  # none of them from a text

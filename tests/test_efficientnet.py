@@ -9,10 +9,11 @@ import pytest
 import timm
 import torch
 
-import efficientnet
-from tools import make_tiny
+import core
 from data import rows
+from engine import checkpoints
 from engine.errors import DataError
+from tools import make_tiny
 
 ARCH = make_tiny.ARCH
 
@@ -53,17 +54,17 @@ def test_known_shapes_load_without_running_anything(state, tmp_path, kind):
 
 def load(file, safe=True):
     """from_checkpoint for the tests' small architecture: foreign files do not name theirs."""
-    content = efficientnet.load_foreign(file, safe)
+    content = checkpoints.load_foreign(file, safe)
     if "arch" not in content:
         inner = content if any(isinstance(v, torch.Tensor) for v in content.values()) else {**content}
         torch.save({**({"model": inner} if inner is content else inner), "arch": ARCH}, file)
-    return efficientnet.EfficientNet28.from_checkpoint(file, safe)
+    return core.EfficientNet28.from_checkpoint(file, safe)
 
 
 def test_real_b3_in_its_default_form(tmp_path):
     torch.manual_seed(0)
     torch.save(timm.create_model("efficientnet_b3", num_classes=28).state_dict(), tmp_path / "b3.pt")
-    net = efficientnet.EfficientNet28.from_checkpoint(tmp_path / "b3.pt", safe=True).eval()
+    net = core.EfficientNet28.from_checkpoint(tmp_path / "b3.pt", safe=True).eval()
     assert net.num_classes == 28 and net.width == 1536
     with torch.no_grad():
         assert net(torch.randn(1, 3, 64, 64)).shape == (1, 1536)
@@ -86,9 +87,9 @@ class Config:
 def test_unknown_class_needs_the_unsafe_loader_and_says_so(state, tmp_path):
     torch.save({"model": state, "arch": ARCH, "config": Config()}, tmp_path / "best.pt")
     with pytest.raises(DataError, match="Config.*--safe-load"):
-        efficientnet.EfficientNet28.from_checkpoint(tmp_path / "best.pt", safe=True)
+        core.EfficientNet28.from_checkpoint(tmp_path / "best.pt", safe=True)
     with pytest.warns(UserWarning, match=r"best.pt.*Config.*weights_only=False"):
-        net = efficientnet.EfficientNet28.from_checkpoint(tmp_path / "best.pt", safe=False)
+        net = core.EfficientNet28.from_checkpoint(tmp_path / "best.pt", safe=False)
     assert torch.equal(net.net.classifier.weight, state["classifier.weight"])
 
 
@@ -96,7 +97,7 @@ def test_hostile_code_does_not_run_with_safe_load(state, tmp_path):
     mark = tmp_path / "mark"
     torch.save({"model": state, "arch": ARCH, "x": Marker(str(mark))}, tmp_path / "best.pt")
     with pytest.raises(DataError):
-        efficientnet.EfficientNet28.from_checkpoint(tmp_path / "best.pt", safe=True)
+        core.EfficientNet28.from_checkpoint(tmp_path / "best.pt", safe=True)
     assert not mark.exists()
 
 
@@ -107,7 +108,7 @@ def test_damaged_files_never_reach_the_unsafe_loader(tmp_path, content, safe):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(DataError, match="download it again"):
-            efficientnet.load_foreign(tmp_path / "best.pt", safe)
+            checkpoints.load_foreign(tmp_path / "best.pt", safe)
 
 
 def test_cut_file_is_named(state, tmp_path):
@@ -115,18 +116,18 @@ def test_cut_file_is_named(state, tmp_path):
     whole = (tmp_path / "best.pt").read_bytes()
     (tmp_path / "best.pt").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(DataError, match="best.pt.*incomplete"):
-        efficientnet.load_foreign(tmp_path / "best.pt", safe=False)
+        checkpoints.load_foreign(tmp_path / "best.pt", safe=False)
 
 
 def test_other_networks_are_refused(tmp_path):
     torch.save({"fc.weight": torch.zeros(3, 4)}, tmp_path / "resnet.pt")
     with pytest.raises(DataError, match="no timm EfficientNet"):
-        efficientnet.EfficientNet28.from_checkpoint(tmp_path / "resnet.pt", safe=True)
+        core.EfficientNet28.from_checkpoint(tmp_path / "resnet.pt", safe=True)
 
 
 @torch.no_grad()
 def test_normalisation_bridge(state):
-    net = efficientnet.EfficientNet28(27, ARCH).eval()
+    net = core.EfficientNet28(27, ARCH).eval()
     net.net.load_state_dict(state)
     pixels = torch.rand(2, 3, 32, 32)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (rows.BLIP_MEAN, rows.BLIP_STD))

@@ -21,12 +21,10 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import conftest  # noqa: F401  (sets the import path)
-import efficientnet
+import core
 import efficientnet_pretrain as pretrain
-from engine import loop
-from data import rows
-from engine import runfolder
-from data import wikiart
+from data import rows, wikiart
+from engine import checkpoints, errors, loaders, loop, runfolder
 from engine.errors import DataError
 from timm.utils import ModelEmaV3
 
@@ -117,7 +115,7 @@ def test_artgan(data):
 @pytest.mark.skipif(not WIKIART.is_dir(), reason="ArtGAN's own lists are not here")
 def test_artgans_own_lists_have_our_classes_in_our_order():
     classes, found = wikiart.read_artgan(pretrain.get_args(["--data", str(WIKIART)]))
-    assert classes == efficientnet.WIKIART[:27]
+    assert classes == wikiart.WIKIART[:27]
     assert [len(found[s]) for s in ("train", "val")] == [57025, 24421]
     assert Counter(style for _, style, _, _ in found["train"])["Action Painting"] == 69
 
@@ -202,7 +200,7 @@ def test_broken_pictures_are_listed_and_left_out(data, tmp_path, capsys):
     (data / "Cubism/p1.jpg").write_bytes(whole[:len(whole) // 2])
     (data / "Cubism/p2.jpg").write_bytes(b"")
     (data / "Pop_Art/p4.jpg").unlink()  # of the validation split
-    assert loop.exit_code(pretrain.main, flags(data, tmp_path / "run")) == 2
+    assert errors.exit_code(pretrain.main, flags(data, tmp_path / "run")) == 2
     assert "Cubism/p2.jpg" in capsys.readouterr().err  # the cut one shows only when it is decoded
     assert not pretrain.main(flags(data, tmp_path / "run", "--check-data")) and not (tmp_path / "run").exists()
     assert "3 broken pictures listed" in capsys.readouterr().out
@@ -264,7 +262,7 @@ def test_a_picture_is_a_pure_function_of_seed_epoch_and_place(data):
     assert torch.equal(plain, rows.image_tensor(rows.load_image(row.image), 32, rows.IMAGENET_MEAN, rows.IMAGENET_STD))
     assert label == classes.index(row.style)
     keys = [[(n, 0, n) for n in range(4)], [(n, 0, n) for n in range(4, 8)]]
-    here, there = (list(loop.load_batches(paintings, pretrain.collate, keys, workers)) for workers in (0, 2))
+    here, there = (list(loaders.load_batches(paintings, pretrain.collate, keys, workers)) for workers in (0, 2))
     assert all(torch.equal(a["images"], b["images"]) and torch.equal(a["labels"], b["labels"]) for a, b in zip(here, there))
 
 
@@ -324,9 +322,9 @@ def test_confusion_picture_of_28_classes(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
     confusion = np.diag(np.arange(28)) + 1
-    pretrain.draw_confusion(confusion, efficientnet.WIKIART, tmp_path / "confusion.png", "title")
+    pretrain.draw_confusion(confusion, wikiart.WIKIART, tmp_path / "confusion.png", "title")
     axis, = drawn[0].axes
-    assert [t.get_text() for t in axis.get_xticklabels()] == efficientnet.WIKIART
+    assert [t.get_text() for t in axis.get_xticklabels()] == wikiart.WIKIART
     assert axis.get_yticklabels()[1].get_text() == "Action Painting (29)"
     share = axis.images[0].get_array()
     assert np.allclose(share.sum(1), 1) and share[3, 3] == pytest.approx(4 / 31)
@@ -362,7 +360,7 @@ def test_overfits_a_batch(data):
     run = bare_run(data, "--crop", "1", "--epochs", "40", "--lr", "1e-2", "--batch-size", "14", "--ema", "0")
     pretrain.to_train(run)
     group, share = run.plan(0)[0]
-    batches = list(loop.load_batches(run.train, pretrain.collate, [keys for _, keys in share], 0))
+    batches = list(loaders.load_batches(run.train, pretrain.collate, [keys for _, keys in share], 0))
     first = pretrain.train_step(run, iter(batches), group, share)
     assert first == pytest.approx(np.log(3), abs=0.1)
     for _ in range(40):
@@ -378,7 +376,7 @@ def test_accumulation_equals_the_large_batch(data):
         pretrain.to_train(run)
         keys = iter([(n, 0, n) for n in range(12)])
         share = [(i, [next(keys) for _ in range(size)]) for i, size in enumerate(sizes)]
-        batches = iter(loop.load_batches(run.train, pretrain.collate, [picked for _, picked in share], 0))
+        batches = iter(loaders.load_batches(run.train, pretrain.collate, [picked for _, picked in share], 0))
         loss = pretrain.train_step(run, batches, [key for _, picked in share for key in picked], share)
         return loss, [p.grad for p in run.model.parameters()]
 
@@ -394,7 +392,7 @@ def test_smoothing_and_dropout_are_used(data):
             run = bare_run(data, *extra)
             pretrain.to_train(run)
             group, share = run.plan(0)[0]
-            batches = iter(loop.load_batches(run.train, pretrain.collate, [keys for _, keys in share], 0))
+            batches = iter(loaders.load_batches(run.train, pretrain.collate, [keys for _, keys in share], 0))
             losses.append(pretrain.train_step(run, batches, group, share))
         assert losses[0] != losses[1], more
     args = pretrain.get_args(flags("x", "x", "--arch", "tf_efficientnet_lite0", "--drop-path", "0.3"))
@@ -464,7 +462,7 @@ def test_run_folder(finished):
 @torch.no_grad()
 def test_best_pt_is_what_the_style_classifier_loads(finished):
     run, out = finished
-    net = efficientnet.EfficientNet28.from_checkpoint(out / "best.pt", safe=True).eval()
+    net = core.EfficientNet28.from_checkpoint(out / "best.pt", safe=True).eval()
     assert net.arch == ARCH and net.num_classes == 3 and net.style_names() == ["Cubism", "Pop Art", "Ukiyo-e"]
     content = torch.load(out / "best.pt", weights_only=True)
     own = timm.create_model(ARCH, num_classes=3).eval()
@@ -483,7 +481,7 @@ def test_the_averaged_weights_are_scored_and_saved(finished, tmp_path):
     log = runfolder.read_log(out / "training_log.csv")
     assert float(log[-1]["loss"]) == pytest.approx(scores[1]["loss"], rel=1e-4)
     pretrain.save_best(run, tmp_path)
-    saved, weights = runfolder.load_checkpoint(tmp_path / "best.pt")["model"], run.model.state_dict()
+    saved, weights = checkpoints.load_checkpoint(tmp_path / "best.pt")["model"], run.model.state_dict()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in run.ema.module.state_dict().items())
     assert not torch.equal(saved["conv_stem.weight"], weights["conv_stem.weight"])
 
@@ -497,12 +495,12 @@ def test_best_pt_is_of_the_best_macro_f1(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pretrain, "validate", validate)
     run, _ = pretrain.fit(pretrain.get_args(flags(source, tmp_path / "run", "--epochs", "4")))
-    best = runfolder.load_checkpoint(tmp_path / "run/best.pt")
+    best = checkpoints.load_checkpoint(tmp_path / "run/best.pt")
     assert (best["epoch"], best["value"], best["metric"]) == (2, 0.6, "f1") and best["confusion"][0][0] == 2 * run.per_epoch
 
 
 def same(a, b):
-    a, b = (runfolder.load_checkpoint(path) for path in (a, b))
+    a, b = (checkpoints.load_checkpoint(path) for path in (a, b))
     return all(torch.equal(a[key][n], b[key][n]) for key in ("model", "state", "ema") if key in a for n in a[key])
 
 
@@ -520,7 +518,7 @@ def test_interrupted_and_resumed_equals_undisturbed(source, finished, tmp_path, 
 
     monkeypatch.setattr(pretrain, "train_step", interrupt)
     assert pretrain.main(arguments) == code
-    assert runfolder.load_checkpoint(tmp_path / "cut/last.pt")["step"] == at and not (tmp_path / "cut/confusion.png").exists()
+    assert checkpoints.load_checkpoint(tmp_path / "cut/last.pt")["step"] == at and not (tmp_path / "cut/confusion.png").exists()
     monkeypatch.setattr(pretrain, "train_step", step)
     assert pretrain.main([*arguments, "--resume"]) is None
     assert same(whole / "best.pt", tmp_path / "cut/best.pt") and same(whole / "last.pt", tmp_path / "cut/last.pt")
@@ -532,11 +530,11 @@ def test_resume_refuses_other_settings_and_data(data, tmp_path, capsys):
     arguments = flags(data, tmp_path / "run", "--save-last", "--epochs", "1")
     pretrain.main(arguments)
     capsys.readouterr()
-    assert loop.exit_code(pretrain.main, arguments) == 2 and "already holds" in capsys.readouterr().err
-    assert loop.exit_code(pretrain.main, [*arguments, "--resume", "--cutmix", "1"]) == 2
+    assert errors.exit_code(pretrain.main, arguments) == 2 and "already holds" in capsys.readouterr().err
+    assert errors.exit_code(pretrain.main, [*arguments, "--resume", "--cutmix", "1"]) == 2
     assert "--cutmix is 1.0, was 0.5" in capsys.readouterr().err
     (data / "broken.txt").write_text("Cubism/p0.jpg\tbroken\n")
-    assert loop.exit_code(pretrain.main, [*arguments, "--resume"]) == 2
+    assert errors.exit_code(pretrain.main, [*arguments, "--resume"]) == 2
     assert "training rows (hash)" in capsys.readouterr().err
 
 
@@ -551,10 +549,10 @@ def test_a_picture_that_breaks_during_training_is_named_and_nothing_is_lost(data
         return step(*args)
 
     monkeypatch.setattr(pretrain, "train_step", spoil)
-    assert loop.exit_code(pretrain.main, flags(data, tmp_path / "run")) == 2
+    assert errors.exit_code(pretrain.main, flags(data, tmp_path / "run")) == 2
     error = capsys.readouterr().err
     assert "Ukiyo_e/p" in error and "--check-data" in error and "Traceback" not in error
-    assert runfolder.load_checkpoint(tmp_path / "run/last.pt")["step"] >= 1
+    assert checkpoints.load_checkpoint(tmp_path / "run/last.pt")["step"] >= 1
 
 
 # --- bad input: one line, exit code 2 ------------
@@ -643,7 +641,7 @@ def test_bad_input_costs_one_line(data, tmp_path, capsys, monkeypatch, name):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     spoil, words = BAD[name]
     more = spoil(data)
-    code = loop.exit_code(pretrain.main, flags(data, tmp_path / "run", *(more if isinstance(more, list) else [])))
+    code = errors.exit_code(pretrain.main, flags(data, tmp_path / "run", *(more if isinstance(more, list) else [])))
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if not line.startswith("note: ")]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and "Traceback" not in error
@@ -652,7 +650,7 @@ def test_bad_input_costs_one_line(data, tmp_path, capsys, monkeypatch, name):
 
 
 def test_check_data_refuses_where_nothing_can_be_read(data, capsys):
-    assert loop.exit_code(pretrain.main, flags(data, "x", "--check-data", "--images", str(data / "Cubism"))) == 2
+    assert errors.exit_code(pretrain.main, flags(data, "x", "--check-data", "--images", str(data / "Cubism"))) == 2
     assert "none of 14 pictures can be read" in capsys.readouterr().err and not (data / "broken.txt").exists()
 
 

@@ -29,13 +29,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import get_worker_info
 
-from engine import loop
 import core
 import eval_gated
-from tools import make_tiny
-from engine import published
-from engine import runfolder
 import train_gated
+from engine import checkpoints, environment, errors, loaders, loop, published, runfolder
+from tools import make_tiny
 from test_rows import bomb
 
 HEAD = "question_id,image,question,answer,question_type,style\n"
@@ -85,7 +83,7 @@ def finished(tiny, tmp_path_factory):
         patch.setattr(train_gated, "train_step", interrupt)
         code = train_gated.main(["--data", str(make_data(folder / "data")), "--blip2", tiny[0], "--efficientnet", tiny[1],
                                  *SETTINGS, "--save-last", "--out", str(folder / "run")])
-    assert code == 130 and runfolder.load_checkpoint(folder / "run/last.pt")["step"] == STEPS + 2
+    assert code == 130 and checkpoints.load_checkpoint(folder / "run/last.pt")["step"] == STEPS + 2
     return folder
 
 
@@ -627,7 +625,7 @@ def spoil(entry, world):
 def exit_code(entry, argv):
     """What the entry's script ends with."""
     try:
-        return loop.exit_code(eval_gated.main if entry.command == "eval" else train_gated.main, argv)
+        return errors.exit_code(eval_gated.main if entry.command == "eval" else train_gated.main, argv)
     except SystemExit as stop:  # argparse
         return stop.code
 
@@ -670,9 +668,9 @@ def flips_refused(path, content, places):
     for byte, bit in places:
         path.write_bytes(whole[:byte] + bytes([whole[byte] ^ (1 << bit)]) + whole[byte + 1:])
         try:
-            found = runfolder.load_checkpoint(path)
+            found = checkpoints.load_checkpoint(path)
             assert torch.equal(found.pop("tensor"), content["tensor"]) and found == {"step": 3}, (byte, bit)
-        except runfolder.DataError as error:
+        except errors.DataError as error:
             assert len(str(error).splitlines()) == 1 and path.name in str(error)
             refused += 1
     return refused
@@ -681,7 +679,7 @@ def flips_refused(path, content, places):
 @pytest.fixture
 def small_checkpoint(tmp_path):
     content = {"tensor": torch.arange(6.0), "step": 3}
-    runfolder.save_checkpoint(tmp_path / "best.pt", content)
+    checkpoints.save_checkpoint(tmp_path / "best.pt", content)
     return tmp_path / "best.pt", content
 
 
@@ -755,7 +753,7 @@ def loader_dies(world, slow):
 
     world.patch.setattr(train_gated.Questions, "__getitem__", killed)
     world.patch.setattr(core.Blip2OPTGated, "forward", slow_forward)
-    return loop.exit_code(train_gated.main, world.train("--workers", "1"))
+    return errors.exit_code(train_gated.main, world.train("--workers", "1"))
 
 
 @pytest.mark.parametrize("slow", ["loader", "step"])
@@ -770,7 +768,7 @@ def test_loader_that_dies_is_one_line(world, capsys, slow):
 def test_steps_before_a_loader_died_are_kept(world, slow):
     """11A: the state is saved."""
     loader_dies(world, slow)
-    assert 2 <= runfolder.load_checkpoint(world.last)["step"] <= 4  # the loader reads two batches ahead
+    assert 2 <= checkpoints.load_checkpoint(world.last)["step"] <= 4  # the loader reads two batches ahead
 
 
 def test_second_signal_leaves_at_once():
@@ -811,7 +809,7 @@ def test_end_of_a_run_does_not_unlock_the_next(tmp_path, monkeypatch):
         patch.setattr(filelock.FileLock, "release", release_to_following)
         with runfolder.locked(tmp_path):
             pass
-    with contextlib.closing(SimpleNamespace(close=following.release)), pytest.raises(runfolder.DataError, match="in use"):
+    with contextlib.closing(SimpleNamespace(close=following.release)), pytest.raises(errors.DataError, match="in use"):
         with runfolder.locked(tmp_path):
             pass
 
@@ -819,7 +817,7 @@ def test_end_of_a_run_does_not_unlock_the_next(tmp_path, monkeypatch):
 def test_loaders_can_be_spawned(finished, tiny):
     """40B: as on Windows and macOS."""
     data, collate = pickle.loads(pickle.dumps(questions_and_collate(finished, tiny)))
-    loader = loop.load_batches(data, collate, [[0, 5]], 1)
+    loader = loaders.load_batches(data, collate, [[0, 5]], 1)
     loader.multiprocessing_context = "spawn"
     (batch,), expected = list(loader), collate([data[0], data[5]])
     assert batch.keys() == expected.keys() and all(torch.equal(batch[name], expected[name]) for name in expected)
@@ -856,8 +854,8 @@ def test_nan_epoch_leaves_best_as_it_was(world):
     world.copy_run()
     before = world.best.read_bytes()
     nan_validation(world)
-    assert loop.exit_code(train_gated.main, world.resume()) == 0
-    assert world.best.read_bytes() == before and runfolder.load_checkpoint(world.last)["marks"]["epoch"] == 1
+    assert errors.exit_code(train_gated.main, world.resume()) == 0
+    assert world.best.read_bytes() == before and checkpoints.load_checkpoint(world.last)["marks"]["epoch"] == 1
 
 
 def test_moved_run_goes_on_and_reads_only_what_is_left(finished, tiny, tmp_path, monkeypatch, capsys):
@@ -874,7 +872,7 @@ def test_moved_run_goes_on_and_reads_only_what_is_left(finished, tiny, tmp_path,
     monkeypatch.setattr(train_gated.Questions, "__getitem__", counted)
     assert eval_gated.main(world.eval()) is None and "gated" in capsys.readouterr().out
     assert train_gated.main(world.resume("--out", "elsewhere/run", "--data", "elsewhere/data")) is None
-    assert runfolder.load_checkpoint(world.last)["step"] == 2 * STEPS
+    assert checkpoints.load_checkpoint(world.last)["step"] == 2 * STEPS
     assert len(reads) == 2 + (STEPS - 2) * 2  # the rehearsal, and the four steps that were left
     monkeypatch.setattr(train_gated.Questions, "__getitem__", read)
     plan = train_gated.prepare(train_gated.get_args(world.train())).plan(1)
@@ -894,10 +892,10 @@ def test_answers_stay_text(world, finished, tmp_path):
 
 def test_version_out_of_range_is_named_at_the_start(monkeypatch, capsys):
     """2A."""
-    assert runfolder.note_versions() == []
+    assert environment.environment.note_versions() == []
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.13.1" if name == "torch" else version(name))
-    assert loop.exit_code(train_gated.main, ["--data", "no/such"]) == 2
+    assert errors.exit_code(train_gated.main, ["--data", "no/such"]) == 2
     assert "note: torch 1.13.1: tested with <3,>=2.9\n" in capsys.readouterr().err
 
 

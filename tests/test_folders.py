@@ -11,9 +11,8 @@ import torch
 from filelock import FileLock
 from PIL import Image
 
-from engine import cache
-from engine import folders
 from data import rows
+from engine import cache, files, folders
 from engine.errors import DataError
 
 COLUMNS = ("image", "question", "answer", "confidence")
@@ -179,7 +178,7 @@ def test_digest_is_of_all_bytes(tmp_path):
     import hashlib
     data = os.urandom(2**18 + 5)
     (tmp_path / "a").write_bytes(data)
-    assert folders.digest(tmp_path / "a") == hashlib.sha256(data).hexdigest()
+    assert files.digest(tmp_path / "a") == hashlib.sha256(data).hexdigest()
 
 
 # --- pictures ------------

@@ -15,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from show import gallery
 from data import rows
+from engine import picture_index
 from engine.errors import DataError
+from show import gallery, report
 
 WIDTH = (4, 16)
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }} $x^{$ \u202e"
@@ -52,7 +53,7 @@ class Shelf:
             self.encoded.append(len(images))
             return torch.stack([features_of(image) for image in images])
 
-        return gallery.open_index(self.folder, self.store, key, WIDTH, load, encode or plain,
+        return picture_index.open_index(self.folder, self.store, key, WIDTH, load, encode or plain,
                                   **{"workers": 2, "batch_size": 2, "say": self.said.append, **more})
 
     def check(self, opened):
@@ -85,16 +86,16 @@ def test_pictures_in(tmp_path):
     (root / "round").symlink_to(root)
     os.mkfifo(root / "pipe.png")
     said = []
-    assert gallery.pictures_in(root, said.append) == ["a.JPG", "alias.png", "b.png", "below/deep/c.webp", "with space.jpeg",
+    assert report.captions.pictures_in(root, said.append) == ["a.JPG", "alias.png", "b.png", "below/deep/c.webp", "with space.jpeg",
                                                       os.fsdecode(b"\xff.png")]
     assert len(said) == 1 and "2 links that leave it" in said[0]
 
 
 def test_pictures_in_nothing(tmp_path):
     with pytest.raises(DataError, match="no picture in it"):
-        gallery.pictures_in(tmp_path)
+        report.captions.pictures_in(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
-        gallery.pictures_in(tmp_path / "missing")
+        report.captions.pictures_in(tmp_path / "missing")
 
 
 # --- the index ------------
@@ -137,7 +138,7 @@ def test_other_key_or_width_rebuilds(shelf, width, key):
         calls.extend(images)
         return torch.zeros(len(images), *width)
 
-    features = gallery.open_index(shelf.folder, shelf.store, key, width, rows.load_image, encode, say=shelf.said.append)[1]
+    features = picture_index.open_index(shelf.folder, shelf.store, key, width, rows.load_image, encode, say=shelf.said.append)[1]
     assert len(calls) == 9 and features.shape == (9, *width) and not features.any()
     assert len(list(shelf.store.glob("features-*"))) == 1
 
@@ -187,7 +188,7 @@ def test_killed(shelf, tmp_path, moment):
     whole = Shelf(tmp_path / "undisturbed").open()
     if moment in ("copy", "between"):
         shelf.open("older")
-    calls, write, process = [], gallery.write_through, os.fork()
+    calls, write, process = [], picture_index.write_through, os.fork()
     if not process:
         def die(*_):
             os.kill(os.getpid(), signal.SIGKILL)
@@ -202,9 +203,9 @@ def test_killed(shelf, tmp_path, moment):
         if moment == "copy":
             os.replace = die
         elif moment == "between":
-            gallery.write_index = die
+            picture_index.write_index = die
         else:
-            gallery.write_through = dying
+            picture_index.write_through = dying
         shelf.open()
         os._exit(0)
     assert os.waitpid(process, 0)[1] == signal.SIGKILL
@@ -214,7 +215,7 @@ def test_killed(shelf, tmp_path, moment):
     assert names == whole[0] and np.array_equal(features, whole[1])
     assert shelf.open()[0] == names and not shelf.encoded
     left = {path.name for path in shelf.store.iterdir()} - {".lock"}
-    assert left == {gallery.INDEX, os.path.basename(features.filename)}
+    assert left == {picture_index.INDEX, os.path.basename(features.filename)}
 
 
 def test_features_cut_short(shelf):
@@ -229,7 +230,7 @@ def test_features_cut_short(shelf):
 @pytest.mark.parametrize("content", ["", "5\n", "null\n", "{}\n", "[]\n", '{"key": "k"}\n', "\0\0", '{"key": "k", "width"'])
 def test_damaged_index_is_built_anew(shelf, content):
     shelf.open()
-    (shelf.store / gallery.INDEX).write_text(content)
+    (shelf.store / picture_index.INDEX).write_text(content)
     shelf.check(shelf.open())
     assert sum(shelf.encoded) == 9
 
@@ -247,7 +248,7 @@ def test_small_disk(shelf, monkeypatch):
 
 
 def test_disk_runs_full(shelf, monkeypatch):
-    calls, write = [], gallery.write_through
+    calls, write = [], picture_index.write_through
 
     def full(file, data):
         calls.append(data)
@@ -268,7 +269,7 @@ def test_short_write_is_an_error():
         def write(self, data):
             return len(data) - 1
     with pytest.raises(OSError, match="No space"):
-        gallery.write_through(Full(), b"1234")
+        picture_index.write_through(Full(), b"1234")
 
 
 def test_features_that_are_not_finite(shelf):
@@ -327,14 +328,14 @@ def test_search_is_brute_force(chunk):
     features[[11, 50, 96]] = features[30]  # ties, over the borders of chunks
     best = brute_force(features, query, 3)[0]
     for top, excluded in ((5, ()), (5, best), (97, (3, 30)), (200, range(90))):
-        numbers, scores = gallery.best_matches(features, query, top, excluded, chunk)
+        numbers, scores = picture_index.best_matches(features, query, top, excluded, chunk)
         expected = brute_force(features, query, top, excluded)
         assert numbers.tolist() == expected[0] and np.allclose(scores, expected[1], atol=1e-6)
 
 
 def test_search_takes_a_tensor():
     features, query = scene(20), torch.from_numpy(scene(1, 5)[0, 0]).float()
-    assert gallery.best_matches(features, query, 3)[0].tolist() == brute_force(features, query.numpy(), 3)[0]
+    assert picture_index.best_matches(features, query, 3)[0].tolist() == brute_force(features, query.numpy(), 3)[0]
 
 
 def test_memory_of_the_search(tmp_path):
@@ -343,9 +344,9 @@ def test_memory_of_the_search(tmp_path):
     scene(200_000).tofile(path)
     features = np.memmap(path, np.float16, "r", shape=(200_000, *WIDTH))
     query = scene(1, 5)[0, 0].astype(np.float32)
-    gallery.best_matches(features[:10], query, 1)
+    picture_index.best_matches(features[:10], query, 1)
     tracemalloc.start()
-    numbers, _ = gallery.best_matches(features, query, 10, (), 1000)
+    numbers, _ = picture_index.best_matches(features, query, 10, (), 1000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8e6, peak
@@ -370,53 +371,53 @@ def test_faiss_is_exact_where_all_lists_are_read(mapped):
     features = mapped(3000)
     for seed, (top, excluded) in enumerate([(1, ()), (10, ()), (50, (1, 2, 3)), (3000, (7,)), (2, range(2, 2998))]):
         query = scene(1, 100 + seed)[0, 0].astype(np.float32)
-        numbers, scores = gallery.faiss_matches(features, query, top, excluded, probes=1, say=lambda text: None)
-        exact = gallery.best_matches(features, query, top, excluded)
+        numbers, scores = picture_index.faiss_matches(features, query, top, excluded, probes=1, say=lambda text: None)
+        exact = picture_index.best_matches(features, query, top, excluded)
         assert numbers.tolist() == exact[0].tolist() and np.array_equal(scores, exact[1])
 
 
 @needs_faiss
 def test_faiss_searches_on_where_lists_hold_too_few(mapped):
     features = mapped(500)
-    numbers, _ = gallery.faiss_matches(features, scene(1, 9)[0, 0], 500, (4,), probes=0, say=lambda text: None)
+    numbers, _ = picture_index.faiss_matches(features, scene(1, 9)[0, 0], 500, (4,), probes=0, say=lambda text: None)
     assert sorted(numbers) == [n for n in range(500) if n != 4]
 
 
 @needs_faiss
 def test_faiss_index_is_kept_and_follows_the_features(mapped, tmp_path):
     features, said = mapped(300), []
-    gallery.faiss_matches(features, scene(1, 9)[0, 0], 3, say=said.append)
-    gallery.faiss_matches(features, scene(1, 9)[0, 0], 3, say=said.append)
+    picture_index.faiss_matches(features, scene(1, 9)[0, 0], 3, say=said.append)
+    picture_index.faiss_matches(features, scene(1, 9)[0, 0], 3, say=said.append)
     assert sum("building" in text for text in said) == 1
     for changed in (features[:200], mapped(300, 1)):  # fewer or more rows; another file
-        gallery.faiss_matches(changed, scene(1, 9)[0, 0], 3, say=said.append)
+        picture_index.faiss_matches(changed, scene(1, 9)[0, 0], 3, say=said.append)
         assert len(list(tmp_path.glob("*.faiss"))) == 1
     assert sum("building" in text for text in said) == 3
     query = features[5, 0].astype(np.float32)
-    assert gallery.faiss_matches(features, query, 1, say=said.append)[0].tolist() == [5]
+    assert picture_index.faiss_matches(features, query, 1, say=said.append)[0].tolist() == [5]
 
 
 @needs_faiss
 def test_best_says_what_it_takes(mapped):
     features, query, said = mapped(300), scene(1, 9)[0, 0], []
-    gallery.best(features, query, 3, say=said.append)
+    picture_index.best(features, query, 3, say=said.append)
     assert said == ["exact search over 300 pictures"]
-    gallery.best(features, query, 3, large=299, say=said.append)
+    picture_index.best(features, query, 3, large=299, say=said.append)
     assert said[1].startswith("search by faiss over 300 pictures")
 
 
 def test_best_without_faiss(mapped, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     features, query, said = mapped(300), scene(1, 9)[0, 0], []
-    numbers, _ = gallery.best(features, query, 3, large=299, say=said.append)
+    numbers, _ = picture_index.best(features, query, 3, large=299, say=said.append)
     assert "exact" in said[0] and "pip install faiss-cpu" in said[0]
-    assert numbers.tolist() == gallery.best_matches(features, query, 3)[0].tolist()
+    assert numbers.tolist() == picture_index.best_matches(features, query, 3)[0].tolist()
 
 
 @needs_faiss
 def test_index_clears_old_faiss(shelf):
     features = shelf.open()[1]
-    gallery.faiss_matches(features, scene(1, 9)[0, 0], 3, say=shelf.said.append)
+    picture_index.faiss_matches(features, scene(1, 9)[0, 0], 3, say=shelf.said.append)
     (shelf.folder / "1.png").unlink()
     shelf.open()
     assert not list(shelf.store.glob("*.faiss"))

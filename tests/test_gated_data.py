@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import core
-import efficientnet
 import eval_gated
 import metrics
-from data import rows
-from engine import runfolder
 import train_gated
+from data import rows, wikiart
+from engine import checkpoints
 
 
 @pytest.fixture
@@ -52,7 +51,7 @@ def read(argv, split="train"):
 def test_without_a_style_column_both_terms_are_off_and_said_so(published, tmp_path, capsys):
     train_gated.main(published())
     assert "no style in the training rows: both style terms are off" in capsys.readouterr().out
-    best = runfolder.load_checkpoint(tmp_path / "run/best.pt")
+    best = checkpoints.load_checkpoint(tmp_path / "run/best.pt")
     assert best["loss_weights"] == {"hit_weight": 0.0, "kl_weight": 0.0} and best["model_args"]["styles"] == []
 
 
@@ -64,7 +63,7 @@ def test_style_and_context_of_semart(published, artquest, tmp_path, capsys):
     only_context = read(published("--semart", str(artquest / "SemArt"), "--style", "none", "--context", "DESCRIPTION"))
     assert {row.style for row in only_context} == {""} and all(row.context for row in only_context)
     train_gated.main(published(*more))
-    assert len(runfolder.load_checkpoint(tmp_path / "run/best.pt")["model_args"]["styles"]) == 8
+    assert len(checkpoints.load_checkpoint(tmp_path / "run/best.pt")["model_args"]["styles"]) == 8
     eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1", "--split", "test"])
     assert "semart_test.csv" in capsys.readouterr().out
 
@@ -86,9 +85,9 @@ def test_a_style_of_semart_needs_its_table(flags, artquest):
 def test_style_predicted_by_the_classifier(published, tiny, tmp_path, capsys):
     train_gated.main(published("--style", "efficientnet"))
     assert "style of 48 pictures predicted by" in capsys.readouterr().out.replace(f"{64 - 8} pictures", "48 pictures")
-    styles = runfolder.load_checkpoint(tmp_path / "run/best.pt")["model_args"]["styles"]
+    styles = checkpoints.load_checkpoint(tmp_path / "run/best.pt")["model_args"]["styles"]
     args = train_gated.get_args(published())
-    net = efficientnet.EfficientNet28.from_checkpoint(tiny[1]).eval()
+    net = core.EfficientNet28.from_checkpoint(tiny[1]).eval()
     found = train_gated.read_data(args, "train")
     expected = set()
     with torch.no_grad():
@@ -101,10 +100,10 @@ def test_style_predicted_by_the_classifier(published, tiny, tmp_path, capsys):
 
 
 def test_style_names_of_a_checkpoint():
-    net = efficientnet.EfficientNet28(27, "test_efficientnet")
-    assert net.style_names() == efficientnet.WIKIART[:27]
-    assert efficientnet.EfficientNet28(2, "test_efficientnet", ["Pop_Art", "x"]).style_names() == ["Pop Art", "x"]
-    for odd in (efficientnet.EfficientNet28(5, "test_efficientnet", ["a", "b"]), efficientnet.EfficientNet28(40, "test_efficientnet")):
+    net = core.EfficientNet28(27, "test_efficientnet")
+    assert net.style_names() == wikiart.WIKIART[:27]
+    assert core.EfficientNet28(2, "test_efficientnet", ["Pop_Art", "x"]).style_names() == ["Pop Art", "x"]
+    for odd in (core.EfficientNet28(5, "test_efficientnet", ["a", "b"]), core.EfficientNet28(40, "test_efficientnet")):
         with pytest.raises(rows.DataError, match="cannot be taken from its prediction"):
             odd.style_names()
 

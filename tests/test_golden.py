@@ -22,11 +22,11 @@ from transformers import Blip2Config, Blip2QFormerConfig
 
 import core
 import metrics
+from metrics import (bleu, cider_d, coco_meteor, exact_match, meteor, normalise_answer, rouge_l, sentence_bleu, strip_punctuation,
+                     tokenize, vqa_accuracy)
 import pretrain_qformer
-from engine import published
 import train_cir
-from metrics import bleu, cider_d, coco_meteor, exact_match, meteor, normalise_answer, rouge_l, sentence_bleu
-from metrics import strip_punctuation, tokenize, vqa_accuracy
+from engine import published
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN") or ROOT / "../shared/golden")

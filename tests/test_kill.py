@@ -32,9 +32,8 @@ import torch
 
 import conftest  # noqa: F401  (sets the import path)
 import eval_gated
-from engine import loop
-from engine import runfolder
 import train_gated
+from engine import checkpoints, errors, runfolder
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc")
 
@@ -125,7 +124,7 @@ def obey(order):
     try:
         if order["point"] in HOOKS:
             arm(order["point"], order["file"], order["nth"])
-        code = loop.exit_code({"train": train_gated, "eval": eval_gated}[order["script"]].main, order["argv"])
+        code = errors.exit_code({"train": train_gated, "eval": eval_gated}[order["script"]].main, order["argv"])
     except BaseException:
         traceback.print_exc()
         code = 1
@@ -248,7 +247,7 @@ class Trial:
     def kill(self, out, point, file, share):
         """Start the command with a kill at `share` of what is left of the run. The kill, or None where it came too late."""
         last = out / "last.pt"
-        epochs = EPOCHS - (runfolder.load_checkpoint(last)["marks"]["done"] if last.exists() else 0)
+        epochs = EPOCHS - (checkpoints.load_checkpoint(last)["marks"]["done"] if last.exists() else 0)
         if point == "outside":
             kill = {"point": point, "seconds": share * self.seconds * (epochs + 1) / (EPOCHS + 1)}
         else:
@@ -257,7 +256,7 @@ class Trial:
             return None
         for path in (last, out / "best.pt"):
             if path.exists():
-                runfolder.load_checkpoint(path)
+                checkpoints.load_checkpoint(path)
         return kill
 
     def calls(self, point, file, epochs):
@@ -272,7 +271,7 @@ class Trial:
         """A finished folder against the undisturbed one: the same results, and nothing left of what kills had left."""
         for name, keys in (("best.pt", ("state", "epoch", "value", "done", "stale", "model_args", "answers")),
                            ("last.pt", ("state", "optimizer", "step", "marks", "settings"))):
-            mine, other = (runfolder.load_checkpoint(folder / name, keys) for folder in (out, self.whole))
+            mine, other = (checkpoints.load_checkpoint(folder / name, keys) for folder in (out, self.whole))
             assert [key for key in keys if not same(mine[key], other[key])] == [], (out.name, name)
         assert (out / "training_log.csv").read_bytes() == (self.whole / "training_log.csv").read_bytes(), out.name
         assert self.ask(out) == self.answers, out.name

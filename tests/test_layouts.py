@@ -17,8 +17,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import rows
-from engine.errors import DataError
 from data.rows import describe_layout, join_semart, read_layout, read_split
+from engine.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the reference data is not beside this checkout")

@@ -16,10 +16,8 @@ from transformers import Blip2VisionModel
 
 import core
 import eval_gated
-from engine import loop
-from engine import published
-from engine import runfolder
 import train_gated
+from engine import checkpoints, errors, loop, published
 from engine.errors import DataError
 
 WEIGHTS = {"hit_weight": 0.1, "kl_weight": 0.05}
@@ -195,7 +193,7 @@ def test_a_cache_trains_to_the_same_weights(flags, tmp_path):
     train_gated.fit(train_gated.get_args(flags("--epochs", "1")))
     run, _ = train_gated.fit(train_gated.get_args(flags("--epochs", "1", "--cache", str(tmp_path / "cache"), out="kept")))
     assert run.model.vision_model is None
-    plain, kept = (runfolder.load_checkpoint(tmp_path / out / "best.pt") for out in ("run", "kept"))
+    plain, kept = (checkpoints.load_checkpoint(tmp_path / out / "best.pt") for out in ("run", "kept"))
     assert plain["frozen"] == kept["frozen"] and plain["value"] == pytest.approx(kept["value"], rel=1e-5)
     for name, tensor in plain["state"].items():
         assert torch.allclose(kept["state"][name], tensor, atol=1e-5), name
@@ -210,7 +208,7 @@ def test_a_cache_trains_to_the_same_weights(flags, tmp_path):
 
 
 def test_the_tower_is_gone_when_the_language_model_is_loaded(flags, tmp_path, monkeypatch):
-    load, held = core.load_blip2, []
+    load, held = published.load_blip2, []
     before = [m for m in gc.get_objects() if type(m) is Blip2VisionModel]  # of other tests
 
     def counted(*args):
@@ -241,7 +239,7 @@ def test_a_damaged_cache_is_one_line(flags, tmp_path, capsys):
     for path in (tmp_path / "cache").glob("vision-*.rows"):
         path.write_bytes(bytes(path.stat().st_size))
     capsys.readouterr()
-    assert loop.exit_code(train_gated.main, flags("--cache", str(tmp_path / "cache"))) == 2
+    assert errors.exit_code(train_gated.main, flags("--cache", str(tmp_path / "cache"))) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and "has changed since it was written" in error
     assert not (tmp_path / "run/best.pt").exists()
@@ -250,9 +248,9 @@ def test_a_damaged_cache_is_one_line(flags, tmp_path, capsys):
 def test_resume_refuses_a_change_that_changes_the_result(flags, tmp_path, capsys):
     train_gated.main(flags("--epochs", "1", "--save-last"))
     for more, name in ((("--lm-precision", "bf16"), "--lm-precision"), (("--cache", str(tmp_path / "cache")), "a cache of features")):
-        assert loop.exit_code(train_gated.main, flags("--epochs", "1", "--save-last", "--resume", *more)) == 2
+        assert errors.exit_code(train_gated.main, flags("--epochs", "1", "--save-last", "--resume", *more)) == 2
         assert name in capsys.readouterr().err
-    assert loop.exit_code(train_gated.main, flags("--epochs", "1", "--save-last", "--resume", "--activations", "bits")) == 0
+    assert errors.exit_code(train_gated.main, flags("--epochs", "1", "--save-last", "--resume", "--activations", "bits")) == 0
 
 
 # --- precision of the language model ------------
@@ -269,18 +267,18 @@ def test_language_model_in_another_precision(build, batch, name, far):
     assert not torch.equal(expected, found) and (expected - found).abs().max() < far
     loss, grads = gradients(small, batch)
     assert torch.isfinite(loss) and all(torch.isfinite(g).all() for g in grads.values()) and len(grads) > 20
-    was, now = runfolder.fingerprint(plain), runfolder.fingerprint(small)
+    was, now = checkpoints.fingerprint(plain), checkpoints.fingerprint(small)
     if name != "fp16":  # float32 weights that are rounded twice; published ones are in half precision anyway
-        assert runfolder.other_parts(now, was) == []
-    assert (runfolder.LINEAR in now) is (name in ("bf16", "fp16"))
+        assert checkpoints.other_parts(now, was) == []
+    assert (checkpoints.LINEAR in now) is (name in ("bf16", "fp16"))
 
 
 def test_other_parts_names_what_differs(build):
-    plain, other = runfolder.fingerprint(build()), build()
+    plain, other = checkpoints.fingerprint(build()), build()
     torch.nn.init.normal_(other.language_model.model.decoder.layers[0].fc1.weight)
     torch.nn.init.normal_(other.vision_model.embeddings.class_embedding)
-    assert runfolder.other_parts(runfolder.fingerprint(other), plain) == [runfolder.LINEAR, "vision_model"]
-    assert runfolder.other_parts(plain, "0123456789abcdef") == ["all"]
+    assert checkpoints.other_parts(checkpoints.fingerprint(other), plain) == [checkpoints.LINEAR, "vision_model"]
+    assert checkpoints.other_parts(plain, "0123456789abcdef") == ["all"]
 
 
 def test_training_and_evaluation_in_nf4(flags, tmp_path, capsys):
@@ -294,7 +292,7 @@ def test_training_and_evaluation_in_nf4(flags, tmp_path, capsys):
         eval_gated.main(["--checkpoint", best, "--workers", "0", "--no-baselines", "--beams", "1", "--table", str(table), *more])
         values.append(json.loads(table.read_text())[-1]["loss"])
         assert ("in training it was in nf4" in capsys.readouterr().out) is bool(more)
-    assert values[0] == pytest.approx(runfolder.load_checkpoint(best)["value"], rel=1e-4) and values[0] != values[1]
+    assert values[0] == pytest.approx(checkpoints.load_checkpoint(best)["value"], rel=1e-4) and values[0] != values[1]
 
 
 def test_nf4_trains_after_a_pass_without_gradient_on_every_cpu(build, batch, monkeypatch):
@@ -317,7 +315,7 @@ def test_nf4_trains_after_a_pass_without_gradient_on_every_cpu(build, batch, mon
 
 def test_packed_precisions_need_bitsandbytes(flags, monkeypatch, capsys):
     monkeypatch.setattr(published.importlib.util, "find_spec", lambda name: None)
-    assert loop.exit_code(train_gated.main, flags("--lm-precision", "nf4")) == 2
+    assert errors.exit_code(train_gated.main, flags("--lm-precision", "nf4")) == 2
     assert "pip install bitsandbytes" in capsys.readouterr().err
 
 

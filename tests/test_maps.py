@@ -11,11 +11,11 @@ from matplotlib.text import Text
 from PIL import Image
 
 import core
-from tools import make_sample
-from show import maps
-from engine import published
 from data import rows
+from engine import gate_frames, published
 from engine.errors import DataError
+from show import maps
+from tools import faithfulness, make_sample
 
 QUESTION, ANSWER = "How many boats are there?", "two"
 
@@ -118,7 +118,7 @@ def test_a_question_of_its_own_length_gives_what_forward_uses(gated):
     """Left-padded or alone, on the way of prediction or of training: the same gates."""
     features = features_of(gated)
     batch = core.encode_training(gated.tokenizer, [QUESTION], [ANSWER])
-    direct = maps.gate_rows(gated, features["style_feature"], batch["input_ids"], batch["prompt_mask"])[0]
+    direct = gate_frames.gate_rows(gated, features["style_feature"], batch["input_ids"], batch["prompt_mask"])[0]
     found = maps.gate_values(gated, features, QUESTION)
     np.testing.assert_allclose([found.key, found.value], direct, rtol=1e-5)
 
@@ -347,7 +347,7 @@ def test_gate_values_by_hand(build, kind, per):
 
 def test_gate_summary_by_hand():
     gates = [[[[1.0, 3.0]], [[0.5, 0.5]]], [[[2.0, 5.0]], [[0.5, 1.5]]], [[[7.0, 8.0]], [[9.0, 9.0]]]]  # [3 rows][2][1 layer][2 heads]
-    summary = maps.gate_summary(gates, ["Cubism", " Cubism ", ""], [4])
+    summary = gate_frames.gate_summary(gates, ["Cubism", " Cubism ", ""], [4])
     assert summary == {"layers": [4], "styles": {
         "(none)": {"n": 1, "key": {"mean": [[7.0, 8.0]], "std": [[0.0, 0.0]]}, "value": {"mean": [[9.0, 9.0]], "std": [[0.0, 0.0]]}},
         "Cubism": {"n": 2, "key": {"mean": [[1.5, 4.0]], "std": [[0.5, 1.0]]}, "value": {"mean": [[0.5, 1.0]], "std": [[0.0, 0.5]]}}}}
@@ -361,10 +361,10 @@ def test_found_gates_takes_the_style_of_each_row(gated, build):
 
     row_gates = [[[[float(k)] * 2] * 3] * 2 for k in (1, 2)]
     found = [{"row": 1, "gates": row_gates[0]}, {"row": 0, "gates": row_gates[1]}]
-    summary = maps.found_gates(gated, found, [Row("Pop Art"), Row("Cubism")])
+    summary = gate_frames.found_gates(gated, found, [Row("Pop Art"), Row("Cubism")])
     assert summary["styles"]["Cubism"]["key"]["mean"] == [[1.0] * 2] * 3 and summary["styles"]["Pop Art"]["key"]["mean"] == [[2.0] * 2] * 3
     assert summary["layers"] == gated.qformer.cross_layers
-    assert maps.found_gates(build(gating="none"), found, []) is None
+    assert gate_frames.found_gates(build(gating="none"), found, []) is None
 
 
 # --- frames ------------
@@ -377,10 +377,10 @@ def summary_of(value, styles=("Cubism", "Pop $Art$")):
 
 def test_frames_are_kept_in_order_and_written_again_after_resume(tmp_path):
     path = tmp_path / "gates.json"
-    assert maps.read_frames(path) == []
+    assert gate_frames.read_frames(path) == []
     for step, value in ((10, 1.1), (20, 1.2), (30, 1.3), (20, 1.5)):
-        frames = maps.append_frame(path, step, summary_of(value))
-    assert [frame["step"] for frame in frames] == [10, 20] and frames == maps.read_frames(path)
+        frames = gate_frames.append_frame(path, step, summary_of(value))
+    assert [frame["step"] for frame in frames] == [10, 20] and frames == gate_frames.read_frames(path)
     assert frames[1]["styles"]["Cubism"]["key"]["mean"][0][0] == 1.5
     assert [p.name for p in tmp_path.iterdir()] == ["gates.json"]
 
@@ -393,7 +393,7 @@ def test_another_file_in_the_place_of_gates_json_is_an_error_with_its_name(tmp_p
     path = tmp_path / "gates.json"
     path.write_text(content)
     with pytest.raises(DataError, match="gates.json: not a gates.json of this project"):
-        maps.append_frame(path, 5, summary_of(1))
+        gate_frames.append_frame(path, 5, summary_of(1))
     assert path.read_text() == content
 
 
@@ -558,29 +558,29 @@ def test_white_is_no_change_and_maps_lie_as_the_picture(tmp_path, figures):
 
 def test_mass_inside_counts_the_positive_part():
     cover = np.array([[1.0, 0.5], [0, 0]])
-    assert maps.mass_inside(np.array([[2.0, 2.0], [0, -9.0]]), cover) == pytest.approx(0.75)
-    assert maps.mass_inside(np.ones((2, 2)), cover) == pytest.approx(cover.mean())
-    assert np.isnan(maps.mass_inside(-np.ones((2, 2)), cover))
+    assert faithfulness.faithfulness.mass_inside(np.array([[2.0, 2.0], [0, -9.0]]), cover) == pytest.approx(0.75)
+    assert faithfulness.faithfulness.mass_inside(np.ones((2, 2)), cover) == pytest.approx(cover.mean())
+    assert np.isnan(faithfulness.faithfulness.mass_inside(-np.ones((2, 2)), cover))
 
 
 def test_shares_by_hand():
     upper, lower = np.array([[1.0, 1.0], [0, 0]]), np.array([[0, 0], [1.0, 0]])
-    scenes = [maps.Scene(None, cover, "?", "!", kind) for cover, kind in ((upper, "what"), (lower, "count"), (lower, "colour"))]
+    scenes = [faithfulness.faithfulness.Scene(None, cover, "?", "!", kind) for cover, kind in ((upper, "what"), (lower, "count"), (lower, "colour"))]
     heats = [np.array([[3.0, 0], [1, 0]]), np.array([[0, 1.0], [3, 0]]), -np.ones((2, 2))]
-    found = maps.shares(heats, scenes, np.array([True, False, True]))
+    found = faithfulness.faithfulness.shares(heats, scenes, np.array([True, False, True]))
     assert found["n"] == 2 and found["inside"] == pytest.approx(0.75) and found["error"] == 0
     assert found["chance"] == pytest.approx(1 / 3) and found["above"] == 1.0 and found["peak"] == pytest.approx(2 / 3)
     assert found["elsewhere"] == pytest.approx((0.25 + 0.75) / 2)  # the first on the second's things, the second on the third's
-    wide = maps.Scene(None, np.array([[1.0, 1.0], [1.0, 0]]), "?", "!", "count")  # 0.6 lies inside, less than its own chance of 0.75
-    mixed = maps.shares([heats[0], np.array([[0.6, 0], [0, 0.4]]), heats[1]], [scenes[0], wide, scenes[1]], np.ones(3, bool))
+    wide = faithfulness.faithfulness.Scene(None, np.array([[1.0, 1.0], [1.0, 0]]), "?", "!", "count")  # 0.6 lies inside, less than its own chance of 0.75
+    mixed = faithfulness.faithfulness.shares([heats[0], np.array([[0.6, 0], [0, 0.4]]), heats[1]], [scenes[0], wide, scenes[1]], np.ones(3, bool))
     assert mixed["above"] == pytest.approx(2 / 3) and mixed["chance"] == pytest.approx(0.5)
     assert found["right"] == found["what"] == found["count"] == pytest.approx(0.75) and np.isnan(found["colour"])
 
 
 def test_the_things_are_where_the_scene_says():
     for index in range(3):
-        scene = maps.drawn_scene(index, 112, 8)
-        assert scene.kind == maps.KINDS[index] and scene.pixels.shape == (3, 112, 112)
+        scene = faithfulness.faithfulness.drawn_scene(index, 112, 8)
+        assert scene.kind == faithfulness.faithfulness.KINDS[index] and scene.pixels.shape == (3, 112, 112)
         assert 0.03 < scene.cover.mean() < 0.5 and scene.cover.max() <= 1
     rng = np.random.default_rng([0, 99_000_000 + 2])
     drawn = make_sample.random_scene(rng)
@@ -588,24 +588,24 @@ def test_the_things_are_where_the_scene_says():
     np.testing.assert_allclose(scene.cover, by_hand, atol=0.08)
     assert np.corrcoef(scene.cover.ravel(), by_hand.ravel())[0, 1] > 0.99
     assert scene.answer == drawn["colour"]
-    assert not torch.equal(scene.pixels, maps.drawn_scene(2, 112, 8, seed=1).pixels)
+    assert not torch.equal(scene.pixels, faithfulness.faithfulness.drawn_scene(2, 112, 8, seed=1).pixels)
 
 
 def test_faithfulness_gives_a_row_a_map(build, capsys):
-    table = maps.faithfulness(build(gating="none"), pictures=2, sizes=(2, 4))
+    table = faithfulness.faithfulness.faithfulness(build(gating="none"), pictures=2, sizes=(2, 4))
     assert [row["map"] for row in table] == ["attention", "attention x gradient"] + [
         f"occlusion, {kind}, {n} x {n}" for kind in ("cross-attention", "picture") for n in (2, 4)]
     assert all(0 <= row["inside"] <= 1 and row["chance"] == table[0]["chance"] for row in table)
-    maps.print_faithfulness(table)
+    faithfulness.faithfulness.print_faithfulness(table)
     assert len(capsys.readouterr().out.splitlines()) == 7
 
 
 def test_what_the_tower_never_sees_is_missed_most_on_the_things():
     model = core.Blip2OPTGated.build(published.tiny("blip2"), None, [], gating="none").eval()
-    scenes = [maps.drawn_scene(index, model.image_size, 8) for index in range(6)]
+    scenes = [faithfulness.faithfulness.drawn_scene(index, model.image_size, 8) for index in range(6)]
     heats = []
     for scene in scenes:
         pixels = scene.pixels[None]
         heats.append(maps.tower_occlusion(model, pixels, model.image_features(pixels), scene.question, scene.answer))
-    found = maps.shares(heats, scenes, np.ones(6, bool))
+    found = faithfulness.faithfulness.shares(heats, scenes, np.ones(6, bool))
     assert found["inside"] > 1.5 * found["chance"] and found["inside"] > 1.3 * found["elsewhere"]

@@ -19,9 +19,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import metrics  # noqa: E402
-from metrics import bleu, cider_d, coco_meteor, exact_match, meteor, normalise_answer, rouge_l  # noqa: E402
-from metrics import score_captions, sentence_bleu, strip_punctuation, tokenize, vqa_accuracy  # noqa: E402
+from metrics import (bleu, cider_d, coco_meteor, exact_match, meteor, normalise_answer, rouge_l, score_captions, sentence_bleu,  # noqa: E402
+                     strip_punctuation, tokenize, vqa_accuracy)
 from data.tables import DataError  # noqa: E402
+
 
 # --------------------------------------------------------------------------- answer normalisation
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from engine import loop
-import conftest
 import metrics
+from engine import errors
+import conftest
 
 REFERENCES = {"a.jpg": ["A black cat.", "The cat sits."], "b.jpg": ["Two dogs run!", "dogs"], "c.jpg": ["A green tree"]}
 PREDICTIONS = {"c.jpg": "", "a.jpg": "a black cat", "b.jpg": "Dogs."}
@@ -36,7 +36,7 @@ def run(tmp_path, capsys):
             if content is not None:
                 text = content if isinstance(content, str) else json.dumps(content)
                 (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
-        code = loop.exit_code(metrics.main, ["--references", str(tmp_path / "refs.json"),
+        code = errors.exit_code(metrics.main, ["--references", str(tmp_path / "refs.json"),
                                                   "--predictions", str(tmp_path / "preds.json"), *flags])
         return code, *capsys.readouterr()
     return run_main

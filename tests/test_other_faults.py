@@ -24,15 +24,13 @@ from torch.utils.data import get_worker_info
 
 import conftest  # noqa: F401  (sets the import path)
 import efficientnet_pretrain as pretrain
-from engine import loop
-from tools import make_tiny
 import metrics
-from data import rows
-from engine import runfolder
+import train_blip_caption as blip
+from data import rows, wikiart
+from engine import checkpoints, errors, loop, runfolder
+from tools import make_tiny
 import test_blip_caption
 import test_efficientnet_pretrain
-import train_blip_caption as blip
-from data import wikiart
 from test_faults import (ERROR, content_of, edited, fails, flip, half, hole, hostile, in_use, json_of, no_rename, small_files,
                          snapshot)
 from test_rows import bomb
@@ -144,7 +142,7 @@ def finished(tmp_path_factory):
 
             patch.setattr(kind.script, "train_step", interrupt)
             assert kind.script.main(kind.train(world, "--save-last")) == 130
-        assert runfolder.load_checkpoint(folder / "run/last.pt")["marks"]["done"] == 1 and (folder / "run/best.pt").exists()
+        assert checkpoints.load_checkpoint(folder / "run/last.pt")["marks"]["done"] == 1 and (folder / "run/best.pt").exists()
     return folders
 
 
@@ -579,7 +577,7 @@ def test_fault(entry, kind, make_world, capsys):
     before = snapshot(world, begun)
     capsys.readouterr()
     try:
-        code = loop.exit_code(world.script.main, argv)
+        code = errors.exit_code(world.script.main, argv)
     except SystemExit as stop:  # argparse
         code = stop.code
     after = snapshot(world, begun)

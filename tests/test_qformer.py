@@ -18,14 +18,12 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw
 
 import core
-from engine import loop
 import metrics
 import pretrain_qformer
-from engine import published
-from engine import runfolder
 import train_cir
-from conftest import ROOT
+from engine import checkpoints, errors, loop, published, runfolder
 from engine.errors import DataError
+from conftest import ROOT
 from test_cir import random_retrieval, to_lavis
 from test_pairs import pack, sample_members
 
@@ -379,7 +377,7 @@ def test_convert_of_a_lavis_checkpoint(build, folder, tmp_path, capsys):
     pretrain_qformer.main(["--convert", str(tmp_path / "stage1.pth"), "--blip2", folder, "--out", str(tmp_path / "run")])
     loaded = published.read_weights(tmp_path / "run/hf")
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items()) and loaded.keys() == state.keys()
-    code = loop.exit_code(pretrain_qformer.main, ["--convert", str(tmp_path / "stage1.pth"), "--blip2", folder, "--out",
+    code = errors.exit_code(pretrain_qformer.main, ["--convert", str(tmp_path / "stage1.pth"), "--blip2", folder, "--out",
                                                   str(tmp_path / "run")])
     assert code == 2 and "is there already" in capsys.readouterr().err
 
@@ -470,12 +468,12 @@ def test_training_writes_what_it_says(trained):
     log = runfolder.read_log(out / "training_log.csv")
     steps, epochs = ([row for row in log if row["kind"] == kind] for kind in ("step", "epoch"))
     assert [int(row["step"]) for row in steps] == [2, 4, 6] and [row["epoch"] for row in epochs] == ["1", "2"]
-    words = runfolder.load_checkpoint(out / "best.pt")["state"]["embeddings.word_embeddings.weight"].shape[0]
+    words = checkpoints.load_checkpoint(out / "best.pt")["state"]["embeddings.word_embeddings.weight"].shape[0]
     for row in steps:
         assert float(row["loss"]) == pytest.approx(sum(float(row[name]) for name in ("itc", "itm", "itg")), abs=1e-3)
         assert [float(row[f"{name} chance"]) for name in ("itc", "itm", "itg")] == pytest.approx(
             [math.log(8), -math.log(1 / 3) / 3 - 2 * math.log(2 / 3) / 3, math.log(words)], abs=1e-4)
-    best = runfolder.load_checkpoint(out / "best.pt")
+    best = checkpoints.load_checkpoint(out / "best.pt")
     assert best["value"] == pytest.approx(max(float(row["mean"]) for row in epochs), abs=1e-3)
     assert all(0 <= float(row[name]) <= 100 for row in epochs for name in (*pretrain_qformer.RECALLS, "reranked mean",
                                                                            "itm_accuracy"))
@@ -505,13 +503,13 @@ def test_interrupted_and_resumed_equals_undisturbed(trained, more, command, shor
 
     monkeypatch.setattr(pretrain_qformer, "train_step", interrupt)
     assert pretrain_qformer.main(command(*more[name], out="cut")) == code
-    last = runfolder.load_checkpoint(tmp_path / "cut/last.pt")
+    last = checkpoints.load_checkpoint(tmp_path / "cut/last.pt")
     assert last["step"] == stop and last["marks"]["done"] == 1
     assert epochs in ({(42, 0), (42, 1), (None, 0)}, set())  # another view in every epoch, one in validation
     monkeypatch.setattr(pretrain_qformer, "train_step", step)
     pretrain_qformer.main(command(*more[name], "--resume", out="cut"))
     for file in ("best.pt", "last.pt"):
-        whole, cut = (runfolder.load_checkpoint(place / file)["state"] for place in (trained[name], tmp_path / "cut"))
+        whole, cut = (checkpoints.load_checkpoint(place / file)["state"] for place in (trained[name], tmp_path / "cut"))
         assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole), file
     assert (trained[name] / "training_log.csv").read_bytes() == (tmp_path / "cut/training_log.csv").read_bytes()
 
@@ -521,14 +519,14 @@ def test_resume_refuses_other_settings_and_other_data(trained, folder, sets, mor
     for flag, value, wanted in (("--lr", "5e-4", "--lr is 0.0005, was 0.001"), ("--init", folder, "--init is"),
                                 ("--max-val", "3", "validation pairs"),
                                 ("--data", f"cc={sets[1]}", "tar files is [[")):
-        assert loop.exit_code(pretrain_qformer.main, command("--save-last", "--resume", flag, value)) == 2, flag
+        assert errors.exit_code(pretrain_qformer.main, command("--save-last", "--resume", flag, value)) == 2, flag
         assert wanted in capsys.readouterr().err, flag
     data = tmp_path / "data"
     shutil.copytree(sets[0], data)
     (data / "train_captions.json").write_text((data / "train_captions.json").read_text().replace("red", "pink", 1))
-    assert loop.exit_code(pretrain_qformer.main, flags(folder, data, tmp_path / "run", "--save-last", "--resume")) == 2
+    assert errors.exit_code(pretrain_qformer.main, flags(folder, data, tmp_path / "run", "--save-last", "--resume")) == 2
     assert "training pairs (hash)" in capsys.readouterr().err
-    assert loop.exit_code(pretrain_qformer.main, command("--save-last")) == 2
+    assert errors.exit_code(pretrain_qformer.main, command("--save-last")) == 2
     assert "already holds best.pt and last.pt" in capsys.readouterr().err
 
 
@@ -544,7 +542,7 @@ def test_flags_that_do_not_go_together(capsys, more, wanted):
 
 def test_defaults_of_init_and_data(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("data: 3")
-    assert loop.exit_code(pretrain_qformer.main, ["--config", str(tmp_path / "c.yaml")]) == 2
+    assert errors.exit_code(pretrain_qformer.main, ["--config", str(tmp_path / "c.yaml")]) == 2
     assert "error: --data 3: give NAME=PLACE" in capsys.readouterr().err
     (tmp_path / "c.yaml").write_text("data: [a=b, c=d]")
     assert pretrain_qformer.get_args(["--config", str(tmp_path / "c.yaml")]).data == ["a=b", "c=d"]
@@ -567,7 +565,7 @@ def test_check_data_says_whether_training_can_start(folder, sets, tmp_path, caps
     assert pretrain_qformer.main([*check, "--skip-broken"]) == 1
     assert "bad: train3.png" in capsys.readouterr().out
     assert pretrain_qformer.main([*check, "--skip-broken", "--skip-bad", "0.1"]) == 0
-    assert loop.exit_code(pretrain_qformer.main, ["--data", f"cc={tars}", "--check-data"]) == 2  # nothing to validate on
+    assert errors.exit_code(pretrain_qformer.main, ["--data", f"cc={tars}", "--check-data"]) == 2  # nothing to validate on
     assert "only sets of tar files" in capsys.readouterr().err
 
 
@@ -580,10 +578,10 @@ def test_what_is_broken_stops_the_run_or_is_left_out_and_said(folder, sets, shor
     pack(tars / "cc-2.tar", {}).write_bytes(b"broken")
     for more, wanted in (((), ("cc-2.tar", "--skip-broken")), (("--skip-broken",), ("train3.png", "row 4", "replace it")),
                          (("--skip-broken", "--skip-bad", "0.01"), ("train3.png", "--skip-bad 0.09"))):
-        assert loop.exit_code(pretrain_qformer.main, [*command, *more]) == 2
+        assert errors.exit_code(pretrain_qformer.main, [*command, *more]) == 2
         told = capsys.readouterr().err
         assert told.count("error:") == 1 and "Traceback" not in told and all(word in told for word in wanted), told
-    assert loop.exit_code(pretrain_qformer.main, [*command, "--skip-broken", "--skip-bad", "0.1"]) == 0
+    assert errors.exit_code(pretrain_qformer.main, [*command, "--skip-broken", "--skip-bad", "0.1"]) == 0
     told = capsys.readouterr().out
     assert "left out (--skip-bad): 2 of 24 train captions (1 pictures)" in told and "22 training pairs and 16 in tar files" in told
     assert all(f"left out: {tars.resolve() / name}" in told for name in ("cc-2.tar",
@@ -600,13 +598,13 @@ def recorded_run(folder):
 
     def recorded_fit(args):
         run, number = fit(args)
-        content = {"state": runfolder.trainable_state(run.model), "names": names[1:], "writes": run.log is not None,
+        content = {"state": checkpoints.trainable_state(run.model), "names": names[1:], "writes": run.log is not None,
                    "step": run.step}
         torch.save(content, f"{folder}/{run.accelerator.process_index}.pt")
         return run, number
 
     pretrain_qformer.train_step, pretrain_qformer.fit = recorded, recorded_fit
-    return loop.exit_code(pretrain_qformer.main)
+    return errors.exit_code(pretrain_qformer.main)
 
 
 @pytest.fixture(scope="module")

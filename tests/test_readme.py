@@ -17,20 +17,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tools import bench
-from tools import compare_gated
 import demo
 import efficientnet_pretrain
 import eval_gated
-from engine import loop
-from tools import make_sample
-from tools import make_tiny
-from show import maps
 import metrics
 import pretrain_qformer
 import train_blip_caption
 import train_cir
 import train_gated
+from engine import errors, loop
+from show import maps
+from tools import bench, compare_gated, make_sample, make_tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "README.zh-CN.md", "data/README.md": "data/README.zh-CN.md"}
@@ -225,7 +222,7 @@ def run_one(script, argv):
     if script in SHORTER and not shown:
         argv += SHORTER[script] + ["--workers", "0"]
         shutil.rmtree(module.get_args(argv).out, ignore_errors=True)
-    return loop.exit_code(module.main, argv)
+    return errors.exit_code(module.main, argv)
 
 
 def test_the_blocks_run(world, tiny, capsys):

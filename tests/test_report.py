@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import cirr
 import metrics
-from show import report
-from engine import runfolder
 import train_gated
+from data import cirr
 from data.captions import Picture
 from data.rows import Row
+from engine import environment, runfolder
+from show import report
 
 HOSTILE = ["<script>alert(1)</script>", "\" onmouseover=\"x()\" a=\"", "' onerror='x()", "javascript:alert(1)",
            "]]></style></title><b>", "\u202eevil\u202c \u2066", "../../../etc/passwd\0.png", "{{ 7*7 }} {% raw %}",
@@ -536,9 +536,9 @@ def test_about_names_command_versions_and_what_it_is_told():
 
 def test_commit_without_git_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(runfolder, "__file__", str(tmp_path / "runfolder.py"))
-    assert runfolder.project_version() == "not known (no git checkout)"
+    assert environment.environment.project_version() == "not known (no git checkout)"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert runfolder.project_version() == "not known (git cannot be run)"
+    assert environment.environment.project_version() == "not known (git cannot be run)"
 
 
 def test_the_file_stays_small(tmp_path, monkeypatch):

@@ -21,13 +21,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import get_worker_info
 
-from engine import loop
 import pretrain_qformer
-from engine import published
-from engine import runfolder
+import train_cir
+from engine import checkpoints, errors, published, runfolder
 import test_cir
 import test_other_faults
-import train_cir
 from test_faults import content_of, edited, fails, flip, half, hole, hostile, in_use, json_of, no_rename, small_files
 from test_other_faults import make_world  # noqa: F401
 from test_other_faults import ALLOCATOR, MEMORY, POINTER, Fault, World, link, on_script, without_module
@@ -135,7 +133,7 @@ def finished(tmp_path_factory):
 
             patch.setattr(kind.script, "train_step", interrupt)
             assert kind.script.main(kind.train(world, "--save-last")) == 130
-        assert runfolder.load_checkpoint(folder / "run/last.pt")["marks"]["done"] == 1 and (folder / "run/best.pt").exists()
+        assert checkpoints.load_checkpoint(folder / "run/last.pt")["marks"]["done"] == 1 and (folder / "run/best.pt").exists()
     return folders
 
 
@@ -643,15 +641,15 @@ def test_broken_validation_picture_leaves_a_last_pt(finished, kind, tmp_path, mo
     path = sorted(world.data.rglob("v*.png"))[-1]
     content, rehearse = path.read_bytes(), world.script.rehearse
     monkeypatch.setattr(world.script, "rehearse", lambda run: rehearse(run) or half(path))
-    assert loop.exit_code(world.script.main, world.train()) == 2
+    assert errors.exit_code(world.script.main, world.train()) == 2
     assert path.name in capsys.readouterr().err and (world.run / "last.pt").exists() and not world.best.exists()
     path.write_bytes(content)
     monkeypatch.setattr(world.script, "rehearse", rehearse)
-    assert loop.exit_code(world.script.main, world.train("--resume")) == 0
+    assert errors.exit_code(world.script.main, world.train("--resume")) == 0
     epochs = [row for row in runfolder.read_log(world.run / "training_log.csv") if row["kind"] == "epoch"]
     assert [row["epoch"] for row in epochs] == ["1", "2"]
-    assert loop.exit_code(world.script.main, world.train("--out", str(tmp_path / "whole"))) == 0
-    whole, own = (runfolder.load_checkpoint(place / "best.pt") for place in (tmp_path / "whole", world.run))
+    assert errors.exit_code(world.script.main, world.train("--out", str(tmp_path / "whole"))) == 0
+    whole, own = (checkpoints.load_checkpoint(place / "best.pt") for place in (tmp_path / "whole", world.run))
     assert whole["value"] == own["value"] and all(torch.equal(whole["state"][n], own["state"][n]) for n in whole["state"])
 
 
@@ -673,7 +671,7 @@ def test_best_pt_becomes_a_folder(finished, tmp_path, monkeypatch):
     world = make(finished, Qformer, tmp_path, monkeypatch)
     shutil.copytree(world.finished / "run", world.run)
     assert pretrain_qformer.main(world.convert()) is None
-    written, state = published.read_weights(tmp_path / "converted/hf"), runfolder.load_checkpoint(world.best)["state"]
+    written, state = published.read_weights(tmp_path / "converted/hf"), checkpoints.load_checkpoint(world.best)["state"]
     assert written.keys() == state.keys() and all(torch.equal(written[name], tensor) for name, tensor in state.items())
 
 

@@ -22,8 +22,8 @@ from PIL import Image, ImageFile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import rows
-from engine.errors import DataError
 from data.rows import load_image, read_split, read_table, resolve_image
+from engine.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 HEAD = "image,question,answer,question_type,style\n"

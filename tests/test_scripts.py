@@ -16,14 +16,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+import eval_gated
+import metrics
+import train_gated
+from data import rows
+from engine import checkpoints, errors, loaders, loop, runfolder
 from tools import compare_gated
 import conftest
-import eval_gated
-from engine import loop
-import metrics
-from data import rows
-from engine import runfolder
-import train_gated
 from test_report import Page, check_safe
 
 ROOT = conftest.ROOT
@@ -39,7 +38,7 @@ def trained(sample, tiny, tmp_path_factory):
 
 
 def state_of(path):
-    return runfolder.load_checkpoint(path)["state"]
+    return checkpoints.load_checkpoint(path)["state"]
 
 
 def same_state(a, b):
@@ -83,7 +82,7 @@ def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch
 
     monkeypatch.setattr(train_gated, "train_step", interrupt)
     assert train_gated.main(flags(*more, out="cut")) == code
-    assert runfolder.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 3
+    assert checkpoints.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 3
     monkeypatch.setattr(train_gated, "train_step", step)
     train_gated.main(flags(*more, "--resume", out="cut"))
     for name in ("best.pt", "last.pt"):
@@ -93,7 +92,7 @@ def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch
 
 def test_resume_starts_anew_where_there_is_nothing_and_refuses_other_settings(flags, capsys):
     assert train_gated.main(flags("--resume", "--save-last", "--epochs", "1")) is None
-    assert loop.exit_code(train_gated.main, flags("--resume", "--save-last", "--epochs", "1", "--lr", "5e-3")) == 2
+    assert errors.exit_code(train_gated.main, flags("--resume", "--save-last", "--epochs", "1", "--lr", "5e-3")) == 2
     assert "--lr is 0.005, was 0.001" in capsys.readouterr().err
 
 
@@ -115,7 +114,7 @@ def test_accumulation_equals_the_large_batch(build, sample, flags, sizes):
         collate = train_gated.Collate(model.tokenizer, model.styles, 16)
         run = train_gated.Run(args, Accelerator(cpu=True), model, model, None, collate, data, data,
                               {"hit_weight": 0.1, "kl_weight": 0.05}, {}, {})
-        batches = iter(loop.load_batches(data, collate, [numbers for _, numbers in share], 0))
+        batches = iter(loaders.load_batches(data, collate, [numbers for _, numbers in share], 0))
         sums = train_gated.train_step(run, batches, group, share)
         return sums, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
@@ -176,7 +175,7 @@ def test_no_decay_on_biases_and_norms(build):
 
 def test_select_em_and_early_stopping(flags, tmp_path, capsys):
     train_gated.main(flags("--select", "em", "--epochs", "4", "--patience", "1", "--lr", "1e-9"))
-    best = runfolder.load_checkpoint(tmp_path / "run/best.pt")
+    best = checkpoints.load_checkpoint(tmp_path / "run/best.pt")
     assert best["metric"] == "em" and 0 <= best["value"] <= 1
     assert "stopping" in capsys.readouterr().out
 
@@ -188,7 +187,7 @@ def test_terms_that_cannot_be_are_said_to_be_off(flags, capsys, tmp_path):
 
 
 def test_non_finite_loss_stops_with_the_rows(flags, tmp_path, capsys):
-    assert loop.exit_code(train_gated.main, flags("--hit-weight", "nan")) == 2
+    assert errors.exit_code(train_gated.main, flags("--hit-weight", "nan")) == 2
     error = capsys.readouterr().err
     assert error.count("\n") <= 2 and "loss is nan at step 0" in error and re.search(r"\.jpg \(line \d+\)", error)
     assert not (tmp_path / "run/best.pt").exists()
@@ -228,14 +227,14 @@ def test_evaluation_scores_every_row_once_whatever_the_batch(build, sample, flag
 def test_checkpoint_gives_the_same_numbers_after_loading(trained, capsys):
     eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--workers", "0", "--no-baselines", "--beams", "1"])
     loss = float(re.search(r"all +gated +\d+ +([\d.]+) ", capsys.readouterr().out).group(1))
-    assert loss == pytest.approx(runfolder.load_checkpoint(trained / "best.pt")["value"], abs=2e-3)
+    assert loss == pytest.approx(checkpoints.load_checkpoint(trained / "best.pt")["value"], abs=2e-3)
 
 
 def test_other_frozen_weights_are_refused(trained, tmp_path, capsys):
     from tools import make_tiny
     loop.seed_everything(99)
     other = make_tiny.save_random(tmp_path / "other", ["Question: What style is this? Answer: Cubism\n"])
-    code = loop.exit_code(eval_gated.main, ["--checkpoint", str(trained / "best.pt"), "--efficientnet", other[1], "--workers", "0"])
+    code = errors.exit_code(eval_gated.main, ["--checkpoint", str(trained / "best.pt"), "--efficientnet", other[1], "--workers", "0"])
     assert code == 2 and "another BLIP-2 or style classifier" in capsys.readouterr().err
 
 
@@ -255,7 +254,7 @@ def test_lora_is_merged_on_request(flags, tmp_path, capsys):
         assert a["system"] == b["system"] and a.get("lm") == (a.get("lm") and pytest.approx(b["lm"], rel=1e-4))
     untouched = flags("--epochs", "1", out="plain")
     train_gated.main(untouched)
-    assert loop.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "plain/best.pt"), "--merge-lora", str(merged)]) == 2
+    assert errors.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "plain/best.pt"), "--merge-lora", str(merged)]) == 2
     assert "without --lora-rank" in capsys.readouterr().err
 
 
@@ -301,9 +300,9 @@ def read_csv(path):
 def loaded(trained):
     """The trained model as eval_gated has it, and its checkpoint."""
     args = eval_gated.get_args(["--checkpoint", str(trained / "best.pt")])
-    checkpoint = runfolder.load_checkpoint(trained / "best.pt")
+    checkpoint = checkpoints.load_checkpoint(trained / "best.pt")
     model = eval_gated.load_model(args, checkpoint, torch.float32)
-    runfolder.load_trainable(model, checkpoint["state"], "best.pt")
+    checkpoints.load_trainable(model, checkpoint["state"], "best.pt")
     return model.eval(), checkpoint
 
 
@@ -375,7 +374,7 @@ def test_a_probability_that_is_no_number_is_one_line(trained, tmp_path, capsys, 
     monkeypatch.setattr(core.Blip2OPTGated, "confidence", lambda *args, **kwargs: real(*args, **kwargs) * float("nan"))
     command = ["--checkpoint", str(trained / "best.pt"), "--workers", "0", "--beams", "1", "--method", method, "--no-baselines"]
     for more in (["--report", str(tmp_path / "r.html")], ["--abstain-below", "0.5"]):
-        assert loop.exit_code(eval_gated.main, [*command, *more]) == 2
+        assert errors.exit_code(eval_gated.main, [*command, *more]) == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert "the probability of the answer is nan; use --precision bf16 or no" in error and "?" in error
     assert not (tmp_path / "r.html").exists()
@@ -477,15 +476,15 @@ def test_ask_refuses_answers_of_another_checkpoint_or_of_other_settings(trained,
     before = (photos.parent / "out.csv").read_bytes()
     other = tmp_path / "other"
     shutil.copytree(trained, other)
-    content = runfolder.load_checkpoint(other / "best.pt")
-    runfolder.save_checkpoint(other / "best.pt", {**content, "epoch": 99})
+    content = checkpoints.load_checkpoint(other / "best.pt")
+    checkpoints.save_checkpoint(other / "best.pt", {**content, "epoch": 99})
     elsewhere = shutil.copytree(photos, tmp_path / "elsewhere")
     capsys.readouterr()
     for command, words in ((ask(other, photos), "checkpoint (sha256)"), (ask(trained, photos, "--beams", "3"), "beams is 3, was 2"),
                            (ask(trained, photos, "--method", "rank"), "--method is 'rank', was 'generate'"),
                            (ask(trained, photos, "--abstain-below", "0.5"), "--abstain-below is 0.5, was None"),
                            (ask(trained, photos, "--images", str(elsewhere)), "--images is ")):
-        assert loop.exit_code(eval_gated.main, command) == 2
+        assert errors.exit_code(eval_gated.main, command) == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert line.startswith(f"error: {photos.parent / 'out.csv'}: its rows were made with something else") and words in line
     assert (photos.parent / "out.csv").read_bytes() == before
@@ -513,7 +512,7 @@ def test_ask_of_a_folder_without_pictures_costs_no_model(trained, tmp_path, caps
     monkeypatch.setattr(eval_gated, "load_model", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "empty").mkdir()
     for folder, words in (("empty", "no picture in it"), ("nowhere", "there is no such folder")):
-        assert loop.exit_code(eval_gated.main, ask(trained, tmp_path / folder)) == 2
+        assert errors.exit_code(eval_gated.main, ask(trained, tmp_path / folder)) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "out.csv").exists()
 
@@ -524,7 +523,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(trained, tm
     (tmp_path / "p").mkdir()
     for command in (["--checkpoint", "best.pt", "--report", str(tmp_path / "file/r.html")],
                     ask(trained, tmp_path / "p", "--answers", str(tmp_path / "file/a.csv"))):
-        assert loop.exit_code(eval_gated.main, command) == 2
+        assert errors.exit_code(eval_gated.main, command) == 2
         assert "cannot be written" in capsys.readouterr().err
 
 
@@ -540,7 +539,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(trained, tm
     (("--config", "nothing.yaml"), "nothing.yaml"),
 ])
 def test_wrong_input_is_one_line_and_nothing_is_written(flags, tmp_path, capsys, more, message):
-    assert loop.exit_code(train_gated.main, flags(*more)) == 2
+    assert errors.exit_code(train_gated.main, flags(*more)) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1 and message in error[0]
     assert not (tmp_path / "run").exists()
@@ -548,14 +547,14 @@ def test_wrong_input_is_one_line_and_nothing_is_written(flags, tmp_path, capsys,
 
 def test_a_folder_that_is_not_blip2(flags, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert loop.exit_code(train_gated.main, flags("--blip2", str(tmp_path / "empty"))) == 2
+    assert errors.exit_code(train_gated.main, flags("--blip2", str(tmp_path / "empty"))) == 2
     assert "not a BLIP-2 folder" in capsys.readouterr().err
 
 
 def test_results_are_not_overwritten(flags, tmp_path, capsys):
     train_gated.main(flags("--epochs", "1"))
     before = (tmp_path / "run/best.pt").read_bytes()
-    assert loop.exit_code(train_gated.main, flags("--epochs", "1")) == 2
+    assert errors.exit_code(train_gated.main, flags("--epochs", "1")) == 2
     assert "already holds best.pt" in capsys.readouterr().err
     assert (tmp_path / "run/best.pt").read_bytes() == before
 
@@ -564,7 +563,7 @@ def test_missing_image_and_skip_bad(sample, flags, tmp_path, capsys):
     data = shutil.copytree(sample, tmp_path / "data")
     name = next(csv.DictReader((data / "train.csv").open()))["image"]
     (data / "images" / name).unlink()
-    assert loop.exit_code(train_gated.main, flags("--data", str(data))) == 2
+    assert errors.exit_code(train_gated.main, flags("--data", str(data))) == 2
     assert name in capsys.readouterr().err
     assert train_gated.main(flags("--data", str(data), "--skip-bad", "0.05", "--epochs", "1")) is None
     assert f"left out: {data / 'train.csv'}" in capsys.readouterr().out
@@ -577,7 +576,7 @@ def test_broken_image_is_one_line_or_skipped(sample, flags, tmp_path, capsys, wo
     picture = data / "images" / name
     picture.write_bytes(picture.read_bytes()[:300])
     more = ("--data", str(data), "--workers", workers, "--epochs", "1")
-    assert loop.exit_code(train_gated.main, flags(*more)) == 2
+    assert errors.exit_code(train_gated.main, flags(*more)) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
     assert len(errors) == 1 and errors[0].startswith("error: ") and name in errors[0]
     assert train_gated.main(flags(*more, "--skip-bad", "0.05", out="second")) is None
@@ -617,7 +616,7 @@ def test_check_data(sample, flags, tmp_path, capsys):
 @pytest.mark.parametrize("content", [b"", b"<html>", b"PK\x03\x04"])
 def test_damaged_checkpoints(tmp_path, capsys, content):
     (tmp_path / "best.pt").write_bytes(content)
-    assert loop.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "best.pt")]) == 2
+    assert errors.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "best.pt")]) == 2
     assert "damaged" in capsys.readouterr().err
 
 
@@ -626,7 +625,7 @@ def test_foreign_checkpoint_is_not_run(tmp_path, capsys):
         def __reduce__(self):
             return (os.mkdir, (str(tmp_path / "ran"),))
     torch.save({"state": Hostile()}, tmp_path / "best.pt")
-    assert loop.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "best.pt")]) == 2
+    assert errors.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "best.pt")]) == 2
     assert not (tmp_path / "ran").exists()
 
 
@@ -647,7 +646,7 @@ def test_config_file(flags, tmp_path):
                                            ("train_qformer: perhaps", "true or false"), ("[1, 2]", "name: value")])
 def test_config_mistakes(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(runfolder.DataError, match=message):
+    with pytest.raises(errors.DataError, match=message):
         train_gated.get_args(["--data", "d", "--config", str(tmp_path / "c.yaml")])
 
 
@@ -676,15 +675,15 @@ def test_log_drops_the_rows_that_will_be_trained_again(tmp_path):
 
 
 def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    runfolder.save_checkpoint(tmp_path / "best.pt", {"value": 1})
+    checkpoints.save_checkpoint(tmp_path / "best.pt", {"value": 1})
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(runfolder.DataError, match="No space left"):
-        runfolder.save_checkpoint(tmp_path / "best.pt", {"value": 2})
-    assert runfolder.load_checkpoint(tmp_path / "best.pt") == {"value": 1}
+    with pytest.raises(errors.DataError, match="No space left"):
+        checkpoints.save_checkpoint(tmp_path / "best.pt", {"value": 2})
+    assert checkpoints.load_checkpoint(tmp_path / "best.pt") == {"value": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
 
 
@@ -737,7 +736,7 @@ def test_compare_gated(sample, tiny, tmp_path, capsys, monkeypatch):
     assert None not in result["results"]["gated, Q-Former frozen"][0].values()
     monkeypatch.setattr(train_gated, "fit", lambda *a: pytest.fail("a finished run was repeated"))
     compare_gated.main(command)
-    assert loop.exit_code(compare_gated.main, [*command, "--weight-decay", "0.5"]) == 2
+    assert errors.exit_code(compare_gated.main, [*command, "--weight-decay", "0.5"]) == 2
     assert "other flags" in capsys.readouterr().err
 
 

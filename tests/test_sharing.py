@@ -20,14 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import core
-import efficientnet
-from engine import loop
-from engine import published
-from data import rows
-from engine import runfolder
-from show import sharing
 import train_gated
+from data import rows
+from engine import checkpoints, environment, files, loop, published, runfolder, saved
 from engine.errors import DataError
+from show import sharing
 
 STYLES = ["Cubism", "Pointillism", "Pop Art"]
 BUILD = core.Blip2OPTGated.build
@@ -63,8 +60,8 @@ def trained(tiny, **settings):
     flags = ["--data", "/home/jane/pictures/artquest", "--lr", "1e-3", "--save-last", "--blip2", places["blip2"]]
     settings = {**places, "gating": "film", "per": "head", "gate_scale": 1.0, "train_qformer": False, "lora_rank": 0, "style_head": True,
                 "styles": STYLES, "lm_precision": None, **settings}
-    return model, {"stage": "gated", "state": runfolder.trainable_state(model), "args": vars(train_gated.get_args(flags)),
-                   "model_args": settings, "metric": "loss", "value": 1.25, "epoch": 3, "frozen": runfolder.fingerprint(model),
+    return model, {"stage": "gated", "state": checkpoints.trainable_state(model), "args": vars(train_gated.get_args(flags)),
+                   "model_args": settings, "metric": "loss", "value": 1.25, "epoch": 3, "frozen": checkpoints.fingerprint(model),
                    "loss_weights": {"hit_weight": 0.1, "kl_weight": 0.05}, "torch": "2.9.0", "transformers": "5.0.0"}
 
 
@@ -129,7 +126,7 @@ def refused(function, *args, **kwargs):
     return text
 
 
-def rewrite(folder, change, file=sharing.GATES):
+def rewrite(folder, change, file=saved.GATES):
     """Change the tensors of an exported file, and its check sum with them: damage that only strict loading can see."""
     tensors = load_file(folder / file)
     change(tensors)
@@ -138,9 +135,9 @@ def rewrite(folder, change, file=sharing.GATES):
 
 
 def configure(folder, change):
-    config = json.loads((folder / sharing.CONFIG).read_text())
+    config = json.loads((folder / saved.CONFIG).read_text())
     change(config)
-    (folder / sharing.CONFIG).write_text(json.dumps(config))
+    (folder / saved.CONFIG).write_text(json.dumps(config))
 
 
 # --- the same model ------------
@@ -149,20 +146,20 @@ def configure(folder, change):
 def test_exported_folder_gives_the_same_bits(exported, load, batch, variant):
     folder, model = exported(variant)
     again, _ = load(folder)
-    wanted, got = runfolder.trainable_state(model), runfolder.trainable_state(again)
-    assert wanted.keys() == got.keys() and all(sharing.same_bits(wanted[name], got[name]) for name in wanted)
-    assert sharing.same_bits(sharing.logits(model, batch), sharing.logits(again, batch))
+    wanted, got = checkpoints.trainable_state(model), checkpoints.trainable_state(again)
+    assert wanted.keys() == got.keys() and all(checkpoints.same_bits(wanted[name], got[name]) for name in wanted)
+    assert checkpoints.same_bits(sharing.logits(model, batch), sharing.logits(again, batch))
     assert not again.training and again.styles == STYLES
-    files = {"README.md", sharing.CONFIG, sharing.GATES} | ({sharing.ADAPTER, sharing.ADAPTER_CONFIG} if "lora" in variant else set())
+    files = {"README.md", saved.CONFIG, saved.GATES} | ({saved.ADAPTER, saved.ADAPTER_CONFIG} if "lora" in variant else set())
     assert {path.name for path in folder.iterdir()} == files
-    assert not any("lora_" in name for name in load_file(folder / sharing.GATES))
+    assert not any("lora_" in name for name in load_file(folder / saved.GATES))
     assert folder.stat().st_mode & 0o777 == 0o755 and all(path.stat().st_mode & 0o777 == 0o644 for path in folder.glob("[Rg]*"))
 
 
 def test_run_folder_checkpoint_and_export_of_a_real_run_are_the_same(flags, tiny, tmp_path):
     train_gated.main(flags("--lora-rank", "2", "--epochs", "1", "--lr", "1e-2"))
     run = tmp_path / "run"
-    checkpoint = runfolder.load_checkpoint(run / "best.pt")
+    checkpoint = checkpoints.load_checkpoint(run / "best.pt")
     model, _ = core.load_gated(run)
     picture = next((pathlib.Path(checkpoint["args"]["data"]) / "images").iterdir())
     collate = train_gated.Collate(model.tokenizer, model.styles, 16)
@@ -172,8 +169,8 @@ def test_run_folder_checkpoint_and_export_of_a_real_run_are_the_same(flags, tiny
     first = sharing.logits(model, batch)
     for source in (run / "best.pt", str(run), tmp_path / "out"):
         again, _ = core.load_gated(source, blip2=tiny[0], efficientnet=tiny[1])
-        assert sharing.same_bits(sharing.logits(again, batch), first)
-    sharing.verify_saved(run / "best.pt", model)
+        assert checkpoints.same_bits(sharing.logits(again, batch), first)
+    checkpoints.verify_saved(run / "best.pt", model)
     sharing.verify(run, model, batch)
     assert any("lora_" in name and tensor.any() for name, tensor in checkpoint["state"].items() if "lora_B" in name)
 
@@ -189,11 +186,11 @@ def test_the_snippet_of_the_readme_runs(exported, load, sample):
 
 def test_a_changed_style_dimension_or_layer_is_refused(exported, quick, load):
     folder, _ = exported()
-    config = json.loads((folder / sharing.CONFIG).read_text())
+    config = json.loads((folder / saved.CONFIG).read_text())
     model, _ = load(folder)
     assert config["style_dimension"] == model.efficientnet.width and config["layers"] == model.qformer.cross_layers
     for changed in ({"style_dimension": 7}, {"layers": [0]}, {"heads": 3}, {"control_width": 1}, {"style_dimension": None}):
-        (folder / sharing.CONFIG).write_text(json.dumps({**config, **changed}))
+        (folder / saved.CONFIG).write_text(json.dumps({**config, **changed}))
         assert min(changed) in refused(load, folder)
 
 
@@ -282,7 +279,7 @@ def test_a_changed_base_model_is_refused(exported, load, tiny, tmp_path, start, 
 def test_a_changed_style_classifier_is_refused(exported, load, tiny, tmp_path):
     folder, _ = exported()
     content = torch.load(tiny[1], weights_only=True)
-    state, _ = efficientnet.unwrap_state(content)
+    state, _ = checkpoints.unwrap_state(content)
     state["conv_stem.weight"] += 0.5
     torch.save(content, tmp_path / "other.pt")
     assert "(other: efficientnet)" in refused(load, folder, efficientnet=tmp_path / "other.pt")
@@ -290,7 +287,7 @@ def test_a_changed_style_classifier_is_refused(exported, load, tiny, tmp_path):
 
 def test_a_changed_base_model_of_a_run_is_refused(tiny, load, tmp_path):
     _, checkpoint = trained(tiny)
-    runfolder.save_checkpoint(tmp_path / "run/best.pt", checkpoint)
+    checkpoints.save_checkpoint(tmp_path / "run/best.pt", checkpoint)
     load(tmp_path / "run")
     other = shutil.copytree(tiny[0], tmp_path / "other")
     change_tensor(pathlib.Path(other), "vision_model.encoder.layers.1")
@@ -318,7 +315,7 @@ def test_a_qformer_from_elsewhere_is_kept_only_where_it_is_frozen(tiny, tmp_path
     change_tensor(other, "qformer.encoder.layer.0.attention")
     for whole in (False, True):
         folder, *_ = export(tmp_path / f"out{whole}", tiny, batch, *trained(tiny, qformer=str(other), train_qformer=whole))
-        assert json.loads((folder / sharing.CONFIG).read_text())["qformer"] == (None if whole else "other-qformer")
+        assert json.loads((folder / saved.CONFIG).read_text())["qformer"] == (None if whole else "other-qformer")
     load(tmp_path / "outTrue")
     assert "qformer=" in refused(load, tmp_path / "outFalse")
     load(tmp_path / "outFalse", qformer=other)
@@ -329,24 +326,24 @@ def test_a_qformer_from_elsewhere_is_kept_only_where_it_is_frozen(tiny, tmp_path
 def test_damage_that_the_check_sum_cannot_see(exported, quick, load):
     folder, _ = exported("lora")
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
-    name = next(iter(load_file(folder / sharing.GATES)))
+    name = next(iter(load_file(folder / saved.GATES)))
     damages = {"missing": lambda t: t.pop(name), "extra": lambda t: t.update(extra=torch.zeros(2)),
                "shape": lambda t: t.update({name: torch.zeros(3, 5, 7)}), "dtype": lambda t: t.update({name: t[name].half()}),
                "other name": lambda t: t.update({name + "x": t.pop(name)})}
     for what, change in damages.items():
-        for file in (sharing.GATES, sharing.ADAPTER):
+        for file in (saved.GATES, saved.ADAPTER):
             name = next(iter(load_file(folder / file)))
             rewrite(folder, change, file)
             text = refused(load, folder)
             assert str(folder) in text and ("dtype" if what == "dtype" else "missing, unknown or of another shape") in text, what
             for file_name, data in kept.items():
                 (folder / file_name).write_bytes(data)
-    lora = load_file(folder / sharing.ADAPTER)
+    lora = load_file(folder / saved.ADAPTER)
     rewrite(folder, lambda t: t.update({sharing._from_peft(n): x for n, x in lora.items()}))
     assert "stands in both" in refused(load, folder)
 
 
-@pytest.mark.parametrize("file", [sharing.GATES, sharing.ADAPTER, sharing.ADAPTER_CONFIG])
+@pytest.mark.parametrize("file", [saved.GATES, saved.ADAPTER, saved.ADAPTER_CONFIG])
 def test_flipped_cut_and_missing_files(exported, quick, load, file):
     folder, _ = exported("lora")
     data = (folder / file).read_bytes()
@@ -362,7 +359,7 @@ def test_flipped_cut_and_missing_files(exported, quick, load, file):
 
 def test_config_damages(exported, quick, load):
     folder, _ = exported()
-    config = folder / sharing.CONFIG
+    config = folder / saved.CONFIG
     text = config.read_text()
     told = {"format": "newer version", "future": "unknown: future", "gating": "gating", "styles sorted": "sorted", "lora_rank": "lora_rank",
             "fingerprints": "other: language_model", "sha256": "not those that were exported", "base_model": "base_model",
@@ -376,13 +373,13 @@ def test_config_damages(exported, quick, load):
         configure(folder, change)
         assert told[what] in refused(load, folder), what
         config.write_text(text)
-    for name in sharing.FIELDS:
+    for name in saved.FIELDS:
         configure(folder, lambda c: c.pop(name))
         assert name in refused(load, folder)
         config.write_text(text)
     for damaged in (text[:-9], "", "[]", "\udcff{", '{"format": "1"}'):
         config.write_bytes(damaged.encode("utf-8", "surrogateescape"))
-        assert sharing.CONFIG in refused(load, folder)
+        assert saved.CONFIG in refused(load, folder)
 
 
 def test_checkpoints_that_are_none_of_ours(tiny, quick, load, tmp_path):
@@ -390,7 +387,7 @@ def test_checkpoints_that_are_none_of_ours(tiny, quick, load, tmp_path):
     assert "neither best.pt nor" in refused(load, tmp_path)
     assert "no such checkpoint" in refused(load, tmp_path / "nothing")
     def told(**changes):
-        runfolder.save_checkpoint(tmp_path / "best.pt", {**checkpoint, **changes})
+        checkpoints.save_checkpoint(tmp_path / "best.pt", {**checkpoint, **changes})
         return refused(load, tmp_path)
     assert "another stage (cir)" in told(stage="cir")
     assert "unknown: novelty" in told(model_args={**checkpoint["model_args"], "novelty": 1})
@@ -419,21 +416,21 @@ class Foreign:
 
 def test_verify_finds_one_changed_bit(tiny, tmp_path, batch):
     model, checkpoint = trained(tiny)
-    runfolder.save_checkpoint(tmp_path / "best.pt", checkpoint)
+    checkpoints.save_checkpoint(tmp_path / "best.pt", checkpoint)
     where = {"blip2": tiny[0], "efficientnet": tiny[1]}
     sharing.verify(tmp_path, model, batch, **where)
-    sharing.verify_saved(tmp_path / "best.pt", model)
+    checkpoints.verify_saved(tmp_path / "best.pt", model)
     with torch.no_grad():
         bits = model.mapper.norm.bias.view(torch.int32)
         bits[0] ^= 1
-    for check in (lambda: sharing.verify(tmp_path, model, batch, **where), lambda: sharing.verify_saved(tmp_path / "best.pt", model)):
+    for check in (lambda: sharing.verify(tmp_path, model, batch, **where), lambda: checkpoints.verify_saved(tmp_path / "best.pt", model)):
         text = refused(check)
         assert "1 of" in text and "mapper.norm.bias" in text
 
 
 def test_verify_compares_the_logits_too(tiny, tmp_path, batch):
     model, checkpoint = trained(tiny)
-    runfolder.save_checkpoint(tmp_path / "best.pt", checkpoint)
+    checkpoints.save_checkpoint(tmp_path / "best.pt", checkpoint)
     with torch.no_grad():  # between the values that a fingerprint looks at
         model.language_model.model.decoder.layers[0].fc1.weight[3, 1:3] += 0.3
     assert "other logits" in refused(sharing.verify, tmp_path, model, batch, blip2=tiny[0], efficientnet=tiny[1])
@@ -441,7 +438,7 @@ def test_verify_compares_the_logits_too(tiny, tmp_path, batch):
 
 def test_verify_leaves_the_model_in_its_mode_and_takes_cached_features(tiny, tmp_path, batch):
     model, checkpoint = trained(tiny)
-    runfolder.save_checkpoint(tmp_path / "best.pt", checkpoint)
+    checkpoints.save_checkpoint(tmp_path / "best.pt", checkpoint)
     features = model.image_features(batch["images"])
     model.vision_model = None
     model.train()
@@ -452,16 +449,16 @@ def test_verify_leaves_the_model_in_its_mode_and_takes_cached_features(tiny, tmp
 
 def test_other_styles_are_found(tiny, tmp_path, batch):
     model, checkpoint = trained(tiny)
-    runfolder.save_checkpoint(tmp_path / "best.pt", checkpoint)
+    checkpoints.save_checkpoint(tmp_path / "best.pt", checkpoint)
     model.styles = ["Baroque", *STYLES[1:]]
     assert "style vocabulary" in refused(sharing.verify, tmp_path, model, batch, blip2=tiny[0], efficientnet=tiny[1])
 
 
 def test_same_bits():
     zero, nan = torch.zeros(2), torch.full((2,), float("nan"))
-    assert sharing.same_bits(nan, nan.clone()) and sharing.same_bits(torch.tensor(1.0), torch.tensor(1.0))
-    assert not sharing.same_bits(zero, -zero) and not sharing.same_bits(zero, torch.zeros(2, 1))
-    assert not sharing.same_bits(zero, torch.zeros(2, dtype=torch.int32))
+    assert checkpoints.same_bits(nan, nan.clone()) and checkpoints.same_bits(torch.tensor(1.0), torch.tensor(1.0))
+    assert not checkpoints.same_bits(zero, -zero) and not checkpoints.same_bits(zero, torch.zeros(2, 1))
+    assert not checkpoints.same_bits(zero, torch.zeros(2, dtype=torch.int32))
 
 
 # --- nothing by halves ------------
@@ -475,7 +472,7 @@ def test_a_failed_export_leaves_nothing(tiny, variants, tmp_path, batch, monkeyp
         raise DataError(f"{args[0]}: other logits")
 
     if failing == "card":
-        writers = iter([runfolder.whole_file] * 3 + [full])
+        writers = iter([files.whole_file] * 3 + [full])
         monkeypatch.setattr(runfolder, "whole_file", lambda *args: next(writers)(*args))
     elif failing == "adapter":
         monkeypatch.setattr("peft.LoraConfig.save_pretrained", full)
@@ -627,7 +624,7 @@ def test_training_command_gives_the_settings_again():
     ("janes", "janes"), ("xjane", "xjane"), ("/x/y=3", ".../y=3"), ("--endpoint=http://gpu7:80", "--endpoint=http://..."),
     ("/", ".../")])
 def test_masked(jane, word, told):
-    assert sharing.masked(word) == told
+    assert environment.environment.masked(word) == told
 
 
 def test_environment_tells_much_and_masks(jane, monkeypatch):
@@ -635,8 +632,8 @@ def test_environment_tells_much_and_masks(jane, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/jane/lib:/usr/lib")
-    told = sharing.environment()
-    for name in (*sharing.PACKAGES, "python", "platform", "processors", "memory", "project", "cuda", "free disk, this folder"):
+    told = environment.environment.environment()
+    for name in (*environment.environment.PACKAGES, "python", "platform", "processors", "memory", "project", "cuda", "free disk, this folder"):
         line, = [line for line in told.splitlines() if line.startswith(name + " ")]
         assert "cannot be told" not in line and len(line.split()) > 1
     assert [line.split()[1] for line in told.splitlines() if line.startswith("HF_HOME ")] == [".../hf"]
@@ -660,7 +657,7 @@ def test_environment_of_a_broken_installation(monkeypatch):
     monkeypatch.setattr(sharing.importlib.metadata, "version", version)
     monkeypatch.setattr(torch.cuda, "is_available", broken)
     monkeypatch.setattr(runfolder, "project_version", broken)
-    lines = dict(line.split(None, 1) for line in sharing.environment().splitlines())
+    lines = dict(line.split(None, 1) for line in environment.environment.environment().splitlines())
     assert lines["bitsandbytes"] == "not installed" and lines["timm"] == "cannot be told (ValueError)"
     assert lines["cuda"] == lines["project"] == "cannot be told (RuntimeError)" and lines["numpy"][0].isdigit()
 
@@ -669,7 +666,7 @@ def test_graphics_cards_are_named(monkeypatch):
     card = type("Card", (), {"name": "A100", "total_memory": 80 * 2**30})
     for name, value in (("is_available", lambda: True), ("device_count", lambda: 2), ("get_device_properties", lambda number: card)):
         monkeypatch.setattr(torch.cuda, name, value)
-    assert sharing._cuda().endswith("; A100 80 GiB, A100 80 GiB")
+    assert environment.environment._cuda().endswith("; A100 80 GiB, A100 80 GiB")
 
 
 def test_core_env_from_the_command_line():

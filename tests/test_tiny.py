@@ -13,11 +13,10 @@ import torch
 from safetensors import safe_open
 
 import core
-from tools import make_tiny
 import metrics
-from engine import published
 from data import rows
-from engine import runfolder
+from engine import checkpoints, published
+from tools import make_tiny
 
 RECORDS = {part: published.TINY / f"{part.removesuffix('.pt')}.json" for part in make_tiny.PARTS}
 
@@ -81,7 +80,7 @@ def test_the_same_recipe_makes_the_same_files(tmp_path, capsys):
         make_tiny.main(["--out", str(tmp_path / name), "--parts", *parts, *SMALL])
         digests.append({part: make_tiny.digests(tmp_path / name / part) for part in parts})
     assert {part: digests[0][part] for part in digests[1]} == digests[1]
-    best = runfolder.load_checkpoint(tmp_path / "first/gated/best.pt")
+    best = checkpoints.load_checkpoint(tmp_path / "first/gated/best.pt")
     assert best["model_args"]["blip2"] == "tiny" and {t.dtype for t in best["state"].values()} == {torch.float32}
     assert len(list((tmp_path / "first/gated/examples").iterdir())) == 8
     for part in make_tiny.PARTS:

@@ -14,11 +14,10 @@ from accelerate import Accelerator
 import core
 import demo
 import eval_gated
-from tools import make_sample
-from engine import published
-from data import rows
-from engine import runfolder
 import train_gated
+from data import rows
+from engine import checkpoints, published
+from tools import make_sample
 
 LONGEST = "in flat areas with thick outlines"
 
@@ -90,10 +89,10 @@ def test_the_length_follows_from_the_training_answers_and_travels(sample, flags,
     assert longest > 16 and f"train: 0 of 240 answers are cut at {longest} tokens" in printed
     assert f"val: 1 of 40 answers are cut at {longest} tokens, first" in printed
     best = tmp_path / "run/best.pt"
-    assert runfolder.load_checkpoint(best)["model_args"]["max_answer"] == longest
+    assert checkpoints.load_checkpoint(best)["model_args"]["max_answer"] == longest
     model, _ = core.load_gated(best)
     assert model.max_answer == longest
-    run = eval_gated.prepare(eval_gated.get_args(["--checkpoint", str(best), "--workers", "0"]), runfolder.load_checkpoint(best), Accelerator(cpu=True))
+    run = eval_gated.prepare(eval_gated.get_args(["--checkpoint", str(best), "--workers", "0"]), checkpoints.load_checkpoint(best), Accelerator(cpu=True))
     assert run.model.max_answer == run.collate.max_answer == longest
     assert "val: 1 of 40 answers are cut" in capsys.readouterr().out
 
@@ -125,5 +124,5 @@ def test_the_best_of_the_beams_are_distinct_and_begin_with_the_answer(build, bat
 
 
 def test_a_best_pt_from_before_keeps_its_length(tmp_path):
-    runfolder.save_checkpoint(tmp_path / "best.pt", {"model_args": {"gating": "none"}, "args": {"max_answer": 12}, "state": {}})
-    assert runfolder.load_checkpoint(tmp_path / "best.pt")["model_args"] == {"gating": "none", "max_answer": 12}
+    checkpoints.save_checkpoint(tmp_path / "best.pt", {"model_args": {"gating": "none"}, "args": {"max_answer": 12}, "state": {}})
+    assert checkpoints.load_checkpoint(tmp_path / "best.pt")["model_args"] == {"gating": "none", "max_answer": 12}

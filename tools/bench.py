@@ -31,13 +31,12 @@ from torch import nn
 from tqdm import tqdm
 
 import core
-from engine import loop
-from tools import make_tiny
-from data import rows
-from engine import runfolder
 import train_blip_caption
 import train_cir
 import train_gated
+from data import rows
+from engine import errors, files, flags, loop
+from tools import make_tiny
 
 # BLIP-2 OPT-2.7B, and one in which vision tower, language model, Q-Former and word head have about the same shares of the work
 FULL = {"vision": {},  # ViT-g: transformers' defaults
@@ -61,10 +60,10 @@ def get_args(argv=None):
     parser.add_argument("what", nargs="?", choices=tuple(BENCHES), default="gated", help="(default: gated)")
     parser.add_argument("--size", choices=("small", "full"), default="small", help="of gated (default: small)")
     parser.add_argument("--plan", action="store_true", help="with --size full: compute the memory from the shapes and run nothing")
-    parser.add_argument("--batch-size", type=runfolder.positive, help="(default: gated 16, fusion 4, captions 32)")
+    parser.add_argument("--batch-size", type=flags.positive, help="(default: gated 16, fusion 4, captions 32)")
     parser.add_argument("--data", default="data/artquest", metavar="DIR", help="of captions (default: data/artquest)")
     parser.add_argument("--cached", action="store_true", help="fusion: without the vision tower, as with a cache of its features")
-    parser.add_argument("--repeats", type=runfolder.positive, help="pairs (default: gated 3, others 10)")
+    parser.add_argument("--repeats", type=flags.positive, help="pairs (default: gated 3, others 10)")
     parser.add_argument("--json", metavar="FILE", help="the figures of gated")
     args = parser.parse_args(argv)
     if args.plan and args.size != "full":
@@ -138,7 +137,7 @@ def write_task(folder, sizes, pictures, questions, seed=0):
     short = [word for word in words if len(tokenizer(" " + word, add_special_tokens=False).input_ids) == 1]
     draw = np.random.default_rng(seed)
     for split in ("train", "val"):
-        with runfolder.whole_file(folder / f"{split}.csv") as file:
+        with files.whole_file(folder / f"{split}.csv") as file:
             table = csv.writer(file)
             table.writerow(("image", "question", "answer", "question_type"))
             for number in range(pictures):
@@ -255,7 +254,7 @@ def gated(args):
         with tempfile.TemporaryDirectory() as place:
             found = small(pathlib.Path(place), args.batch_size or 16, args.repeats or 3)
     if args.json:
-        with runfolder.whole_file(args.json) as file:
+        with files.whole_file(args.json) as file:
             json.dump(found, file, indent=1)
 
 
@@ -558,7 +557,7 @@ def growth(args):
               f"{one['seconds']:>10.0f}"
               f"{one['peak_bytes'] / 2**30:>11.2f}{one['two_seconds']:>18.0f}{one['two_peak_bytes'] / 2**30:>14.2f}")
     if args.json:
-        with runfolder.whole_file(args.json) as file:
+        with files.whole_file(args.json) as file:
             json.dump(found, file, indent=1)
         draw_growth(found, pathlib.Path(args.json).with_suffix(".png"))
 
@@ -603,7 +602,7 @@ def draw_growth(found, path):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(frameon=False, fontsize=9)
-    with runfolder.whole_file(path, "wb") as file:
+    with files.whole_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=120)
     plt.close(figure)
 
@@ -666,9 +665,9 @@ BENCHES = {"gated": gated, "growth": growth, "fusion": fusion, "captions": capti
 
 def main(argv=None):
     args = get_args(argv)
-    with loop.batch_size_in_memory_errors(args.batch_size or "of its default"):
+    with errors.batch_size_in_memory_errors(args.batch_size or "of its default"):
         BENCHES[args.what](args)
 
 
 if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))

@@ -18,9 +18,8 @@ import time
 from types import SimpleNamespace
 
 import eval_gated
-from engine import loop
-from engine import runfolder
 import train_gated
+from engine import errors, files
 from engine.errors import DataError
 
 SYSTEMS = {"ungated, Q-Former frozen": ["--gating", "none"], "gated, Q-Former frozen": [],
@@ -60,7 +59,7 @@ def one_run(args, others, system, lr, seed):
         raise KeyboardInterrupt
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     held = {"flags": flags, "value": run.marks["value"], "trained": trained, "steps": run.step}
-    with runfolder.whole_file(done) as file:
+    with files.whole_file(done) as file:
         json.dump(held, file, indent=1)
     return held, folder
 
@@ -128,9 +127,9 @@ def main(argv=None):
                    for seen in SEEN for kind in ("style", "content")]
         print(f"{system:28}{rates[system]:>8g}{found[0]['trained']:>13,}{seconds[system]:>10.3f}"
               + "".join(f"{c:>13}" for c in columns))
-    with runfolder.whole_file(pathlib.Path(args.out) / "compare.json") as file:
+    with files.whole_file(pathlib.Path(args.out) / "compare.json") as file:
         json.dump({"rates": rates, "seconds_per_step": seconds, "results": results}, file, indent=1)
 
 
 if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine.errors import DataError
-
+import core
+from data import rows
+from engine import checkpoints, errors, flags, published
 
 KINDS = ("what", "count", "colour")  # of questions about the things, as data/make_sample.py asks them
 
@@ -109,11 +110,11 @@ def get_args(argv=None):
                         help="share of each map on the things of new drawn scenes")
     parser.add_argument("--checkpoint", metavar="FILE",
                         help="best.pt of train_gated.py (default: the tiny BLIP-2 as it ships)")
-    parser.add_argument("--pictures", type=runfolder.positive, default=100, help="(default: 100)")
-    parser.add_argument("--windows", type=runfolder.positive, nargs="+", default=[1, 2, 3],
+    parser.add_argument("--pictures", type=flags.positive, default=100, help="(default: 100)")
+    parser.add_argument("--windows", type=flags.positive, nargs="+", default=[1, 2, 3],
                         help="patches on a side (default: 1 2 3)")
-    parser.add_argument("--seed", type=runfolder.whole, default=0, help="of the scenes (default: 0)")
-    return runfolder.parse_args(parser, argv)
+    parser.add_argument("--seed", type=flags.whole, default=0, help="of the scenes (default: 0)")
+    return flags.parse_args(parser, argv)
 
 
 def load(path):
@@ -121,9 +122,9 @@ def load(path):
     if path is None:
         return core.Blip2OPTGated.build(published.tiny("blip2"), None, [], gating="none").eval()
     import eval_gated
-    checkpoint = runfolder.load_checkpoint(path, ("model_args", "state", "frozen"))
+    checkpoint = checkpoints.load_checkpoint(path, ("model_args", "state", "frozen"))
     model = eval_gated.load_model(eval_gated.get_args(["--checkpoint", path]), checkpoint, torch.float32)
-    runfolder.load_trainable(model, checkpoint["state"], path)
+    checkpoints.load_trainable(model, checkpoint["state"], path)
     return model.eval()
 
 
@@ -133,4 +134,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))

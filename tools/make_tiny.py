@@ -43,17 +43,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import core
-import efficientnet
-from engine import loop
-import metrics
-from engine import published
-from data import rows
-from engine import runfolder
+import core  # noqa: E402
+import metrics  # noqa: E402
+from data import rows, wikiart  # noqa: E402
+from engine import checkpoints, errors, files, flags, loop, published  # noqa: E402
+from tools import make_sample  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "data"))
-from tools import make_sample  # noqa: E402  (data/ is a folder of data and its maker, not a package)
 
 RECIPE = 2  # raise it whenever the same command would make other models
 PARTS = ("blip2", "efficientnet-28.pt", "blip2-itm", "blip", "gated")  # in this order: later ones take earlier ones
@@ -88,19 +85,19 @@ def get_args(argv=None):
                                                                     "are kept")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
                         help=f"which of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--pictures", type=runfolder.positive, default=2400,
+    parser.add_argument("--pictures", type=flags.positive, default=2400,
                         help="scenes drawn for pre-training; the captioner takes 2/3 (default: 2400)")
     steps = parser.add_argument_group("steps of 32")
-    steps.add_argument("--vision-steps", type=runfolder.positive, default=500, help="BLIP-2's vision tower (default: 500)")
-    steps.add_argument("--language-steps", type=runfolder.positive, default=360, help="its Q-Former and OPT (default: 360)")
-    steps.add_argument("--style-steps", type=runfolder.positive, default=160, help="style classifier (default: 160)")
-    steps.add_argument("--caption-steps", type=runfolder.positive, nargs=2, default=[360, 40], metavar=("VISION", "TEXT"),
+    steps.add_argument("--vision-steps", type=flags.positive, default=500, help="BLIP-2's vision tower (default: 500)")
+    steps.add_argument("--language-steps", type=flags.positive, default=360, help="its Q-Former and OPT (default: 360)")
+    steps.add_argument("--style-steps", type=flags.positive, default=160, help="style classifier (default: 160)")
+    steps.add_argument("--caption-steps", type=flags.positive, nargs=2, default=[360, 40], metavar=("VISION", "TEXT"),
                        help="captioner: its vision tower, then its decoder (default: 360 40)")
-    steps.add_argument("--retrieval-steps", type=runfolder.positive, default=300, help="retrieval model (default: 300)")
-    parser.add_argument("--sample-pictures", type=runfolder.positive, default=480,
+    steps.add_argument("--retrieval-steps", type=flags.positive, default=300, help="retrieval model (default: 300)")
+    parser.add_argument("--sample-pictures", type=flags.positive, default=480,
                         help="of the drawn sample, on which the gates are trained and all figures are taken (default: 480)")
-    parser.add_argument("--gate-epochs", type=runfolder.positive, default=20, help="of train_gated.py (default: 20)")
-    parser.add_argument("--seed", type=runfolder.whole, default=0, help="of scenes, weights and batches (default: 0)")
+    parser.add_argument("--gate-epochs", type=flags.positive, default=20, help="of train_gated.py (default: 20)")
+    parser.add_argument("--seed", type=flags.whole, default=0, help="of scenes, weights and batches (default: 0)")
     return parser.parse_args(argv)
 
 
@@ -309,7 +306,7 @@ def words_loss(gated, texts, states, rng):
 
 def train_style(net, styles, pixels, steps, generator):
     """The style classifier on the drawn manners."""
-    labels = torch.tensor([efficientnet.WIKIART.index(s) for s in styles])
+    labels = torch.tensor([wikiart.WIKIART.index(s) for s in styles])
 
     def step_loss(step):
         picked = torch.randint(len(pixels), (32,), generator=generator)
@@ -504,8 +501,8 @@ def save_random(folder, texts=("Question: What style is this? Answer: Cubism, th
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer([*texts] * 2, folder)
     save_folder(make_model(tokenizer), tokenizer, folder)
-    net = efficientnet.EfficientNet28(28, ARCH, efficientnet.WIKIART)
-    runfolder.save_checkpoint(folder.parent / "efficientnet.pt", {"model": net.net.state_dict(), "arch": ARCH, "classes": efficientnet.WIKIART})
+    net = core.EfficientNet28(28, ARCH, wikiart.WIKIART)
+    checkpoints.save_checkpoint(folder.parent / "efficientnet.pt", {"model": net.net.state_dict(), "arch": ARCH, "classes": wikiart.WIKIART})
     return str(folder), str(folder.parent / "efficientnet.pt")
 
 
@@ -529,9 +526,9 @@ def make_blip2(folder, args):
 def make_efficientnet(path, args):
     """models/tiny/efficientnet-28.pt."""
     _, styles, pixels = draw_scenes(args.pictures, args.seed)
-    net = efficientnet.EfficientNet28(28, ARCH, efficientnet.WIKIART)
+    net = core.EfficientNet28(28, ARCH, wikiart.WIKIART)
     train_style(net, styles, pixels, args.style_steps, torch.Generator().manual_seed(args.seed))
-    runfolder.save_checkpoint(path, {"model": halves(net.net.state_dict()), "arch": ARCH, "classes": efficientnet.WIKIART})
+    checkpoints.save_checkpoint(path, {"model": halves(net.net.state_dict()), "arch": ARCH, "classes": wikiart.WIKIART})
 
 
 def halves(state):
@@ -546,8 +543,8 @@ def make_gated(folder, args):
     train_gated.main(["--data", "data/artquest", "--blip2", blip2, "--efficientnet", classifier, "--accumulation", "1", "--batch-size", "32",
                       "--lr", "1e-3", "--epochs", str(args.gate_epochs), "--patience", "0", "--cache", "cache", "--workers", "0", "--seed",
                       str(args.seed), "--out", "runs/tiny"])
-    best, places = runfolder.load_checkpoint("runs/tiny/best.pt"), {"blip2": "tiny", "efficientnet": None}
-    runfolder.save_checkpoint(folder / "best.pt", {
+    best, places = checkpoints.load_checkpoint("runs/tiny/best.pt"), {"blip2": "tiny", "efficientnet": None}
+    checkpoints.save_checkpoint(folder / "best.pt", {
         **best, "state": halves(best["state"]), "kept_in": "float16", "model_args": {**best["model_args"], **places},
         "args": {**best["args"], **places, "cache": None}})
     (folder / "examples").mkdir()
@@ -608,7 +605,7 @@ def gated_figures(out):
 @torch.no_grad()
 def style_figures(out):
     styles = {r.image: r.style for r in rows.read_split("data/artquest", "test")}
-    net = efficientnet.EfficientNet28.from_checkpoint(out / "efficientnet-28.pt").eval()
+    net = core.EfficientNet28.from_checkpoint(out / "efficientnet-28.pt").eval()
     found = [net.style_names()[i] for i in net.logits(net(test_pixels(styles))).argmax(-1).tolist()]
     return {"styles told, top-1": percent(sum(map(str.__eq__, found, styles.values())), len(found))}
 
@@ -628,7 +625,7 @@ def caption_figures(out):
     wanted = test_captions()
     told = train_blip_caption.describe(model.eval(), tokenizer, test_pixels(wanted), train_blip_caption.GENERATION)
     scores = metrics.score_captions(told, [[caption] for caption in wanted.values()])["corpus"]
-    return {"mean of METEOR, ROUGE-L and CIDEr-D, times 100": percent(cases.mean_of_three(scores), 1)}
+    return {"mean of METEOR, ROUGE-L and CIDEr-D, times 100": percent(train_blip_caption.mean_of_three(scores), 1)}
 
 
 @torch.no_grad()
@@ -662,7 +659,7 @@ def record(part, out, args, seconds):
         key: value for key, value in vars(args).items() if key not in ("out", "parts")}, "seconds": round(seconds),
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "threads": torch.get_num_threads(),
         "figures on the drawn sample's test pictures, %": MAKERS[part][1](out), "sha256": digests(out / part)}
-    with runfolder.whole_file(out / f"{name}.json") as file:
+    with files.whole_file(out / f"{name}.json") as file:
         json.dump(content, file, indent=1)
         file.write("\n")
 
@@ -696,4 +693,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(loop.exit_code(main))
+    sys.exit(errors.exit_code(main))
