@@ -104,6 +104,16 @@ def get_args(argv=None):
 
 # --- data: your own data set goes here ------------
 
+def reading(args):
+    """The flags about data, by the names that wikiart.read_lists takes."""
+    return {name: getattr(args, name) for name in ("images", "encoding", "separator", "val_share", "photos")}
+
+
+def read_data(args, say=print):
+    """(classes, {split: rows}), see wikiart.read_data."""
+    return wikiart.read_data(args.data, say, **reading(args))
+
+
 def balanced(labels, power, seed, epoch):
     """Row numbers of an epoch [N] from labels [N]: class c, of n_c rows, has n_c^(1-power) / sum_k n_k^(1-power) of the N places.
 
@@ -481,7 +491,7 @@ def prepare(args, resumed=False):
     """Flags -> a Run at its first step: rows, model, average, optimizer."""
     from timm.utils import ModelEmaV3
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
-    classes, splits = wikiart.read_data(args, accelerator.print)
+    classes, splits = read_data(args, accelerator.print)
     loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one downloads, the others find it
         model = build(args, classes, accelerator.print, blank=resumed).to(accelerator.device)
@@ -552,7 +562,7 @@ def begin(run, out, resumed):
         size = sum(t.nbytes for t in run.model.state_dict().values())
         # best.pt; last.pt with weights, average and AdamW's two; for each the old and the new file
         files.refuse_full_disk(out, size * (10 if args.save_last else 2))
-        runfolder.start_run(out, args)
+        runfolder.start_run(out, vars(args))
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
         if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
             save_best(run, out)
@@ -596,7 +606,7 @@ def main(argv=None):
     for note in environment.environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
-        return wikiart.check_data(args)
+        return wikiart.check_data(args.data, args.workers, **reading(args))
     with errors.batch_size_in_memory_errors(args.batch_size):
         if args.dry_run:
             return dry_run(args)

@@ -29,13 +29,12 @@ import core
 import metrics
 from train_gated import get_args as train_gated_args
 from data import rows
-from data.questions import Questions, read_data
+from data.questions import Questions, read_questions
 from engine import checkpoints, errors, files, flags, folders, gate_frames, loop, published
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary
 from engine.features import cached_features, predicted_styles
 from engine.prompts import Collate, say_cut
-from engine.published import resolved
 from show import maps, report, sharing
 
 LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
@@ -43,6 +42,9 @@ SCORES = ("EM", "VQA", "BLEU", "BLEU-AQ", "ROUGE-L")  # percent; AQ: with ArtQue
 ANSWERS = ("image", "question", "answer", "confidence")  # columns of --answers
 ABOUT_TABLES = ("data", "predictions", "table", "report", "no_baselines", "shuffle_style", "merge_lora", "cache", "skip_bad",
                 "maps", "export")  # not with --ask
+# what train_gated.py did before a flag about data was there: for checkpoints that lack it
+BEFORE = {"val_share": 0.1, "images": None, "columns": [], "encoding": "utf-8", "separator": None, "style": "column", "semart": None,
+          "context": None}
 
 
 def get_args(argv=None):
@@ -124,7 +126,7 @@ def flags_at_odds(args):
 def built_as(args, checkpoint):
     """model_args of a checkpoint with what lies elsewhere now, or is asked for in another precision."""
     moved = {name: getattr(args, name) for name in ("blip2", "efficientnet", "lm_precision") if getattr(args, name)}
-    return resolved({**checkpoint["model_args"], **moved})
+    return published.resolved({**checkpoint["model_args"], **moved})
 
 
 def load_model(args, checkpoint, dtype, towers=None):
@@ -365,19 +367,25 @@ class Evaluation:
 
 def prepare(args, checkpoint, accelerator):
     """Data of --split and the model, not yet with its trained tensors -> Evaluation."""
-    data_args(args, {**vars(train_gated_args(["--data", ""])), **checkpoint["args"]})  # defaults for what older files lack
-    questions = read_data(args, args.split, accelerator.print)
+    data_args(args, {**BEFORE, **checkpoint["args"]})
+    questions = read_questions(args.data, args.split, args.columns, args.images, args.encoding, args.separator, args.style, args.semart,
+                               args.context, args.val_share, args.skip_bad, args.workers, accelerator.print)
     ids = question_ids(questions)
     places, dtype = built_as(args, checkpoint), core.DTYPES[accelerator.mixed_precision]
-    features, towers = cached_features(args, places, questions, accelerator, dtype)
+
+    def load_style():
+        return core.EfficientNet28.from_checkpoint(places["efficientnet"], args.safe_load).eval()
+
+    features, towers = cached_features(args.cache, places["blip2"], load_style if places["gating"] != "none" else None, questions,
+                                       accelerator, dtype, args.workers)
     model = load_model(args, checkpoint, dtype, towers).to(accelerator.device)
     if places.get("lm_precision") != checkpoint["model_args"].get("lm_precision"):
         accelerator.print(f"the language model is in {places['lm_precision']}, in training it was in "
                           f"{checkpoint['model_args'].get('lm_precision') or 'the precision of the towers'}")
     say_cut(model.tokenizer, {args.split: questions}, model.max_answer, accelerator.print)
     if args.style == "efficientnet":
-        questions, = predicted_styles(args, places["blip2"], places["efficientnet"], [questions], accelerator.device,
-                                      accelerator.print)
+        questions, = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
+                                      places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print)
     return Evaluation(args, checkpoint, accelerator, model, questions, ids,
                       Questions(questions, model.image_size, features),
                       Collate(model.tokenizer, model.styles, model.max_answer), places, dtype)

@@ -30,7 +30,6 @@ from collections import Counter
 
 import numpy as np
 
-from data import captions
 from data.tables import shown
 from engine import errors
 from engine.errors import DataError

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, send_to_device
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -436,7 +436,7 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, rerank):
         with accelerator.autocast():
             images.append(model.image_features(embeds).float())
     kept, images = torch.cat(kept), torch.cat(images)
-    text = core.to_device(core.text_ids(model.tokenizer, [pair.text for pair in data.rows]), accelerator.device)
+    text = send_to_device(core.text_ids(model.tokenizer, [pair.text for pair in data.rows]), accelerator.device)
     owner = torch.tensor([shown.index(image_id) for image_id in ids])  # [T]
     texts, itg, right = [], [], []
     with accelerator.autocast():
@@ -733,7 +733,7 @@ def begin(run, out, resumed):
         tower = sum(t.nbytes for t in run.model.vision_model.state_dict().values())
         # AdamW keeps twice the weights; old and new file; at the end OUT/hf
         files.refuse_full_disk(out, size * (9 if args.save_last else 3) + tower)
-        runfolder.start_run(out, args)
+        runfolder.start_run(out, vars(args))
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
         if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
             save_best(run, out)

@@ -25,15 +25,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import core
 import metrics
-from data import rows
-from data.captions import (LONGEST, MAX_LENGTH, augmented, check_data, fingerprint, limited, pictures_in, read_data, split_file,
-                           token_ids)
+from data import captions, rows
+from data.captions import LONGEST, MAX_LENGTH, augmented, fingerprint, pictures_in, token_ids
 from engine import checkpoints, environment, errors, files, flags, folders, loaders, loop, published, runfolder
 from engine.errors import DataError
 from show import report
@@ -138,6 +137,17 @@ def get_args(argv=None):
 
 
 # --- data: your own data set goes here ------------
+
+def reading(args):
+    """The flags about data, by the names that captions.read_data takes."""
+    return {"images": args.images, "encoding": args.encoding, "texts_clean": args.train_texts_clean, "skip_bad": args.skip_bad,
+            "shots": args.shots, "seed": args.seed}
+
+
+def read_data(args, split, say=print):
+    """The Pictures of a split, see captions.read_data."""
+    return captions.read_data(args.data, split, workers=args.workers, say=say, **reading(args))
+
 
 class Captions(Dataset):
     """Number, or (epoch, number) in training -> (sample, Picture); (the DataError of a broken picture, Picture), see train_gated.
@@ -278,7 +288,7 @@ def token_losses(model, pixels, inputs, smoothing=0.0):
 def confidence(model, tokenizer, collate, pixels, captions):
     """Mean log-probability of a caption's tokens, its end among them, without the search's penalties: [B,3,s,s], B texts -> [B]."""
     ids = token_ids(tokenizer, captions)
-    inputs = core.to_device(collate.inputs(ids), pixels.device)
+    inputs = send_to_device(collate.inputs(ids), pixels.device)
     return -token_losses(model, pixels, inputs).sum(1) / torch.tensor([len(i) - 1 for i in ids], device=pixels.device)
 
 
@@ -517,7 +527,7 @@ def prepare(args):
     text, size = model.config.text_config, model.config.vision_config.image_size
     return Run(args, accelerator, model, tokenizer, wrapped, optimizer, Collate(text.pad_token_id, text.bos_token_id),
                Captions(train, size, tokenizer, every=True, augment=args.seed if args.augment else None),
-               Captions(limited(val, args, "val", accelerator.print), size, tokenizer))
+               Captions(captions.limited(val, args.max_val, "val", accelerator.print), size, tokenizer))
 
 
 def train(run, out, stop):
@@ -582,7 +592,7 @@ def begin(run, out, resumed):
     if leader:
         size = sum(t.nbytes for t in checkpoints.trainable_state(run.model).values())
         files.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
-        runfolder.start_run(out, args)
+        runfolder.start_run(out, vars(args))
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
         if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
             save_best(run, out)
@@ -597,10 +607,10 @@ def finish(run, out):
         told_then = json.loads((out / "val.json").read_text(encoding="utf-8"))
         write_cases(out / "cases.html", run.val, [told_then[p.name] for p in run.val.rows], args.cases, f"{out.name}: best epoch")
         say(f"{out / 'cases.html'}: {args.cases} worst and best")
-    if split_file(args, "test").is_file():
+    if captions.split_file(args.data, "test").is_file():
         # into a fresh model: layers that were opened after the best epoch are no longer what they were then
         run.model = load_trained(None, checkpoints.load_checkpoint(out / "best.pt"), out / "best.pt")[0].to(run.accelerator.device)
-        data = Captions(limited(read_data(args, "test", say), args, "test", say), run.val.image_size, run.tokenizer)
+        data = Captions(captions.limited(read_data(args, "test", say), args.max_val, "test", say), run.val.image_size, run.tokenizer)
         numbers, found = validate(run, data)
         say(f"test: {told(numbers)}")
         if run.accelerator.is_main_process:
@@ -672,8 +682,8 @@ def score(args):
         files.refuse_unwritable(path)
     model, tokenizer, collate, accelerator, generation = ready(args)
     result = {}
-    for split in ["val"] + ["test"] * split_file(args, "test").is_file():
-        pictures = limited(read_data(args, split, say), args, split, say)
+    for split in ["val"] + ["test"] * captions.split_file(args.data, "test").is_file():
+        pictures = captions.limited(read_data(args, split, say), args.max_val, split, say)
         data = Captions(pictures, model.config.vision_config.image_size, tokenizer)
         found = evaluate(model, tokenizer, data, collate, accelerator, generation, args.val_batch, args.workers, bool(args.report))
         numbers = numbers_of(found, data)
@@ -745,7 +755,8 @@ def main(argv=None):
     for note in environment.environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
-        return check_data(args, published.in_models(args.blip, "blip"))
+        return captions.check_data(args.data, lambda: published.load_tokenizer(published.in_models(args.blip, "blip")),
+                                   workers=args.workers, **reading(args))
     if args.captions:
         return caption_folder(args)
     if args.caption or args.zero_shot or args.checkpoint:

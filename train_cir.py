@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -400,7 +400,7 @@ def encode(model, pool, opener, accelerator, batch_size, workers):
         asked = [(k, n) for k, i in enumerate(numbers) for n in queries_of.get(data.names[i], ())]
         for start in range(0, len(asked), batch_size):
             places, which = zip(*asked[start:start + batch_size])
-            text = core.to_device(core.text_ids(model.tokenizer, [cirr.text_of(pool.queries[n]) for n in which]),
+            text = send_to_device(core.text_ids(model.tokenizer, [cirr.text_of(pool.queries[n]) for n in which]),
                                   accelerator.device)
             reference = embeds[list(places)]
             with accelerator.autocast():
@@ -465,7 +465,7 @@ def chance(pools, layout):
 
 
 def chance_text(pool):
-    chance = metrics.chance_level(len(pool.gallery), MEMBERS if pool.name == "cirr" else None)
+    chance = metrics.chance_level(len(pool.gallery), cirr.MEMBERS if pool.name == "cirr" else None)
     return ", ".join(f"{name} {value:.2f}" for name, value in chance.items())
 
 
@@ -708,7 +708,7 @@ def begin(run, out, resumed):
     if leader:
         size = sum(t.nbytes for t in checkpoints.trainable_state(run.model).values())
         files.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
-        runfolder.start_run(out, args)
+        runfolder.start_run(out, vars(args))
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
         if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
             save_best(run, out)
@@ -798,7 +798,7 @@ def draw_maps(args, model, pool, scores, opener, say):
     for number in np.linspace(0, len(pool.queries) - 1, min(MAPS, len(pool.queries))).round().astype(int):
         query = pool.queries[number]
         path = pool.gallery[query.reference]
-        text = core.to_device(core.text_ids(model.tokenizer, [cirr.text_of(query)]), device)
+        text = send_to_device(core.text_ids(model.tokenizer, [cirr.text_of(query)]), device)
         change = patch_change(model, model.image_embeds(opener(path)[None].to(device)), text)[0, 1:]  # [P-1], without [CLS]
         side = math.isqrt(len(change))
         best = [name for name in next(cirr.ranking(scores[[number]], names)) if name != query.reference][:5]
@@ -827,7 +827,7 @@ def indexed(args, best, model, accelerator, opener):
 @torch.no_grad()
 def query_vector(model, accelerator, reference, text):
     """Picture [3,s,s] and sentence -> unit vector [E] as numpy."""
-    ids = core.to_device(core.text_ids(model.tokenizer, [cirr.clean_text(text)]), accelerator.device)
+    ids = send_to_device(core.text_ids(model.tokenizer, [cirr.clean_text(text)]), accelerator.device)
     embeds = model.image_embeds(reference[None].to(accelerator.device))
     with accelerator.autocast():
         return model.query(embeds, **ids)[1][0].float().cpu().numpy()
@@ -866,7 +866,7 @@ def main(argv=None):
     for note in environment.environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
-        return cirr.check(args.data, args.format, args.images, workers=max(1, args.workers))
+        return cirr.check(args.data, args.format, chance_text, args.images, workers=max(1, args.workers))
     with errors.batch_size_in_memory_errors(args.batch_size, "the --batch-size"):  # there is no --accumulation here
         if args.search is not None:
             return search(args)

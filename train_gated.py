@@ -11,25 +11,20 @@ Data flow: CSV row -> Questions -> collate -> Blip2OPTGated.forward -> loss -> l
 
 import argparse
 import math
-import os
 import pathlib
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch.utils.data import Dataset, default_collate
 from tqdm import tqdm
 
 import core
 import metrics
 from data import rows
-from data.questions import Questions, read_data
+from data.questions import Questions, read_questions
 from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, published, runfolder
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary, text_length
@@ -121,6 +116,12 @@ def get_args(argv=None):
 
 
 # --- data: your own data set goes here ------------
+
+def read_data(args, split, say=print):
+    """The rows of a split as the flags about data have it."""
+    return read_questions(args.data, split, args.columns, args.images, args.encoding, args.separator, args.style, args.semart,
+                          args.context, args.val_share, args.skip_bad, args.workers, say)
+
 
 
 def check_data(args):
@@ -227,6 +228,7 @@ class Run:
     frozen: dict  # fingerprint of everything that is not trained, with the towers that a cache stands for
     step: int = 0  # optimizer steps done
     log: runfolder.RunLog | None = None  # only where files are written
+    command: list = field(default_factory=list)  # the words that were typed
 
     def __post_init__(self):
         self.pace = loop.Pace(self, "questions")
@@ -255,6 +257,7 @@ def save_best(run, out):
     read = run.train.rows
     checkpoints.save_checkpoint(out / "best.pt", {
         "stage": "gated", "state": checkpoints.trainable_state(run.model), "model_args": run.built_from, "args": vars(run.args),
+        "command": run.command,
         **run.marks, "loss_weights": run.weights, "majority": majority_answers(read),
         "answers": sorted({r.answer.strip() for r in read}), "frozen": run.frozen,
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
@@ -392,14 +395,20 @@ def prepare(args):
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     splits = [read_data(args, split, accelerator.print) for split in ("train", "val")]
     places = published.resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
+
+    def load_style():
+        return core.EfficientNet28.from_checkpoint(places["efficientnet"], args.safe_load).eval()
+
     if args.style == "efficientnet":
-        splits = predicted_styles(args, places["blip2"], places["efficientnet"], splits, accelerator.device, accelerator.print)
+        splits = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
+                                  places["efficientnet"], splits, args.workers, accelerator.device, accelerator.print)
     train_rows, val_rows = splits
     tokenizer = published.load_tokenizer(places["blip2"])
     built_from = model_args(args, train_rows, answer_length(tokenizer, train_rows, args.max_answer))
     say_cut(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)
     dtype = core.DTYPES[accelerator.mixed_precision]  # of the frozen towers; everything that is trained is in float32
-    features, towers = cached_features(args, {**built_from, **places}, train_rows + val_rows, accelerator, dtype)
+    features, towers = cached_features(args.cache, places["blip2"], load_style if args.gating != "none" else None,
+                                       train_rows + val_rows, accelerator, dtype, args.workers)
     loop.seed_everything(args.seed)
     model = core.Blip2OPTGated.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None)
     core.save_activations(model.language_model, args.activations)
@@ -461,7 +470,7 @@ def begin(run, out, resumed):
     if leader:
         size = sum(t.nbytes for t in checkpoints.trainable_state(run.model).values())
         files.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
-        runfolder.start_run(out, args)
+        runfolder.start_run(out, vars(args))
         if not resumed:
             (out / gate_frames.FILE).unlink(missing_ok=True)  # of a run that ended before its first best.pt
         run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
@@ -479,13 +488,13 @@ def dry_run(args):
     loop.dry_run(run, rehearse, run.train.features.stores.values() if run.train.features else ())
 
 
-def fit(args):
-    """The whole run -> (Run, number of the signal that ended it or 0)."""
+def fit(args, command=()):
+    """The whole run -> (Run, number of the signal that ended it or 0). command: the words that were typed, for best.pt."""
     out = pathlib.Path(args.out)
     resumed = args.resume and (out / "last.pt").exists()
     runfolder.refuse_overwrite(out, resumed)
     run = prepare(args)
-    say = run.accelerator.print
+    run.command, say = list(command), run.accelerator.print
     with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
         runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
         begin(run, out, resumed)
@@ -509,7 +518,7 @@ def main(argv=None):
     with errors.batch_size_in_memory_errors(args.batch_size):
         if args.dry_run:
             return dry_run(args)
-        run, signal_number = fit(args)
+        run, signal_number = fit(args, ["train_gated.py", *(sys.argv[1:] if argv is None else argv)])
     return runfolder.ended(run, signal_number, args.select, "train_gated.py", argv)
 
 

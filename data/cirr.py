@@ -20,7 +20,6 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-import train_cir
 from data import rows
 from data.tables import cell, locate, parse_json, read_json, read_text, shown
 from engine import files
@@ -288,10 +287,10 @@ def fingerprint(queries):
 
 # --- --check-data ------------
 
-def check(data, format, images=None, category="all", splits=None, workers=2, say=print):
+def check(data, format, chance_text, images=None, category="all", splits=None, workers=2, say=print):
     """--check-data: say what is there and decode every picture; exit code 1 where a run would fail, 0 where not.
 
-    splits: which; default those of SPLITS, test1 only where there is a file of it."""
+    chance_text: Pool -> what a random ranking scores in it. splits: which; default those of SPLITS, test1 only where there is a file of it."""
     if splits is None:
         there = rows.entries(os.path.join(annotation_folder(data), "captions"))
         splits = [split for split in SPLITS[format] if split != "test1" or "cap.rc2.test1.json" in there]
@@ -305,7 +304,7 @@ def check(data, format, images=None, category="all", splits=None, workers=2, say
             failed = True
             continue
         for pool in pools:
-            found, bad = check_pool(pool, root, workers, say)
+            found, bad = check_pool(pool, root, chance_text, workers, say)
             homes.setdefault(split, []).extend(SimpleNamespace(image=path) for path in found.values())
             failed = failed or bad
     shared = rows.shared_images(homes)
@@ -317,13 +316,13 @@ def check(data, format, images=None, category="all", splits=None, workers=2, say
     return int(failed)
 
 
-def check_pool(pool, root, workers, say):
+def check_pool(pool, root, chance_text, workers, say):
     """Say what a pool holds, every missing and every broken picture, then how many. (pictures found, whether any is bad)."""
     lengths = [len(caption.split()) for query in pool.queries for caption in query.captions]
     sets = len({frozenset(query.members) for query in pool.queries if query.members})
     say(f"{pool.name} {pool.split}: {len(pool.queries)} pairs, {len({q.reference for q in pool.queries})} references, "
         f"{f'{sets} image sets, ' if sets else ''}gallery of {len(pool.gallery)} pictures; captions of {min(lengths)} to "
-        f"{max(lengths)} words, {lengths.count(0)} empty; a random ranking scores {train_cir.chance_text(pool)}")
+        f"{max(lengths)} words, {lengths.count(0)} empty; a random ranking scores {chance_text(pool)}")
     found, missing = find_images(pool.gallery, root)
     for name, reason in missing.items():
         say(f"missing: {name}: {reason}")

@@ -10,19 +10,23 @@ from data import rows
 from engine.errors import DataError
 
 
-def read_data(args, split, say=print):
-    """Rows of a split, bad ones refused; with --skip-bad left out and listed, after every picture has been decoded once."""
-    columns = dict(pair.partition("=")[::2] for pair in args.columns)
-    if args.context and not args.semart:
-        columns["context"] = args.context
-    read, understood = rows.read_layout(args.data, split, columns, args.images, args.encoding, args.separator)
+def read_questions(place, split, columns=(), images=None, encoding="utf-8", separator=None, style="column", semart=None,
+                   context=None, val_share=0.0, skip_bad=0.0, workers=2, say=print):
+    """Rows of a split, bad ones refused; with skip_bad (a share) left out and listed, after every picture has been decoded once.
+
+    columns: texts NAME=COLUMN; style, semart, context: as train_gated.py's flags have it; val_share: of the pictures, held out
+    where `place` is one table."""
+    columns = dict(pair.partition("=")[::2] for pair in columns)
+    if context and not semart:
+        columns["context"] = context
+    read, understood = rows.read_layout(place, split, columns, images, encoding, separator)
     say(f"{split}: {understood}")
-    if os.path.isfile(args.data) and args.val_share and split in ("train", "val"):
-        read = rows.hold_out(read, args.val_share, split == "val")
-        say(f"{split}: one table for both: {len(read)} rows, {args.val_share:.0%} of the pictures are held out for validation")
-    read = joined(args, split, read, say)
-    broken = rows.verify_images(read, max(1, args.workers)) if args.skip_bad else []
-    good, bad = rows.usable_rows(read, args.skip_bad, broken)
+    if os.path.isfile(place) and val_share and split in ("train", "val"):
+        read = rows.hold_out(read, val_share, split == "val")
+        say(f"{split}: one table for both: {len(read)} rows, {val_share:.0%} of the pictures are held out for validation")
+    read = joined(read, split, style, semart, context, say)
+    broken = rows.verify_images(read, max(1, workers)) if skip_bad else []
+    good, bad = rows.usable_rows(read, skip_bad, broken)
     for row, reason in bad:
         say(f"left out: {row.file}, {rows.locate(row.file, row.line)}: {reason}")
     if bad:
@@ -30,18 +34,18 @@ def read_data(args, split, say=print):
     return good
 
 
-def joined(args, split, read, say):
+def joined(read, split, style, semart, context, say):
     """The rows with style and context from where --style and --context say."""
-    if args.style == "none":
+    if style == "none":
         read = [replace(row, style="") for row in read]
-    fields = {"style": args.style} if args.style not in ("column", "efficientnet", "none") else {}
-    if args.context and args.semart:
-        fields["context"] = args.context
-    if fields and not args.semart:
-        raise DataError(f"--style {args.style} is a column of SemArt's table: pass --semart, or one of column, efficientnet, none")
+    fields = {"style": style} if style not in ("column", "efficientnet", "none") else {}
+    if context and semart:
+        fields["context"] = context
+    if fields and not semart:
+        raise DataError(f"--style {style} is a column of SemArt's table: pass --semart, or one of column, efficientnet, none")
     if not fields:
         return read
-    place = pathlib.Path(args.semart)
+    place = pathlib.Path(semart)
     table = place / f"semart_{split}.csv" if place.is_dir() else place
     read, matched = rows.join_semart(read, table, fields)
     say(f"{split}: {', '.join(f'{name} from {column}' for name, column in fields.items())} of {table}, "

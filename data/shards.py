@@ -27,7 +27,7 @@ from data import pairs, rows
 from data.cirr import clean_text
 from data.pairs import Pair
 from data.tables import cell, parse_json, shown
-from engine import files, picture_index
+from engine import files
 from engine.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")

@@ -47,10 +47,10 @@ def style_name(name):
 
 # --- layouts ------------
 
-def read_artgan(args):
+def read_artgan(data, encoding="utf-8", separator=None):
     """style_class.txt ('index name' a line), style_SPLIT.csv ('path,index' a line, no header) -> (classes, {split: entries})."""
-    path, names, found = os.path.join(args.data, "style_class.txt"), {}, {}
-    for number, text in enumerate(tables.read_text(path, args.encoding).splitlines(), 1):
+    path, names, found = os.path.join(data, "style_class.txt"), {}, {}
+    for number, text in enumerate(tables.read_text(path, encoding).splitlines(), 1):
         match = re.fullmatch(r"\s*([0-9]+)[\s,]+(\S.*)", text)
         if match is None and text.strip() or match and int(match[1]) in names:
             raise DataError(f"{path}, line {number}: {tables.shown(text)} is not 'index name' with an index of its own")
@@ -60,9 +60,9 @@ def read_artgan(args):
         raise DataError(f"{path}: the indices must be 0 to {len(names) - 1} and the names all different")
     classes = [names[index] for index in range(len(names))]
     for split in SPLITS:
-        path, found[split] = os.path.join(args.data, f"style_{split}.csv"), []
-        text = tables.read_text(path, args.encoding)
-        for line, values in tables.split_lines(path, text, tables.pick_separator(path, text, args.separator)):
+        path, found[split] = os.path.join(data, f"style_{split}.csv"), []
+        text = tables.read_text(path, encoding)
+        for line, values in tables.split_lines(path, text, tables.pick_separator(path, text, separator)):
             index = values[-1].strip()
             if len(values) != 2 or not re.fullmatch("[0-9]+", index):
                 raise DataError(f"{path}, line {line}: {tables.shown(values)} is not 'path,index of the class'")
@@ -72,9 +72,9 @@ def read_artgan(args):
     return classes, found
 
 
-def read_subsets(args, path, say):
+def read_subsets(path, encoding, separator, say):
     """A classes.csv with the columns filename and subset -> (classes, {split: entries}); other subsets are left out."""
-    table, found = rows.read_table(path, args.encoding, args.separator), {}
+    table, found = rows.read_table(path, encoding, separator), {}
     for column in ("filename", "subset"):
         if column not in table[0][1]:
             raise DataError(f"{path}: no column {column!r}; it has {tables.shown(', '.join(table[0][1]), 300)}: check --data")
@@ -195,16 +195,15 @@ def add_photos(folder, classes, splits, say):
 
 # --- both splits ------------
 
-def read_lists(args, say=print):
-    """(classes, {split: rows}) in whichever layout --data is; faults of single pictures stay in the rows."""
-    place = args.data
+def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0.1, photos=None, say=print):
+    """(classes, {split: rows}) in whichever layout `place` (--data) is; faults of single pictures stay in the rows."""
     if not os.path.exists(place):
         raise DataError(f"{place}: there is no such file or folder: check --data")
     table = place if os.path.isfile(place) else os.path.join(place, "classes.csv")
     if {"style_train.csv", "style_val.csv", "style_class.txt"} & set(rows.entries(place)):
-        layout, (classes, found), table = "ArtGAN's lists", read_artgan(args), os.path.join(place, "style_train.csv")
+        layout, (classes, found), table = "ArtGAN's lists", read_artgan(place, encoding, separator), os.path.join(place, "style_train.csv")
     elif os.path.isfile(table):
-        layout, (classes, found) = "a table of subsets", read_subsets(args, table, say)
+        layout, (classes, found) = "a table of subsets", read_subsets(table, encoding, separator, say)
     else:
         folders = {split: next((name for name in names if os.path.isdir(os.path.join(place, name))), "")
                    for split, names in SPLITS.items()}
@@ -215,29 +214,31 @@ def read_lists(args, say=print):
         classes = sorted({style for entries in found.values() for _, style, _, _ in entries})
     if not found["train"] or not found["val"]:
         raise DataError(f"{place}: no training or no validation rows")
-    if args.images and table is None:
-        raise DataError(f"--images {args.images}: {place} has a folder per style with its pictures: leave --images out")
-    root = rows.image_root(table, args.images, "", found["train"][0][0]) if table else place
+    if images and table is None:
+        raise DataError(f"--images {images}: {place} has a folder per style with its pictures: leave --images out")
+    root = rows.image_root(table, images, "", found["train"][0][0]) if table else place
     if table is None and not folders["train"]:
         read = make_rows(found["train"], root)
-        splits = {"train": hold_out(read, args.val_share, False), "val": hold_out(read, args.val_share, True)}
+        splits = {"train": hold_out(read, val_share, False), "val": hold_out(read, val_share, True)}
         if not splits["val"]:
             raise DataError(f"{place}: no style has a second picture: nothing can be held out for validation")
     else:
         splits = {split: make_rows(entries, root) for split, entries in found.items()}
     say(f"{place}: {layout}, pictures in {root}")
-    return (add_photos(args.photos, classes, splits, say) if args.photos else classes), splits
+    return (add_photos(photos, classes, splits, say) if photos else classes), splits
 
 
-def broken_list(args):
+def broken_list(data):
     """The file that --check-data writes: a name, a tab and the reason on each line."""
-    return pathlib.Path(args.data if os.path.isdir(args.data) else os.path.dirname(args.data) or ".") / "broken.txt"
+    return pathlib.Path(data if os.path.isdir(data) else os.path.dirname(data) or ".") / "broken.txt"
 
 
-def read_data(args, say=print):
-    """(classes, {split: rows}), without the pictures that broken.txt names. DataError for any other that is missing or empty."""
-    classes, splits = read_lists(args, say)
-    path = broken_list(args)
+def read_data(data, say=print, **reading):
+    """(classes, {split: rows}), without the pictures that broken.txt names. DataError for any other that is missing or empty.
+
+    reading: as for read_lists."""
+    classes, splits = read_lists(data, say=say, **reading)
+    path = broken_list(data)
     try:
         listed = {line.split("\t")[0] for line in path.read_text("utf-8-sig").splitlines()} if path.exists() else set()
     except UnicodeDecodeError:
@@ -260,12 +261,12 @@ def read_data(args, say=print):
     return classes, splits
 
 
-def check_data(args):
+def check_data(data, workers, **reading):
     """--check-data: decode everything, write broken.txt, print what is there. No weight is loaded."""
-    classes, splits = read_lists(args)
+    classes, splits = read_lists(data, **reading)
     faults = {}
     for split, read in splits.items():
-        decoded = dict(rows.verify_images([row for row in read if not row.fault], max(1, args.workers)))
+        decoded = dict(rows.verify_images([row for row in read if not row.fault], max(1, workers)))
         faults |= {row.name: row.fault or decoded[row.image] for row in read if row.fault or row.image in decoded}
         good = [row for row in read if row.name not in faults]
         if not good:
@@ -276,7 +277,7 @@ def check_data(args):
         print(f"broken: {name}: {reason}")
     for image, names in list(rows.shared_images(splits).items())[:10]:
         print(f"in {' and '.join(names)}: {image}")
-    path = broken_list(args)
+    path = broken_list(data)
     if faults or path.exists():
         with files.whole_file(path) as file:
             file.writelines(f"{name}\t{' '.join(reason.split())}\n" for name, reason in faults.items())

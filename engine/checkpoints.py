@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine import files, saved
+from engine import files
 from engine.errors import DataError
 
 

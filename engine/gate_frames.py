@@ -11,7 +11,6 @@ import pathlib
 import numpy as np
 import torch
 
-import core
 from engine import files
 from engine.errors import DataError
 
@@ -20,7 +19,7 @@ FILE = "gates.json"  # in a run folder: a frame of gate_summary an evaluation
 
 @torch.no_grad()
 def gate_tensors(model, style_feature, input_ids, prompt_mask):
-    """-> Gate of tensors [B,layers,heads]; a gate per channel as its mean over the channels of a head."""
+    """-> core.Gate of tensors [B,layers,heads]; a gate per channel as its mean over the channels of a head."""
     control = model.control(style_feature, input_ids, prompt_mask)
     by_layer = [gate(control) for gate in model.gates]
 
@@ -29,7 +28,7 @@ def gate_tensors(model, style_feature, input_ids, prompt_mask):
         shape = by_layer[0].key.shape[:2]
         return torch.stack([x.mean((2, 3)) if isinstance(x, torch.Tensor) else torch.full(shape, x) for x in values], 1)
 
-    return core.Gate(*(stacked(name).float().cpu() for name in core.Gate._fields))
+    return by_layer[0]._make(stacked(name).float().cpu() for name in by_layer[0]._fields)
 
 
 def gate_rows(model, style_feature, input_ids, prompt_mask):

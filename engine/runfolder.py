@@ -109,11 +109,11 @@ def locked(out):
             out.rmdir()  # where nothing was written
 
 
-def start_run(out, args):
+def start_run(out, settings):
     """Write args.yaml."""
     try:
         with files.whole_file(pathlib.Path(out) / "args.yaml") as file:
-            yaml.safe_dump(vars(args), file, sort_keys=False, allow_unicode=True)
+            yaml.safe_dump(settings, file, sort_keys=False, allow_unicode=True)
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
 

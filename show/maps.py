@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 
 import core
@@ -56,7 +57,7 @@ NOTICE = "attention shows where the queries look, not why; occlusion is evidence
 def hooked(model, before_attention=None, before_output=None):
     """Run a hook in every layer that looks at the image, for as long as the block lasts.
 
-    before_attention(layer, module, args, kwargs) sees what the cross-attention is called with, before_output(layer, linear, args)
+    before_attention(layer, module, given, named) sees what the cross-attention is called with, before_output(layer, linear, given)
     what its last Linear is called with, [B,Q,H]; what they return takes the place of it (None: unchanged)."""
     if model.training:
         raise RuntimeError("call model.eval() before drawing maps: dropout would change them")
@@ -98,7 +99,7 @@ def repeated(features, count):
 
 def visual_prompt(model, features, question, context, gated):
     """Run the Q-Former for one question, for the hooks that watch it."""
-    batch = core.to_device(core.encode_prompts(model.tokenizer, [question], [context]), features["image_embeds"].device)
+    batch = send_to_device(core.encode_prompts(model.tokenizer, [question], [context]), features["image_embeds"].device)
     return model.visual_prompt(**features, input_ids=batch["input_ids"], prompt_mask=batch["attention_mask"], gated=gated)
 
 
@@ -111,8 +112,8 @@ def attention_maps(model, features, question, context="", gated=True):
     Without gates, or with gated=False, the question changes nothing: BLIP-2's queries never read it."""
     found = {}
 
-    def keep(layer, module, args, kwargs):
-        found[layer] = attention_of(module, *args, **kwargs)[0][0].cpu().numpy()
+    def keep(layer, module, given, named):
+        found[layer] = attention_of(module, *given, **named)[0][0].cpu().numpy()
 
     with hooked(model, before_attention=keep):
         visual_prompt(model, features, question, context, gated)
@@ -135,17 +136,17 @@ def gradient_map(model, features, question, answer, context=""):
     patches before is not undone."""
     side, attention, values, added = side_of(features), {}, {}, {}
 
-    def keep(layer, module, args, kwargs):
+    def keep(layer, module, given, named):
         with torch.no_grad():
-            attention[layer], values[layer] = attention_of(module, *args, **kwargs)
+            attention[layer], values[layer] = attention_of(module, *given, **named)
 
-    def add_leaf(layer, linear, args):
-        added[layer] = torch.zeros_like(args[0], requires_grad=True)  # [1,Q,H]; its gradient is that of attention @ values
-        return (args[0] + added[layer],)
+    def add_leaf(layer, linear, given):
+        added[layer] = torch.zeros_like(given[0], requires_grad=True)  # [1,Q,H]; its gradient is that of attention @ values
+        return (given[0] + added[layer],)
 
     batch = core.encode_training(model.tokenizer, [question], [answer], max_answer=64, contexts=[context])
     with torch.enable_grad(), hooked(model, keep, add_leaf):
-        loss = model(**core.to_device(batch, features["image_embeds"].device), **features)["loss"]
+        loss = model(**send_to_device(batch, features["image_embeds"].device), **features)["loss"]
         gradients = torch.autograd.grad(-loss, list(added.values()))  # of the log-probability; no parameter's grad is touched
     total = 0
     for layer, gradient in zip(added, gradients):
@@ -197,8 +198,8 @@ def occlusion(model, features, question, answer, context="", window=None, chunk=
     def score(dropped):
         mask = core.padding_mask(~dropped.to(device), queries=1)  # [n,1,1,P], CLS is always seen
 
-        def hide(layer, module, args, kwargs):
-            return args, {**kwargs, "mask": mask}
+        def hide(layer, module, given, named):
+            return given, {**named, "mask": mask}
 
         with hooked(model, before_attention=hide):
             return scores(model, repeated(features, len(dropped)), question, answer, context)
@@ -220,7 +221,7 @@ def tower_occlusion(model, pixels, features, question, answer, context="", windo
         kept = (~torch.nn.functional.pad(dropped, (1, 0))).nonzero()[:, 1]  # [n*(P-k*k)], CLS is always kept
         kept = kept.view(len(dropped), -1, 1).to(pixels.device)  # [n,P-k*k,1]
 
-        def leave_out(module, args, embeds):  # [1,P,W] -> [n,P-k*k,W]
+        def leave_out(module, given, embeds):  # [1,P,W] -> [n,P-k*k,W]
             return embeds.expand(len(kept), -1, -1).gather(1, kept.expand(-1, -1, embeds.shape[-1]))
 
         with model.vision_model.embeddings.register_forward_hook(leave_out):
@@ -244,7 +245,7 @@ def gate_values(model, features, question, context=""):
     channel as the mean over its channels); None without gates."""
     if model.gates is None:
         return None
-    batch = core.to_device(core.encode_prompts(model.tokenizer, [question], [context]), features["style_feature"].device)
+    batch = send_to_device(core.encode_prompts(model.tokenizer, [question], [context]), features["style_feature"].device)
     found = gate_frames.gate_tensors(model, features["style_feature"], batch["input_ids"], batch["attention_mask"])
     return core.Gate(*(x[0].numpy() for x in found))
 

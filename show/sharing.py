@@ -24,10 +24,12 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
+from accelerate.utils import send_to_device
 
 import core
-from engine import checkpoints, environment, files, saved
+from engine import checkpoints, environment, files
 from engine.errors import DataError
+from engine.saved import ADAPTER, ADAPTER_CONFIG, CONFIG, FORMAT, GATES, PLACES, revision_of, sizes_of, to_peft
 from show import report
 
 
@@ -37,7 +39,7 @@ def verify(source, model, batch, **loaded):
     """DataError unless `source` (see load_gated), loaded into a fresh model, is `model`: the same trained tensors, and the same
     logits at the answer positions of a batch, bit by bit.
 
-    batch: of train_gated.Collate, with images, or with image_embeds and style_feature. loaded: the keywords of load_gated that
+    batch: of prompts.Collate, with images, or with image_embeds and style_feature. loaded: the keywords of load_gated that
     `model` was made with (blip2, efficientnet, dtype, lm_precision, ...); the device is the model's. The fresh model stands beside
     the first one while this runs.
     """
@@ -53,8 +55,8 @@ def verify(source, model, batch, **loaded):
 
 @torch.no_grad()
 def logits(model, batch):
-    """Logits at the answer positions of a batch of train_gated.Collate, in eval mode: float [M,V]."""
-    batch, training = core.to_device(batch, model.query_tokens.device), model.training
+    """Logits at the answer positions of a batch of prompts.Collate, in eval mode: float [M,V]."""
+    batch, training = send_to_device(batch, model.query_tokens.device), model.training
     model.eval()
     try:
         features = {name: batch[name] for name in ("image_embeds", "style_feature") if name in batch}
@@ -84,14 +86,14 @@ def export(folder, checkpoint, model, table, samples, command, batch, **loaded):
     """
     folder = pathlib.Path(folder)
     refuse_target(folder)
-    trained_from = {name: place for name, place in checkpoint["model_args"].items() if name in saved.PLACES and place is not None}
+    trained_from = {name: place for name, place in checkpoint["model_args"].items() if name in PLACES and place is not None}
     loaded = {**trained_from, **loaded}
     temporary = None
     try:
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         config = _write_tensors(temporary, checkpoint, model, loaded["blip2"])
         card = model_card(folder.name, config, checkpoint, table, samples, command)
-        for name, text in ((saved.CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n"), ("README.md", card)):
+        for name, text in ((CONFIG, json.dumps(config, indent=1, ensure_ascii=False) + "\n"), ("README.md", card)):
             with files.whole_file(temporary / name) as file:
                 file.write(text.encode("utf-8", "replace").decode())  # file names can hold bytes that are no UTF-8
         verify(temporary, model, batch, **loaded)
@@ -111,7 +113,7 @@ def _write_tensors(folder, checkpoint, model, blip2):
     settings, state = checkpoint["model_args"], checkpoint["state"]
     base = base_model(settings["blip2"], blip2)
     lora = {to_peft(name): tensor for name, tensor in state.items() if ".lora_" in name}
-    files = {saved.GATES: {name: tensor for name, tensor in state.items() if ".lora_" not in name}, **({saved.ADAPTER: lora} if lora else {})}
+    files = {GATES: {name: tensor for name, tensor in state.items() if ".lora_" not in name}, **({ADAPTER: lora} if lora else {})}
     for name, tensors in files.items():
         with files.whole_file(folder / name, "wb") as file:
             file.write(safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"format": "pt"}))
@@ -119,8 +121,8 @@ def _write_tensors(folder, checkpoint, model, blip2):
         adapter = copy.copy(model.qformer.peft_config["default"])
         adapter.base_model_name_or_path, adapter.revision, adapter.inference_mode = base["name"], base["revision"], True
         adapter.save_pretrained(folder)
-    written = [*files, *([saved.ADAPTER_CONFIG] if lora else [])]
-    return {"format": saved.FORMAT, "base_model": base, **_described(settings, model),
+    written = [*files, *([ADAPTER_CONFIG] if lora else [])]
+    return {"format": FORMAT, "base_model": base, **_described(settings, model),
             "loss_weights": checkpoint["loss_weights"], "precision": checkpoint["args"].get("precision"),
             "fingerprints": checkpoint["frozen"], "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
                                                              for name in written},
@@ -134,7 +136,7 @@ def _described(settings, model):
     trained_whole = settings.get("train_qformer")  # then nothing of another Q-Former is left that is not in gates.safetensors
     return {"style_classifier": portable(settings["efficientnet"]),
             "qformer": None if trained_whole else portable(settings.get("qformer")),
-            **own, **{name: value for name, value in settings.items() if name not in (*saved.PLACES, "styles")},
+            **own, **{name: value for name, value in settings.items() if name not in (*PLACES, "styles")},
             "style_vocabulary": model.styles, **sizes_of(model)}
 
 
@@ -145,7 +147,7 @@ def base_model(name, place):
     if name == "tiny":
         return {"name": name, "revision": None, "kind": "tiny"}
     is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not pathlib.Path(name).exists()
-    return {"name": portable(name), "revision": saved.revision_of(str(place)), "kind": "hub" if is_id else "folder"}
+    return {"name": portable(name), "revision": revision_of(str(place)), "kind": "hub" if is_id else "folder"}
 
 
 def portable(name):
@@ -210,7 +212,7 @@ def model_card(name, config, checkpoint, table, samples, command):
                          "change.",
         "",
         *markdown_table(("system", "question type", "questions", *report.SCORES), metrics), "",
-        "## Commands", "", "    " + told_command(training_command(data)), "    " + told_command(["python", *command]), "",
+        "## Commands", "", "    " + told_command(training_command(data, checkpoint.get("command"))), "    " + told_command(["python", *command]), "",
         "Of paths outside the working folder only the last part is told.", "",
         "## Versions", "", *_versions(config), "", LIMITS, "",
         "## Sample answers", "", "Drawn by a hash of picture and question, not chosen.", "",
@@ -284,12 +286,11 @@ def plain(text, limit=300):
     return re.sub(r"(?i)\bwww\.", lambda found: found[0][:-1] + "\\.", html.escape(text, quote=False))
 
 
-def training_command(args):
-    """The words of the train_gated.py command that gives these settings: the flags that are not at their defaults."""
-    from train_gated import get_args
-    defaults, words = vars(get_args(["--data", ""])), ["python", "train_gated.py"]
-    for name, value in args.items():
-        if name in ("config", "resume") or value is None or value == defaults.get(name) or value is False:
+def training_command(settings, typed=None):
+    """The words of the train_gated.py command: those that were typed, which a best.pt of this version holds, else all settings."""
+    words = ["python", *(typed or ["train_gated.py"])]
+    for name, value in {} if typed else settings.items():
+        if name in ("config", "resume") or value is None or value is False or value == []:
             continue
         words.append("--" + name.replace("_", "-"))
         words += [] if value is True else [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]

@@ -26,6 +26,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -191,7 +192,7 @@ class Plain:
         B = len(chosen)
         text["input_ids"] = torch.cat([torch.full((B, Q), self.image_id), text["input_ids"]], 1)  # [B,Q+L]
         text["attention_mask"] = torch.cat([torch.ones(B, Q, dtype=torch.long), text["attention_mask"]], 1)
-        return core.to_device({"pixel_values": pixels, **text}, self.device)
+        return send_to_device({"pixel_values": pixels, **text}, self.device)
 
     def epoch(self):
         """One pass over the training rows, in random order, with as many batches a step as ours has."""
@@ -281,7 +282,7 @@ def small(folder, batch_size, repeats, pictures=32, questions=3, asked=32):
     lean_a, plain_a, answer_speedup = paired(ours_answers, lambda: plain.answer(asked), repeats)
     equal = sum(a == b for a, b in zip(lean["answers"], plain.answers))
     _, longest = run.plan(0)[0][1][-1]  # the second batch of a step, whose questions are the longer ones
-    batch = core.to_device(run.collate([run.train[n] for n in longest]), run.accelerator.device)
+    batch = send_to_device(run.collate([run.train[n] for n in longest]), run.accelerator.device)
     memory = {"plain": loop.kept_bytes(plain.model,
                                        lambda: plain.model.train()(**plain.inputs([run.train.rows[n] for n in longest], PADDED))),
               "lean": loop.kept_bytes(run.model, lambda: run.model.train()(**batch))}

@@ -54,9 +54,9 @@ def mass_inside(heat, cover):
 def scene_maps(model, pixels, features, scene, sizes):
     """{name: [side,side]} of one scene: attention, attention x gradient, both kinds of occlusion with each window size."""
     asked, answer = (features, scene.question), scene.answer
-    found = {"attention": mean_map(attention_maps(model, *asked))[0], "attention x gradient": gradient_map(model, *asked, answer)}
-    found |= {f"occlusion, cross-attention, {n} x {n}": occlusion(model, *asked, answer, window=n) for n in sizes}
-    return found | {f"occlusion, picture, {n} x {n}": tower_occlusion(model, pixels, *asked, answer, window=n) for n in sizes}
+    found = {"attention": maps.mean_map(maps.attention_maps(model, *asked))[0], "attention x gradient": maps.gradient_map(model, *asked, answer)}
+    found |= {f"occlusion, cross-attention, {n} x {n}": maps.occlusion(model, *asked, answer, window=n) for n in sizes}
+    return found | {f"occlusion, picture, {n} x {n}": maps.tower_occlusion(model, pixels, *asked, answer, window=n) for n in sizes}
 
 
 def faithfulness(model, pictures=100, sizes=(1, 2, 3), seed=0):
