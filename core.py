@@ -38,9 +38,9 @@ from data.wikiart import WIKIART
 from engine import environment, published
 from engine.checkpoints import load_foreign, load_strictly, load_trainable, unwrap_state
 from engine.errors import DataError
-# all names of prompts: README, and whoever copies a script, has them as core.encode_training and so on
-from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_TEXT, PROMPT, answer_ids, answer_lengths, encode_prompts, encode_training,  # noqa: F401
-                            newline_id, pad_ids, prompt_ids, text_ids, text_lengths)
+# all of them: README, and whoever copies a script, has them as core.encode_training and so on
+from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_TEXT, PROMPT, answer_ids, answer_lengths, encode_prompts,  # noqa: F401
+                            encode_training, newline_id, pad_ids, prompt_ids, text_ids, text_lengths)
 from engine.published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
 from engine.saved import PLACES, places_of, read, refuse_other_base, refuse_other_dtypes
 
@@ -960,7 +960,7 @@ def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.
     they moved. dtype: of the frozen towers; lm_precision: one of published.LM_PRECISIONS (default: as in training). safe=False:
     take a style classifier that only pickle can load, WHICH RUNS WHATEVER THE FILE HOLDS.
 
-        model, processor = core.load_gated("runs/gated")
+        model, processor = load_gated("runs/gated")
         model.predict_answers(processor("painting.jpg"), ["What style is this painting?"])
 
     DataError: see engine/saved.py.

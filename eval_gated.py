@@ -27,7 +27,6 @@ from accelerate import Accelerator
 
 import core
 import metrics
-from train_gated import get_args as train_gated_args
 from data import rows
 from data.questions import Questions, read_questions
 from engine import checkpoints, errors, files, flags, folders, gate_frames, loop, published

@@ -257,8 +257,7 @@ def save_best(run, out):
     read = run.train.rows
     checkpoints.save_checkpoint(out / "best.pt", {
         "stage": "gated", "state": checkpoints.trainable_state(run.model), "model_args": run.built_from, "args": vars(run.args),
-        "command": run.command,
-        **run.marks, "loss_weights": run.weights, "majority": majority_answers(read),
+        "command": run.command, **run.marks, "loss_weights": run.weights, "majority": majority_answers(read),
         "answers": sorted({r.answer.strip() for r in read}), "frozen": run.frozen,
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
     checkpoints.verify_saved(out / "best.pt", run.model)

@@ -113,15 +113,15 @@ def _write_tensors(folder, checkpoint, model, blip2):
     settings, state = checkpoint["model_args"], checkpoint["state"]
     base = base_model(settings["blip2"], blip2)
     lora = {to_peft(name): tensor for name, tensor in state.items() if ".lora_" in name}
-    files = {GATES: {name: tensor for name, tensor in state.items() if ".lora_" not in name}, **({ADAPTER: lora} if lora else {})}
-    for name, tensors in files.items():
+    parts = {GATES: {name: tensor for name, tensor in state.items() if ".lora_" not in name}, **({ADAPTER: lora} if lora else {})}
+    for name, tensors in parts.items():
         with files.whole_file(folder / name, "wb") as file:
             file.write(safetensors.torch.save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"format": "pt"}))
     if lora:
         adapter = copy.copy(model.qformer.peft_config["default"])
         adapter.base_model_name_or_path, adapter.revision, adapter.inference_mode = base["name"], base["revision"], True
         adapter.save_pretrained(folder)
-    written = [*files, *([ADAPTER_CONFIG] if lora else [])]
+    written = [*parts, *([ADAPTER_CONFIG] if lora else [])]
     return {"format": FORMAT, "base_model": base, **_described(settings, model),
             "loss_weights": checkpoint["loss_weights"], "precision": checkpoint["args"].get("precision"),
             "fingerprints": checkpoint["frozen"], "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()

@@ -519,11 +519,11 @@ def test_every_query_of_the_drawn_set_has_one_answer():
 def told(caption, picture):
     """The properties of `picture` that the caption names."""
     words = f" {caption} "
-    number = make_sample.COUNTS[picture["count"]]
+    number = drawing.COUNTS[picture["count"]]
     said = {"count": [f" {number} ", " add ", " take "],
-            "kind": [f" {picture['kind']} ", f" {make_sample.plural(picture['kind'])} "],
-            "colour": [f" {picture['colour']} "], "ground": [f" {place} " for place in make_sample.PLACES[picture["ground"]]],
-            "manner": [f" {picture['manner']} ", f" {make_sample.TECHNIQUES[picture['manner']]} "]}
+            "kind": [f" {picture['kind']} ", f" {drawing.plural(picture['kind'])} "],
+            "colour": [f" {picture['colour']} "], "ground": [f" {place} " for place in drawing.PLACES[picture["ground"]]],
+            "manner": [f" {picture['manner']} ", f" {drawing.TECHNIQUES[picture['manner']]} "]}
     return {name for name, forms in said.items() if any(form in words for form in forms)}
 
 

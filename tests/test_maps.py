@@ -583,8 +583,8 @@ def test_the_things_are_where_the_scene_says():
         assert scene.kind == faithfulness.faithfulness.KINDS[index] and scene.pixels.shape == (3, 112, 112)
         assert 0.03 < scene.cover.mean() < 0.5 and scene.cover.max() <= 1
     rng = np.random.default_rng([0, 99_000_000 + 2])
-    drawn = make_sample.random_scene(rng)
-    by_hand = make_sample.set_stage(drawn, 112, np.random.default_rng(0)).mask.reshape(8, 14, 8, 14).mean((1, 3))
+    drawn = drawing.random_scene(rng)
+    by_hand = drawing.set_stage(drawn, 112, np.random.default_rng(0)).mask.reshape(8, 14, 8, 14).mean((1, 3))
     np.testing.assert_allclose(scene.cover, by_hand, atol=0.08)
     assert np.corrcoef(scene.cover.ravel(), by_hand.ravel())[0, 1] > 0.99
     assert scene.answer == drawn["colour"]

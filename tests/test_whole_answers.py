@@ -39,7 +39,7 @@ def asked(sample, shipped):
 def test_no_row_of_the_sample_is_cut(sample, shipped):
     tokenizer = shipped[0].tokenizer
     read = [r for split in ("train", "val", "test") for r in rows.read_split(sample, split)]
-    assert {LONGEST} == {r.answer for r in read} & {max(make_sample.TECHNIQUES.values(), key=len)}
+    assert {LONGEST} == {r.answer for r in read} & {max(drawing.TECHNIQUES.values(), key=len)}
     batch = core.encode_training(tokenizer, [r.question for r in read], [r.answer for r in read], shipped[0].max_answer)
     told = [tokenizer.decode(ids[labels != -100]).strip() for ids, labels in zip(batch["input_ids"], batch["labels"])]
     assert told == [r.answer for r in read]

@@ -1,11 +1,11 @@
 """bench.py: what a run costs, two recipes side by side in one run: interleaved pairs, the median of their ratios.
 
-    python bench.py                     # training and answering: transformers' BLIP-2 as it comes against ours, small sizes, a minute
-    python bench.py --size full         # BLIP-2 OPT-2.7B's shapes with random weights on a GPU: memory, samples/s, TFLOP/s
-    python bench.py --size full --plan  # the same table computed from the shapes, without a GPU
-    python bench.py growth              # the cache and training at 1x, 4x and 16x the pictures, and in two processes
-    python bench.py fusion              # train_cir.py's step with and without gated fusion, at BLIP-2's widths (random weights)
-    python bench.py captions            # the tiny BLIP's captions one by one and in batches: the same captions?
+    python tools/bench.py                     # training and answering: transformers' BLIP-2 as it comes against ours, small sizes, a minute
+    python tools/bench.py --size full         # BLIP-2 OPT-2.7B's shapes with random weights on a GPU: memory, samples/s, TFLOP/s
+    python tools/bench.py --size full --plan  # the same table computed from the shapes, without a GPU
+    python tools/bench.py growth              # the cache and training at 1x, 4x and 16x the pictures, and in two processes
+    python tools/bench.py fusion              # train_cir.py's step with and without gated fusion, at BLIP-2's widths (random weights)
+    python tools/bench.py captions            # the tiny BLIP's captions one by one and in batches: the same captions?
 
 Absolute times depend on the machine and on what else it does; a ratio of neighbours in time does not.
 """
@@ -24,6 +24,8 @@ import tempfile
 import time
 from types import SimpleNamespace
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the project's root, from wherever this is started
+
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
@@ -36,7 +38,7 @@ import train_blip_caption
 import train_cir
 import train_gated
 from data import rows
-from engine import errors, files, flags, loop
+from engine import environment, errors, files, flags, loop
 from tools import make_tiny
 
 # BLIP-2 OPT-2.7B, and one in which vision tower, language model, Q-Former and word head have about the same shares of the work
@@ -565,7 +567,7 @@ def growth(args):
 
 def command_cost(folder, out, processes=1):
     """(seconds, peak resident bytes of the largest process) of an epoch of train_gated.py, as a command of its own."""
-    script = str(pathlib.Path(__file__).with_name("train_gated.py"))
+    script = str(environment.ROOT / "train_gated.py")
     start = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]

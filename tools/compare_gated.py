@@ -1,6 +1,6 @@
 """compare_gated.py: do the gates help? Gated against ungated BLIP-2, everything else equal.
 
-    python compare_gated.py --data data/artquest --blip2 tiny --epochs 5 --batch-size 32 --accumulation 1
+    python tools/compare_gated.py --data data/artquest --blip2 tiny --epochs 5 --batch-size 32 --accumulation 1
 
 Four systems: with gates or without, the Q-Former frozen or trained. Each has the same data and steps and the same search: one
 run for each of --lrs on the first seed, the best by validation loss; with that rate a run for each of --seeds. Every run is
@@ -16,6 +16,8 @@ import statistics
 import sys
 import time
 from types import SimpleNamespace
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the project's root, from wherever this is started
 
 import eval_gated
 import train_gated

@@ -17,10 +17,13 @@ import torch
 from tqdm import tqdm
 
 import core
+import eval_gated
 from data import rows
 from engine import checkpoints, errors, flags, published
+from show import maps
+from tools import drawing
 
-KINDS = ("what", "count", "colour")  # of questions about the things, as data/make_sample.py asks them
+KINDS = ("what", "count", "colour")  # of questions about the things, as tools/drawing.py asks them
 
 
 class Scene(NamedTuple):
@@ -33,15 +36,14 @@ class Scene(NamedTuple):
 
 
 def drawn_scene(index, size, side, seed=0):
-    """A scene of data/make_sample.py, never one of the sample's or of the tiny model's training, with one question about its
+    """A scene of tools/drawing.py, never one of the sample's or of the tiny model's training, with one question about its
     things; kinds of questions take turns."""
-    from tools.make_tiny import make_sample
     rng = np.random.default_rng([seed, 99_000_000 + index])
-    scene, style = make_sample.random_scene(rng), list(make_sample.STYLES)[index % len(make_sample.STYLES)]
-    picture = make_sample.draw_scene(scene, style, size, seed=99_000_000 + index)
-    things = make_sample.thing_shapes(scene)
-    mask = make_sample.fill(things, side * 8, [255] * len(things), "L")  # [8*side,8*side], 1 on the things
-    question, answer, kind = make_sample.questions(scene, style, rng)[index % 3]
+    scene, style = drawing.random_scene(rng), list(drawing.STYLES)[index % len(drawing.STYLES)]
+    picture = drawing.draw_scene(scene, style, size, seed=99_000_000 + index)
+    things = drawing.thing_shapes(scene)
+    mask = drawing.fill(things, side * 8, [255] * len(things), "L")  # [8*side,8*side], 1 on the things
+    question, answer, kind = drawing.questions(scene, style, rng)[index % 3]
     return Scene(rows.image_tensor(picture, size), mask.reshape(side, 8, side, 8).mean((1, 3)), question, answer, kind)
 
 
@@ -54,7 +56,8 @@ def mass_inside(heat, cover):
 def scene_maps(model, pixels, features, scene, sizes):
     """{name: [side,side]} of one scene: attention, attention x gradient, both kinds of occlusion with each window size."""
     asked, answer = (features, scene.question), scene.answer
-    found = {"attention": maps.mean_map(maps.attention_maps(model, *asked))[0], "attention x gradient": maps.gradient_map(model, *asked, answer)}
+    found = {"attention": maps.mean_map(maps.attention_maps(model, *asked))[0],
+             "attention x gradient": maps.gradient_map(model, *asked, answer)}
     found |= {f"occlusion, cross-attention, {n} x {n}": maps.occlusion(model, *asked, answer, window=n) for n in sizes}
     return found | {f"occlusion, picture, {n} x {n}": maps.tower_occlusion(model, pixels, *asked, answer, window=n) for n in sizes}
 
@@ -106,8 +109,6 @@ def print_faithfulness(table):
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faithfulness", action="store_true", required=True,
-                        help="share of each map on the things of new drawn scenes")
     parser.add_argument("--checkpoint", metavar="FILE",
                         help="best.pt of train_gated.py (default: the tiny BLIP-2 as it ships)")
     parser.add_argument("--pictures", type=flags.positive, default=100, help="(default: 100)")
@@ -121,7 +122,6 @@ def load(path):
     """The model of a best.pt, or without one the tiny BLIP-2, ungated and as it is."""
     if path is None:
         return core.Blip2OPTGated.build(published.tiny("blip2"), None, [], gating="none").eval()
-    import eval_gated
     checkpoint = checkpoints.load_checkpoint(path, ("model_args", "state", "frozen"))
     model = eval_gated.load_model(eval_gated.get_args(["--checkpoint", path]), checkpoint, torch.float32)
     checkpoints.load_trainable(model, checkpoint["state"], path)

@@ -1,7 +1,7 @@
 """make_tiny.py: the recipe of the tiny models in models/tiny, which ship with the project; stages find them there by name.
 
-    python make_tiny.py --out runs/tiny                        # all of them again: about ten minutes on 2 cores
-    python make_tiny.py --out runs/tiny --parts blip blip2-itm # some of them
+    python tools/make_tiny.py --out runs/tiny                        # all of them again: about ten minutes on 2 cores
+    python tools/make_tiny.py --out runs/tiny --parts blip blip2-itm # some of them
 
     blip2/               --blip2 tiny of train_gated.py, eval_gated.py: Blip2ForConditionalGeneration with OPT
     efficientnet-28.pt   its style classifier, 28 classes as the real one
@@ -38,19 +38,18 @@ import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the project's root, from wherever this is started
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import core  # noqa: E402
-import metrics  # noqa: E402
-from data import rows, wikiart  # noqa: E402
-from engine import checkpoints, errors, files, flags, loop, published  # noqa: E402
-from tools import make_sample  # noqa: E402
-
-ROOT = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "data"))
+import core
+import metrics
+from data import rows, wikiart
+from engine import checkpoints, errors, files, flags, loop, published
+from tools import drawing, make_sample
 
 RECIPE = 2  # raise it whenever the same command would make other models
 PARTS = ("blip2", "efficientnet-28.pt", "blip2-itm", "blip", "gated")  # in this order: later ones take earlier ones
@@ -146,9 +145,9 @@ def now(what, aloud=True):
 def draw_one(index, seed):
     """Scene `index` of the pre-training set -> (scene, style, pixels uint8 [SIZE,SIZE,3]). Never one of the sample's."""
     rng = np.random.default_rng([seed, 77_000_000 + index])
-    scene = make_sample.random_scene(rng)
-    style = list(make_sample.STYLES)[index % len(make_sample.STYLES)]
-    return scene, style, np.asarray(make_sample.draw_scene(scene, style, SIZE, seed=77_000_000 + index))
+    scene = drawing.random_scene(rng)
+    style = list(drawing.STYLES)[index % len(drawing.STYLES)]
+    return scene, style, np.asarray(drawing.draw_scene(scene, style, SIZE, seed=77_000_000 + index))
 
 
 @functools.lru_cache(maxsize=1)  # three parts take the same ones
@@ -180,7 +179,7 @@ def patch_kinds(scenes):
     for label, scene in zip(labels, scenes):
         for thing in scene["things"]:
             inside = (centre[None] - thing["x"]) ** 2 + (centre[:, None] - thing["y"]) ** 2 < (0.8 * thing["radius"]) ** 2
-            label[inside] = 1 + list(make_sample.KINDS).index(scene["kind"])
+            label[inside] = 1 + list(drawing.KINDS).index(scene["kind"])
     return labels
 
 
@@ -192,8 +191,8 @@ def style_sentences():
     The words name the style or its technique, so the model learns to find it in what stands before the question, and which
     technique belongs to which style; it never learns what a style looks like.
     """
-    return [(words, question, answer) for style, technique in make_sample.TECHNIQUES.items() for words in (style, technique)
-            for kind, answer in (("style", style), ("technique", technique)) for question in make_sample.WORDINGS[kind]]
+    return [(words, question, answer) for style, technique in drawing.TECHNIQUES.items() for words in (style, technique)
+            for kind, answer in (("style", style), ("technique", technique)) for question in drawing.WORDINGS[kind]]
 
 
 def make_tokenizer(texts, folder):
@@ -250,10 +249,10 @@ def fit(parameters, step_loss, steps, lr, name):
 
 def train_vision(tower, scenes, pixels, steps, generator):
     """Vision tower on what, colour and count, read off the mean of its states, and on what each patch shows."""
-    facts = [("kind", list(make_sample.KINDS)), ("colour", list(make_sample.COLOURS)), ("count", list(make_sample.COUNTS))]
+    facts = [("kind", list(drawing.KINDS)), ("colour", list(drawing.COLOURS)), ("count", list(drawing.COUNTS))]
     labels = torch.tensor([[values.index(s[key]) for key, values in facts] for s in scenes])  # [N,3]
     patches, width = patch_kinds(scenes), tower.config.hidden_size
-    heads = nn.ModuleList([nn.Linear(width, len(values)) for _, values in facts] + [nn.Linear(width, 1 + len(make_sample.KINDS))])
+    heads = nn.ModuleList([nn.Linear(width, len(values)) for _, values in facts] + [nn.Linear(width, 1 + len(drawing.KINDS))])
 
     def step_loss(step):
         picked = torch.randint(len(pixels), (32,), generator=generator)
@@ -270,7 +269,7 @@ def train_language(gated, scenes, styles, pixels, steps, generator, rng):
     with torch.no_grad():
         states = torch.cat([gated.image_features(normalised(p))["image_embeds"] for p in pixels.split(64)])  # [N,P,WIDTH]
     sentences = style_sentences()
-    content = [[(q, a) for q, a, kind in make_sample.questions(scene, style, rng) if kind in ("what", "count", "colour")]
+    content = [[(q, a) for q, a, kind in drawing.questions(scene, style, rng) if kind in ("what", "count", "colour")]
                for scene, style in zip(scenes, styles)]
 
     def step_loss(step):
@@ -389,7 +388,7 @@ def make_captioner_folder(folder, args):
     """models/tiny/blip."""
     generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
     scenes, _, pixels = draw_scenes(args.pictures * 2 // 3, args.seed)
-    texts = [make_sample.caption(scene, rng) for scene in scenes]
+    texts = [drawing.caption(scene, rng) for scene in scenes]
     tokenizer = make_wordpiece(texts, folder)
     model = make_captioner(tokenizer)
     train_vision(model.vision_model, scenes, pixels, args.caption_steps[0], generator)
@@ -437,7 +436,7 @@ def train_retrieval(model, scenes, pixels, steps, generator, rng):
         picked = torch.randint(len(states), (32,), generator=generator).tolist()
         shown = [(scenes[i]["kind"], scenes[i]["count"], scenes[i]["colour"], scenes[i]["ground"]) for i in picked]
         ids = torch.tensor([shown.index(content) for content in shown])
-        batch = core.text_ids(model.tokenizer, [make_sample.caption(scenes[i], rng) for i in picked])
+        batch = core.text_ids(model.tokenizer, [drawing.caption(scenes[i], rng) for i in picked])
         images, texts = model.image_features(states[picked]), model.text_features(**batch)
         t2i = core.max_similarity(texts, images) / model.temp  # [32,32]; seen from the images it is the same numbers
         return core.itc_loss(t2i.T, t2i, core.itc_targets(ids, ids)).mean()
@@ -460,7 +459,7 @@ def make_retrieval_folder(folder, args):
     from transformers import Blip2ForConditionalGeneration
     generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
     scenes, _, pixels = draw_scenes(args.pictures, args.seed)
-    tokenizer = make_wordpiece([make_sample.caption(scene, rng) for scene in scenes], folder)
+    tokenizer = make_wordpiece([drawing.caption(scene, rng) for scene in scenes], folder)
     blip2 = Blip2ForConditionalGeneration.from_pretrained(pathlib.Path(args.out) / "blip2", dtype=torch.float32)
     whole = make_retrieval(tokenizer, blip2.vision_model)
     model = core.Blip2Retrieval(whole.vision_model, whole.config, tokenizer)
@@ -511,8 +510,8 @@ def make_blip2(folder, args):
     generator, rng = torch.Generator().manual_seed(args.seed), np.random.default_rng(args.seed)
     scenes, styles, pixels = draw_scenes(args.pictures, args.seed)
     lines = [core.PROMPT.format(q) + f" {a}\n" for _, q, a in style_sentences()]
-    lines += [make_sample.caption(s, rng) for s in scenes]
-    lines += [core.PROMPT.format(q) + f" {a}\n" for s, t in zip(scenes, styles) for q, a, _ in make_sample.questions(s, t, rng)]
+    lines += [drawing.caption(s, rng) for s in scenes]
+    lines += [core.PROMPT.format(q) + f" {a}\n" for s, t in zip(scenes, styles) for q, a, _ in drawing.questions(s, t, rng)]
     tokenizer = make_tokenizer(lines, folder)
     blip2 = make_model(tokenizer)
     train_vision(blip2.vision_model, scenes, pixels, args.vision_steps, generator)
@@ -545,7 +544,7 @@ def make_gated(folder, args):
                       str(args.seed), "--out", "runs/tiny"])
     best, places = checkpoints.load_checkpoint("runs/tiny/best.pt"), {"blip2": "tiny", "efficientnet": None}
     checkpoints.save_checkpoint(folder / "best.pt", {
-        **best, "state": halves(best["state"]), "kept_in": "float16", "model_args": {**best["model_args"], **places},
+        **{name: value for name, value in best.items() if name != "command"}, "state": halves(best["state"]), "kept_in": "float16", "model_args": {**best["model_args"], **places},
         "args": {**best["args"], **places, "cache": None}})
     (folder / "examples").mkdir()
     for path in {r.style: r.image for r in rows.read_split("data/artquest", "test")}.values():  # one a style
@@ -618,7 +617,6 @@ def test_captions():
 
 @torch.no_grad()
 def caption_figures(out):
-    from show import cases
     import train_blip_caption
     from transformers import BlipForConditionalGeneration
     model, tokenizer = published.load_published(BlipForConditionalGeneration, "BLIP", str(out / "blip"))
@@ -655,7 +653,7 @@ def record(part, out, args, seconds):
     """Write NAME.json beside a part."""
     import transformers
     name = part.removesuffix(".pt")
-    content = {"recipe": f"make_tiny.py --parts {part}", "recipe_version": RECIPE, "settings": {
+    content = {"recipe": f"tools/make_tiny.py --parts {part}", "recipe_version": RECIPE, "settings": {
         key: value for key, value in vars(args).items() if key not in ("out", "parts")}, "seconds": round(seconds),
         "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__, "threads": torch.get_num_threads(),
         "figures on the drawn sample's test pictures, %": MAKERS[part][1](out), "sha256": digests(out / part)}

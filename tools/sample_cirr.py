@@ -11,8 +11,8 @@ from itertools import permutations, product
 
 import numpy as np
 
-from tools.make_sample import (COLOURS, COUNTS, GROUNDS, KINDS, PLACES, STYLES, TECHNIQUES, draw_scene, fill_scene, plural,
-                               write_text, write_then_rename)
+from tools.drawing import (COLOURS, COUNTS, GROUNDS, KINDS, PLACES, STYLES, TECHNIQUES, draw_scene, fill_scene, plural,
+                           write_text, write_then_rename)
 
 VERSION = 1  # raise it whenever the same seed would give other pictures or sentences
 SIZE = 112

@@ -1,16 +1,10 @@
-"""Draw a small ArtQuest-like data set: simple scenes in eight painterly manners.
-
-    python data/make_sample.py
-    python data/make_sample.py --out data/artquest --seed 0 --pictures 480
-    python data/make_sample.py --sheet data/manners.jpg       # the same scenes in all eight manners
-    python data/make_sample.py --cirr                         # data/cirr for train_cir.py instead (sample_cirr.py)
+"""drawing.py: what make_sample.py and make_tiny.py draw: a small ArtQuest-like data set: simple scenes in eight painterly manners.
 
 Every picture shows one to four things of one kind and one colour on a ground.
 The manners differ in TEXTURE only: what is shown, where, and the mean and spread
 of the colours do not depend on the manner.  Each picture comes with five questions:
 what, how many, which colour, which style, and how the paint was put on.
 """
-import argparse
 import csv
 import json
 import os
@@ -721,43 +715,3 @@ def draw_sheet(path, seed, size=150, gap=6, head=22):
             picture = draw_scene(scene, style, PICTURE_SIZE, seed).resize((size, size), Image.Resampling.LANCZOS)
             sheet.paste(picture, (gap + step * column, head + step * row))
     write_then_rename(Path(path), lambda p: sheet.save(p, "JPEG", quality=90))
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path,
-                        help="folder to write to (default: data/artquest, with --cirr data/cirr)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="another seed gives another set (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=480,
-                        help="number of pictures, at least 64, with --cirr those of training (default: %(default)s)")
-    parser.add_argument("--cirr", action="store_true", help="draw a set for composed image retrieval in CIRR's files")
-    parser.add_argument("--sheet", metavar="FILE.jpg",
-                        help="only draw one picture that shows the same scenes in all manners")
-    args = parser.parse_args(argv)
-    if args.sheet:
-        draw_sheet(args.sheet, args.seed)
-        return
-    if args.pictures < 64 or args.seed < 0:
-        parser.error("--pictures must be at least 64 and --seed at least 0")
-    args.out = args.out or Path("data/cirr" if args.cirr else "data/artquest")
-    if args.cirr:
-        from tools import sample_cirr
-        sample_cirr.make(args.out, args.seed, args.pictures, parser.error)
-        return
-    stamp = {"version": VERSION, "seed": args.seed, "pictures": args.pictures}
-    if is_complete(args.out, stamp):
-        print(f"{args.out} already holds this set ({args.pictures} pictures, seed {args.seed}).")
-        return
-    if holds_other_data(args.out):
-        parser.error(f"{args.out} holds another data set; choose another --out")
-    sizes = make_set(args.out, args.seed, args.pictures)
-    write_text(args.out / "sample.json", json.dumps(stamp) + "\n")
-    counts = ", ".join(f"{split} {sizes[split]}" for split in SPLITS)
-    print(f"{args.pictures} pictures ({counts}), {len(WORDINGS)} questions each, "
-          f"{len(STYLES)} styles.\nPictures: {args.out / 'images'}\n"
-          f"Tables for each split in {args.out}: {', '.join(name.format('train') for name in TABLES)}")
-
-
-if __name__ == "__main__":
-    main()
