@@ -531,8 +531,9 @@ class Run:
         chosen = [[(epoch, n) for n in mine] for mine in plan[done:] if mine is not None]
         of_pairs = iter(loaders.load_batches(self.train, self.collate, chosen, args.workers))
         self.stream.set_epoch(epoch)
-        of_stream = shards.batches_of(loaders.load_stream(self.stream, args.batch_size, args.workers), args.batch_size, plan.count(None),
-                                      self.collate, args.skip_broken, self.accelerator.print)
+        streamed = loaders.load_stream(self.stream, shards.packed, args.batch_size, args.workers)
+        of_stream = shards.batches_of(streamed, args.batch_size, plan.count(None), self.collate, args.skip_broken,
+                                      self.accelerator.print)
         of_stream = itertools.islice(of_stream, plan[:done].count(None), None)
         return (next(of_stream if mine is None else of_pairs) for mine in plan[done:])
 

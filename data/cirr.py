@@ -290,7 +290,8 @@ def fingerprint(queries):
 def check(data, format, chance_text, images=None, category="all", splits=None, workers=2, say=print):
     """--check-data: say what is there and decode every picture; exit code 1 where a run would fail, 0 where not.
 
-    chance_text: Pool -> what a random ranking scores in it. splits: which; default those of SPLITS, test1 only where there is a file of it."""
+    chance_text: Pool -> what a random ranking scores in it. splits: which; default those of SPLITS, test1 only where there is a
+    file of it."""
     if splits is None:
         there = rows.entries(os.path.join(annotation_folder(data), "captions"))
         splits = [split for split in SPLITS[format] if split != "test1" or "cap.rc2.test1.json" in there]

@@ -150,8 +150,8 @@ def pictures_in(folder, say=print):
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in rows.FORMATS}
     if not os.path.isdir(root):
         raise DataError(f"{folder}: there is no such folder of pictures")
-    for place, folders, files in os.walk(root, onerror=lambda error: left_out.append(error.filename)):
-        for path in (os.path.join(place, name) for name in folders + files):
+    for place, inner, found in os.walk(root, onerror=lambda error: left_out.append(error.filename)):
+        for path in (os.path.join(place, name) for name in inner + found):
             if os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root:
                 left_out.append(path)
             elif os.path.splitext(path)[1].lower() in known and os.path.isfile(path):

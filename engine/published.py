@@ -136,7 +136,8 @@ def load_vision(name, dtype=torch.float32):
     return model, config
 
 
-TINY = pathlib.Path(__file__).resolve().parent.parent / "models/tiny"  # tools/make_tiny.py is the recipe; {part}.json beside each is its record
+# tools/make_tiny.py is the recipe; {part}.json beside each is its record
+TINY = pathlib.Path(__file__).resolve().parent.parent / "models/tiny"
 
 
 def tiny(part):

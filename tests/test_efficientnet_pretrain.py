@@ -97,7 +97,7 @@ def finished(source, tmp_path_factory):
 
 def read(data, *more):
     said = []
-    classes, splits = wikiart.read_data(pretrain.get_args(flags(data, "x", *more)), said.append)
+    classes, splits = pretrain.read_data(pretrain.get_args(flags(data, "x", *more)), said.append)
     return classes, splits, "\n".join(said)
 
 
@@ -114,7 +114,7 @@ def test_artgan(data):
 
 @pytest.mark.skipif(not WIKIART.is_dir(), reason="ArtGAN's own lists are not here")
 def test_artgans_own_lists_have_our_classes_in_our_order():
-    classes, found = wikiart.read_artgan(pretrain.get_args(["--data", str(WIKIART)]))
+    classes, found = wikiart.read_artgan(str(WIKIART))
     assert classes == wikiart.WIKIART[:27]
     assert [len(found[s]) for s in ("train", "val")] == [57025, 24421]
     assert Counter(style for _, style, _, _ in found["train"])["Action Painting"] == 69

@@ -153,7 +153,7 @@ def test_one_table_trains_and_evaluates_on_different_pictures(sample, flags, tmp
 
 def test_check_data_says_what_the_language_model_gets(flags, capsys, monkeypatch):
     monkeypatch.setattr(core, "load_blip2", lambda *a: pytest.fail("a weight was loaded"))
-    monkeypatch.setattr(efficientnet, "load_foreign", lambda *a: pytest.fail("a weight was loaded"))
+    monkeypatch.setattr(core, "load_foreign", lambda *a: pytest.fail("a weight was loaded"))
     assert train_gated.main(flags("--check-data", "--max-answer", "3")) == 0
     printed = capsys.readouterr().out
     assert re.search(r"train: \d+ of 240 answers are cut at 3 tokens, first \S+ \(line \d+\): '", printed)

@@ -627,7 +627,7 @@ def test_odd_pictures_are_trained_on(tmp_path):
 @pytest.mark.parametrize("kind", BOTH)
 def test_byte_order_mark_is_no_part_of_a_list(make_world, kind):
     world = make_world(kind)
-    read = {Styles: lambda args: wikiart.read_data(args, str)[1]["train"],
+    read = {Styles: lambda args: pretrain.read_data(args, str)[1]["train"],
             Captioning: lambda args: blip.read_data(args, "train", str)}
     args = kind.script.get_args(world.train())
     before = read[kind](args)

@@ -518,7 +518,7 @@ def test_ask_of_a_folder_without_pictures_costs_no_model(trained, tmp_path, caps
 
 
 def test_what_cannot_be_written_is_refused_before_anything_is_loaded(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runfolder, "load_checkpoint", lambda *args: pytest.fail("the checkpoint was loaded"))
+    monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *args: pytest.fail("the checkpoint was loaded"))
     (tmp_path / "file").write_text("")
     (tmp_path / "p").mkdir()
     for command in (["--checkpoint", "best.pt", "--report", str(tmp_path / "file/r.html")],
@@ -577,8 +577,8 @@ def test_broken_image_is_one_line_or_skipped(sample, flags, tmp_path, capsys, wo
     picture.write_bytes(picture.read_bytes()[:300])
     more = ("--data", str(data), "--workers", workers, "--epochs", "1")
     assert errors.exit_code(train_gated.main, flags(*more)) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
-    assert len(errors) == 1 and errors[0].startswith("error: ") and name in errors[0]
+    told = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+    assert len(told) == 1 and told[0].startswith("error: ") and name in told[0]
     assert train_gated.main(flags(*more, "--skip-bad", "0.05", out="second")) is None
     assert capsys.readouterr().out.count("left out: ") == 5  # the picture's five questions
 

@@ -8,7 +8,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from accelerate import Accelerator
 
 import core
@@ -17,7 +16,7 @@ import eval_gated
 import train_gated
 from data import rows
 from engine import checkpoints, published
-from tools import make_sample
+from tools import drawing
 
 LONGEST = "in flat areas with thick outlines"
 

@@ -2,7 +2,6 @@
 they are."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ from data import rows
 from engine import gate_frames, published
 from engine.errors import DataError
 from show import maps
-from tools import faithfulness, make_sample
+from tools import drawing, faithfulness
 
 QUESTION, ANSWER = "How many boats are there?", "two"
 
@@ -558,29 +557,29 @@ def test_white_is_no_change_and_maps_lie_as_the_picture(tmp_path, figures):
 
 def test_mass_inside_counts_the_positive_part():
     cover = np.array([[1.0, 0.5], [0, 0]])
-    assert faithfulness.faithfulness.mass_inside(np.array([[2.0, 2.0], [0, -9.0]]), cover) == pytest.approx(0.75)
-    assert faithfulness.faithfulness.mass_inside(np.ones((2, 2)), cover) == pytest.approx(cover.mean())
-    assert np.isnan(faithfulness.faithfulness.mass_inside(-np.ones((2, 2)), cover))
+    assert faithfulness.mass_inside(np.array([[2.0, 2.0], [0, -9.0]]), cover) == pytest.approx(0.75)
+    assert faithfulness.mass_inside(np.ones((2, 2)), cover) == pytest.approx(cover.mean())
+    assert np.isnan(faithfulness.mass_inside(-np.ones((2, 2)), cover))
 
 
 def test_shares_by_hand():
     upper, lower = np.array([[1.0, 1.0], [0, 0]]), np.array([[0, 0], [1.0, 0]])
-    scenes = [faithfulness.faithfulness.Scene(None, cover, "?", "!", kind) for cover, kind in ((upper, "what"), (lower, "count"), (lower, "colour"))]
+    scenes = [faithfulness.Scene(None, cover, "?", "!", kind) for cover, kind in ((upper, "what"), (lower, "count"), (lower, "colour"))]
     heats = [np.array([[3.0, 0], [1, 0]]), np.array([[0, 1.0], [3, 0]]), -np.ones((2, 2))]
-    found = faithfulness.faithfulness.shares(heats, scenes, np.array([True, False, True]))
+    found = faithfulness.shares(heats, scenes, np.array([True, False, True]))
     assert found["n"] == 2 and found["inside"] == pytest.approx(0.75) and found["error"] == 0
     assert found["chance"] == pytest.approx(1 / 3) and found["above"] == 1.0 and found["peak"] == pytest.approx(2 / 3)
     assert found["elsewhere"] == pytest.approx((0.25 + 0.75) / 2)  # the first on the second's things, the second on the third's
-    wide = faithfulness.faithfulness.Scene(None, np.array([[1.0, 1.0], [1.0, 0]]), "?", "!", "count")  # 0.6 lies inside, less than its own chance of 0.75
-    mixed = faithfulness.faithfulness.shares([heats[0], np.array([[0.6, 0], [0, 0.4]]), heats[1]], [scenes[0], wide, scenes[1]], np.ones(3, bool))
+    wide = faithfulness.Scene(None, np.array([[1.0, 1.0], [1.0, 0]]), "?", "!", "count")  # 0.6 lies inside, less than its own chance of 0.75
+    mixed = faithfulness.shares([heats[0], np.array([[0.6, 0], [0, 0.4]]), heats[1]], [scenes[0], wide, scenes[1]], np.ones(3, bool))
     assert mixed["above"] == pytest.approx(2 / 3) and mixed["chance"] == pytest.approx(0.5)
     assert found["right"] == found["what"] == found["count"] == pytest.approx(0.75) and np.isnan(found["colour"])
 
 
 def test_the_things_are_where_the_scene_says():
     for index in range(3):
-        scene = faithfulness.faithfulness.drawn_scene(index, 112, 8)
-        assert scene.kind == faithfulness.faithfulness.KINDS[index] and scene.pixels.shape == (3, 112, 112)
+        scene = faithfulness.drawn_scene(index, 112, 8)
+        assert scene.kind == faithfulness.KINDS[index] and scene.pixels.shape == (3, 112, 112)
         assert 0.03 < scene.cover.mean() < 0.5 and scene.cover.max() <= 1
     rng = np.random.default_rng([0, 99_000_000 + 2])
     drawn = drawing.random_scene(rng)
@@ -588,24 +587,24 @@ def test_the_things_are_where_the_scene_says():
     np.testing.assert_allclose(scene.cover, by_hand, atol=0.08)
     assert np.corrcoef(scene.cover.ravel(), by_hand.ravel())[0, 1] > 0.99
     assert scene.answer == drawn["colour"]
-    assert not torch.equal(scene.pixels, faithfulness.faithfulness.drawn_scene(2, 112, 8, seed=1).pixels)
+    assert not torch.equal(scene.pixels, faithfulness.drawn_scene(2, 112, 8, seed=1).pixels)
 
 
 def test_faithfulness_gives_a_row_a_map(build, capsys):
-    table = faithfulness.faithfulness.faithfulness(build(gating="none"), pictures=2, sizes=(2, 4))
+    table = faithfulness.faithfulness(build(gating="none"), pictures=2, sizes=(2, 4))
     assert [row["map"] for row in table] == ["attention", "attention x gradient"] + [
         f"occlusion, {kind}, {n} x {n}" for kind in ("cross-attention", "picture") for n in (2, 4)]
     assert all(0 <= row["inside"] <= 1 and row["chance"] == table[0]["chance"] for row in table)
-    faithfulness.faithfulness.print_faithfulness(table)
+    faithfulness.print_faithfulness(table)
     assert len(capsys.readouterr().out.splitlines()) == 7
 
 
 def test_what_the_tower_never_sees_is_missed_most_on_the_things():
     model = core.Blip2OPTGated.build(published.tiny("blip2"), None, [], gating="none").eval()
-    scenes = [faithfulness.faithfulness.drawn_scene(index, model.image_size, 8) for index in range(6)]
+    scenes = [faithfulness.drawn_scene(index, model.image_size, 8) for index in range(6)]
     heats = []
     for scene in scenes:
         pixels = scene.pixels[None]
         heats.append(maps.tower_occlusion(model, pixels, model.image_features(pixels), scene.question, scene.answer))
-    found = faithfulness.faithfulness.shares(heats, scenes, np.ones(6, bool))
+    found = faithfulness.shares(heats, scenes, np.ones(6, bool))
     assert found["inside"] > 1.5 * found["chance"] and found["inside"] > 1.3 * found["elsewhere"]

@@ -1,4 +1,4 @@
-"""python -m pytest -q tests/test_rows.py
+"""python -m pytest -q tests/data/test_rows.py
 
 Reference-checked: image_tensor against transformers' BLIP processor. Everything else is checked by behaviour: every
 fault is built in a temporary folder, and every message must be one line that names the file, the row and what to do.
@@ -20,12 +20,12 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import rows
 from data.rows import load_image, read_split, read_table, resolve_image
 from engine.errors import DataError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 HEAD = "image,question,answer,question_type,style\n"
 GOOD = HEAD + "a.jpg,Which style?,Baroque,style,Baroque\n"
 

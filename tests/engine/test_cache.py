@@ -1,4 +1,4 @@
-"""pytest tests/test_cache.py: features of frozen towers on disk.
+"""pytest tests/engine/test_cache.py: features of frozen towers on disk.
 
 Reference-checked: what is read against what the tower gives, bit by bit, in float32 and bfloat16. Behaviour-checked: what is
 computed again and what is not after changed pictures, kill -9 between any two steps of writing, damaged files, two processes
@@ -142,7 +142,7 @@ def test_round_trip(case, dtype, workers):
 def test_where_all_is_there_nothing_is_locked_or_written(case, monkeypatch):
     """Another process may be busy with other pictures, the folder may be read-only."""
     case.fill(case.store())
-    monkeypatch.setattr(cache.runfolder, "held", None)
+    monkeypatch.setattr(cache.files, "held", None)
     monkeypatch.setattr(cache, "write_all", None)
     assert case.fill(case.store()) == (0, 0)
 

@@ -1,4 +1,4 @@
-"""pytest tests/test_sharing.py: loading in one line, exported folders, the proof that they are the same, what a bug report tells.
+"""pytest tests/show/test_sharing.py: loading in one line, exported folders, the proof that they are the same, what a bug report tells.
 
 Reference-checked: peft's own loader reads the adapter files into the published BLIP-2; the round trip, bit by bit.
 Behaviour-checked: refusals of changed models and damaged files, one line each; the model card and --env tell no path and no name.
@@ -62,7 +62,7 @@ def trained(tiny, **settings):
                 "styles": STYLES, "lm_precision": None, **settings}
     return model, {"stage": "gated", "state": checkpoints.trainable_state(model), "args": vars(train_gated.get_args(flags)),
                    "model_args": settings, "metric": "loss", "value": 1.25, "epoch": 3, "frozen": checkpoints.fingerprint(model),
-                   "loss_weights": {"hit_weight": 0.1, "kl_weight": 0.05}, "torch": "2.9.0", "transformers": "5.0.0"}
+                   "loss_weights": {"hit_weight": 0.1, "kl_weight": 0.05}, "command": ["train_gated.py", *flags], "torch": "2.9.0", "transformers": "5.0.0"}
 
 
 def evaluated():
@@ -339,7 +339,7 @@ def test_damage_that_the_check_sum_cannot_see(exported, quick, load):
             for file_name, data in kept.items():
                 (folder / file_name).write_bytes(data)
     lora = load_file(folder / saved.ADAPTER)
-    rewrite(folder, lambda t: t.update({sharing._from_peft(n): x for n, x in lora.items()}))
+    rewrite(folder, lambda t: t.update({saved.from_peft(n): x for n, x in lora.items()}))
     assert "stands in both" in refused(load, folder)
 
 
@@ -473,7 +473,7 @@ def test_a_failed_export_leaves_nothing(tiny, variants, tmp_path, batch, monkeyp
 
     if failing == "card":
         writers = iter([files.whole_file] * 3 + [full])
-        monkeypatch.setattr(runfolder, "whole_file", lambda *args: next(writers)(*args))
+        monkeypatch.setattr(files, "whole_file", lambda *args: next(writers)(*args))
     elif failing == "adapter":
         monkeypatch.setattr("peft.LoraConfig.save_pretrained", full)
     else:
@@ -532,7 +532,7 @@ def test_no_file_tells_a_path_or_a_name(jane, tiny, variants, tmp_path, batch):
     card = (folder / "README.md").read_text()
     assert ("python eval_gated.py --checkpoint .../best.pt --images=.../pics --out '.../x y' --data .../artquest --split test "
             "--blip2 Salesforce/blip2-opt-2.7b\n") in card
-    assert "python train_gated.py --data .../artquest --blip2 .../blip2 --lr 0.001 --save-last\n" in card
+    assert "python train_gated.py --data .../artquest --lr 1e-3 --save-last --blip2 .../blip2\n" in card
     assert "of the folder artquest;" in card
 
 
@@ -605,11 +605,13 @@ def test_a_command_is_one_line():
     assert sharing.told_command(["a.py", "--x", "one\n\n## two"]) == "a.py --x 'one ## two'"
 
 
-def test_training_command_gives_the_settings_again():
+def test_training_command_of_older_checkpoints_gives_the_settings_again():
     args = train_gated.get_args(["--data", "d", "--lora-rank", "4", "--train-qformer", "--columns", "answer=a", "image=b", "--lr", "3e-4",
                                  "--skip-bad"])
     again = train_gated.get_args(sharing.training_command(vars(args))[2:])
     assert vars(again) == vars(args)
+    typed = ["train_gated.py", "--data", "d"]
+    assert sharing.training_command(vars(args), typed) == ["python", *typed]
 
 
 # --- masks and environment ------------
@@ -624,7 +626,7 @@ def test_training_command_gives_the_settings_again():
     ("janes", "janes"), ("xjane", "xjane"), ("/x/y=3", ".../y=3"), ("--endpoint=http://gpu7:80", "--endpoint=http://..."),
     ("/", ".../")])
 def test_masked(jane, word, told):
-    assert environment.environment.masked(word) == told
+    assert environment.masked(word) == told
 
 
 def test_environment_tells_much_and_masks(jane, monkeypatch):
@@ -642,11 +644,11 @@ def test_environment_tells_much_and_masks(jane, monkeypatch):
 
 
 def test_environment_of_a_broken_installation(monkeypatch):
-    real = sharing.importlib.metadata.version
+    real = environment.importlib.metadata.version
 
     def version(name):
         if name == "bitsandbytes":
-            raise sharing.importlib.metadata.PackageNotFoundError(name)
+            raise environment.importlib.metadata.PackageNotFoundError(name)
         if name == "timm":
             raise ValueError("damaged metadata")
         return real(name)
@@ -654,9 +656,9 @@ def test_environment_of_a_broken_installation(monkeypatch):
     def broken(*args):
         raise RuntimeError("driver")
 
-    monkeypatch.setattr(sharing.importlib.metadata, "version", version)
+    monkeypatch.setattr(environment.importlib.metadata, "version", version)
     monkeypatch.setattr(torch.cuda, "is_available", broken)
-    monkeypatch.setattr(runfolder, "project_version", broken)
+    monkeypatch.setattr(environment, "project_version", broken)
     lines = dict(line.split(None, 1) for line in environment.environment.environment().splitlines())
     assert lines["bitsandbytes"] == "not installed" and lines["timm"] == "cannot be told (ValueError)"
     assert lines["cuda"] == lines["project"] == "cannot be told (RuntimeError)" and lines["numpy"][0].isdigit()

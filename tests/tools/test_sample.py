@@ -1,26 +1,24 @@
 """Tests of the drawn data set.
 
-    python -m pytest -q tests/test_sample.py
+    python -m pytest -q tests/tools/test_sample.py
 """
 import csv
 import hashlib
 import json
-import sys
 from collections import Counter
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
-from tools import make_sample as ms
+from tools import drawing as ms
+from tools import make_sample
 
 PICTURES = 64
 
 
 def make(out, seed=3):
-    ms.main(["--out", str(out), "--seed", str(seed), "--pictures", str(PICTURES)])
+    make_sample.main(["--out", str(out), "--seed", str(seed), "--pictures", str(PICTURES)])
     return out
 
 

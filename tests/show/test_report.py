@@ -18,7 +18,7 @@ import train_gated
 from data import cirr
 from data.captions import Picture
 from data.rows import Row
-from engine import environment, runfolder
+from engine import environment
 from show import report
 
 HOSTILE = ["<script>alert(1)</script>", "\" onmouseover=\"x()\" a=\"", "' onerror='x()", "javascript:alert(1)",
@@ -535,7 +535,7 @@ def test_about_names_command_versions_and_what_it_is_told():
 
 
 def test_commit_without_git_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(runfolder, "__file__", str(tmp_path / "runfolder.py"))
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
     assert environment.environment.project_version() == "not known (no git checkout)"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment.environment.project_version() == "not known (git cannot be run)"

@@ -1,4 +1,4 @@
-"""pytest tests/test_folders.py: a folder of pictures in, a table out: kills, names, damage, broken pictures. Behaviour-checked.
+"""pytest tests/engine/test_folders.py: a folder of pictures in, a table out: kills, names, damage, broken pictures. Behaviour-checked.
 
 The scripts that use it are tested in test_scripts.py (--ask) and test_blip_caption.py (--captions)."""
 

@@ -1,4 +1,4 @@
-"""python -m pytest -q tests/test_layouts.py
+"""python -m pytest -q tests/data/test_layouts.py
 
 Reference-checked: the counts and values of real files in ../shared against the same files read with json and csv alone.
 Everything else is checked by behaviour: each layout is built in a temporary folder, and every refusal must be one line
@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data import rows
 from data.rows import describe_layout, join_semart, read_layout, read_split
 from engine.errors import DataError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the reference data is not beside this checkout")
 PLAIN = {"image": "a.jpg", "question": "Who?", "answer": "Rubens"}
 HEAD = "IMAGE_FILE\tDESCRIPTION\tAUTHOR\tTITLE\tTECHNIQUE\tDATE\tTYPE\tSCHOOL\tTIMEFRAME\n"

@@ -1,4 +1,4 @@
-"""pytest tests/test_efficientnet.py: style checkpoints of every shape that is around, and hostile ones. Behaviour-checked."""
+"""pytest tests/engine/test_efficientnet.py: style checkpoints of every shape that is around, and hostile ones. Behaviour-checked."""
 
 import argparse
 import pathlib

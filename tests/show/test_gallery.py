@@ -1,4 +1,4 @@
-"""pytest tests/test_gallery.py: the index of a folder, the search in it, the page and the figure.
+"""pytest tests/show/test_gallery.py: the index of a folder, the search in it, the page and the figure.
 
 Reference-checked: the chunked search against a plain one, faiss against the exact search, a resumed index against an
 undisturbed one. Behaviour-checked: what is encoded again and what is not, full disks, two processes, hostile texts.
@@ -237,13 +237,13 @@ def test_damaged_index_is_built_anew(shelf, content):
 
 def test_small_disk(shelf, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(gallery.shutil, "disk_usage", lambda path: usage(0, 0, 9 * 128 - 1))
+    monkeypatch.setattr(picture_index.shutil, "disk_usage", lambda path: usage(0, 0, 9 * 128 - 1))
     with pytest.raises(DataError, match="MB are free on its disk"):
         shelf.open()
     assert not shelf.loaded
-    monkeypatch.setattr(gallery.shutil, "disk_usage", lambda path: usage(0, 0, 9 * 128))
+    monkeypatch.setattr(picture_index.shutil, "disk_usage", lambda path: usage(0, 0, 9 * 128))
     shelf.open()
-    monkeypatch.setattr(gallery.shutil, "disk_usage", lambda path: usage(0, 0, 0))
+    monkeypatch.setattr(picture_index.shutil, "disk_usage", lambda path: usage(0, 0, 0))
     shelf.check(shelf.open("other"))  # takes the place of the old one
 
 

@@ -1,4 +1,4 @@
-"""pytest tests/test_cirr.py
+"""pytest tests/data/test_cirr.py
 
 Reference-checked: recalls against a count by hand in Python, pictures against torchvision, CIRR's annotations and its example
 of a submission where they are present (CIRR=folder). Behaviour-checked: what is refused and how, missing pictures, the drawn
@@ -20,13 +20,14 @@ import torch
 from PIL import Image
 
 import metrics
+import train_cir
 from data import cirr, rows
 from data.cirr import Query
 from engine import loaders
 from engine.errors import DataError
-from tools import make_sample, sample_cirr
+from tools import drawing, make_sample, sample_cirr
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 REAL = pathlib.Path(os.environ.get("CIRR") or ROOT / "../shared/data/cirr")
 SIZES = {"train": 2, "val": 3, "test1": 1}
 CIRR_NAMES = ["R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"]
@@ -325,7 +326,7 @@ def test_missing_pictures_are_counted_named_and_only_left_out_when_asked(copy, c
 def test_check_lists_everything(copy):
     def checked(**more):
         said = []
-        return cirr.check(str(copy), "cirr", say=said.append, **more), said
+        return cirr.check(str(copy), "cirr", train_cir.chance_text, say=said.append, **more), said
 
     code, said = checked()
     assert code == 0 and said[-1] == "training can start"
@@ -354,7 +355,7 @@ def test_check_names_pictures_that_stand_in_two_splits(copy):
     content[next(iter(content))] = next(iter(read(copy / "image_splits/split.rc2.val.json").values()))
     write(path, content)
     said = []
-    assert cirr.check(str(copy), "cirr", say=said.append) == 0
+    assert cirr.check(str(copy), "cirr", train_cir.chance_text, say=said.append) == 0
     assert sum(line.startswith("in val and test1: ") for line in said) == 1
 
 
@@ -367,7 +368,7 @@ def test_real_annotations():
         said = []
         with pytest.raises(DataError, match=f"{pictures} of {pictures} pictures are missing .*--images"):
             cirr.read_split(str(REAL), "cirr", split, say=said.append)
-        assert cirr.check(str(REAL), "cirr", splits=[split], say=said.append) == 1
+        assert cirr.check(str(REAL), "cirr", train_cir.chance_text, splits=[split], say=said.append) == 1
         assert sum(line.startswith("missing: ") for line in said) == pictures
     first = cirr.annotations(str(REAL), "cirr", "val")[0].queries[0]
     assert (first.pairid, first.target, first.captions) == ("12060", "dev-1028-1-img1", ("show three bottles of soft drink",))
@@ -565,7 +566,7 @@ def test_make_sample_draws_it_once_and_spares_other_data(tmp_path, capsys):
     out, command = tmp_path / "cirr", ["--cirr", "--pictures", "64", "--out", str(tmp_path / "cirr")]
     make_sample.main(command)
     assert "train 60 pictures, 10 image sets, 110 queries; val 12 pictures, 2 image sets" in capsys.readouterr().out
-    assert cirr.check(str(out), "cirr", say=lambda line: None) == 0
+    assert cirr.check(str(out), "cirr", train_cir.chance_text, say=lambda line: None) == 0
     picture = next((out / "img_raw/dev").iterdir())
     stamp = picture.stat().st_mtime_ns
     make_sample.main(command)

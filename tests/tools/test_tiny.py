@@ -1,4 +1,4 @@
-"""pytest tests/test_tiny.py: the tiny models that ship, and make_tiny.py, their recipe.
+"""pytest tests/tools/test_tiny.py: the tiny models that ship, and make_tiny.py, their recipe.
 
 Reference-checked: the bytes of what ships against the digests of the records. Behaviour-checked: the same recipe, much smaller,
 makes the same files again and tells where it is.

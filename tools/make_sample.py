@@ -1,0 +1,55 @@
+"""Draw a small data set of paintings with questions, in ArtQuest's files; with --cirr one for composed image retrieval.
+
+    python tools/make_sample.py
+    python tools/make_sample.py --out data/artquest --seed 0 --pictures 480
+    python tools/make_sample.py --sheet data/manners.jpg       # the same scenes in all eight manners
+    python tools/make_sample.py --cirr                         # data/cirr for train_cir.py instead (sample_cirr.py)
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's root, from wherever this is started
+
+from tools import drawing, sample_cirr
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path,
+                        help="folder to write to (default: data/artquest, with --cirr data/cirr)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="another seed gives another set (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=480,
+                        help="number of pictures, at least 64, with --cirr those of training (default: %(default)s)")
+    parser.add_argument("--cirr", action="store_true", help="draw a set for composed image retrieval in CIRR's files")
+    parser.add_argument("--sheet", metavar="FILE.jpg",
+                        help="only draw one picture that shows the same scenes in all manners")
+    args = parser.parse_args(argv)
+    if args.sheet:
+        drawing.draw_sheet(args.sheet, args.seed)
+        return
+    if args.pictures < 64 or args.seed < 0:
+        parser.error("--pictures must be at least 64 and --seed at least 0")
+    args.out = args.out or Path("data/cirr" if args.cirr else "data/artquest")
+    if args.cirr:
+        sample_cirr.make(args.out, args.seed, args.pictures, parser.error)
+        return
+    stamp = {"version": drawing.VERSION, "seed": args.seed, "pictures": args.pictures}
+    if drawing.is_complete(args.out, stamp):
+        print(f"{args.out} already holds this set ({args.pictures} pictures, seed {args.seed}).")
+        return
+    if drawing.holds_other_data(args.out):
+        parser.error(f"{args.out} holds another data set; choose another --out")
+    sizes = drawing.make_set(args.out, args.seed, args.pictures)
+    drawing.write_text(args.out / "sample.json", json.dumps(stamp) + "\n")
+    counts = ", ".join(f"{split} {sizes[split]}" for split in drawing.SPLITS)
+    print(f"{args.pictures} pictures ({counts}), {len(drawing.WORDINGS)} questions each, "
+          f"{len(drawing.STYLES)} styles.\nPictures: {args.out / 'images'}\n"
+          f"Tables for each split in {args.out}: {', '.join(name.format('train') for name in drawing.TABLES)}")
+
+
+if __name__ == "__main__":
+    main()
