@@ -18,7 +18,7 @@ look: setup
 
 demo: setup
 	rm -rf runs/demo
-	$(PY) data/make_sample.py
+	$(PY) tools/make_sample.py
 	$(PY) train_gated.py --data data/artquest --blip2 tiny --accumulation 1 --batch-size 32 --lr 1e-3 --epochs 5 --out runs/demo
 	$(PY) eval_gated.py --checkpoint runs/demo/best.pt --split test --predictions runs/demo/test.json
 	@echo "best.pt, curves.png, training_log.csv, test.json and test.csv are in runs/demo"
@@ -28,7 +28,7 @@ demo-all: demo
 	$(PY) efficientnet_pretrain.py --data data/artquest --arch test_efficientnet --size 112 --epochs 12 --batch-size 16 --lr 1e-2 \
 	    --cutmix 0 --dropout 0 --out runs/demo-style
 	$(PY) train_blip_caption.py --data data/artquest --blip tiny --lr 2e-3 --epochs 4 --batch-size 16 --cases 6 --out runs/demo-caption
-	$(PY) data/make_sample.py --cirr
+	$(PY) tools/make_sample.py --cirr
 	$(PY) pretrain_qformer.py --data drawn=data/artquest --blip2 tiny --lr 1e-3 --epochs 20 --batch-size 32 --out runs/demo-qformer
 	$(PY) train_gated.py --data data/artquest --blip2 tiny --qformer runs/demo-qformer/hf --accumulation 1 --batch-size 32 --lr 1e-3 \
 	    --epochs 1 --out runs/demo-gated2

@@ -603,7 +603,7 @@ def fit(args):
 
 def main(argv=None):
     args = get_args(argv)
-    for note in environment.environment.note_versions():
+    for note in environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
         return wikiart.check_data(args.data, args.workers, **reading(args))

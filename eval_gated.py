@@ -230,7 +230,7 @@ def ask(args, checkpoint, accelerator):
     """--ask: a row of --answers for each picture of --images and each question, but for those that are there, see folders.py."""
     if accelerator.num_processes > 1:
         raise DataError("--ask writes one file from one process: start it without accelerate launch")
-    names, asked = report.captions.pictures_in(args.images), [(question,) for question in dict.fromkeys(args.ask)]
+    names, asked = folders.pictures_in(args.images), [(question,) for question in dict.fromkeys(args.ask)]
     places = built_as(args, checkpoint)
     search = {"beams": args.beams, "max-new-tokens": args.max_new_tokens} if args.method == "generate" else {}
     made_with = {"checkpoint (sha256)": files.digest(args.checkpoint), "--images": os.path.realpath(args.images),
@@ -351,7 +351,7 @@ class Evaluation:
     dtype: torch.dtype
 
     def answer(self, data=None, trained=True, sure=False, **seeing):
-        """What train_gated.evaluate returns of one system, with "prediction" and, where `sure`, "confidence"."""
+        """What evaluate returns of one system, with "prediction" and, where `sure`, "confidence"."""
         args, weights, candidates = self.args, self.checkpoint["loss_weights"], sorted(self.checkpoint["answers"])
         weights = weights if trained else {"hit_weight": weights["hit_weight"]}  # no KL: its head is untrained
 

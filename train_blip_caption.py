@@ -79,7 +79,7 @@ def get_args(argv=None):
                                                              f"{DEFAULT}, or what --checkpoint was trained on")
     model.add_argument("--recipe", choices=tuple(RECIPES), default="conservative",
                        help="defaults of the flags marked (recipe): " + "; ".join(
-                           f"{name}: {', '.join(f'{k} {v:g}' for k, v in flags.items())}" for name, flags in RECIPES.items()))
+                           f"{name}: {', '.join(f'{k} {v:g}' for k, v in preset.items())}" for name, preset in RECIPES.items()))
     model.add_argument("--unfreeze", type=flags.whole, metavar="LAYERS", help="vision layers trained, from the last (recipe)")
     model.add_argument("--unfreeze-schedule", nargs="+", default=[], metavar="EPOCH:LAYERS",
                        help="open more as epochs go by: 3:2 5:4 trains 2 layers from the third epoch on, 4 from the fifth")
@@ -713,7 +713,7 @@ def write_report(args, checkpoint, split, data, found):
 def caption_folder(args):
     """--captions: a row for each picture of the folder and those below, but for those that are there, see folders.py."""
     folder, = args.caption
-    names = report.captions.pictures_in(folder)
+    names = folders.pictures_in(folder)
     files.refuse_unwritable(args.captions)
     model, tokenizer, _, accelerator, generation = ready(args)
     if accelerator.num_processes > 1:
@@ -752,7 +752,7 @@ def caption(args):
 
 def main(argv=None):
     args = get_args(argv)
-    for note in environment.environment.note_versions():
+    for note in environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
         return captions.check_data(args.data, lambda: published.load_tokenizer(published.in_models(args.blip, "blip")),

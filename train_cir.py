@@ -863,7 +863,7 @@ def digest(state):
 
 def main(argv=None):
     args = get_args(argv)
-    for note in environment.environment.note_versions():
+    for note in environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
         return cirr.check(args.data, args.format, chance_text, args.images, workers=max(1, args.workers))

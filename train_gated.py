@@ -510,7 +510,7 @@ def fit(args, command=()):
 
 def main(argv=None):
     args = get_args(argv)
-    for note in environment.environment.note_versions():
+    for note in environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
         return check_data(args)

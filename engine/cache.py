@@ -113,7 +113,7 @@ def hash_pictures(folder, paths):
 # --- the loader ------------
 
 class Pictures(torch.utils.data.Dataset):
-    """Number -> tensor_of(path), or its DataError, handed on and not raised: see train_gated.Questions."""
+    """Number -> tensor_of(path), or its DataError, handed on and not raised: see questions.Questions."""
 
     def __init__(self, paths, stamps, tensor_of):
         self.paths, self.stamps, self.tensor_of = paths, stamps, tensor_of
@@ -336,7 +336,7 @@ def vision_features(folder, tower, paths, open_picture, pixels, workers, device,
 
 
 class Features(collections.abc.Mapping):
-    """Path -> {name: store[path]} of the pictures that all of `stores` have: what train_gated.Questions takes as `features`."""
+    """Path -> {name: store[path]} of the pictures that all of `stores` have: what questions.Questions takes as `features`."""
 
     def __init__(self, **stores):
         self.stores = stores

@@ -54,7 +54,7 @@ def gate_summary(gates, styles, layers):
 
 
 def found_gates(model, found, questions):
-    """gate_summary of what train_gated.evaluate(gates=True) found for the rows `questions`; None without gates."""
+    """gate_summary of what evaluation.evaluate(gates=True) found for the rows `questions`; None without gates."""
     if model.gates is None:
         return None
     return gate_summary([one["gates"] for one in found], [questions[one["row"]].style for one in found], model.qformer.cross_layers)

@@ -25,8 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.tables import shown
-from data import captions
-from engine import files
+from engine import files, folders
 from engine.errors import DataError
 
 INDEX = "index.jsonl"
@@ -152,7 +151,7 @@ def open_index(folder, store, key, width, load, encode, workers=2, batch_size=32
     DataError: as pictures_in, all pictures broken, a store that cannot be written, a disk that is too small."""
     store, row = pathlib.Path(store), math.prod(width) * 2
     files.refuse_unwritable(store / INDEX)
-    names = captions.pictures_in(folder, say)
+    names = folders.pictures_in(folder, say)
     with held(store, say):
         file, known = read_index(store, key, width)
         stamps = {name: (stat.st_size, stat.st_mtime_ns) for name in names for stat in [os.stat(os.path.join(folder, name))]}

@@ -581,7 +581,7 @@ def samples(order, keys, card, note, seed=0):
 def gated(questions, systems, table=(), log_path=None, panels=(), styles=(), last=()):
     """Parts of the page of eval_gated.
 
-    questions: N Rows; systems: {name: N dicts as train_gated.evaluate returns them, at least "prediction"}, the trained system
+    questions: N Rows; systems: {name: N dicts as evaluation.evaluate returns them, at least "prediction"}, the trained system
     last; "confidence": mean log-probability of the answer's tokens. table: of eval_gated.score_table. log_path, panels: see
     curves. styles: names beside those in the rows. last: further parts, such as about()."""
     names = style_names(questions, systems, styles)
@@ -651,7 +651,7 @@ def caption_cases(pictures, said, count):
 
 
 def write_cases(path, data, captions, count, title):
-    """A page of its own with the `count` worst and best rows by mean_of_three, see report.caption_cases."""
+    """A page of its own with the `count` worst and best rows by the mean of METEOR, ROUGE-L and CIDEr-D."""
     write(path, title, caption_cases(data.rows, captions, count))
 
 

@@ -26,14 +26,14 @@ import train_blip_caption
 import train_cir
 import train_gated
 from engine import errors, loop
-from show import maps
-from tools import bench, compare_gated, make_sample, make_tiny
+from tools import bench, compare_gated, faithfulness, make_sample, make_tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "README.zh-CN.md", "data/README.md": "data/README.zh-CN.md"}
-SCRIPTS = {"train_gated.py": train_gated, "eval_gated.py": eval_gated, "compare_gated.py": compare_gated, "train_cir.py": train_cir,
+SCRIPTS = {"train_gated.py": train_gated, "eval_gated.py": eval_gated, "tools/compare_gated.py": compare_gated, "train_cir.py": train_cir,
            "efficientnet_pretrain.py": efficientnet_pretrain, "train_blip_caption.py": train_blip_caption, "metrics.py": metrics,
-           "pretrain_qformer.py": pretrain_qformer, "bench.py": bench, "maps.py": maps, "demo.py": demo, "make_tiny.py": make_tiny}
+           "pretrain_qformer.py": pretrain_qformer, "tools/bench.py": bench, "tools/faithfulness.py": faithfulness, "demo.py": demo,
+           "tools/make_tiny.py": make_tiny}
 # what the pages leave out of a command that they name in passing
 LEFT_OUT = {"eval_gated.py": ["--checkpoint", "x"], "train_gated.py": ["--data", "x"], "train_cir.py": ["--data", "x"],
             "train_blip_caption.py": ["--data", "x"], "efficientnet_pretrain.py": ["--data", "x"], "metrics.py": []}
@@ -41,7 +41,7 @@ SHORTER = {"train_gated.py": ["--epochs", "1"], "train_blip_caption.py": ["--epo
            "pretrain_qformer.py": ["--epochs", "1"], "efficientnet_pretrain.py": ["--epochs", "1", "--size", "32", "--batch-size", "8"]}
 WRITTEN = ("runs/gated/test.json", "runs/qformer/hf/config.json", "runs/lavis/hf/config.json", "submission/recall_submission.json",
            "runs/blip/test.json", "runs/cir/search.html")
-ELSEWHERE = {"bench.py", "data/make_sample.py"}  # test_bench.py (minutes), test_sample.py (writes into the project)
+ELSEWHERE = {"tools/bench.py", "tools/make_sample.py"}  # test_bench.py (minutes), test_sample.py (writes into the project)
 
 
 def text_of(page):
@@ -61,7 +61,7 @@ def commands(page, blocks=False):
     """[(script, its arguments)] of what is typed in a page, each once; blocks: those of its indented blocks alone."""
     found = {}
     for in_block, text in texts_of(page):
-        typed = re.match(r"(?:[A-Z_]+=\S+ )?(python|accelerate launch)? ?((?:data/)?\w+\.py)(?: (?=[-\w\"])(.*))?$", text)
+        typed = re.match(r"(?:[A-Z_]+=\S+ )?(python|accelerate launch)? ?((?:tools/)?\w+\.py)(?: (?=[-\w\"])(.*))?$", text)
         if typed and (in_block or not blocks) and (typed[1] or not in_block):
             found[typed[2], tuple(shlex.split(typed[3] or ""))] = None
     return list(found)
@@ -82,7 +82,7 @@ def test_every_command_parses(page, monkeypatch, tmp_path):
     found = commands(page)
     assert found
     for script, argv in found:
-        if script in ("test_gated_fusion.py", "core.py", "data/make_sample.py", "make_sample.py"):  # without get_args
+        if script in ("test_gated_fusion.py", "core.py", "tools/make_sample.py"):  # without get_args
             continue
         for place in argv if script == "demo.py" else ():  # it looks for its files at once
             pathlib.Path(place).mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def test_every_command_parses(page, monkeypatch, tmp_path):
 def test_every_flag_is_one_of_ours(page):
     """Flags stand alone, too, in tables and sentences."""
     known = set()
-    for path in {*ROOT.glob("*.py"), ROOT / "data/make_sample.py"}:
+    for path in {*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")}:
         known |= set(re.findall(r"add_argument\(\s*\"(--[a-z0-9-]+)\"", path.read_text(encoding="utf-8")))
     known |= set(re.findall(r"--env", (ROOT / "core.py").read_text(encoding="utf-8")))
     others = r"^(hf|modelscope|pip|pytest|export|GOLDEN|KILLS|accelerate|make|source)\b"
@@ -111,15 +111,15 @@ def test_every_file_and_target_is_there(page):
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert links and all((ROOT / page).parent.joinpath(link).is_file() for link in links)
     for script, _ in commands(page):
-        assert (ROOT / script).is_file() or (ROOT / "data" / script).is_file(), script
+        assert (ROOT / script).is_file(), script
 
 
 def test_every_command_of_the_makefile_parses():
     done = subprocess.run(["make", "-n", "-B", "demo-all"], cwd=ROOT, capture_output=True, text=True)
-    typed = re.findall(r"\.venv/bin/python ((?:data/)?\w+\.py)(.*)", done.stdout.replace("\\\n", " "))
+    typed = re.findall(r"\.venv/bin/python ((?:tools/)?\w+\.py)(.*)", done.stdout.replace("\\\n", " "))
     assert done.returncode == 0 and len(typed) >= 9, done.stderr
     for script, argv in typed:
-        if script != "data/make_sample.py":
+        if script != "tools/make_sample.py":
             SCRIPTS[script].get_args(shlex.split(argv))
 
 
@@ -212,7 +212,6 @@ def world(tmp_path, monkeypatch, tiny):
     data_sets()
     published_models(tiny)
     lavis_file()
-    monkeypatch.setattr(make_tiny, "ROOT", tmp_path)
 
 
 def run_one(script, argv):

@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from data import rows
-from engine import picture_index
+from engine import folders, picture_index
 from engine.errors import DataError
-from show import gallery, report
+from show import gallery
 
 WIDTH = (4, 16)
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }} $x^{$ \u202e"
@@ -86,16 +86,16 @@ def test_pictures_in(tmp_path):
     (root / "round").symlink_to(root)
     os.mkfifo(root / "pipe.png")
     said = []
-    assert report.captions.pictures_in(root, said.append) == ["a.JPG", "alias.png", "b.png", "below/deep/c.webp", "with space.jpeg",
+    assert folders.pictures_in(root, said.append) == ["a.JPG", "alias.png", "b.png", "below/deep/c.webp", "with space.jpeg",
                                                       os.fsdecode(b"\xff.png")]
     assert len(said) == 1 and "2 links that leave it" in said[0]
 
 
 def test_pictures_in_nothing(tmp_path):
     with pytest.raises(DataError, match="no picture in it"):
-        report.captions.pictures_in(tmp_path)
+        folders.pictures_in(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
-        report.captions.pictures_in(tmp_path / "missing")
+        folders.pictures_in(tmp_path / "missing")
 
 
 # --- the index ------------
