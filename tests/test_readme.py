@@ -215,7 +215,6 @@ def world(tmp_path, monkeypatch, tiny):
     data_sets()
     published_models(tiny)
     lavis_file()
-    monkeypatch.setattr(make_tiny, "ROOT", tmp_path)
 
 
 def run_one(script, argv):
