@@ -7,6 +7,7 @@
 
 import importlib.util
 import json
+import logging
 import pathlib
 import socket
 import urllib.parse
@@ -57,9 +58,16 @@ def quantization(lm_precision, dtype):
     from transformers import BitsAndBytesConfig
     kept = ["vision_model", "qformer", "language_projection", "query_tokens", "lm_head"]
     if lm_precision == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(no_word_on_float16)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
+
+
+def no_word_on_float16(record):
+    """Filter of bitsandbytes' log. In every pass of every layer it says that int8 is reached through float16, thousands of lines a
+    run. So it is, in this method; giving it float16 would silence it, and would round the gradients that pass through as well."""
+    return "will be cast" not in str(record.msg)
 
 
 def keep_4bit_layout(model):
