@@ -49,7 +49,8 @@ def read_data(args, split, say=print):
     """Pictures of a split, bad ones refused, with --skip-bad left out and listed; training captions cleaned if asked for."""
     path = str(split_file(args, split))
     if not os.path.isfile(path):
-        raise DataError(f"{path}: there is no such file: --data is a folder with train_captions.json and val_captions.json")
+        raise DataError(f"{path}: there is no such file: --data is a folder with train_captions.json and val_captions.json; "
+                        "python data/make_sample.py draws one, data/artquest")
     captions, names = metrics.read_captions(path, args.encoding)
     named = [(names.get(key, key), texts) for key, texts in captions.items()]  # COCO's keys are numbers
     root, listings, missed, found = rows.image_root(path, args.images, "", named[0][0]), {}, 0, []

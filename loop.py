@@ -106,7 +106,7 @@ def outlive_signals(worker):
 
 
 def exit_code(main, argv=None):
-    """Run main(argv) and turn what a user can mend into one line and an exit code: 2 bad input, 130 Ctrl-C."""
+    """Run main(argv) and turn what a user can mend into one error and an exit code: 2 bad input, 130 Ctrl-C."""
     try:
         return main(argv) or 0
     except DataError as error:

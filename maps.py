@@ -693,8 +693,8 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faithfulness", action="store_true", required=True,
                         help="share of each map on the things of new drawn scenes")
-    parser.add_argument("--checkpoint", metavar="FILE",
-                        help="best.pt of train_gated.py (default: the tiny BLIP-2 as it ships)")
+    parser.add_argument("--checkpoint", metavar="DIR|FILE",
+                        help="run folder of train_gated.py, or its best.pt (default: the tiny BLIP-2 as it ships)")
     parser.add_argument("--pictures", type=runfolder.positive, default=100, help="(default: 100)")
     parser.add_argument("--windows", type=runfolder.positive, nargs="+", default=[1, 2, 3],
                         help="patches on a side (default: 1 2 3)")
@@ -707,6 +707,7 @@ def load(path):
     if path is None:
         return core.Blip2OPTGated.build(published.tiny("blip2"), None, [], gating="none").eval()
     import eval_gated
+    path = str(runfolder.checkpoint_file(path))
     checkpoint = runfolder.load_checkpoint(path, ("model_args", "state", "frozen"))
     model = eval_gated.load_model(eval_gated.get_args(["--checkpoint", path]), checkpoint, torch.float32)
     runfolder.load_trainable(model, checkpoint["state"], path)

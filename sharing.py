@@ -66,13 +66,10 @@ class Saved(NamedTuple):
 
 def read(folder):
     """A run's folder, its best.pt, or an exported folder (which goes first where a folder is both) -> Saved."""
-    path = pathlib.Path(folder)
+    path = pathlib.Path(runfolder.located(folder))
     if (path / CONFIG).is_file():
         return _read_export(path)
-    if path.is_dir() and not (path / "best.pt").is_file():
-        raise DataError(f"{folder}: neither best.pt nor {CONFIG} in it: give the folder of a run of train_gated.py, its best.pt, "
-                        "or a folder that eval_gated.py --export wrote")
-    path = path / "best.pt" if path.is_dir() else path
+    path = runfolder.checkpoint_file(folder, "a folder that eval_gated.py --export wrote")
     best = runfolder.load_checkpoint(path, ("model_args", "state", "frozen"))
     if best.get("stage", "gated") != "gated":
         raise DataError(f"{path}: a checkpoint of another stage ({best['stage']}), not of train_gated.py")
@@ -187,8 +184,9 @@ def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.
     """What was trained -> (Blip2OPTGated in eval mode, Processor).
 
     folder: runs/<name>/, its best.pt, or an exported folder. blip2, efficientnet, qformer: where these of the training lie now, if
-    they moved. dtype: of the frozen towers; lm_precision: one of published.LM_PRECISIONS (default: as in training). safe=False:
-    take a style classifier that only pickle can load, WHICH RUNS WHATEVER THE FILE HOLDS.
+    they moved. Every relative path, also those that the training was started with, counts from the working directory, and from the
+    project's folder where it is not there. dtype: of the frozen towers; lm_precision: one of published.LM_PRECISIONS (default: as
+    in training). safe=False: take a style classifier that only pickle can load, WHICH RUNS WHATEVER THE FILE HOLDS.
 
         model, processor = core.load_gated("runs/gated")
         model.predict_answers(processor("painting.jpg"), ["What style is this painting?"])
@@ -214,7 +212,7 @@ def _places(saved, moved):
     """The settings with names made into places, those in `moved` first. DataError: a local one that is not there."""
     from train_gated import resolved  # here, since train_gated imports this file
     is_local = saved.config.get("base_model", {}).get("kind") == "folder"
-    if is_local and "blip2" not in moved and not pathlib.Path(saved.settings["blip2"]).exists():
+    if is_local and "blip2" not in moved and not os.path.exists(runfolder.located(saved.settings["blip2"])):
         raise DataError(f"{saved.source}: its base model was a folder called {saved.settings['blip2']!r} where it was trained: "
                         "pass blip2= (--blip2) with where it lies here")
     places = {"lm_precision": None, "qformer": None, **resolved({**saved.settings, **moved})}
@@ -403,7 +401,7 @@ def base_model(name, place):
     kind: "hub", "folder", or "tiny", which ships with the project."""
     if name == "tiny":
         return {"name": name, "revision": None, "kind": "tiny"}
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not pathlib.Path(name).exists()
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not os.path.exists(runfolder.located(name))
     return {"name": portable(name), "revision": revision_of(str(place)), "kind": "hub" if is_id else "folder"}
 
 

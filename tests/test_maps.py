@@ -2,7 +2,6 @@
 they are."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest

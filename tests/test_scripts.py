@@ -24,6 +24,7 @@ import metrics
 import rows
 import runfolder
 import train_gated
+from test_faults import the_error
 from test_report import Page, check_safe
 
 ROOT = conftest.ROOT
@@ -541,8 +542,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(trained, tm
 ])
 def test_wrong_input_is_one_line_and_nothing_is_written(flags, tmp_path, capsys, more, message):
     assert loop.exit_code(train_gated.main, flags(*more)) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and message in error[0]
+    assert message in the_error(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 
