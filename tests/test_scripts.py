@@ -21,6 +21,7 @@ import metrics
 import train_gated
 from data import rows
 from engine import checkpoints, errors, loaders, loop, runfolder
+from test_faults import the_error
 from tools import compare_gated
 import conftest
 from test_report import Page, check_safe
@@ -540,8 +541,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(trained, tm
 ])
 def test_wrong_input_is_one_line_and_nothing_is_written(flags, tmp_path, capsys, more, message):
     assert errors.exit_code(train_gated.main, flags(*more)) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and message in error[0]
+    assert message in the_error(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 
