@@ -243,7 +243,7 @@ def write(path, title, parts):
 def about(**lines):
     """`lines` as they are, then command, version of this project, packages and date: the last part of a page."""
     packages = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "numpy")]
-    known = {"command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": environment.environment.project_version(),
+    known = {"command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": environment.project_version(),
              "versions": ", ".join(["Python " + sys.version.split()[0], *packages]), "date": time.strftime("%Y-%m-%d %H:%M %z")}
     told = [(name, str(value)) for name, value in {**lines, **known}.items() if value is not None]
     return Table("How this was made", (), told, folded=True)

@@ -271,7 +271,7 @@ def _versions(config):
     packages = ", ".join(f"{name} {environment.installed(name)}" for name in ("torch", "transformers", "timm", "peft", "safetensors"))
     trained = ", ".join(f"{name} {value}" for name, value in config["versions"].items()) or "not known"
     return [f"Training: {trained}. Evaluation and export: Python {platform.python_version()}, {packages}; this project at commit "
-            f"{environment.environment.project_version()}."]
+            f"{environment.project_version()}."]
 
 
 def markdown_table(head, lines):

@@ -899,7 +899,7 @@ def test_answers_stay_text(world, finished, tmp_path):
 
 def test_version_out_of_range_is_named_at_the_start(monkeypatch, capsys):
     """2A."""
-    assert environment.environment.note_versions() == []
+    assert environment.note_versions() == []
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.13.1" if name == "torch" else version(name))
     assert errors.exit_code(train_gated.main, ["--data", "no/such"]) == 2

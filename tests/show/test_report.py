@@ -536,9 +536,9 @@ def test_about_names_command_versions_and_what_it_is_told():
 
 def test_commit_without_git_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(environment, "ROOT", tmp_path)
-    assert environment.environment.project_version() == "not known (no git checkout)"
+    assert environment.project_version() == "not known (no git checkout)"
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert environment.environment.project_version() == "not known (git cannot be run)"
+    assert environment.project_version() == "not known (git cannot be run)"
 
 
 def test_the_file_stays_small(tmp_path, monkeypatch):

@@ -634,8 +634,8 @@ def test_environment_tells_much_and_masks(jane, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/jane/lib:/usr/lib")
-    told = environment.environment.environment()
-    for name in (*environment.environment.PACKAGES, "python", "platform", "processors", "memory", "project", "cuda", "free disk, this folder"):
+    told = environment.environment()
+    for name in (*environment.PACKAGES, "python", "platform", "processors", "memory", "project", "cuda", "free disk, this folder"):
         line, = [line for line in told.splitlines() if line.startswith(name + " ")]
         assert "cannot be told" not in line and len(line.split()) > 1
     assert [line.split()[1] for line in told.splitlines() if line.startswith("HF_HOME ")] == [".../hf"]
@@ -659,7 +659,7 @@ def test_environment_of_a_broken_installation(monkeypatch):
     monkeypatch.setattr(environment.importlib.metadata, "version", version)
     monkeypatch.setattr(torch.cuda, "is_available", broken)
     monkeypatch.setattr(environment, "project_version", broken)
-    lines = dict(line.split(None, 1) for line in environment.environment.environment().splitlines())
+    lines = dict(line.split(None, 1) for line in environment.environment().splitlines())
     assert lines["bitsandbytes"] == "not installed" and lines["timm"] == "cannot be told (ValueError)"
     assert lines["cuda"] == lines["project"] == "cannot be told (RuntimeError)" and lines["numpy"][0].isdigit()
 
@@ -668,7 +668,7 @@ def test_graphics_cards_are_named(monkeypatch):
     card = type("Card", (), {"name": "A100", "total_memory": 80 * 2**30})
     for name, value in (("is_available", lambda: True), ("device_count", lambda: 2), ("get_device_properties", lambda number: card)):
         monkeypatch.setattr(torch.cuda, name, value)
-    assert environment.environment._cuda().endswith("; A100 80 GiB, A100 80 GiB")
+    assert environment._cuda().endswith("; A100 80 GiB, A100 80 GiB")
 
 
 def test_core_env_from_the_command_line():
