@@ -15,26 +15,25 @@ import os
 import pathlib
 import sys
 from collections import Counter
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
 
 import core
 import metrics
 from data import rows
 from data.questions import Questions, read_questions
-from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, published, runfolder
+from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, published
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary, text_length
 from engine.features import cached_features, predicted_styles
 from engine.prompts import Collate, answer_length, say_cut
+from engine.run import Run, resumes
 
-LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")
-CLIP = 1.0  # gradient norm
+# terms of the loss that training_log.csv has of validation alone: hit is of the questions that ask for a style, not of all
+UNLOGGED = ("loss", "total", "hit", "hard_hit", "hit_rows")
 
 
 def get_args(argv=None):
@@ -267,64 +266,14 @@ def loss_weights(args, model, say):
     return weights
 
 
-def make_optimizer(model, lr, weight_decay):
-    """AdamW; no decay on biases, norms and scalars (everything with fewer than two dimensions)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr, fused=True)
-
-
-# --- one run: what the functions of the loop share ------------
-
-@dataclass
-class Run:
-    """A run under way. `model` is the Blip2OPTGated; `wrapped` the same as accelerate trains it."""
-    args: argparse.Namespace
-    accelerator: Accelerator
-    model: core.Blip2OPTGated
-    wrapped: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    collate: Collate
-    train: Questions
-    val: Questions
-    weights: dict  # of the style terms, see loss_weights
-    built_from: dict  # see model_args
-    frozen: dict  # fingerprint of everything that is not trained, with the towers that a cache stands for
-    step: int = 0  # optimizer steps done
-    log: runfolder.RunLog | None = None  # only where files are written
-    command: list = field(default_factory=list)  # the words that were typed
-
-    def __post_init__(self):
-        self.pace = loop.Pace(self, "questions")
-        self.marks = {"metric": self.args.select, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
-        read = self.train.rows
-        self.lengths = core.text_lengths(self.model.tokenizer,
-                                         *([getattr(r, n) for r in read] for n in ("question", "answer", "context")))
-        self.per_epoch = len(self.plan(0))
-        self.total = self.args.epochs * self.per_epoch
-
-    def plan(self, epoch):
-        """The optimizer steps of an epoch, see loop.epoch_plan."""
-        return loop.epoch_plan(len(self.train), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
-                               self.accelerator.process_index, self.accelerator.num_processes, self.lengths,
-                               self.args.length_pool)
-
-    def lr(self, step):
-        return loop.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
-
-
 # --- checkpoints ------------
 
-def save_best(run, out):
-    """best.pt: trained tensors and plain values only."""
-    import transformers
-    read = run.train.rows
-    checkpoints.save_checkpoint(out / "best.pt", {
-        "stage": "gated", "state": checkpoints.trainable_state(run.model), "model_args": run.built_from, "args": vars(run.args),
-        "command": run.command, **run.marks, "loss_weights": run.weights, "majority": majority_answers(read),
-        "answers": sorted({r.answer.strip() for r in read}), "frozen": run.frozen,
-        "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
-    checkpoints.verify_saved(out / "best.pt", run.model)
+def best_of(args, model, parts, frozen, command):
+    """What best.pt holds: trained tensors and plain values only."""
+    read = parts.train.rows
+    return {"state": checkpoints.trainable_state(model), "model_args": parts.built_from, "args": vars(args), "command": list(command),
+            "loss_weights": parts.weights, "majority": majority_answers(read), "answers": sorted({r.answer.strip() for r in read}),
+            "frozen": frozen}
 
 
 def majority_answers(train_rows):
@@ -335,101 +284,63 @@ def majority_answers(train_rows):
     return {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
 
 
-def save_last(run, out):
-    """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    checkpoints.save_checkpoint(out / "last.pt", {
-        "stage": "gated", "state": checkpoints.trainable_state(run.model), "frozen": run.frozen, "settings": settings(run),
-        **runfolder.training_state(run)})
-
-
-def settings(run):
+def settings(args, parts, processes):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
     free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "safe_load", "skip_bad",
             "semart", "cache", "activations")
-    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
-    return {**flags, "a cache of features": run.args.cache is not None, "training rows (hash)": rows.fingerprint(run.train.rows),
-            "validation rows (hash)": rows.fingerprint(run.val.rows), "processes": run.accelerator.num_processes}
-
-
-def restore(run, path):
-    """Put last.pt back. DataError where anything differs that would change the result."""
-    last = checkpoints.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
-    runfolder.refuse_other_settings(settings(run), last["settings"], path)
-    others = checkpoints.other_parts(run.frozen, last["frozen"])
-    if others:
-        raise DataError(f"{path} was trained on another BLIP-2 or style classifier than the one given now "
-                        f"(other: {', '.join(others)}): pass the same --blip2 and --efficientnet, or another --out")
-    checkpoints.load_trainable(run.model, last["state"], path)
-    runfolder.restore_training(run, last)
-
-
-def is_better(value, marks):
-    """Is this validation value better than the best so far? Never true of NaN."""
-    if marks["value"] is None:
-        return math.isfinite(value)
-    return value > marks["value"] if marks["metric"] == "em" else value < marks["value"]
+    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in free}
+    return {**given, "a cache of features": args.cache is not None, "training rows (hash)": rows.fingerprint(parts.train.rows),
+            "validation rows (hash)": rows.fingerprint(parts.val.rows), "processes": processes}
 
 
 # --- the loop ------------
 
-def train_step(run, batches, group, share):
-    """Forward and backward of one optimizer step: this process's share of the group, in micro-batches.
-
-    Returns this process's part of the mean losses. The gradient is that of the mean over the whole group, however it is
-    split into micro-batches and processes.
-    """
-    sums = dict.fromkeys(("loss", "lm"), 0.0)
-    for i, (number, picked) in enumerate(share):
-        # dropout is a pure function of (seed, step, micro-batch): exact resume and equal processes depend on it
-        loop.seed_everything(run.args.seed, run.step, number)
-        batch = loaders.next_batch(batches, run.accelerator.device)
-        with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
-            parts = run.wrapped(**batch, **run.weights)
-        if not torch.isfinite(parts["loss"]):
-            raise DataError(loop.bad_loss(f"loss is {parts['loss'].item()}", run.step, [run.train.rows[n] for n in picked]))
-        portion = len(picked) * run.accelerator.num_processes / len(group)
-        run.accelerator.backward(parts["loss"] * portion)
-        for name in sums:
-            sums[name] += parts[name].mean().item() * portion
-    return sums
+class Parts(NamedTuple):
+    """What a run is made of beside the Run."""
+    train: Questions
+    val: Questions
+    collate: Collate
+    weights: dict  # of the style terms, see loss_weights
+    built_from: dict  # see model_args
 
 
-def train_epoch(run, plan, stop):
-    """The optimizer steps of `plan`. Ends early when a signal has come."""
-    accelerator = run.accelerator
-    batches = iter(loaders.load_batches(run.train, run.collate, [numbers for _, share in plan for _, numbers in share],
-                                     run.args.workers))
-    bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
-    trained = [p for p in run.model.parameters() if p.requires_grad]
-    run.wrapped.train()
-    for group, share in bar:
-        lr = run.lr(run.step)
-        for group_of_parameters in run.optimizer.param_groups:
-            group_of_parameters["lr"] = lr
-        with loaders.dead_loaders_named([run.train.rows[n] for n in group]):
-            sums = train_step(run, batches, group, share)
-        norm = float(accelerator.clip_grad_norm_(trained, CLIP))
-        if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.step += 1
-        run.pace.step(len(group))
-        bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{lr:.1e}")
-        if run.step % LOG_EVERY == 0:
-            together = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
-            if run.log:
-                run.log.write("step", run.step, epoch=(run.step - 1) // run.per_epoch + 1, lr=lr, grad_norm=norm,
-                              **dict(zip(sums, together.tolist())))
-        if loop.stopped(accelerator, stop):
-            break
+def train_step(run, step, weights):
+    """Forward and backward of one optimizer step, micro-batch by micro-batch."""
+    for batch in step:
+        with step.forward():
+            parts = run.wrapped(**batch, **weights)
+        step.backward(parts["loss"], **{name: part for name, part in parts.items() if name not in UNLOGGED})
 
 
-def validate(run, data):
+def train(args, command=()):
+    """The whole training -> its Run. command: the words that were typed, for best.pt."""
+    accelerator = start(args)
+    resumed = resumes(accelerator, args.out, args.resume)
+    run, parts = prepare(args, accelerator, command)
+    with run.opened(resumed, vars(args)):
+        if accelerator.is_main_process and not resumed:
+            (run.out / gate_frames.FILE).unlink(missing_ok=True)  # of a run that ended before its first best.pt
+        accelerator.print(f"{len(parts.train)} training and {len(parts.val)} validation questions, {len(run.model.styles)} styles; "
+                          f"{run.total} steps of {len(run.plan(0)[0][0])} questions, lr {args.lr:g}, "
+                          f"precision {accelerator.mixed_precision}, {accelerator.device}")
+        rehearse(run, parts, args)
+        for epoch in run.epochs(args.patience):
+            run.wrapped.train()
+            for step in run.steps(epoch):
+                train_step(run, step, parts.weights)
+                step.update()
+            numbers, gates = validate(run, parts, parts.val, args)
+            if run.end_epoch(numbers):
+                run.save_best()
+            if gates and math.isfinite(numbers[args.select]) and accelerator.is_main_process:
+                gate_frames.append_frame(run.out / gate_frames.FILE, run.step, gates)
+    return run
+
+
+def validate(run, parts, data, args):
     """The numbers of an epoch, exact match (greedy) only where best.pt is chosen by it; and the gates by style, None without gates."""
-    answer = greedy_answers if run.args.select == "em" else None
-    found = evaluate(run.model, data, run.collate, run.accelerator, run.args.batch_size, run.args.workers, run.weights, answer,
-                     gates=True)
+    answer = greedy_answers if args.select == "em" else None
+    found = evaluate(run.model, data, parts.collate, run.accelerator, args.batch_size, args.workers, parts.weights, answer, gates=True)
     numbers = loss_summary(found)
     if answer:
         hits = [metrics.exact_match(one["prediction"], data.rows[one["row"]].answer.strip()) for one in found]
@@ -437,27 +348,30 @@ def validate(run, data):
     return numbers, gate_frames.found_gates(run.model, found, data.rows)
 
 
-def rehearse(run):
+def rehearse(run, parts, args):
     """The longest training batch and the longest validation batch, before anything is trained: memory that runs out, or a
     score that fails, shows now and not in the night."""
     def longest(data):
-        return sorted(range(len(data)), key=lambda n: text_length(data.rows[n]))[-run.args.batch_size:]
+        return sorted(range(len(data)), key=lambda n: text_length(data.rows[n]))[-args.batch_size:]
 
-    picked = longest(run.train)
+    picked = longest(parts.train)
     run.wrapped.train()
-    train_step(run, iter([run.collate([run.train[n] for n in picked])]), picked, [(0, picked)])
-    run.optimizer.zero_grad()
-    validate(run, Questions([run.val.rows[n] for n in longest(run.val)], run.val.image_size, run.val.features))
-    if torch.cuda.is_available():
-        run.accelerator.print("most GPU memory in a rehearsal of the longest batches: "
-                              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    step = run.rehearsal(parts.collate([parts.train[n] for n in picked]), picked)
+    train_step(run, step, parts.weights)
+    step.update()
+    validate(run, parts, Questions([parts.val.rows[n] for n in longest(parts.val)], parts.val.image_size, parts.val.features), args)
+    loop.print_gpu_memory(run.accelerator)
 
 
-def prepare(args):
-    """Flags -> a Run at its first step: rows, features, model, optimizer."""
+def start(args):
+    """Refuse what cannot be trained -> Accelerator."""
     absent = missing(args)
     published.refuse_missing(absent, shortest_way(args, absent))
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    return Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+
+
+def prepare(args, accelerator, command=()):
+    """Flags -> (Run at its first step, Parts): rows, features, model, optimizer."""
     splits = [read_data(args, split, accelerator.print) for split in ("train", "val")]
     places = published.resolved({"blip2": args.blip2, "efficientnet": args.efficientnet, "qformer": args.qformer})
 
@@ -477,101 +391,38 @@ def prepare(args):
     loop.seed_everything(args.seed)
     model = core.Blip2OPTGated.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None)
     core.save_activations(model.language_model, args.activations)
-    weights = loss_weights(args, model, accelerator.print)
+    parts = Parts(Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features),
+                  Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from)
+    return make_run(args, accelerator, model, parts, {**checkpoints.fingerprint(model), **towers}, command), parts
+
+
+def make_run(args, accelerator, model, parts, frozen, command=()):
+    """The Run of a model on its Parts. frozen: fingerprint of everything that is not trained, with the towers of a cache."""
     if accelerator.is_main_process:
         checkpoints.print_parts(model)
-    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
-    return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer, model.styles, model.max_answer),
-               Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features), weights,
-               built_from, {**checkpoints.fingerprint(model), **towers})
+    wrapped, optimizer = accelerator.prepare(model, loop.make_optimizer(model, args.lr, args.weight_decay, fused=True))
+    read = parts.train.rows
+    lengths = core.text_lengths(model.tokenizer, *([getattr(r, name) for r in read] for name in ("question", "answer", "context")))
 
+    def plan(epoch):
+        return loop.epoch_plan(len(read), args.batch_size, args.accumulation, args.seed, epoch, accelerator.process_index,
+                               accelerator.num_processes, lengths, args.length_pool)
 
-def train(run, out, stop):
-    """The epochs that are left. Returns early, with a last.pt, when a signal has come."""
-    args, leader, say = run.args, run.accelerator.is_main_process, run.accelerator.print
-    for epoch in range(run.marks["done"], args.epochs):
-        if args.patience and run.marks["stale"] >= args.patience:
-            say(f"no better {args.select} for {args.patience} epochs: stopping")
-            break
-        try:
-            train_epoch(run, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
-        except loaders.LoaderError:
-            if leader and run.step:
-                save_last(run, out)
-            raise
-        if loop.stopped(run.accelerator, stop):
-            break
-        numbers, gates = validate(run, run.val)
-        better = is_better(numbers[args.select], run.marks)
-        run.marks |= {"done": epoch + 1, "stale": run.marks["stale"] + 1}
-        if better:
-            run.marks |= {"value": numbers[args.select], "epoch": epoch + 1, "stale": 0}
-        say(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()) + (" *" if better else ""))
-        if leader:
-            run.log.write("epoch", run.step, epoch=epoch + 1, lr=run.lr(run.step - 1), **numbers)
-            if args.save_last:  # before best.pt: begin() makes up a best.pt that a kill between the two has left behind
-                save_last(run, out)
-            if better:
-                save_best(run, out)
-            draw(run, out)
-            if gates and math.isfinite(numbers[args.select]):
-                gate_frames.append_frame(out / gate_frames.FILE, run.step, gates)
-    if stop.number and leader:
-        save_last(run, out)
-        say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
-
-
-def draw(run, out):
-    """curves.png of the log so far."""
-    runfolder.draw_curves(run.log.path, out / "curves.png", PANELS, f"{out.name}: gating {run.args.gating}, per {run.args.per}")
-
-
-def begin(run, out, resumed):
-    """The run folder, and what --resume finds in it."""
-    args, leader = run.args, run.accelerator.is_main_process
-    if resumed:
-        restore(run, out / "last.pt")
-        run.accelerator.print(f"resuming after step {run.step} of {run.total}")
-    if leader:
-        size = sum(t.nbytes for t in checkpoints.trainable_state(run.model).values())
-        files.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
-        runfolder.start_run(out, vars(args))
-        if not resumed:
-            (out / gate_frames.FILE).unlink(missing_ok=True)  # of a run that ended before its first best.pt
-        run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
-        if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
-            save_best(run, out)
-        if resumed:
-            draw(run, out)
+    return Run("gated", args.out, accelerator, model, wrapped, optimizer, rows=read, plan=plan, epochs=args.epochs, seed=args.seed,
+               batches=lambda epoch, left: loaders.load_batches(parts.train, parts.collate, loop.keys_of(left), args.workers),
+               lr=lambda step, total: loop.cosine_lr(step, total, round(args.warmup * total), args.lr),
+               metric=args.select, lowest=args.select == "loss", settings=settings(args, parts, accelerator.num_processes),
+               frozen=frozen, base=("BLIP-2 or style classifier", "--blip2 and --efficientnet"),
+               best=lambda: best_of(args, model, parts, frozen, command), columns=LOG_COLUMNS, panels=PANELS,
+               title=f"{pathlib.Path(args.out).name}: gating {args.gating}, per {args.per}", unit="questions", save_last=args.save_last)
 
 
 def dry_run(args):
-    """--dry-run: three rows, the table of parts (prepare prints it), memory; nothing is written but a cache."""
-    run = prepare(args)
+    """--dry-run: three rows, the table of parts (make_run prints it), memory; nothing is written but a cache."""
+    run, parts = prepare(args, start(args))
     if run.accelerator.is_main_process:
-        show_rows(run.model.tokenizer, run.train.rows[:3], run.model.max_answer)
-    loop.dry_run(run, rehearse, run.train.features.stores.values() if run.train.features else ())
-
-
-def fit(args, command=()):
-    """The whole run -> (Run, number of the signal that ended it or 0). command: the words that were typed, for best.pt."""
-    out = pathlib.Path(args.out)
-    resumed = args.resume and (out / "last.pt").exists()
-    runfolder.refuse_overwrite(out, resumed)
-    run = prepare(args)
-    run.command, say = list(command), run.accelerator.print
-    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
-        runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
-        begin(run, out, resumed)
-        say(f"{len(run.train)} training and {len(run.val)} validation questions, {len(run.model.styles)} styles; "
-            f"{run.total} steps of {len(run.plan(0)[0][0])} questions, lr {args.lr:g}, "
-            f"precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
-        rehearse(run)
-        train(run, out, stop)
-        if run.log:
-            run.log.close()
-    run.accelerator.end_training()
-    return run, stop.number
+        show_rows(run.model.tokenizer, parts.train.rows[:3], run.model.max_answer)
+    loop.dry_run(run, lambda run: rehearse(run, parts, args), parts.train.features.stores.values() if parts.train.features else ())
 
 
 def main(argv=None):
@@ -583,8 +434,8 @@ def main(argv=None):
     with errors.batch_size_in_memory_errors(args.batch_size):
         if args.dry_run:
             return dry_run(args)
-        run, signal_number = fit(args, ["train_gated.py", *(sys.argv[1:] if argv is None else argv)])
-    return runfolder.ended(run, signal_number, args.select, "train_gated.py", argv)
+        run = train(args, ["train_gated.py", *(sys.argv[1:] if argv is None else argv)])
+    return run.result(args.select, "train_gated.py", argv)
 
 
 if __name__ == "__main__":

@@ -103,6 +103,13 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "measured, the whole process with Python"
 
 
+def print_gpu_memory(accelerator):
+    """After a rehearsal: what it took of the GPU, where there is one."""
+    if torch.cuda.is_available():
+        used = torch.cuda.max_memory_allocated() / 2**30
+        accelerator.print(f"most GPU memory in a rehearsal of the longest batches: {used:.1f} GiB")
+
+
 class Pace:
     """Says once, PACE steps after the first, how fast a run is and when it will end; the first step is slower than all others."""
 
@@ -190,9 +197,27 @@ def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1
     return plan
 
 
-def is_better(value, marks):
-    """Is this score above the best so far, marks["value"] (None: there is none yet)? Never true of NaN."""
-    return math.isfinite(value) and (marks["value"] is None or value > marks["value"])
+def keys_of(steps):
+    """The keys of each micro-batch of this process in some steps of epoch_plan, in order: what load_batches takes."""
+    return [keys for _, share in steps for _, keys in share]
+
+
+def format_metrics(numbers):
+    """Numbers for the terminal: name value, with four decimals."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+
+
+def make_optimizer(model, lr, weight_decay, **more):
+    """AdamW on what is trained; no decay on biases, norms and scalars (everything with fewer than two dimensions)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr, **more)
+
+
+def is_better(value, marks, lowest=False):
+    """Is this number above (lowest: below) the best so far, marks["value"] (None: there is none yet)? Never true of NaN."""
+    best = marks["value"]
+    return math.isfinite(value) and (best is None or (value < best if lowest else value > best))
 
 
 def precision_of(precision):

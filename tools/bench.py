@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from types import SimpleNamespace
+from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the project's root, from wherever this is started
 
@@ -39,6 +39,8 @@ import train_cir
 import train_gated
 from data import rows
 from engine import environment, errors, files, flags, loop
+from engine.evaluation import text_length
+from engine.run import CLIP, Run
 from tools import make_tiny
 
 # BLIP-2 OPT-2.7B, and one in which vision tower, language model, Q-Former and word head have about the same shares of the work
@@ -151,24 +153,33 @@ def write_task(folder, sizes, pictures, questions, seed=0):
     return tokenizer
 
 
+class Lean(NamedTuple):
+    """train_gated.py's run as `lean_run` prepares it."""
+    run: Run
+    parts: train_gated.Parts
+    args: argparse.Namespace
+
+
 def lean_run(folder, *more, batch_size=16):
-    """train_gated.py's Run on that task, with a cache and a Q-Former that is trained, at a learning rate of 0."""
+    """train_gated.py on that task, with a cache and a Q-Former that is trained, at a learning rate of 0 -> Lean."""
     flags = ["--data", str(folder), "--blip2", str(folder / "blip2"), "--cache", str(folder / "cache"), "--train-qformer",
              "--gating", "none", "--hit-weight", "0", "--kl-weight", "0", "--batch-size", str(batch_size), "--workers", "0",
              "--style", "none"]
     with contextlib.redirect_stdout(None):
-        run = train_gated.prepare(train_gated.get_args([*flags, *more]))
+        args = train_gated.get_args([*flags, *more])
+        run, parts = train_gated.prepare(args, train_gated.start(args))
     run.lr = lambda step: 0.0  # the whole work of a step, but the weights stay, so that losses can be compared
-    return run
+    return Lean(run, parts, args)
 
 
 class Plain:
     """The recipe of the textbooks: transformers' BLIP-2, the vision tower in each step, text padded to 64, logits at every place,
     AdamW as it comes; answers one at a time."""
 
-    def __init__(self, folder, run):
+    def __init__(self, folder, lean):
         from transformers import Blip2ForConditionalGeneration
-        self.run, self.device, self.rows = run, run.accelerator.device, run.train.rows
+        run, self.lean = lean.run, lean
+        self.run, self.device, self.rows = run, run.accelerator.device, lean.parts.train.rows
         dtype = core.DTYPES[run.accelerator.mixed_precision]
         self.model = Blip2ForConditionalGeneration.from_pretrained(folder / "blip2", dtype=dtype).to(self.device)
         self.model.requires_grad_(False)
@@ -199,14 +210,14 @@ class Plain:
     def epoch(self):
         """One pass over the training rows, in random order, with as many batches a step as ours has."""
         self.model.train()
-        losses, args = [], self.run.args
+        losses, args = [], self.lean.args
         for _, share in loop.epoch_plan(len(self.rows), args.batch_size, args.accumulation, 0, 0):
             for _, picked in share:
                 with self.run.accelerator.autocast():
                     loss = self.model(**self.inputs([self.rows[n] for n in picked], PADDED)).loss
                 (loss / len(share)).backward()
                 losses.append(loss.item())
-            torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], train_gated.CLIP)
+            torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], CLIP)
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.losses = losses
@@ -217,32 +228,36 @@ class Plain:
         self.model.eval()
         newline = core.newline_id(self.tokenizer)
         self.answers = []
-        for row in self.run.val.rows[:count]:
+        for row in self.lean.parts.val.rows[:count]:
             inputs = self.inputs([row])
             ids = self.model.generate(**inputs, **ANSWER, eos_token_id=newline, pad_token_id=self.tokenizer.pad_token_id)[0]
             new = ids[inputs["input_ids"].shape[1]:] if len(ids) > ANSWER["max_new_tokens"] + 1 else ids
             self.answers.append(self.tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].strip())
 
 
-def lean_epoch(run):
-    """One pass over the training rows, with train_gated.py's own loop -> mean loss."""
-    losses = []
+def lean_epoch(lean):
+    """One pass over the training rows, with train_gated.py's own step -> mean loss."""
+    losses, run = [], lean.run
     handle = run.model.register_forward_hook(lambda module, inputs, parts: losses.append(parts["loss"].item()))
     run.step = 0
-    train_gated.train_epoch(run, run.plan(0), SimpleNamespace(number=0))
+    run.wrapped.train()
+    for step in run.steps(0):
+        train_gated.train_step(run, step, lean.parts.weights)
+        step.update()
     handle.remove()
     return statistics.mean(losses)
 
 
 @torch.no_grad()
-def lean_answers(run, count, batch_size):
+def lean_answers(lean, count, batch_size):
     """Answers to the first validation questions in batches of about equal length, from the cache."""
+    run, val = lean.run, lean.parts.val
     run.model.eval()
-    read, found = run.val.rows[:count], {}
-    order = sorted(range(count), key=lambda n: train_gated.text_length(read[n]))
+    read, found = val.rows[:count], {}
+    order = sorted(range(count), key=lambda n: text_length(read[n]))
     for start in range(0, count, batch_size):
         picked = order[start:start + batch_size]
-        features = [run.val[n][0]["image_embeds"] for n in picked]
+        features = [val[n][0]["image_embeds"] for n in picked]
         embeds = torch.stack(features).to(run.accelerator.device)  # [B,P,W]
         found |= zip(picked, run.model.predict_answers(None, [read[n].question for n in picked], image_embeds=embeds,
                                                        max_new_tokens=ANSWER["max_new_tokens"]))
@@ -264,36 +279,37 @@ def gated(args):
 def small(folder, batch_size, repeats, pictures=32, questions=3, asked=32):
     write_task(folder, SMALL, pictures, questions)
     building = time.perf_counter()
-    run = lean_run(folder, batch_size=batch_size)
-    building = time.perf_counter() - building
-    plain, lean = Plain(folder, run), {}
-    lengths, count = run.lengths, sum(len(group) for group, _ in run.plan(0))
+    lean = lean_run(folder, batch_size=batch_size)
+    building, run, train = time.perf_counter() - building, lean.run, lean.parts.train
+    plain, results = Plain(folder, lean), {}
+    texts = ([getattr(row, name) for row in train.rows] for name in ("question", "answer", "context"))
+    lengths, count = core.text_lengths(run.model.tokenizer, *texts), sum(len(group) for group, _ in run.plan(0))
     print(f"{count} questions on {pictures} pictures, {statistics.mean(lengths):.0f} text tokens in the mean, "
-          f"{max(lengths)} at most; batch {batch_size} x {run.args.accumulation}, {run.accelerator.device}, "
+          f"{max(lengths)} at most; batch {batch_size} x {lean.args.accumulation}, {run.accelerator.device}, "
           f"precision {run.accelerator.mixed_precision}, {torch.get_num_threads()} threads")
 
     def ours(pool=1):
-        run.args.length_pool = pool
-        lean["loss"] = lean_epoch(run)
+        lean.args.length_pool = pool
+        results["loss"] = lean_epoch(lean)
 
     def ours_answers():
-        lean["answers"] = lean_answers(run, asked, 32)
+        results["answers"] = lean_answers(lean, asked, 32)
 
     lean_s, plain_s, train_speedup = paired(ours, plain.epoch, repeats)
     _, _, pooled = paired(lambda: ours(POOL), ours, repeats)
     lean_a, plain_a, answer_speedup = paired(ours_answers, lambda: plain.answer(asked), repeats)
-    equal = sum(a == b for a, b in zip(lean["answers"], plain.answers))
+    equal = sum(a == b for a, b in zip(results["answers"], plain.answers))
     _, longest = run.plan(0)[0][1][-1]  # the second batch of a step, whose questions are the longer ones
-    batch = send_to_device(run.collate([run.train[n] for n in longest]), run.accelerator.device)
+    batch = send_to_device(lean.parts.collate([train[n] for n in longest]), run.accelerator.device)
     memory = {"plain": loop.kept_bytes(plain.model,
-                                       lambda: plain.model.train()(**plain.inputs([run.train.rows[n] for n in longest], PADDED))),
+                                       lambda: plain.model.train()(**plain.inputs([train.rows[n] for n in longest], PADDED))),
               "lean": loop.kept_bytes(run.model, lambda: run.model.train()(**batch))}
     found = {"train_speedup": train_speedup, "pooled_speedup": train_speedup * pooled, "answer_speedup": answer_speedup,
-             "loss_difference": abs(statistics.mean(plain.losses) - lean["loss"]),
+             "loss_difference": abs(statistics.mean(plain.losses) - results["loss"]),
              "answers_equal": equal / asked, "gate_cost": gate_cost(repeats), "plain_samples_per_second": count / plain_s,
              "lean_samples_per_second": count / lean_s, "plain_answers_per_second": asked / plain_a,
              "lean_answers_per_second": asked / lean_a,
-             "plain_loss": statistics.mean(plain.losses), "lean_loss": lean["loss"], "plain_kept_bytes": memory["plain"],
+             "plain_loss": statistics.mean(plain.losses), "lean_loss": results["loss"], "plain_kept_bytes": memory["plain"],
              "lean_kept_bytes": memory["lean"], "seconds_to_load_and_cache": building}
     report(found, asked)
     return found
@@ -320,7 +336,7 @@ def gate_cost(repeats, sizes=None, batch_size=2):
     visual(False), visual(True)  # warm up
     pairs = [(seconds(lambda: visual(False)), seconds(lambda: visual(True))) for _ in range(2 * repeats)]
     optimizer.step()
-    update = statistics.median(seconds(lambda: (torch.nn.utils.clip_grad_norm_(own, train_gated.CLIP), optimizer.step()))
+    update = statistics.median(seconds(lambda: (torch.nn.utils.clip_grad_norm_(own, CLIP), optimizer.step()))
                                for _ in range(repeats))
     step = train_step_of(model, batch, "bf16" if device == "cuda" else "no")
     step()
@@ -412,7 +428,7 @@ def step_flops(sizes, model, words=28, labels=4):
 
 def train_step_of(model, batch, precision):
     """Function that does a whole training step on this batch."""
-    optimizer = train_gated.make_optimizer(model, 0.0, 0.01)
+    optimizer = loop.make_optimizer(model, 0.0, 0.01, fused=True)
     trained = [p for p in model.parameters() if p.requires_grad]
     device = model.query_tokens.device.type
 
@@ -420,7 +436,7 @@ def train_step_of(model, batch, precision):
         with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             loss = model.train()(**batch)["loss"]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, train_gated.CLIP)
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad()
     return step

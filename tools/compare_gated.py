@@ -10,12 +10,12 @@ again. All other flags go to train_gated.py.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 import statistics
 import sys
 import time
-from types import SimpleNamespace
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the project's root, from wherever this is started
 
@@ -56,8 +56,8 @@ def one_run(args, others, system, lr, seed):
             raise DataError(f"{done} is of other flags ({' '.join(held['flags'])}): choose another --out")
         return held, folder
     settings = train_gated.get_args([*flags, "--out", str(folder), "--resume", "--save-last"])
-    run, signal_number = train_gated.fit(settings)
-    if signal_number:
+    run = train_gated.train(settings)
+    if run.stop.number:
         raise KeyboardInterrupt
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     held = {"flags": flags, "value": run.marks["value"], "trained": trained, "steps": run.step}
@@ -68,13 +68,19 @@ def one_run(args, others, system, lr, seed):
 
 def step_seconds(others, rounds=5, steps=10):
     """{system: median seconds of an optimizer step}, measured in turns so that a slow minute of the machine falls on all alike."""
-    runs = {system: train_gated.prepare(train_gated.get_args([*others, *flags]))
-            for system, flags in SYSTEMS.items()}
+    runs = {}
+    for system, flags in SYSTEMS.items():
+        settings = train_gated.get_args([*others, *flags])
+        runs[system] = train_gated.prepare(settings, train_gated.start(settings))
     found = {system: [] for system in SYSTEMS}
     for _ in range(rounds):
-        for system, run in runs.items():
+        for system, (run, parts) in runs.items():
+            run.step = 0
+            run.wrapped.train()
             started = time.perf_counter()
-            train_gated.train_epoch(run, run.plan(0)[:steps], SimpleNamespace(number=0))
+            for step in itertools.islice(run.steps(0), steps):
+                train_gated.train_step(run, step, parts.weights)
+                step.update()
             found[system].append((time.perf_counter() - started) / steps)
     return {system: statistics.median(seconds) for system, seconds in found.items()}
 

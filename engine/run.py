@@ -1,0 +1,319 @@
+"""run.py: one training under way: everything around a loop that is the same in every stage. The loop itself is in the script.
+
+    with run.opened(resumed, vars(args)):             # folder, lock, log, Ctrl-C; what --resume finds
+        for epoch in run.epochs(args.patience):
+            run.wrapped.train()
+            for step in run.steps(epoch):             # sets the learning rate; ends after a signal
+                for batch in step:                    # this process's micro-batches; seeds dropout
+                    with step.forward():              # mixed precision
+                        parts = run.wrapped(**batch)
+                    step.backward(parts["loss"])      # of the mean over the whole step; a loss that is no number names its rows
+                step.update()                         # clip, AdamW, log
+            if run.end_epoch(evaluate(...)):          # training_log.csv, last.pt, curves.png; is it the best?
+                run.save_best()
+
+Order, dropout and learning rate are functions of (seed, epoch, step, micro-batch). So a run that was stopped, killed or resumed ends in
+the same weights, and several processes train as one with as many micro-batches does.
+"""
+
+import contextlib
+import math
+import pathlib
+import re
+
+import torch
+from accelerate.utils import broadcast_object_list
+from tqdm import tqdm
+
+from engine import checkpoints, environment, files, loaders, loop, runfolder
+from engine.errors import DEAD_LOADER, DataError, dead_loader
+
+LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
+CLIP = 1.0  # gradient norm
+
+
+def versions():
+    """{package: version} that best.pt remembers."""
+    return {name: environment.installed(name).split("+")[0] for name in ("torch", "transformers", "timm")}
+
+
+class Stopped(Exception):
+    """A signal has come and the step under way is done."""
+
+
+def first_decides(accelerator, decide):
+    """What decide() gives on the first process, on all of them: its value, or its DataError. The run folder is on its disk alone."""
+    if accelerator.num_processes == 1:
+        return decide()
+    found = [None]
+    if accelerator.is_main_process:
+        try:
+            found = [(decide(), None)]
+        except DataError as error:
+            found = [(None, str(error))]
+    value, fault = broadcast_object_list(found)[0]
+    if fault is not None:
+        raise DataError(fault)
+    return value
+
+
+def resumes(accelerator, out, wanted):
+    """Does the run go on from OUT/last.pt? DataError: the folder holds results that a new run would overwrite."""
+    def decide():
+        resumed = wanted and (pathlib.Path(out) / "last.pt").exists()
+        runfolder.refuse_overwrite(out, resumed)
+        return resumed
+    return first_decides(accelerator, decide)
+
+
+class Run:
+    """A training of one model.
+
+    stage: its name in checkpoints. model: what is trained; wrapped, optimizer: the same as accelerate.prepare gives them.
+    rows: of the training set, for messages. plan: epoch -> its steps as loop.epoch_plan makes them; a key is a number of `rows` or a
+    tuple that begins with one. batches: (epoch, the steps that are left) -> this process's batches of these, in their order.
+    lr: (step, all steps) -> learning rate; "scale" of a parameter group multiplies it. weigh: keys -> their weight in the mean
+    of a step. metric: the number of an epoch that best.pt is chosen by; lowest: a low one is good.
+    settings: {name: value}, what must be the same on --resume; frozen: fingerprint of what is not trained (None: everything is).
+    best: () -> what best.pt holds beside stage, marks and versions. state, load_state: () -> dict of what is trained, for last.pt,
+    and how it is put back. base: what must be the same frozen model, in words, and the flags that name it.
+    """
+
+    def __init__(self, stage, out, accelerator, model, wrapped, optimizer, *, rows, plan, batches, epochs, lr, seed, metric, settings,
+                 best, lowest=False, frozen=None, base=("base model", "--blip2"), state=None, load_state=None, weigh=len, clip=CLIP,
+                 columns=(), panels=(), title="", unit="rows", tell=loop.format_metrics, save_last=False, disk=None):
+        self.stage, self.out, self.accelerator = stage, pathlib.Path(out), accelerator
+        self.model, self.wrapped, self.optimizer = model, wrapped, optimizer
+        self.rows, self.plan, self.batches, self.weigh, self.clip = rows, plan, batches, weigh, clip
+        self.seed, self.metric, self.lowest, self.settings, self.frozen, self.base = seed, metric, lowest, settings, frozen, base
+        self.best, self.state, self.load_state = best, state or self._trained, load_state or self._put_back
+        self.columns, self.panels, self.title, self.tell, self.keeps_last = columns, panels, title, tell, save_last
+        self.disk = disk or sum(t.nbytes for t in checkpoints.trainable_state(model).values()) * (8 if save_last else 2)
+        self.per_epoch = len(plan(0))
+        self.last_epoch, self.total = epochs, epochs * self.per_epoch
+        self.lr = lambda step: lr(step, self.total)
+        self.pace = loop.Pace(self, unit)
+        self.marks = {"metric": metric, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
+        self.step, self.log, self.stop, self.group = 0, None, loop.StopSignal(), ()
+        self.stop.number = 0  # outside of `opened` nobody stops a run
+
+    # -- the run folder
+
+    @contextlib.contextmanager
+    def opened(self, resumed, flags):
+        """The run folder for the time of the training. flags: {name: value} of the command line, for args.yaml."""
+        say = self.accelerator.print
+        with contextlib.ExitStack() as stack, self.stop:
+            def take():
+                stack.enter_context(runfolder.locked(self.out))
+                runfolder.refuse_overwrite(self.out, resumed)  # once more: another run may have ended meanwhile
+            first_decides(self.accelerator, take)
+            self._begin(resumed, flags)
+            try:
+                yield self
+            except Stopped:
+                self.save_last()
+                say(f"stopped after step {self.step}; {self.out / 'last.pt'} is there for --resume")
+            except loaders.LoaderError:
+                self._save_what_is_done()
+                raise
+            except RuntimeError as error:
+                if not re.search(DEAD_LOADER, str(error)):  # torch reports a dead one in the midst of anything
+                    raise
+                self._save_what_is_done()
+                raise loaders.LoaderError(f"{dead_loader(error)}; it was at {loaders.named(self.rows_of(self.group))}") from None
+            finally:
+                if self.log:
+                    self.log.close()
+        self.accelerator.end_training()
+
+    def _begin(self, resumed, flags):
+        if resumed:
+            self._restore(first_decides(self.accelerator, lambda: checkpoints.load_checkpoint(
+                self.out / "last.pt", ("optimizer", "step", "marks", "settings"))))
+            self.accelerator.print(f"resuming after step {self.step} of {self.total}")
+        if self.accelerator.is_main_process:
+            files.refuse_full_disk(self.out, self.disk)
+            runfolder.start_run(self.out, flags)
+            self.log = runfolder.RunLog(self.out, self.columns, self.step if resumed else None)
+            if resumed and self.marks["epoch"] and self.step == self.marks["epoch"] * self.per_epoch:
+                self.save_best()  # last.pt is written first: a kill between the two leaves no best.pt of its epoch
+            if resumed:
+                self.draw()
+
+    def _restore(self, last):
+        """Put last.pt back. DataError where anything differs that would change the result."""
+        path = self.out / "last.pt"
+        if last.get("stage", self.stage) != self.stage:
+            raise DataError(f"{path}: a checkpoint of another stage ({last['stage']}) and not of this one")
+        runfolder.refuse_other_settings(self.settings, last["settings"], path)
+        others = checkpoints.other_parts(self.frozen, last["frozen"]) if self.frozen is not None else []
+        if others:
+            raise DataError(f"{path} was trained on another {self.base[0]} than the one given now (other: {', '.join(others)}): pass "
+                            f"the same {self.base[1]}, or another --out")
+        self.load_state(last)
+        self.optimizer.load_state_dict(last["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(last["scaler"])
+        self.step, self.marks = last["step"], {**self.marks, **last["marks"]}
+
+    def _trained(self):
+        return {"state": checkpoints.trainable_state(self.model)}
+
+    def _put_back(self, last):
+        checkpoints.load_trainable(self.model, last["state"], self.out / "last.pt")
+
+    def save_last(self):
+        """last.pt: everything that --resume needs; a step count is enough for order and randomness."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            checkpoints.save_checkpoint(self.out / "last.pt", {
+                "stage": self.stage, **self.state(), "frozen": self.frozen, "settings": self.settings,
+                "optimizer": self.optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict(), "step": self.step,
+                "marks": self.marks})
+
+    def _save_what_is_done(self):
+        if self.step:
+            self.save_last()
+
+    def save_best(self):
+        """best.pt: what is trained and plain values only."""
+        if self.accelerator.is_main_process:
+            path, content = self.out / "best.pt", self.best()
+            checkpoints.save_checkpoint(path, {"stage": self.stage, **content, **self.marks, **versions()})
+            if "state" in content:
+                checkpoints.verify_saved(path, self.model)
+
+    def draw(self):
+        """curves.png of the log so far."""
+        runfolder.draw_curves(self.log.path, self.out / "curves.png", self.panels, self.title)
+
+    def result(self, what, script, argv):
+        """The end of a stage's main(): its exit code where a signal ended the run, else its result and a line to cite. DataError: there
+        is no result. what: the metric, in words; argv: the flags, None = the process's."""
+        if self.stop.number:
+            return 128 + self.stop.number
+        if self.marks["value"] is None:
+            raise DataError(f"the validation {what} was never finite: there is no best.pt; lower --lr")
+        result = f"best {what} {self.marks['value']:.4g} in epoch {self.marks['epoch']}"
+        self.accelerator.print(f"{result}: {self.out}/best.pt")
+        self.accelerator.print(runfolder.cited(script, argv, self.seed, result))
+        return 0
+
+    # -- the loop
+
+    def epochs(self, patience=0):
+        """The epochs that are left; with patience up to as many without a better value."""
+        for epoch in range(self.marks["done"], self.last_epoch):
+            if patience and self.marks["stale"] >= patience:
+                self.accelerator.print(f"no better {self.metric} for {patience} epochs: stopping")
+                return
+            yield epoch
+
+    def steps(self, epoch):
+        """The optimizer steps of an epoch that are left, each a Step. Raises Stopped after the step in which a signal came."""
+        left = self.plan(epoch)[self.step - epoch * self.per_epoch:]
+        batches = iter(self.batches(epoch, left))
+        bar = tqdm(left, desc=f"steps from {self.step}", mininterval=1, disable=None if self.log else True)  # None: on a terminal
+        for group, share in bar:
+            rate = self.lr(self.step)
+            for part in self.optimizer.param_groups:
+                part["lr"] = rate * part.get("scale", 1.0)
+            step = Step(self, epoch, group, share, batches)
+            yield step
+            bar.set_postfix(**{name: f"{value:.3f}" for name, value in step.means().items()}, lr=f"{rate:.1e}")
+            if loop.stopped(self.accelerator, self.stop):
+                raise Stopped
+
+    def rows_of(self, keys):
+        """The training rows of some keys, for messages."""
+        return [self.rows[key[0] if isinstance(key, tuple) else key] for key in keys or ()]
+
+    def rehearsal(self, batch, keys):
+        """A Step on one batch that changes nothing: for the longest batch, before anything is trained."""
+        return Step(self, 0, keys, [(0, keys)], iter([batch]), real=False)
+
+    def end_epoch(self, numbers, **marks):
+        """Log the numbers of an epoch's validation, write last.pt where it is kept -> is it the best so far?
+
+        numbers: {name: value}, self.metric among them, the same on every process. marks: what else best.pt and last.pt remember of
+        a best epoch."""
+        epoch, better = self.marks["done"] + 1, loop.is_better(numbers[self.metric], self.marks, self.lowest)
+        self.marks |= {"done": epoch, "stale": self.marks["stale"] + 1}
+        if better:
+            self.marks |= {"value": numbers[self.metric], "epoch": epoch, "stale": 0, **marks}
+        self.accelerator.print(f"epoch {epoch}: {self.tell(numbers)}" + (" *" if better else ""))
+        if self.log:
+            self.log.write("epoch", self.step, epoch=epoch, lr=self.lr(self.step - 1), **numbers)
+            if self.keeps_last:  # before best.pt: _begin makes up a best.pt that a kill between the two has left out
+                self.save_last()
+            self.draw()
+        return better
+
+    def skip_validation(self):
+        """The end of an epoch that is not validated."""
+        self.marks |= {"done": self.marks["done"] + 1}
+
+
+class Step:
+    """One optimizer step: its micro-batches, their gradient, the update."""
+
+    def __init__(self, run, epoch, group, share, batches, real=True):
+        self.run, self.epoch, self.group, self.share, self.batches, self.real = run, epoch, group, share, batches, real
+        self.sums, self.keys, self.is_last = {}, (), True
+        run.group = group
+
+    def __iter__(self):
+        """This process's micro-batches, on its device. Dropout is seeded by (seed, step, micro-batch): exact resume and equal
+        processes depend on it. Not before the batch is there: with --workers 0 the loader may seed this very process."""
+        for i, (number, keys) in enumerate(self.share):
+            batch = loaders.next_batch(self.batches, self.run.accelerator.device)
+            loop.seed_everything(self.run.seed, self.run.step, number)
+            self.keys, self.is_last = keys, i == len(self.share) - 1
+            yield batch
+
+    @contextlib.contextmanager
+    def forward(self):
+        """Mixed precision; the processes exchange their gradients after the last micro-batch alone."""
+        accelerator = self.run.accelerator
+        with contextlib.nullcontext() if self.is_last else accelerator.no_sync(self.run.wrapped), accelerator.autocast():
+            yield
+
+    def backward(self, loss, **terms):
+        """The gradient of the mean over the whole step, however it is split into micro-batches and processes.
+
+        loss: scalar, the mean over the micro-batch's rows. terms: further numbers for the log, a scalar or one a row each."""
+        run = self.run
+        if not torch.isfinite(loss):
+            raise DataError(loop.bad_loss(f"loss is {loss.item()}", run.step, run.rows_of(self.keys)))
+        weight = run.weigh(self.keys)
+        run.accelerator.backward(loss * (weight * run.accelerator.num_processes / run.weigh(self.group)))
+        for name, value in {"loss": loss, **terms}.items():
+            summed, total = self.sums.get(name, (0.0, 0))
+            self.sums[name] = summed + value.detach().float().mean().item() * weight, total + weight
+
+    def means(self):
+        """{"loss" and the terms: mean over this process's rows}."""
+        return {name: summed / total for name, (summed, total) in self.sums.items()}
+
+    def update(self, **log):
+        """Clip, AdamW, and every LOG_EVERY steps a row of training_log.csv. log: more numbers for it (tensors are read only then)."""
+        run, accelerator = self.run, self.run.accelerator
+        if not self.real:
+            run.optimizer.zero_grad()
+            return
+        trained = [p for p in run.model.parameters() if p.requires_grad]
+        norm = float(accelerator.clip_grad_norm_(trained, run.clip))
+        if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, run.rows_of(self.group)))
+        rate = run.lr(run.step)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.step += 1
+        run.pace.step(len(self.group))
+        if run.step % LOG_EVERY == 0:
+            sums = accelerator.reduce(torch.tensor(list(self.sums.values()), dtype=torch.float64, device=accelerator.device), "sum")
+            if run.log:
+                means = dict(zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist()))
+                run.log.write("step", run.step, epoch=self.epoch + 1, lr=rate, grad_norm=norm, **means, **{
+                    name: value.item() if isinstance(value, torch.Tensor) else value for name, value in log.items()})
