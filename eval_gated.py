@@ -42,8 +42,8 @@ ANSWERS = ("image", "question", "answer", "confidence")  # columns of --answers
 ABOUT_TABLES = ("data", "predictions", "table", "report", "no_baselines", "shuffle_style", "merge_lora", "cache", "skip_bad",
                 "maps", "export")  # not with --ask
 # what train_gated.py did before a flag about data was there: for checkpoints that lack it
-BEFORE = {"val_share": 0.1, "images": None, "columns": [], "encoding": "utf-8", "separator": None, "style": "column", "semart": None,
-          "context": None}
+BEFORE = {"val_share": 0.1, "images": None, "columns": [], "encoding": "utf-8", "separator": None, "style": "column",
+          "semart": None, "context": None}
 
 
 def get_args(argv=None):
@@ -367,8 +367,8 @@ class Evaluation:
 def prepare(args, checkpoint, accelerator):
     """Data of --split and the model, not yet with its trained tensors -> Evaluation."""
     data_args(args, {**BEFORE, **checkpoint["args"]})
-    questions = read_questions(args.data, args.split, args.columns, args.images, args.encoding, args.separator, args.style, args.semart,
-                               args.context, args.val_share, args.skip_bad, args.workers, accelerator.print)
+    questions = read_questions(args.data, args.split, args.columns, args.images, args.encoding, args.separator, args.style,
+                               args.semart, args.context, args.val_share, args.skip_bad, args.workers, accelerator.print)
     ids = question_ids(questions)
     places, dtype = built_as(args, checkpoint), core.DTYPES[accelerator.mixed_precision]
 

@@ -611,8 +611,10 @@ def finish(run, out):
         say(f"{out / 'cases.html'}: {args.cases} worst and best")
     if captions.split_file(args.data, "test").is_file():
         # into a fresh model: layers that were opened after the best epoch are no longer what they were then
-        run.model = load_trained(None, checkpoints.load_checkpoint(out / "best.pt"), out / "best.pt")[0].to(run.accelerator.device)
-        data = Captions(captions.limited(read_data(args, "test", say), args.max_val, "test", say), run.val.image_size, run.tokenizer)
+        best = out / "best.pt"
+        run.model = load_trained(None, checkpoints.load_checkpoint(best), best)[0].to(run.accelerator.device)
+        pictures = captions.limited(read_data(args, "test", say), args.max_val, "test", say)
+        data = Captions(pictures, run.val.image_size, run.tokenizer)
         numbers, found = validate(run, data)
         say(f"test: {told(numbers)}")
         if run.accelerator.is_main_process:

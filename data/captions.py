@@ -86,7 +86,8 @@ def split_file(data, split):
     return pathlib.Path(data) / f"{split}_captions.json"
 
 
-def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, skip_bad=0.0, shots=None, seed=0, workers=2, say=print):
+def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, skip_bad=0.0, shots=None, seed=0, workers=2,
+              say=print):
     """Pictures of a split, bad ones refused, with skip_bad left out and listed; training captions cleaned if asked for."""
     path = str(split_file(data, split))
     if not os.path.isfile(path):

@@ -201,7 +201,8 @@ def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0
         raise DataError(f"{place}: there is no such file or folder: check --data")
     table = place if os.path.isfile(place) else os.path.join(place, "classes.csv")
     if {"style_train.csv", "style_val.csv", "style_class.txt"} & set(rows.entries(place)):
-        layout, (classes, found), table = "ArtGAN's lists", read_artgan(place, encoding, separator), os.path.join(place, "style_train.csv")
+        layout, table = "ArtGAN's lists", os.path.join(place, "style_train.csv")
+        classes, found = read_artgan(place, encoding, separator)
     elif os.path.isfile(table):
         layout, (classes, found) = "a table of subsets", read_subsets(table, encoding, separator, say)
     else:

@@ -109,7 +109,7 @@ VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"
 
 def environment():
     """What a bug report needs, a line for each thing; user, host and paths are masked. What cannot be found out is said."""
-    found = {"project": environment.project_version, "python": platform.python_version, "platform": platform.platform,
+    found = {"project": project_version, "python": platform.python_version, "platform": platform.platform,
              "processors": _processors, "memory": _memory,
              "free disk, this folder": lambda: f"{shutil.disk_usage('.').free / 2**30:.1f} GiB", "cuda": _cuda,
              **{name: lambda name=name: installed(name) for name in PACKAGES}, "outside the tested versions": _untested,

@@ -34,8 +34,8 @@ def predicted_styles(net, size, checkpoint, splits, workers, device, say=print):
 def cached_features(folder, blip2, load_style, questions, accelerator, dtype, workers):
     """--cache: (cache.Features of the rows' pictures, {"vision_model": its fingerprint}); without a folder (None, {}).
 
-    load_style: function that loads the EfficientNet28, None where no gates are built. The towers come in turns: the vision tower is
-    gone again when the classifier is loaded, both when the language model is, so that memory holds the largest and not the sum.
+    load_style: function that loads the EfficientNet28, None where no gates are built. The towers come in turns: the vision tower
+    is gone again when the classifier is loaded, both when the language model is, so that memory holds the largest and not the sum.
     """
     if folder is None:
         return None, {}

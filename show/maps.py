@@ -57,8 +57,9 @@ NOTICE = "attention shows where the queries look, not why; occlusion is evidence
 def hooked(model, before_attention=None, before_output=None):
     """Run a hook in every layer that looks at the image, for as long as the block lasts.
 
-    before_attention(layer, module, given, named) sees what the cross-attention is called with, before_output(layer, linear, given)
-    what its last Linear is called with, [B,Q,H]; what they return takes the place of it (None: unchanged)."""
+    before_attention(layer, module, given, named) sees what the cross-attention is called with,
+    before_output(layer, linear, given) what its last Linear is called with, [B,Q,H]; what they return takes the place of it
+    (None: unchanged)."""
     if model.training:
         raise RuntimeError("call model.eval() before drawing maps: dropout would change them")
     with contextlib.ExitStack() as hooks:

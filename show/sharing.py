@@ -268,7 +268,8 @@ def _facts(config, checkpoint):
 
 
 def _versions(config):
-    packages = ", ".join(f"{name} {environment.installed(name)}" for name in ("torch", "transformers", "timm", "peft", "safetensors"))
+    names = ("torch", "transformers", "timm", "peft", "safetensors")
+    packages = ", ".join(f"{name} {environment.installed(name)}" for name in names)
     trained = ", ".join(f"{name} {value}" for name, value in config["versions"].items()) or "not known"
     return [f"Training: {trained}. Evaluation and export: Python {platform.python_version()}, {packages}; this project at commit "
             f"{environment.project_version()}."]
@@ -288,7 +289,7 @@ def plain(text, limit=300):
 
 
 def training_command(settings, typed=None):
-    """The words of the train_gated.py command: those that were typed, which a best.pt of this version holds, else all settings."""
+    """The words of the train_gated.py command: as it was typed, which a best.pt of this version holds, else all settings."""
     words = ["python", *(typed or ["train_gated.py"])]
     for name, value in {} if typed else settings.items():
         if name in ("config", "resume") or value is None or value is False or value == []:

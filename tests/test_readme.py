@@ -30,9 +30,11 @@ from tools import bench, compare_gated, faithfulness, make_sample, make_tiny
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "README.zh-CN.md", "data/README.md": "data/README.zh-CN.md"}
-SCRIPTS = {"train_gated.py": train_gated, "eval_gated.py": eval_gated, "tools/compare_gated.py": compare_gated, "train_cir.py": train_cir,
+SCRIPTS = {"train_gated.py": train_gated, "eval_gated.py": eval_gated, "tools/compare_gated.py": compare_gated,
+           "train_cir.py": train_cir,
            "efficientnet_pretrain.py": efficientnet_pretrain, "train_blip_caption.py": train_blip_caption, "metrics.py": metrics,
-           "pretrain_qformer.py": pretrain_qformer, "tools/bench.py": bench, "tools/faithfulness.py": faithfulness, "demo.py": demo,
+           "pretrain_qformer.py": pretrain_qformer, "tools/bench.py": bench, "tools/faithfulness.py": faithfulness,
+           "demo.py": demo,
            "tools/make_tiny.py": make_tiny}
 # what the pages leave out of a command that they name in passing
 LEFT_OUT = {"eval_gated.py": ["--checkpoint", "x"], "train_gated.py": ["--data", "x"], "train_cir.py": ["--data", "x"],

@@ -688,8 +688,8 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_help_reads_well():
-    for script in ("train_gated.py", "eval_gated.py", "metrics.py", "tools/compare_gated.py", "tools/make_tiny.py", "tools/bench.py",
-                   "tools/faithfulness.py", "tools/make_sample.py"):
+    for script in ("train_gated.py", "eval_gated.py", "metrics.py", "tools/compare_gated.py", "tools/make_tiny.py",
+                   "tools/bench.py", "tools/faithfulness.py", "tools/make_sample.py"):
         done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "usage:" in done.stdout and done.stderr == "", script
 

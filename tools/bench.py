@@ -1,10 +1,10 @@
 """bench.py: what a run costs, two recipes side by side in one run: interleaved pairs, the median of their ratios.
 
-    python tools/bench.py                     # training and answering: transformers' BLIP-2 as it comes against ours, small sizes, a minute
+    python tools/bench.py                     # training and answering: transformers' BLIP-2 as it comes against ours, a minute
     python tools/bench.py --size full         # BLIP-2 OPT-2.7B's shapes with random weights on a GPU: memory, samples/s, TFLOP/s
     python tools/bench.py --size full --plan  # the same table computed from the shapes, without a GPU
     python tools/bench.py growth              # the cache and training at 1x, 4x and 16x the pictures, and in two processes
-    python tools/bench.py fusion              # train_cir.py's step with and without gated fusion, at BLIP-2's widths (random weights)
+    python tools/bench.py fusion              # train_cir.py's step with and without gated fusion, at BLIP-2's widths
     python tools/bench.py captions            # the tiny BLIP's captions one by one and in batches: the same captions?
 
 Absolute times depend on the machine and on what else it does; a ratio of neighbours in time does not.

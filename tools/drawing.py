@@ -1,4 +1,4 @@
-"""drawing.py: what make_sample.py and make_tiny.py draw: a small ArtQuest-like data set: simple scenes in eight painterly manners.
+"""drawing.py: what make_sample.py and make_tiny.py draw: an ArtQuest-like data set, simple scenes in eight painterly manners.
 
 Every picture shows one to four things of one kind and one colour on a ground.
 The manners differ in TEXTURE only: what is shown, where, and the mean and spread

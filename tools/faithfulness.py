@@ -59,7 +59,8 @@ def scene_maps(model, pixels, features, scene, sizes):
     found = {"attention": maps.mean_map(maps.attention_maps(model, *asked))[0],
              "attention x gradient": maps.gradient_map(model, *asked, answer)}
     found |= {f"occlusion, cross-attention, {n} x {n}": maps.occlusion(model, *asked, answer, window=n) for n in sizes}
-    return found | {f"occlusion, picture, {n} x {n}": maps.tower_occlusion(model, pixels, *asked, answer, window=n) for n in sizes}
+    return found | {f"occlusion, picture, {n} x {n}": maps.tower_occlusion(model, pixels, *asked, answer, window=n)
+                    for n in sizes}
 
 
 def faithfulness(model, pictures=100, sizes=(1, 2, 3), seed=0):

@@ -543,8 +543,9 @@ def make_gated(folder, args):
                       "--lr", "1e-3", "--epochs", str(args.gate_epochs), "--patience", "0", "--cache", "cache", "--workers", "0", "--seed",
                       str(args.seed), "--out", "runs/tiny"])
     best, places = checkpoints.load_checkpoint("runs/tiny/best.pt"), {"blip2": "tiny", "efficientnet": None}
+    del best["command"]  # it tells places of this machine
     checkpoints.save_checkpoint(folder / "best.pt", {
-        **{name: value for name, value in best.items() if name != "command"}, "state": halves(best["state"]), "kept_in": "float16", "model_args": {**best["model_args"], **places},
+        **best, "state": halves(best["state"]), "kept_in": "float16", "model_args": {**best["model_args"], **places},
         "args": {**best["args"], **places, "cache": None}})
     (folder / "examples").mkdir()
     for path in {r.style: r.image for r in rows.read_split("data/artquest", "test")}.values():  # one a style

@@ -27,6 +27,10 @@ from engine.errors import DataError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+def streamed(stream, batch_size, workers):
+    return loaders.load_stream(stream, shards.packed, batch_size, workers)
+
+
 def refusal(*parts, call):
     """The text of the DataError that `call` raises; it must be one line and hold every one of `parts`."""
     with pytest.raises(DataError) as caught:
@@ -407,7 +411,7 @@ def seen(stream, epoch, workers):
     """[[Pair] of each process's loader], in order; every picture good."""
     stream.set_epoch(epoch)
     order = []
-    for images, found, faults in loaders.load_stream(stream, shards.packed, 4, workers):
+    for images, found, faults in streamed(stream, 4, workers):
         assert not faults and images.shape == (len(found), 3, 8, 8)
         order += found
     return order
@@ -459,7 +463,7 @@ def test_shard_steps_are_what_arrives(twenty):
     for batch_size, workers in ((7, 2), (5, 0)):
         steps = shards.steps_per_epoch(found, batch_size, 2)
         for stream in streams(found):
-            batches = list(shards.batches_of(loaders.load_stream(stream, shards.packed, batch_size, workers), batch_size, steps, list))
+            batches = list(shards.batches_of(streamed(stream, batch_size, workers), batch_size, steps, list))
             assert [len(batch) for batch in batches] == [batch_size] * steps
             texts = [pair.text for batch in batches for _, pair in batch]
             assert len(set(texts)) == len(texts) == steps * batch_size
@@ -557,11 +561,11 @@ def test_a_broken_sample_of_a_shard_is_named_and_left_out_only_on_request(tmp_pa
     (error, pair), = faults
     assert all(part in str(error) for part in (expected, "a.tar", member[:5])) and len(str(error).splitlines()) == 1
     assert pair.name == member[:5]
-    batches = iter(shards.batches_of(loaders.load_stream(stream, shards.packed, 3, 0), 3, 3, lambda batch: {"texts": [p.text for _, p in batch]}))
+    batches = iter(shards.batches_of(streamed(stream, 3, 0), 3, 3, lambda batch: {"texts": [p.text for _, p in batch]}))
     with pytest.raises(loaders.LoaderError, match="a.tar.*--skip-broken"):
         for _ in range(4):
             loaders.next_batch(batches, "cpu")
-    batches = list(shards.batches_of(loaders.load_stream(stream, shards.packed, 3, 0), 3, 3, list, True, said.append))
+    batches = list(shards.batches_of(streamed(stream, 3, 0), 3, 3, list, True, said.append))
     texts = [pair.text for batch in batches for _, pair in batch]
     assert len(set(texts)) == len(texts) == 9 and any(expected in line for line in said)
 
@@ -571,11 +575,11 @@ def test_too_many_broken_samples_of_a_shard_still_give_every_process_its_steps(t
     pack(tmp_path / "a.tar", members)
     found, said = counted(tmp_path), []
     stream = streams(found, 1)[0]
-    batches = list(shards.batches_of(loaders.load_stream(stream, shards.packed, 2, 2), 2, 6, list, True, said.append))
+    batches = list(shards.batches_of(streamed(stream, 2, 2), 2, 6, list, True, said.append))
     assert [len(batch) for batch in batches] == [2] * 6
     assert {pair.text for batch in batches for _, pair in batch} == {"number 0", "number 1", "number 2"}
     assert said[-1].startswith("9 broken")
-    refusal("no batch of 4", call=lambda: list(shards.batches_of(loaders.load_stream(stream, shards.packed, 4, 0), 4, 3, list, True, said.append)))
+    refusal("no batch of 4", call=lambda: list(shards.batches_of(streamed(stream, 4, 0), 4, 3, list, True, said.append)))
 
 
 def test_a_shard_that_changes_under_way_is_named(tmp_path):

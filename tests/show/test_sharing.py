@@ -62,7 +62,8 @@ def trained(tiny, **settings):
                 "styles": STYLES, "lm_precision": None, **settings}
     return model, {"stage": "gated", "state": checkpoints.trainable_state(model), "args": vars(train_gated.get_args(flags)),
                    "model_args": settings, "metric": "loss", "value": 1.25, "epoch": 3, "frozen": checkpoints.fingerprint(model),
-                   "loss_weights": {"hit_weight": 0.1, "kl_weight": 0.05}, "command": ["train_gated.py", *flags], "torch": "2.9.0", "transformers": "5.0.0"}
+                   "loss_weights": {"hit_weight": 0.1, "kl_weight": 0.05}, "command": ["train_gated.py", *flags], "torch": "2.9.0",
+                   "transformers": "5.0.0"}
 
 
 def evaluated():
