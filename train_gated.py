@@ -32,8 +32,8 @@ from engine.prompts import Collate, answer_length, say_cut
 from engine.run import Run, resumes
 
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")
-# terms of the loss that training_log.csv has of validation alone: hit is of the questions that ask for a style, not of all
-UNLOGGED = ("loss", "total", "hit", "hard_hit", "hit_rows")
+# what the model returns and training_log.csv has of validation alone: a step has too few questions on style; a new term is logged
+UNLOGGED = ("loss", "total", "hit", "hard_hit", "hit_rows", "kl", "style_ce")
 
 
 def get_args(argv=None):

@@ -185,8 +185,10 @@ class Run:
                 checkpoints.verify_saved(path, self.model)
 
     def draw(self):
-        """curves.png of the log so far."""
-        runfolder.draw_curves(self.log.path, self.out / "curves.png", self.panels, self.title)
+        """curves.png of the log so far; terms that no panel knows have one of their own."""
+        further = [(kind, name, f"{name}, {kind}s") for name in self.log.added for kind in ("step", "epoch")]
+        panels = [*self.panels, *([("further terms", further)] if further else [])]
+        runfolder.draw_curves(self.log.path, self.out / "curves.png", panels, self.title)
 
     def result(self, what, script, argv):
         """The end of a stage's main(): its exit code where a signal ended the run, else its result and a line to cite. DataError: there
@@ -198,7 +200,7 @@ class Run:
         result = f"best {what} {self.marks['value']:.4g} in epoch {self.marks['epoch']}"
         self.accelerator.print(f"{result}: {self.out}/best.pt")
         self.accelerator.print(runfolder.cited(script, argv, self.seed, result))
-        return 0
+        return None
 
     # -- the loop
 

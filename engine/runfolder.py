@@ -121,24 +121,35 @@ def start_run(out, settings):
 # --- log ------------
 
 class RunLog:
-    """training_log.csv and TensorBoard. Every row has all `columns`, empty where it has no value."""
+    """training_log.csv and TensorBoard. Every row has all `columns`, empty where it has no value; a value under a new name is a
+    column more, which `added` lists."""
 
     def __init__(self, folder, columns, keep_until=None):
         """keep_until: on resume, drop the rows after this optimizer step (they are trained again)."""
         from torch.utils.tensorboard import SummaryWriter
-        self.path, self.columns = pathlib.Path(folder) / "training_log.csv", columns
-        kept = []
-        if keep_until is not None and self.path.exists():  # a row that a kill cut short has no last column
-            kept = [row for row in read_log(self.path) if row[columns[-1]] is not None and int(row["step"]) <= keep_until]
-        with files.whole_file(self.path) as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(kept)
+        self.path, self.columns, self.added, kept = pathlib.Path(folder) / "training_log.csv", list(columns), [], []
+        if keep_until is not None and self.path.exists():
+            read = read_log(self.path)
+            self.added = [name for name in (read[0] if read else ()) if name not in columns]
+            self.columns += self.added  # a row that a kill cut short has no last column
+            kept = [row for row in read if row.get(self.columns[-1]) is not None and int(row["step"]) <= keep_until]
+        self._write_whole(kept)
         self.board = SummaryWriter(str(folder), purge_step=None if keep_until is None else keep_until + 1)
+
+    def _write_whole(self, rows):
+        with files.whole_file(self.path) as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
 
     def write(self, kind, step, **values):
         """Append a row; kind is "step" or "epoch"."""
         row = {"kind": kind, "step": step, **{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}}
+        new = [name for name in row if name not in self.columns]
+        if new:
+            self.columns += new
+            self.added += new
+            self._write_whole(read_log(self.path))
         with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(row)
         for name, value in values.items():

@@ -87,3 +87,9 @@ def flags(sample, tiny, tmp_path):
         return ["--data", str(sample), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "2", "--batch-size", "16",
                 "--accumulation", "2", "--lr", "1e-3", "--workers", "0", "--precision", "no", "--out", str(tmp_path / out), *more]
     return make
+
+
+def prepared(args):
+    """(Run, Parts) of train_gated.py at the first step of a training with these flags."""
+    import train_gated
+    return train_gated.prepare(args, train_gated.start(args))

@@ -32,7 +32,9 @@ from torch.utils.data import get_worker_info
 import core
 import eval_gated
 import train_gated
+from conftest import prepared
 from engine import checkpoints, environment, errors, loaders, loop, published, runfolder
+from engine.run import Run
 from tools import make_tiny
 from test_rows import bomb
 
@@ -712,7 +714,7 @@ def test_what_is_trained_is_float32_and_small_steps_move_it(build, batch, precis
     assert next(model.language_model.parameters()).dtype == core.DTYPES[precision]
     model(**batch, hit_weight=0.1, kl_weight=0.05)["loss"].backward()
     before = {name: p.detach().clone() for name, p in trained.items() if p.grad.any()}
-    train_gated.make_optimizer(model, 1e-5, 0.01).step()
+    loop.make_optimizer(model, 1e-5, 0.01).step()
     assert len(before) > 20 and [name for name, was in before.items() if torch.equal(was, trained[name])] == []
 
 
@@ -720,8 +722,8 @@ def test_what_is_trained_is_float32_and_small_steps_move_it(build, batch, precis
                                   ("--gating", "gate"), ("--train-qformer",), ("--lora-rank", "2"), ("--style", "none")])
 def test_every_trained_parameter_gets_a_gradient(world, more):
     """25B. None of them may be unused, or several processes would wait for each other."""
-    run = train_gated.prepare(train_gated.get_args(world.train(*more)))
-    train_gated.train_step(run, iter([run.collate([run.train[n] for n in range(4)])]), [0, 1, 2, 3], [(0, [0, 1, 2, 3])])
+    run, parts = prepared(train_gated.get_args(world.train(*more)))
+    train_gated.train_step(run, run.rehearsal(parts.collate([parts.train[n] for n in range(4)]), [0, 1, 2, 3]), parts.weights)
     assert [name for name, p in run.model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -732,11 +734,10 @@ def test_longest_batches_are_rehearsed_first(world, monkeypatch):
     for split, line in (("train", 8), ("val", 4)):
         world.cell("question", "Which of the many boats is red? " * 9, line, split)
     seen = []
-    monkeypatch.setattr(train_gated, "train_step",
-                        lambda run, batches, group, share: seen.append([run.train.rows[n].line for n in group]))
-    monkeypatch.setattr(train_gated, "validate", lambda run, data: seen.append([row.line for row in data.rows]))
-    monkeypatch.setattr(train_gated, "train", lambda *args: None)
-    train_gated.fit(train_gated.get_args(world.train()))
+    monkeypatch.setattr(train_gated, "train_step", lambda run, step, weights: seen.append([r.line for r in run.rows_of(step.group)]))
+    monkeypatch.setattr(train_gated, "validate", lambda run, parts, data, args: seen.append([row.line for row in data.rows]))
+    monkeypatch.setattr(Run, "epochs", lambda *args: ())
+    train_gated.train(train_gated.get_args(world.train()))
     assert len(seen) == 2 and 8 in seen[0] and 4 in seen[1] and len(seen[0]) == len(seen[1]) == 2
 
 
@@ -744,7 +745,7 @@ def loader_dies(world, slow):
     """Train with a loader process that dies at the fifth batch; slow: "loader", the main process waits for it then, or "step", it
     is within a step."""
     read, forward = train_gated.Questions.__getitem__, core.Blip2OPTGated.forward
-    fifth = train_gated.prepare(train_gated.get_args(world.train())).plan(0)[4][0]
+    fifth = prepared(train_gated.get_args(world.train()))[0].plan(0)[4][0]
 
     def killed(questions, index):
         if get_worker_info() and len(questions) == 12 and index in fifth:
@@ -848,12 +849,12 @@ def test_pictures_leave_no_file_open(finished, tiny):
 
 def test_nan_is_never_better():
     """45B."""
-    for metric in ("loss", "em"):
+    for lowest in (True, False):
         for best in (None, 0.5):
-            assert not train_gated.is_better(float("nan"), {"metric": metric, "value": best})
-    assert not train_gated.is_better(float("inf"), {"metric": "loss", "value": None})
-    assert train_gated.is_better(0.4, {"metric": "loss", "value": 0.5})
-    assert train_gated.is_better(0.6, {"metric": "em", "value": 0.5})
+            assert not loop.is_better(float("nan"), {"value": best}, lowest)
+    assert not loop.is_better(float("inf"), {"value": None}, lowest=True)
+    assert loop.is_better(0.4, {"value": 0.5}, lowest=True) and not loop.is_better(0.6, {"value": 0.5}, lowest=True)
+    assert loop.is_better(0.6, {"value": 0.5}) and not loop.is_better(0.4, {"value": 0.5})
 
 
 def test_nan_epoch_leaves_best_as_it_was(world):
@@ -882,7 +883,7 @@ def test_moved_run_goes_on_and_reads_only_what_is_left(finished, tiny, tmp_path,
     assert checkpoints.load_checkpoint(world.last)["step"] == 2 * STEPS
     assert len(reads) == 2 + (STEPS - 2) * 2  # the rehearsal, and the four steps that were left
     monkeypatch.setattr(train_gated.Questions, "__getitem__", read)
-    plan = train_gated.prepare(train_gated.get_args(world.train())).plan(1)
+    plan = prepared(train_gated.get_args(world.train()))[0].plan(1)
     assert reads[2:] == [n for group, _ in plan[2:] for n in group]
 
 

@@ -33,7 +33,7 @@ import torch
 import conftest  # noqa: F401  (sets the import path)
 import eval_gated
 import train_gated
-from engine import checkpoints, errors, runfolder
+from engine import checkpoints, errors, run, runfolder
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc")
 
@@ -89,7 +89,7 @@ HOOKS = {  # point -> what is called there, before or after the call, what is th
     "evaluate": (train_gated.core.Blip2OPTGated, "forward", "before", kill_self),
     "logged": (runfolder.RunLog, "write", "after", kill_self),
     "torn": (runfolder.RunLog, "write", "after", tear),
-    "before best": (train_gated, "save_best", "before", kill_self),
+    "before best": (run.Run, "save_best", "before", kill_self),
     "half": (torch, "save", "before", save_half),
     "unsynced": (os, "fsync", "before", kill_self),
     "synced": (os, "replace", "before", kill_self),
@@ -120,7 +120,7 @@ def obey(order):
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    train_gated.LOG_EVERY, train_gated.PANELS = LOG_EVERY, train_gated.PANELS[:1]  # one small picture: drawing takes long
+    run.LOG_EVERY, train_gated.PANELS = LOG_EVERY, train_gated.PANELS[:1]  # one small picture: drawing takes long
     try:
         if order["point"] in HOOKS:
             arm(order["point"], order["file"], order["nth"])

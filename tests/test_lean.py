@@ -17,6 +17,7 @@ from transformers import Blip2VisionModel
 import core
 import eval_gated
 import train_gated
+from conftest import prepared
 from engine import checkpoints, errors, loop, published
 from engine.errors import DataError
 
@@ -190,8 +191,8 @@ def test_text_lengths_are_those_of_the_batches(build):
 
 def test_a_cache_trains_to_the_same_weights(flags, tmp_path):
     """In float32, with batches of the cache's size: to the bit."""
-    train_gated.fit(train_gated.get_args(flags("--epochs", "1")))
-    run, _ = train_gated.fit(train_gated.get_args(flags("--epochs", "1", "--cache", str(tmp_path / "cache"), out="kept")))
+    train_gated.train(train_gated.get_args(flags("--epochs", "1")))
+    run = train_gated.train(train_gated.get_args(flags("--epochs", "1", "--cache", str(tmp_path / "cache"), out="kept")))
     assert run.model.vision_model is None
     plain, kept = (checkpoints.load_checkpoint(tmp_path / out / "best.pt") for out in ("run", "kept"))
     assert plain["frozen"] == kept["frozen"] and plain["value"] == pytest.approx(kept["value"], rel=1e-5)
@@ -216,7 +217,7 @@ def test_the_tower_is_gone_when_the_language_model_is_loaded(flags, tmp_path, mo
         held.extend(m for m in gc.get_objects() if type(m) is Blip2VisionModel and not any(m is one for one in before))
         return load(*args)
     monkeypatch.setattr(core, "load_blip2", counted)
-    run = train_gated.prepare(train_gated.get_args(flags("--cache", str(tmp_path / "cache"))))
+    run, _ = prepared(train_gated.get_args(flags("--cache", str(tmp_path / "cache"))))
     assert held == [] and run.model.vision_model is None
     with pytest.raises(RuntimeError, match="without the vision tower"):
         run.model.image_features(torch.zeros(1, 3, 112, 112))
@@ -224,18 +225,18 @@ def test_the_tower_is_gone_when_the_language_model_is_loaded(flags, tmp_path, mo
 
 def test_a_second_run_computes_no_feature(flags, tmp_path, monkeypatch, capsys):
     cached = flags("--cache", str(tmp_path / "cache"))
-    train_gated.prepare(train_gated.get_args(cached))
+    prepared(train_gated.get_args(cached))
 
     def opened(path, size):
         raise AssertionError(path)
     monkeypatch.setattr(train_gated.rows, "picture_tensor", opened)
-    run = train_gated.prepare(train_gated.get_args(cached))
-    assert run.train[0][0]["image_embeds"].ndim == 2
+    _, parts = prepared(train_gated.get_args(cached))
+    assert parts.train[0][0]["image_embeds"].ndim == 2
     assert "0 to make" in capsys.readouterr().out
 
 
 def test_a_damaged_cache_is_one_line(flags, tmp_path, capsys):
-    train_gated.prepare(train_gated.get_args(flags("--cache", str(tmp_path / "cache"))))
+    prepared(train_gated.get_args(flags("--cache", str(tmp_path / "cache"))))
     for path in (tmp_path / "cache").glob("vision-*.rows"):
         path.write_bytes(bytes(path.stat().st_size))
     capsys.readouterr()

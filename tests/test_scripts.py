@@ -21,6 +21,7 @@ import metrics
 import train_gated
 from data import rows
 from engine import checkpoints, errors, loaders, loop, runfolder
+from engine.run import Step
 from test_faults import the_error
 from tools import compare_gated
 import conftest
@@ -103,39 +104,45 @@ def micro_batches(sizes):
     return list(range(12)), [(i, [next(numbers) for _ in range(size)]) for i, size in enumerate(sizes)]
 
 
-@pytest.mark.parametrize("sizes", [(6, 6), (5, 5, 2), (4, 4, 4)])
-def test_accumulation_equals_the_large_batch(build, sample, flags, sizes):
+@pytest.fixture
+def make_run(build, sample, flags):
+    """Function: -> (Run on the sample with a model whose Q-Former is trained, Parts with these weights of the style terms)."""
     args = train_gated.get_args(flags())
     data = train_gated.Questions(train_gated.read_data(args, "train"), 112)
 
-    def gradients(sizes):
+    def make(**weights):
         model = build(styles=sorted({r.style for r in data.rows}), train_qformer=True)  # eval mode: no dropout
-        torch.nn.init.normal_(model.gates[0].value.weight, std=0.1)
-        group, share = micro_batches(sizes)
-        collate = train_gated.Collate(model.tokenizer, model.styles, 16)
-        run = train_gated.Run(args, Accelerator(cpu=True), model, model, None, collate, data, data,
-                              {"hit_weight": 0.1, "kl_weight": 0.05}, {}, {})
-        batches = iter(loaders.load_batches(data, collate, [numbers for _, numbers in share], 0))
-        sums = train_gated.train_step(run, batches, group, share)
-        return sums, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        parts = train_gated.Parts(data, data, train_gated.Collate(model.tokenizer, model.styles, 16), weights, {})
+        return train_gated.make_run(args, Accelerator(cpu=True), model, parts, {}), parts
+    return make
 
-    (whole_sums, whole), (split_sums, split) = gradients((12,)), gradients(sizes)
-    assert split_sums["loss"] == pytest.approx(whole_sums["loss"], rel=1e-5)
+
+@pytest.mark.parametrize("sizes", [(6, 6), (5, 5, 2), (4, 4, 4)])
+def test_accumulation_equals_the_large_batch(make_run, sizes):
+    def gradients(sizes):
+        run, parts = make_run(hit_weight=0.1, kl_weight=0.05)
+        torch.nn.init.normal_(run.model.gates[0].value.weight, std=0.1)
+        group, share = micro_batches(sizes)
+        batches = iter(loaders.load_batches(parts.train, parts.collate, [numbers for _, numbers in share], 0))
+        step = Step(run, 0, group, share, batches)
+        train_gated.train_step(run, step, parts.weights)
+        return step.means(), {n: p.grad for n, p in run.model.named_parameters() if p.requires_grad}
+
+    (whole_means, whole), (split_means, split) = gradients((12,)), gradients(sizes)
+    assert split_means["loss"] == pytest.approx(whole_means["loss"], rel=1e-5)
     for name, gradient in whole.items():
         assert torch.allclose(split[name], gradient, atol=1e-5, rtol=1e-3), name
 
 
-def test_dropout_differs_between_steps_and_micro_batches(build, sample, flags):
-    args = train_gated.get_args(flags())
-    data = train_gated.Questions(train_gated.read_data(args, "train"), 112)
-    model = build(styles=sorted({r.style for r in data.rows}), train_qformer=True).train()
-    collate = train_gated.Collate(model.tokenizer, model.styles, 16)
-    batch = collate([data[n] for n in range(4)])
-    run = train_gated.Run(args, Accelerator(cpu=True), model, model, None, collate, data, data, {}, {}, {})
+def test_dropout_differs_between_steps_and_micro_batches(make_run):
+    run, parts = make_run()
+    run.model.train()
+    batch = parts.collate([parts.train[n] for n in range(4)])
 
-    def loss(step, number):
-        run.step = step
-        return train_gated.train_step(run, iter([batch]), [0, 1, 2, 3], [(number, [0, 1, 2, 3])])["loss"]
+    def loss(number, micro_batch):
+        run.step, step = number, Step(run, 0, [0, 1, 2, 3], [(micro_batch, [0, 1, 2, 3])], iter([batch]))
+        train_gated.train_step(run, step, parts.weights)
+        return step.means()["loss"]
 
     assert loss(0, 0) == loss(0, 0) and len({loss(0, 0), loss(1, 0), loss(0, 1), loss(1, 1)}) == 4
 
@@ -166,7 +173,7 @@ def test_cosine_lr_values():
 
 def test_no_decay_on_biases_and_norms(build):
     model = build(train_qformer=True)
-    optimizer = train_gated.make_optimizer(model, 1e-3, 0.01)
+    optimizer = loop.make_optimizer(model, 1e-3, 0.01)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
     decayed = {id(p) for p in optimizer.param_groups[0]["params"]}
     for name, parameter in model.named_parameters():
