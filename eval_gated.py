@@ -1,6 +1,6 @@
 """eval_gated.py: what a best.pt of train_gated.py can do, beside what costs nothing.
 
-    python eval_gated.py --checkpoint runs/gated/best.pt                      # data and models as in training
+    python eval_gated.py --checkpoint runs/gated                              # data and models as in training
     python eval_gated.py --checkpoint runs/gated/best.pt --split test --predictions runs/gated/test.json
     python eval_gated.py --checkpoint runs/gated/best.pt --report runs/gated/report.html     # a page to look at
     python eval_gated.py --checkpoint runs/gated/best.pt --ask "What style is this?" --images photos --answers answers.csv

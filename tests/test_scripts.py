@@ -529,7 +529,8 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(trained, tm
     monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *args: pytest.fail("the checkpoint was loaded"))
     (tmp_path / "file").write_text("")
     (tmp_path / "p").mkdir()
-    for command in (["--checkpoint", "best.pt", "--report", str(tmp_path / "file/r.html")],
+    (tmp_path / "best.pt").touch()
+    for command in (["--checkpoint", str(tmp_path), "--report", str(tmp_path / "file/r.html")],
                     ask(trained, tmp_path / "p", "--answers", str(tmp_path / "file/a.csv"))):
         assert errors.exit_code(eval_gated.main, command) == 2
         assert "cannot be written" in capsys.readouterr().err
