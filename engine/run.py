@@ -30,6 +30,8 @@ from engine.errors import DEAD_LOADER, DataError, dead_loader
 
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 CLIP = 1.0  # gradient norm
+COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm")  # of training_log.csv; more come with the terms that are logged
+PANELS = (("loss", [("step", "loss", "training"), ("epoch", "loss", "validation")]),)
 
 
 def versions():
@@ -81,7 +83,7 @@ class Run:
 
     def __init__(self, stage, out, accelerator, model, wrapped, optimizer, *, rows, plan, batches, epochs, lr, seed, metric, settings,
                  best, lowest=False, frozen=None, base=("base model", "--blip2"), state=None, load_state=None, weigh=len, clip=CLIP,
-                 columns=(), panels=(), title="", unit="rows", tell=loop.format_metrics, save_last=False, disk=None):
+                 columns=COLUMNS, panels=PANELS, title="", unit="rows", tell=loop.format_metrics, save_last=False, disk=None):
         self.stage, self.out, self.accelerator = stage, pathlib.Path(out), accelerator
         self.model, self.wrapped, self.optimizer = model, wrapped, optimizer
         self.rows, self.plan, self.batches, self.weigh, self.clip = rows, plan, batches, weigh, clip
