@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import core
 import train_gated
 from data import rows
-from engine import checkpoints, environment, files, loop, published, runfolder, saved
+from engine import checkpoints, environment, files, loop, published, saved
 from engine.errors import DataError
 from show import sharing
 
