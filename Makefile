@@ -12,9 +12,12 @@ setup: .venv/installed
 	$(PY) -m pip install -q -r requirements.txt
 	touch $@
 
-look: setup
-	$(PY) -m pip install -q "gradio>=6,<7"
+look: .venv/gradio
 	$(PY) demo.py --open
+
+.venv/gradio: .venv/installed
+	$(PY) -m pip install -q "gradio>=6,<7"
+	touch $@
 
 demo: setup
 	rm -rf runs/demo

@@ -77,9 +77,9 @@ def get_args(argv=None):
                              f"the first there is of {', '.join(CHECKPOINTS)}, else tiny)")
     parser.add_argument("--blip2", metavar="ID|DIR", help="where the BLIP-2 of --checkpoint lies now, if it moved")
     parser.add_argument("--efficientnet", metavar="FILE", help="where its style classifier lies now, if it moved")
-    parser.add_argument("--captioner", metavar="FILE|DIR", help="best.pt of train_blip_caption.py or a BLIP folder (default: "
-                                                                "the tiny one that ships)")
-    parser.add_argument("--retrieval", metavar="FILE", help="best.pt of train_cir.py")
+    parser.add_argument("--captioner", metavar="FILE|DIR", help="run folder or best.pt of train_blip_caption.py, or a BLIP folder "
+                                                                "(default: the tiny one that ships)")
+    parser.add_argument("--retrieval", metavar="FILE|DIR", help="run folder or best.pt of train_cir.py")
     parser.add_argument("--gallery", metavar="DIR", help="folder of pictures that tab Find looks through")
     parser.add_argument("--report", metavar="FILE.html", help="what tab Errors shows")
     parser.add_argument("--data", default="data/artquest", metavar="DIR",
@@ -210,10 +210,9 @@ def load_asked(checkpoint, data, blip2=None, efficientnet=None):
 def load_captioner(place):
     """--captioner -> function: picture's path -> caption."""
     import train_blip_caption
-    path = pathlib.Path(place)
-    path = path / "best.pt" if (path / "best.pt").is_file() else path
-    named = ["--checkpoint" if path.is_file() else "--blip", str(path)]
-    args = train_blip_caption.get_args(["--caption", str(path), *named, "--precision", loop.precision_of("auto")])
+    is_blip = not os.path.exists(place) or os.path.isfile(os.path.join(place, "config.json"))
+    named = ["--blip" if is_blip else "--checkpoint", place]
+    args = train_blip_caption.get_args(["--caption", place, *named, "--precision", loop.precision_of("auto")])
     model, tokenizer, _, accelerator, generation = train_blip_caption.ready(args)
     size = model.config.vision_config.image_size
 

@@ -1,6 +1,6 @@
 """eval_gated.py: what a best.pt of train_gated.py can do, beside what costs nothing.
 
-    python eval_gated.py --checkpoint runs/gated/best.pt                      # data and models as in training
+    python eval_gated.py --checkpoint runs/gated                              # data and models as in training
     python eval_gated.py --checkpoint runs/gated/best.pt --split test --predictions runs/gated/test.json
     python eval_gated.py --checkpoint runs/gated/best.pt --report runs/gated/report.html     # a page to look at
     python eval_gated.py --checkpoint runs/gated/best.pt --ask "What style is this?" --images photos --answers answers.csv
@@ -48,7 +48,7 @@ BEFORE = {"val_share": 0.1, "images": None, "columns": [], "encoding": "utf-8", 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of train_gated.py")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help="run folder of train_gated.py, or its best.pt")
     parser.add_argument("--data", metavar="DIR", help="folder with the CSV files (default: the one of training)")
     parser.add_argument("--images", metavar="DIR", help="image root (default: as in training, or DATA/images); with --ask "
                                                         "the folder of pictures")
@@ -460,6 +460,7 @@ def refuse_places(args):
 
 def main(argv=None):
     args = get_args(argv)
+    args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # maps/ and the report's curves go by its folder
     refuse_places(args)
     checkpoint = checkpoints.load_checkpoint(
         args.checkpoint, ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen"))

@@ -35,7 +35,7 @@ from data import pairs, rows, shards
 from engine import checkpoints, environment, errors, files, flags, loaders, loop, published, runfolder
 from engine.errors import DataError
 
-DEFAULT, BERT = "Salesforce/blip2-itm-vit-g", "bert-base-uncased"
+DEFAULT, BERT = published.DEFAULTS["blip2-itm"], "bert-base-uncased"
 NEXT = "transformers' Blip2ForImageTextRetrieval, train_cir.py --blip2 and train_gated.py --qformer"  # what takes OUT/hf
 SMOOTHING = 0.1  # of ITC's targets and of ITG's, as in LAVIS
 CLIP = 1.0  # gradient norm
@@ -670,6 +670,7 @@ def make_optimizer(model, lr, weight_decay):
 
 def prepare(args):
     """Flags -> a Run at its first step: pairs, model, optimizer."""
+    published.refuse_missing({"BLIP-2": published.missing_model(args.blip2, "blip2-itm")})
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     with accelerator.main_process_first():  # one counts the tar files' samples, the others find the counts
         train, val, streamed = read_data(args, accelerator.print)
@@ -786,6 +787,7 @@ def convert(args):
         raise DataError(f"{folder} is there already: choose another --out")
     files.refuse_unwritable(folder)
     args.init = args.convert
+    published.refuse_missing({"BLIP-2": published.missing_model(args.blip2, "blip2-itm")})
     export(load_model(args, core.DTYPES["fp16"]), folder)
     print(f"{folder}: for {NEXT}")
 

@@ -38,7 +38,7 @@ from engine.errors import DataError
 from show import report
 from show.report import write_cases
 
-DEFAULT = "Salesforce/blip-image-captioning-base"
+DEFAULT = published.DEFAULTS["blip"]
 # conservative: what the analysis of the first runs recommends; original: what was run
 RECIPES = {"conservative": {"unfreeze": 1, "lr": 1e-5, "vision_lr": 0.05, "weight_decay": 0.05, "patience": 3},
            "original": {"unfreeze": 3, "lr": 3e-5, "vision_lr": 0.1, "weight_decay": 0.01, "patience": 5}}
@@ -104,7 +104,8 @@ def get_args(argv=None):
     look.add_argument("--max-val", type=flags.positive, metavar="N", help="score N pictures only (default: the whole split)")
     look.add_argument("--val-batch", type=flags.positive, default=32, help="pictures captioned at once (default: 32)")
     look.add_argument("--zero-shot", action="store_true", help="score the untrained weights and stop")
-    look.add_argument("--checkpoint", metavar="FILE", help="a best.pt: score it and stop, or use it for --caption")
+    look.add_argument("--checkpoint", metavar="DIR|FILE",
+                      help="a run folder or its best.pt: score it and stop, or use it for --caption")
     look.add_argument("--caption", nargs="+", metavar="PATH", help="caption these pictures and folders of pictures and stop")
     look.add_argument("--captions", metavar="FILE.csv",
                       help="with --caption DIR: image, caption of every picture in the folder and in those below; goes on where it "
@@ -511,6 +512,7 @@ def rehearse(run):
 
 def prepare(args):
     """Flags -> a Run at its first step: pictures, model, optimizer."""
+    published.refuse_missing({"BLIP": published.missing_model(args.blip, "blip")})
     # with a schedule DDP meets parameters that are still frozen
     scattered = [DistributedDataParallelKwargs(find_unused_parameters=True)] if args.unfreeze_schedule else []
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available(),
@@ -662,14 +664,17 @@ def ready(args):
     """What generates without training -> (model in eval mode, tokenizer, Collate, Accelerator, generation settings)."""
     best = {"generation": GENERATION}
     if args.checkpoint:
+        args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # the report's curves go by its folder
         best = checkpoints.load_checkpoint(args.checkpoint, ("state", "model_args", "open", "frozen", "generation", "precision"))
         if best.get("stage") != "blip":
             raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({best.get('stage')}) and not of this one")
+    name = args.blip or best["model_args"]["blip"]
+    published.refuse_missing({"BLIP": published.missing_model(name, "blip")})
     if args.checkpoint and args.precision == "auto" and torch.cuda.is_available():
         args.precision = best["precision"]  # as in training: rounding can change a caption
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     with accelerator.main_process_first():
-        model, tokenizer = load_trained(args.blip, best, args.checkpoint) if args.checkpoint else load_blip(args.blip)
+        model, tokenizer = load_trained(name, best, args.checkpoint) if args.checkpoint else load_blip(name)
     collate = Collate(model.config.text_config.pad_token_id, model.config.text_config.bos_token_id)
     return model.eval().to(accelerator.device), tokenizer, collate, accelerator, best["generation"]
 

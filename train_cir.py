@@ -36,7 +36,7 @@ from engine import cache, checkpoints, environment, errors, files, flags, loader
 from engine.errors import DataError
 from show import gallery, report
 
-DEFAULT = "Salesforce/blip2-itm-vit-g"
+DEFAULT = published.DEFAULTS["blip2-itm"]
 CLIP = 1.0  # gradient norm
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 RECALLS = {"cirr": ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"), "fashioniq": ("R@10", "R@50", "mean")}
@@ -106,7 +106,8 @@ def get_args(argv=None):
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     look = parser.add_argument_group("evaluation and search")
-    look.add_argument("--checkpoint", metavar="FILE", help="a best.pt: score the validation split, or use it for --search")
+    look.add_argument("--checkpoint", metavar="DIR|FILE",
+                      help="a run folder or its best.pt: score the validation split, or use it for --search")
     look.add_argument("--submit", metavar="DIR", help="write the two files of CIRR's test server for the split test1")
     look.add_argument("--gate-maps", metavar="DIR",
                       help="a picture for each of 8 validation queries: what the gate changed, what was found")
@@ -345,6 +346,11 @@ def contrastive_loss(similarity, temp, same, hard_batch=0.0):
     return F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(B, device=logits.device))
 
 
+def refuse_missing_model(args):
+    """DataError, before anything is read, where --blip2 is not here and cannot be fetched."""
+    published.refuse_missing({"BLIP-2": published.missing_model(args.blip2 or DEFAULT, "blip2-itm")})
+
+
 def load_model(args, dtype):
     """--blip2 and --qformer -> Sprc. A hub's ID is looked for in models/ first."""
     name = published.in_models(args.blip2 or DEFAULT, "blip2-itm")
@@ -524,12 +530,14 @@ def save_best(run, out):
 
 def load_best(args):
     """--checkpoint -> (its content, Sprc in eval mode as it was trained, Accelerator). A --blip2 on the command line wins."""
+    args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # galleries/ and the report's curves go by its folder
     best = checkpoints.load_checkpoint(args.checkpoint, ("state", "model_args", "frozen", "precision"))
     if best.get("stage") != "cir":
         raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({best.get('stage')}) and not of this one")
     for name in MODEL_ARGS:
         if name != "blip2" or not args.blip2:
             setattr(args, name, best["model_args"][name])
+    refuse_missing_model(args)
     if args.precision == "auto" and torch.cuda.is_available():
         args.precision = best["precision"]
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
@@ -644,6 +652,7 @@ def rehearse(run):
 
 def prepare(args):
     """Flags -> a Run at its first step: annotations, model, optimizer."""
+    refuse_missing_model(args)
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     train, val = (read_data(args, split, accelerator.print) for split in ("train", "val"))
     loop.seed_everything(args.seed)

@@ -11,6 +11,7 @@ Data flow: CSV row -> Questions -> collate -> Blip2OPTGated.forward -> loss -> l
 
 import argparse
 import math
+import os
 import pathlib
 import sys
 from collections import Counter
@@ -64,7 +65,7 @@ def get_args(argv=None):
     data.add_argument("--cache", metavar="DIR", help="keep the frozen towers' features there, computed once: 0.7 MB a picture in "
                                                      "bf16 (default: none, the towers run in every step)")
     model = parser.add_argument_group("model")
-    model.add_argument("--blip2", default="Salesforce/blip2-opt-2.7b", metavar="ID|DIR|tiny",
+    model.add_argument("--blip2", default=published.DEFAULTS["blip2"], metavar="ID|DIR|tiny",
                        help="HuggingFace id, local folder, or tiny (ships with the project); default Salesforce/blip2-opt-2.7b, "
                             "taken from models/blip2-opt-2.7b where that folder exists")
     model.add_argument("--qformer", metavar="DIR|FILE", help="Q-Former from elsewhere: an HF BLIP-2 or image-text-retrieval "
@@ -115,6 +116,65 @@ def get_args(argv=None):
     return flags.parse_args(parser, argv)
 
 
+# --- what is missing ------------
+
+def missing(args):
+    """{thing: lines, see published.missing_model} of all that a training needs and that is not there. Loads nothing."""
+    found = {"data": missing_data(args), "BLIP-2": published.missing_model(args.blip2, "blip2")}
+    means_tiny = args.blip2 == "tiny" or (found["BLIP-2"] and "tiny" in published.alike(args.blip2, "blip2"))
+    if args.blip2 == "tiny" and not args.efficientnet:
+        found["BLIP-2"] = published.missing_tiny("blip2", "efficientnet-28.pt")
+    elif args.efficientnet or not means_tiny:
+        found["style classifier"] = missing_classifier(args)
+    if args.qformer and not os.path.exists(files.located(args.qformer)):
+        found["Q-Former"] = [f"{args.qformer}: no such file or folder: check --qformer"]
+    return {thing: lines for thing, lines in found.items() if lines}
+
+
+def missing_splits(args):
+    """Those of train and val that have no table."""
+    return [split for split in ("train", "val") if not os.path.isfile(args.data)
+            and not any(os.path.isfile(os.path.join(args.data, name)) for name in rows.table_names(split))]
+
+
+def missing_data(args):
+    """Lines about --data, see `missing`."""
+    lacking = missing_splits(args)
+    if not lacking:
+        return []
+    there = sorted(rows.entries(args.data))
+    fault = f"{args.data}: no such file or folder"
+    if os.path.isdir(args.data):
+        listed = ", ".join(there[:4]) + (f" and {len(there) - 4} more" if len(there) > 4 else "")
+        fault = f"{args.data}: no {' and no '.join(f'{split}.csv' for split in lacking)} in it, only {listed or 'nothing'}"
+    ways = ["python tools/make_sample.py draws a small set into data/artquest",
+            "--data DIR takes your own: train.csv and val.csv with the columns image, question, answer;",
+            "  pictures in DIR/images; other layouts, names and columns: data/README.md"]
+    if lacking == ["val"]:
+        ways.insert(0, "--data FILE takes the training table alone, of which a tenth is held out for validation")
+    return [fault, *ways]
+
+
+def missing_classifier(args):
+    """Lines about a style classifier that is not tiny's own, see `missing`."""
+    place = published.classifier_place(None, args.efficientnet)
+    if os.path.isfile(place) or (args.gating == "none" and args.style != "efficientnet"):
+        return []
+    return [f"{place}: no such file",
+            "--blip2 tiny has its own",
+            "python efficientnet_pretrain.py --data wikiart --pretrained trains one; its data: data/README.md",
+            "--efficientnet FILE takes one from elsewhere",
+            "--gating none trains without gates and needs none"]
+
+
+def shortest_way(args, absent):
+    """The commands from what `missing` found to a first training, "" where one of its own lines says as much."""
+    if set(absent) <= {"data"} or args.blip2 == "tiny":
+        return ""
+    data, drawn = ("data/artquest", "python tools/make_sample.py, then ") if "data" in absent else (args.data, "")
+    return f"the shortest way: {drawn}python train_gated.py --data {data} --blip2 tiny"
+
+
 # --- data: your own data set goes here ------------
 
 def read_data(args, split, say=print):
@@ -126,8 +186,9 @@ def read_data(args, split, say=print):
 
 def check_data(args):
     """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
-    splits, failed = {}, False
-    for split in ("train", "val"):
+    absent = missing(args)
+    splits, failed = {}, bool(absent)
+    for split in sorted({"train", "val"} - set(missing_splits(args))):
         try:
             splits[split] = read_data(args, split)
         except DataError as error:
@@ -143,7 +204,10 @@ def check_data(args):
         print(f"in {' and '.join(names)}: {image}")
     if len(shared) > 10:
         print(f"... {len(shared)} pictures stand in more than one split")
-    check_tokens(args, splits)
+    if "BLIP-2" not in absent:
+        check_tokens(args, splits)
+    if absent:
+        print(f"error: {published.told_missing(absent, shortest_way(args, absent))}")
     print("training would fail" if failed else "training can start")
     return int(failed)
 
@@ -391,9 +455,11 @@ def rehearse(run):
 
 def prepare(args):
     """Flags -> a Run at its first step: rows, features, model, optimizer."""
+    absent = missing(args)
+    published.refuse_missing(absent, shortest_way(args, absent))
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     splits = [read_data(args, split, accelerator.print) for split in ("train", "val")]
-    places = published.resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
+    places = published.resolved({"blip2": args.blip2, "efficientnet": args.efficientnet, "qformer": args.qformer})
 
     def load_style():
         return core.EfficientNet28.from_checkpoint(places["efficientnet"], args.safe_load).eval()

@@ -91,7 +91,8 @@ def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, ski
     """Pictures of a split, bad ones refused, with skip_bad left out and listed; training captions cleaned if asked for."""
     path = str(split_file(data, split))
     if not os.path.isfile(path):
-        raise DataError(f"{path}: there is no such file: --data is a folder with train_captions.json and val_captions.json")
+        raise DataError(f"{path}: there is no such file: --data is a folder with train_captions.json and val_captions.json; "
+                        "python tools/make_sample.py draws one, data/artquest")
     captions, names = read_captions(path, encoding)
     named = [(names.get(key, key), texts) for key, texts in captions.items()]  # COCO's keys are numbers
     root, listings, missed, found = rows.image_root(path, images, "", named[0][0]), {}, 0, []

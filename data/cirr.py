@@ -87,7 +87,7 @@ def annotation_folder(data):
         if os.path.isdir(os.path.join(folder, "captions")):
             return folder
     raise DataError(f"{data}: no folder captions/ in it, nor in {os.path.join(data, 'cirr')}: --data is the folder that holds "
-                    "captions/ and image_splits/")
+                    "captions/ and image_splits/; python tools/make_sample.py --cirr draws one, data/cirr")
 
 
 def needed_file(folder, inner, name):

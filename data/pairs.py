@@ -74,7 +74,8 @@ def split_file(place, split):
     if os.path.isfile(place):
         return place if split == "train" else ""
     if not os.path.isdir(place):
-        raise DataError(f"{place}: there is no such file or folder: check --data")
+        raise DataError(f"{place}: there is no such file or folder: check --data; python tools/make_sample.py draws a set for "
+                        "--data drawn=data/artquest")
     paths = [os.path.join(place, inner, name) for inner in ("", "annotations") for name in FILES[split]]
     found = [path for path in paths if os.path.isfile(path)]
     if len(found) > 1:

@@ -72,18 +72,23 @@ def entries(folder):
         return []
 
 
-def find_table(folder_or_file, split):
-    """The file of a split: the one given, else the one of `wanted` that is in the folder. DataError: none, or more than one.
+def table_names(split):
+    """Names that the table of a split may have in its folder.
 
     A metadata file in the folder itself holds the training split, as Hugging Face's ImageFolder has it."""
+    names = [f"{split}.csv", f"{split}.tsv", f"artquest_{split}.csv", f"{split}.json", f"{split}.jsonl", f"{split}/metadata.csv",
+             f"{split}/metadata.jsonl"]
+    return names + (["metadata.csv", "metadata.jsonl"] if split == "train" else [])
+
+
+def find_table(folder_or_file, split):
+    """The file of a split: the one given, else the one of table_names that is in the folder. DataError: none, or more than one."""
     place = str(folder_or_file)
     if not os.path.isdir(place):
         if not os.path.exists(place):
             raise DataError(f"{place}: there is no such file or folder: check --data")
         return place
-    wanted = [f"{split}.csv", f"{split}.tsv", f"artquest_{split}.csv", f"{split}.json", f"{split}.jsonl",
-              f"{split}/metadata.csv", f"{split}/metadata.jsonl"]
-    wanted += ["metadata.csv", "metadata.jsonl"] if split == "train" else []
+    wanted = table_names(split)
     found = [name for name in wanted if os.path.isfile(os.path.join(place, name))]
     if len(found) > 1:
         raise DataError(f"{place}: {' and '.join(found)} are there, and each could be the {split} split: move all but one away")

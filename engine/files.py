@@ -1,4 +1,4 @@
-"""files.py: files that are whole or not there at all, locks, full disks."""
+"""files.py: files that are whole or not there at all, where relative paths are looked for, locks, full disks."""
 
 import contextlib
 import hashlib
@@ -8,6 +8,14 @@ import shutil
 import tempfile
 
 from engine.errors import DataError
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def located(place):
+    """A path from the working directory, else from the project's folder where it is there; absolute paths stay as they are."""
+    own = os.path.join(PROJECT, place)
+    return own if os.path.exists(own) and not os.path.exists(place) else str(place)
 
 
 @contextlib.contextmanager

@@ -2,11 +2,15 @@
 
     load_blip2, load_published   an id or a folder, complete or one line that says what is wrong with it
     load_config, load_tokenizer, load_vision, load_bert, image_size_of, local_folder, hub_answers   one part alone
+    missing_model, refuse_missing   is it here, or can it be fetched? Else one error that says what is missing, and the ways to it
     read_weights, qformer_weights, replace_qformer   a Q-Former from another folder or from a LAVIS .pth
 """
 
+import difflib
 import importlib.util
 import json
+import logging
+import os
 import pathlib
 import socket
 import urllib.parse
@@ -14,8 +18,10 @@ import urllib.request
 
 import torch
 
+from data.tables import shown
 from engine.checkpoints import load_foreign, load_strictly, unwrap_state
 from engine.errors import DataError
+from engine.files import PROJECT, located
 
 
 # --- folders in HuggingFace's format ------------
@@ -58,9 +64,16 @@ def quantization(lm_precision, dtype):
     from transformers import BitsAndBytesConfig
     kept = ["vision_model", "qformer", "language_projection", "query_tokens", "lm_head"]
     if lm_precision == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(no_word_on_float16)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
+
+
+def no_word_on_float16(record):
+    """Filter of bitsandbytes' log. In every pass of every layer it says that int8 is reached through float16, thousands of lines a
+    run. So it is, in this method; giving it float16 would silence it, and would round the gradients that pass through as well."""
+    return "will be cast" not in str(record.msg)
 
 
 def keep_4bit_layout(model):
@@ -89,7 +102,7 @@ def load_published(model_class, kind, name, dtype=torch.float32, **options):
             errors.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
         if pathlib.Path(name).exists():
             raise DataError(f"{name}: cannot be loaded as {kind}: {errors[0]}")
-        if not local or not hub_answers():
+        if not local or not may_be_hub_id(name) or not hub_answers():
             raise DataError(f"no {kind} called {name!r} on this machine and none could be fetched: pass {flag} with a local "
                             f"folder in HuggingFace's format, or {flag} tiny ({errors[-1]})")
     wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
@@ -137,7 +150,7 @@ def load_vision(name, dtype=torch.float32):
 
 
 # tools/make_tiny.py is the recipe; {part}.json beside each is its record
-TINY = pathlib.Path(__file__).resolve().parent.parent / "models/tiny"
+TINY = PROJECT / "models/tiny"
 
 
 def tiny(part):
@@ -148,18 +161,29 @@ def tiny(part):
 
 
 def in_models(name, tiny_part=None):
-    """A hub's ID as models/NAME where that folder is, "tiny" as the place of tiny_part (see tiny), any other name as it is."""
+    """A hub's ID as models/NAME where that folder is, "tiny" as the place of tiny_part (see tiny), any other name as it is. Folders
+    are looked for as files.located does."""
     if name == "tiny" and tiny_part:
         return tiny(tiny_part)
-    here = pathlib.Path("models") / name.split("/")[-1]
-    return str(here) if here.is_dir() and not pathlib.Path(name).exists() else name
+    given, kept = located(name), located(os.path.join("models", pathlib.PurePath(name).name))
+    return kept if os.path.isdir(kept) and not os.path.exists(given) else given
 
 
 def resolved(built_from):
-    """model_args with names made into places: tiny's own files; a hub's ID is looked for in models/ first."""
-    own = tiny("efficientnet-28.pt") if built_from["blip2"] == "tiny" else "runs/efficientnet-28/best.pt"
-    return {**built_from, "blip2": in_models(built_from["blip2"], "blip2"),
-            "efficientnet": str(built_from["efficientnet"] or own)}
+    """model_args with names made into places: tiny's own files; a hub's ID is looked for in models/ first. Relative paths are
+    looked for as files.located does."""
+    places = {**built_from, "blip2": in_models(built_from["blip2"], "blip2"),
+              "efficientnet": classifier_place(built_from["blip2"], built_from["efficientnet"])}
+    if places.get("qformer"):
+        places["qformer"] = located(places["qformer"])
+    return places
+
+
+def classifier_place(blip2, given):
+    """The style classifier's file: the one given, or that of the run folder given; else tiny's own or the default."""
+    own = tiny("efficientnet-28.pt") if blip2 == "tiny" and not given else "runs/efficientnet-28/best.pt"
+    place = located(given or own)
+    return os.path.join(place, "best.pt") if os.path.isdir(place) else place
 
 
 def local_folder(name):
@@ -262,6 +286,117 @@ def hub_answers():
     except OSError:
         return False
     return True
+
+
+# --- what is missing, and the ways to it ------------
+
+DEFAULTS = {"blip2": "Salesforce/blip2-opt-2.7b", "blip": "Salesforce/blip-image-captioning-base",
+            "blip2-itm": "Salesforce/blip2-itm-vit-g"}  # of each part of tiny the published model that it stands for
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+ALIKE = 0.7  # difflib's likeness of two names from which one may be a slip of the other
+
+
+def missing_model(name, part):
+    """[] where this BLIP-2 or BLIP is on this machine or can be fetched, else lines: the fault, then the ways to a model.
+
+    part: of tiny, see there. Loads nothing: of weights only the header is read."""
+    if name == "tiny":
+        return missing_tiny(part)
+    if os.path.exists(in_models(name)):
+        return [] if part == "blip2-itm" else folder_fault(in_models(name), part)  # pretrain_qformer takes a vision tower too
+    fault = "" if is_cached(name) else hub_fault(name)
+    if not fault:
+        return []
+    default, flag = DEFAULTS[part], "--blip" if part == "blip" else "--blip2"
+    ways = [f"{flag} tiny takes the small one that ships with the project",
+            f"{flag} DIR takes a local folder in HuggingFace's format",
+            f"download {default} into models/{default.split('/')[1]}: data/README.md"]
+    names, there = [] if name == default else alike(name, part), folders_in_models(part)
+    hint = f"did you mean {' or '.join(names)}?" if names else f"in models/ there is already {', '.join(there[:3])}"
+    return [fault, *([hint] if names or there else []), *ways]
+
+
+def folder_fault(place, part):
+    """[] for a folder that holds a model of the kind of `part`, else what is wrong with it."""
+    try:
+        refuse_other_folder(pathlib.Path(place), "BLIP" if part == "blip" else "BLIP-2")
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
+def missing_tiny(*parts):
+    """missing_model's lines about those of the tiny models that are not in models/tiny."""
+    absent = [f"models/tiny/{part}" for part in parts if not (TINY / part).exists()]
+    return [f"{' and '.join(absent)}: missing, though shipped with the project",
+            "git checkout -- models/tiny brings the tiny models back"] if absent else []
+
+
+def may_be_hub_id(name):
+    """Is this OWNER/NAME, as every BLIP and BLIP-2 on the hub is called, and no path into a folder of this project?"""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    owner, slash, _ = name.partition("/")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return bool(slash) and owner not in ("models", "runs", "data", ".", "..", "~")
+
+
+def is_cached(name):
+    """Are the weights of a hub's ID in the hub's cache?"""
+    from huggingface_hub import try_to_load_from_cache
+    return may_be_hub_id(name) and any(isinstance(try_to_load_from_cache(name, file), str) for file in WEIGHTS)
+
+
+def hub_fault(name):
+    """Why a name cannot be fetched from the hub, "" where it can. A name that is none of the hub's is never asked for there."""
+    from huggingface_hub import constants, file_exists
+    from huggingface_hub.errors import HfHubHTTPError
+    if not may_be_hub_id(name):
+        return f"no such folder: {shown(name, 60)}" if "/" in name else (
+            f"{shown(name, 60)} is no folder here and no name on the hub (OWNER/NAME)")
+    absent = f"{name} is not on this machine"
+    if constants.HF_HUB_OFFLINE:
+        return f"{absent}, and HF_HUB_OFFLINE forbids to fetch it"
+    try:
+        if hub_answers():
+            return "" if file_exists(name, "config.json") else f"{absent}, and the hub has no such model"
+    except HfHubHTTPError:  # the hub is there and answers something else, which is told where the model is loaded
+        return ""
+    except Exception:  # of a connection, from one of two libraries: a proxy that leads nowhere
+        pass
+    return f"{absent}, and the hub cannot be reached"
+
+
+def alike(name, part):
+    """The names that look like `name` among those that work: tiny, the folders in models/, the hub's ID; the closest first."""
+    def likeness(other):
+        return difflib.SequenceMatcher(None, *(pathlib.PurePath(n).name.lower() for n in (name, other))).ratio()
+
+    names = ["tiny", *folders_in_models(part), DEFAULTS[part]]
+    return [other for other in sorted(names, key=likeness, reverse=True) if likeness(other) >= ALIKE][:3]
+
+
+def folders_in_models(part):
+    """models/NAME of every folder there, in the working directory or the project, that holds a model of the kind of `part`."""
+    configs = [config for root in (pathlib.Path(), PROJECT) for config in root.glob("models/*/config.json")]
+    return sorted({f"models/{config.parent.name}" for config in configs if not folder_fault(config.parent, part)})
+
+
+def told_missing(missing, shortest=""):
+    """{thing: lines, see missing_model} as one text, "" where no thing has lines. shortest: a last line of it."""
+    told = [[f"{thing}: {lines[0]}", *(f"  {way}" for way in lines[1:])] for thing, lines in missing.items() if lines]
+    if len(told) > 1:
+        told = [[f"{len(told)} things are missing:"], *([f"  {line}" for line in lines] for lines in told)]
+    return "\n".join([*(line for lines in told for line in lines), *([f"  {shortest}"] if told and shortest else [])])
+
+
+def refuse_missing(missing, shortest=""):
+    """DataError with told_missing, unless nothing is."""
+    told = told_missing(missing, shortest)
+    if told:
+        raise DataError(told)
 
 
 # --- a Q-Former from elsewhere ------------

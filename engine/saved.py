@@ -20,9 +20,9 @@ import safetensors
 import safetensors.torch
 
 from data.tables import shown
-from engine import published
-from engine.checkpoints import fingerprint, load_checkpoint, other_parts
+from engine import checkpoints, published
 from engine.errors import DataError
+from engine.files import located
 
 FORMAT = 1  # of gate_config.json; a file of a higher one is refused
 CONFIG, GATES, ADAPTER, ADAPTER_CONFIG = "gate_config.json", "gates.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -50,14 +50,11 @@ def read(folder, known):
     """A run's folder, its best.pt, or an exported folder (which goes first where a folder is both) -> Saved.
 
     known: names of the settings that this version's model takes."""
-    path = pathlib.Path(folder)
+    path = pathlib.Path(located(folder))
     if (path / CONFIG).is_file():
         return _read_export(path, known)
-    if path.is_dir() and not (path / "best.pt").is_file():
-        raise DataError(f"{folder}: neither best.pt nor {CONFIG} in it: give the folder of a run of train_gated.py, its best.pt, "
-                        "or a folder that eval_gated.py --export wrote")
-    path = path / "best.pt" if path.is_dir() else path
-    best = load_checkpoint(path, ("model_args", "state", "frozen"))
+    path = checkpoints.checkpoint_file(folder, "a folder that eval_gated.py --export wrote")
+    best = checkpoints.load_checkpoint(path, ("model_args", "state", "frozen"))
     if best.get("stage", "gated") != "gated":
         raise DataError(f"{path}: a checkpoint of another stage ({best['stage']}), not of train_gated.py")
     refuse_unknown(path, best["model_args"].keys() - known)
@@ -138,7 +135,7 @@ def from_peft(name):
 def places_of(saved, moved):
     """The settings with names made into places, those in `moved` first. DataError: a local one that is not there."""
     is_local = saved.config.get("base_model", {}).get("kind") == "folder"
-    if is_local and "blip2" not in moved and not pathlib.Path(saved.settings["blip2"]).exists():
+    if is_local and "blip2" not in moved and not os.path.exists(located(saved.settings["blip2"])):
         raise DataError(f"{saved.source}: its base model was a folder called {saved.settings['blip2']!r} where it was trained: "
                         "pass blip2= (--blip2) with where it lies here")
     places = {"lm_precision": None, "qformer": None, **published.resolved({**saved.settings, **moved})}
@@ -152,7 +149,7 @@ def places_of(saved, moved):
 
 def refuse_other_base(saved, places, model):
     """DataError that names the frozen parts that are not those of the training, or a size that is not that of gate_config.json."""
-    others = other_parts(fingerprint(model), saved.frozen)
+    others = checkpoints.other_parts(checkpoints.fingerprint(model), saved.frozen)
     if not others:
         sizes = [f"{name} is {value}, {saved.config[name]} in {CONFIG}" for name, value in sizes_of(model).items()
                  if saved.config and saved.config[name] != value]

@@ -146,7 +146,7 @@ def base_model(name, place):
     kind: "hub", "folder", or "tiny", which ships with the project."""
     if name == "tiny":
         return {"name": name, "revision": None, "kind": "tiny"}
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not pathlib.Path(name).exists()
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and not os.path.exists(files.located(name))
     return {"name": portable(name), "revision": revision_of(str(place)), "kind": "hub" if is_id else "folder"}
 
 

@@ -14,6 +14,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), *(str(ROOT / "tests" / room) for
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import transformers  # noqa: E402
 
 import core  # noqa: E402
 from engine import loop  # noqa: E402
@@ -49,21 +50,22 @@ def build(tiny):
 
 @pytest.fixture
 def no_warning(monkeypatch):
-    """Until the test ends a warning is an error: Python's, torch's said once a process, and what transformers logs."""
+    """Until the test ends a warning is an error: Python's, torch's that are said once a process, and what any library logs."""
     class Refusing(logging.Handler):
         def emit(self, record):
             raise AssertionError(f"{record.name} logs: {record.getMessage()}")
 
-    from transformers.utils import logging as library
-    refusing, logger = Refusing(logging.WARNING), library.get_logger("transformers")
+    refusing, loggers = Refusing(logging.WARNING), [logging.getLogger(), transformers.logging.get_logger()]  # its own ends there
     monkeypatch.setattr(logging.Logger, "warning_once", logging.Logger.warning)  # else one of an earlier test is not said again
     always = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
-    logger.addHandler(refusing)
+    for logger in loggers:
+        logger.addHandler(refusing)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-    logger.removeHandler(refusing)
+    for logger in loggers:
+        logger.removeHandler(refusing)
     torch.set_warn_always(always)
 
 

@@ -266,10 +266,12 @@ def test_half_precision(build):
         assert torch.isfinite(exact.confidence(QUESTIONS, ANSWERS[:4], **pictures(exact))).all()
 
 
-@pytest.mark.parametrize("beams", [1, 5])
-def test_no_step_and_no_answer_warns(build, batch, beams, no_warning):
-    """Neither this end of the supported versions of transformers nor the other has a word to say about how it is called."""
-    model = decisive(build()).train()
+@pytest.mark.parametrize("beams, precision", [(1, None), (5, None), (5, "nf4"), (5, "int8")])
+def test_no_step_and_no_answer_warns(build, batch, beams, precision, no_warning):
+    """Neither end of the supported versions of transformers has a word to say about how it is called."""
+    if precision:
+        pytest.importorskip("bitsandbytes")
+    model = decisive(build(lm_precision=precision)).train()
     model(**batch, hit_weight=0.1, kl_weight=0.05)["loss"].backward()
     model.eval()
     seen = model.image_features(batch["images"])

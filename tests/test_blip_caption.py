@@ -19,6 +19,7 @@ from engine import checkpoints, errors, loaders, loop, runfolder
 from engine.errors import DataError
 from show import report
 from tools import make_tiny
+from test_faults import the_error
 from test_report import Page, check_safe
 
 COLOURS = {"red": (210, 40, 40), "blue": (40, 80, 210), "green": (40, 160, 60)}
@@ -543,7 +544,7 @@ BAD = [  # what is done to the data folder, further flags, words of the message
     (spoil("train_captions.json", {"t1.jpg": "a"}), [], "'t1.jpg' is not there .*nearest is 't1.png'"),
     (spoil("images/v2.png", b""), [], "row 3: image 'v2.png' has 0 bytes"),
     (spoil("images/v2.png", b"GIF8"), ["--skip-bad", "0.1"], "1 of 4 pictures.*v2.png"),
-    (spoil("images/t3.png", b"no picture"), ["--zero-shot", "--blip", "nowhere/blip"], "no BLIP called 'nowhere/blip'"),
+    (spoil("images/t3.png", b"no picture"), ["--zero-shot", "--blip", "nowhere/blip"], "BLIP: nowhere/blip is not on this machine"),
     (lambda data: None, ["--unfreeze", "4"], "asks for 4 vision layers and this BLIP has 3"),
     (lambda data: None, ["--unfreeze-schedule", "2:9"], "asks for 9 vision layers"),
     (lambda data: None, ["--caption", "none.png"], "none.png: there is no such picture"),
@@ -557,8 +558,8 @@ BAD = [  # what is done to the data folder, further flags, words of the message
 def test_bad_input_is_one_line(data, flags, tmp_path, capsys, do, more, words):
     do(data)
     assert errors.exit_code(blip.main, flags(*more)) == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert line.startswith("error: ") and re.search(words, line), line
+    error = the_error(capsys.readouterr().err)
+    assert re.search(words, error), error
     assert not (tmp_path / "run/best.pt").exists()
 
 

@@ -298,7 +298,8 @@ def test_one_batch_is_overfitted(sample):
     """Gates and mapper alone (Q-Former and towers frozen) learn the styles of six pictures by heart."""
     chosen = [r for r in rows.read_split(sample, "train") if r.question_type == "style"]
     chosen = list({r.answer: r for r in chosen}.values())[:6]
-    model = core.Blip2OPTGated.build(published.tiny("blip2"), published.tiny("efficientnet-28.pt"), sorted(r.answer for r in chosen)).train()
+    places = published.tiny("blip2"), published.tiny("efficientnet-28.pt")
+    model = core.Blip2OPTGated.build(*places, sorted(r.answer for r in chosen)).train()
     features = model.image_features(torch.stack([rows.image_tensor(rows.load_image(r.image), model.image_size) for r in chosen]))
     batch = core.encode_training(model.tokenizer, [r.question for r in chosen], [r.answer for r in chosen])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)

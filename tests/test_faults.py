@@ -43,6 +43,14 @@ STARTED = re.compile(r"args\.yaml|training_log\.csv|curves\.png|events\.out\..*"
 ERROR = re.compile(r"(\S+: )?error: ")  # argparse puts the script's name before it
 
 
+def the_error(text):
+    """What was printed -> its one error, which comes last: a line, and perhaps indented ones below it."""
+    lines = text.splitlines()
+    first, = [number for number, line in enumerate(lines) if ERROR.match(line)]
+    assert all(line.startswith("  ") for line in lines[first + 1:]) and "Traceback" not in text, text
+    return "\n".join(lines[first:])
+
+
 # --- a small world: data, a run that was interrupted in its second epoch, models ------------
 
 def make_data(folder):
@@ -640,10 +648,9 @@ def test_fault(entry, world, capsys):
     code = exit_code(entry, argv)
     after = snapshot(world, entry.left == "begun")
     world.cleanup.close()
-    lines = capsys.readouterr().err.splitlines()
-    assert [line for line in lines if ERROR.match(line)] == lines[-1:] and "Traceback" not in "".join(lines)
+    told = the_error(capsys.readouterr().err)
     assert code == entry.code
-    told = lines[-1].replace(f"{world.folder}/", "")  # pytest names the folder after the entry
+    told = told.replace(f"{world.folder}/", "")  # pytest names the folder after the entry
     assert [word for word in entry.words if word not in told] == [], told
     assert after == before and not world.mark.exists()
 

@@ -23,6 +23,7 @@ from data import rows
 from engine import checkpoints, errors, loaders, loop, runfolder
 from tools import compare_gated
 import conftest
+from test_faults import the_error
 from test_report import Page, check_safe
 
 ROOT = conftest.ROOT
@@ -521,7 +522,8 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(trained, tm
     monkeypatch.setattr(checkpoints, "load_checkpoint", lambda *args: pytest.fail("the checkpoint was loaded"))
     (tmp_path / "file").write_text("")
     (tmp_path / "p").mkdir()
-    for command in (["--checkpoint", "best.pt", "--report", str(tmp_path / "file/r.html")],
+    (tmp_path / "best.pt").touch()
+    for command in (["--checkpoint", str(tmp_path), "--report", str(tmp_path / "file/r.html")],
                     ask(trained, tmp_path / "p", "--answers", str(tmp_path / "file/a.csv"))):
         assert errors.exit_code(eval_gated.main, command) == 2
         assert "cannot be written" in capsys.readouterr().err
@@ -540,8 +542,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_loaded(trained, tm
 ])
 def test_wrong_input_is_one_line_and_nothing_is_written(flags, tmp_path, capsys, more, message):
     assert errors.exit_code(train_gated.main, flags(*more)) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1 and message in error[0]
+    assert message in the_error(capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
 
 

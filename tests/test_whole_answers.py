@@ -50,9 +50,11 @@ def test_five_ways_to_ask_give_the_same_answer(asked, shipped, tmp_path):
     data = tmp_path / "data"
     (data / "images").mkdir(parents=True)
     shutil.copy(asked.image, data / "images/a.jpg")
-    (data / "test.csv").write_text(f"image,question,answer,style,question_type\na.jpg,{asked.question},{asked.answer},{asked.style},technique\n")
+    (data / "test.csv").write_text("image,question,answer,style,question_type\n"
+                                   f"a.jpg,{asked.question},{asked.answer},{asked.style},technique\n")
     where = ["--checkpoint", best, "--workers", "0"]
-    eval_gated.main([*where, "--data", str(data), "--split", "test", "--no-baselines", "--predictions", str(tmp_path / "test.json")])
+    eval_gated.main([*where, "--data", str(data), "--split", "test", "--no-baselines", "--predictions",
+                     str(tmp_path / "test.json")])
     eval_gated.main([*where, "--ask", asked.question, "--images", str(data / "images"), "--answers", str(tmp_path / "asked.csv")])
     with (tmp_path / "asked.csv").open(encoding="utf-8") as file:
         table = list(csv.DictReader(file))
@@ -91,7 +93,8 @@ def test_the_length_follows_from_the_training_answers_and_travels(sample, flags,
     assert checkpoints.load_checkpoint(best)["model_args"]["max_answer"] == longest
     model, _ = core.load_gated(best)
     assert model.max_answer == longest
-    run = eval_gated.prepare(eval_gated.get_args(["--checkpoint", str(best), "--workers", "0"]), checkpoints.load_checkpoint(best), Accelerator(cpu=True))
+    args = eval_gated.get_args(["--checkpoint", str(best), "--workers", "0"])
+    run = eval_gated.prepare(args, checkpoints.load_checkpoint(best), Accelerator(cpu=True))
     assert run.model.max_answer == run.collate.max_answer == longest
     assert "val: 1 of 40 answers are cut" in capsys.readouterr().out
 

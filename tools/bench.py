@@ -38,7 +38,7 @@ import train_blip_caption
 import train_cir
 import train_gated
 from data import rows
-from engine import environment, errors, files, flags, loop
+from engine import errors, files, flags, loop
 from tools import make_tiny
 
 # BLIP-2 OPT-2.7B, and one in which vision tower, language model, Q-Former and word head have about the same shares of the work
@@ -567,7 +567,7 @@ def growth(args):
 
 def command_cost(folder, out, processes=1):
     """(seconds, peak resident bytes of the largest process) of an epoch of train_gated.py, as a command of its own."""
-    script = str(environment.ROOT / "train_gated.py")
+    script = str(files.PROJECT / "train_gated.py")
     start = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]

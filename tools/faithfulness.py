@@ -110,8 +110,8 @@ def print_faithfulness(table):
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="FILE",
-                        help="best.pt of train_gated.py (default: the tiny BLIP-2 as it ships)")
+    parser.add_argument("--checkpoint", metavar="DIR|FILE",
+                        help="run folder of train_gated.py, or its best.pt (default: the tiny BLIP-2 as it ships)")
     parser.add_argument("--pictures", type=flags.positive, default=100, help="(default: 100)")
     parser.add_argument("--windows", type=flags.positive, nargs="+", default=[1, 2, 3],
                         help="patches on a side (default: 1 2 3)")
@@ -123,6 +123,7 @@ def load(path):
     """The model of a best.pt, or without one the tiny BLIP-2, ungated and as it is."""
     if path is None:
         return core.Blip2OPTGated.build(published.tiny("blip2"), None, [], gating="none").eval()
+    path = str(checkpoints.checkpoint_file(path))
     checkpoint = checkpoints.load_checkpoint(path, ("model_args", "state", "frozen"))
     model = eval_gated.load_model(eval_gated.get_args(["--checkpoint", path]), checkpoint, torch.float32)
     checkpoints.load_trainable(model, checkpoint["state"], path)

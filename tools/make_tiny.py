@@ -89,7 +89,7 @@ def get_args(argv=None):
     steps = parser.add_argument_group("steps of 32")
     steps.add_argument("--vision-steps", type=flags.positive, default=500, help="BLIP-2's vision tower (default: 500)")
     steps.add_argument("--language-steps", type=flags.positive, default=360, help="its Q-Former and OPT (default: 360)")
-    steps.add_argument("--style-steps", type=flags.positive, default=160, help="style classifier (default: 160)")
+    steps.add_argument("--style-steps", type=flags.positive, default=480, help="style classifier (default: 480)")
     steps.add_argument("--caption-steps", type=flags.positive, nargs=2, default=[360, 40], metavar=("VISION", "TEXT"),
                        help="captioner: its vision tower, then its decoder (default: 360 40)")
     steps.add_argument("--retrieval-steps", type=flags.positive, default=300, help="retrieval model (default: 300)")

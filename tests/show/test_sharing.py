@@ -385,7 +385,7 @@ def test_config_damages(exported, quick, load):
 
 def test_checkpoints_that_are_none_of_ours(tiny, quick, load, tmp_path):
     _, checkpoint = trained(tiny)
-    assert "neither best.pt nor" in refused(load, tmp_path)
+    assert "no best.pt in this folder" in refused(load, tmp_path)
     assert "no such checkpoint" in refused(load, tmp_path / "nothing")
     def told(**changes):
         checkpoints.save_checkpoint(tmp_path / "best.pt", {**checkpoint, **changes})

@@ -45,8 +45,8 @@ def test_all_that_ships_is_small_and_in_half_precision():
 
 
 def test_no_file_tells_of_the_machine_that_made_it():
-    found = [path for path in published.TINY.rglob("*") if path.is_file() and re.search(rb"/(home|root|tmp|work|Users)/", path.read_bytes())]
-    assert not found
+    files = [path for path in published.TINY.rglob("*") if path.is_file()]
+    assert files and not [path for path in files if re.search(rb"/(home|root|tmp|work|Users)/", path.read_bytes())]
 
 
 def test_the_gates_that_ship_load_into_float32_and_answer_as_their_record_says(tmp_path, sample):
