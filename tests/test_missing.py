@@ -195,7 +195,7 @@ def test_the_other_stages_say_how_their_data_are_drawn(clone, tiny, told):
                                       (train_cir.main, "--blip2", "nothing", "make_sample.py --cirr"),
                                       (pretrain_qformer.main, "--blip2", "drawn=nothing", "make_sample.py ")):
         assert errors.exit_code(main, ["--data", data, flag, "tiny"]) == 2
-        with pytest.raises(DataError, match=f"nothing.*python data/{command}"):
+        with pytest.raises(DataError, match=f"nothing.*python tools/{command}"):
             main(["--data", data, flag, "tiny"])
 
 
