@@ -957,8 +957,9 @@ def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.
     """What was trained -> (Blip2OPTGated in eval mode, Processor).
 
     folder: runs/<name>/, its best.pt, or an exported folder. blip2, efficientnet, qformer: where these of the training lie now, if
-    they moved. dtype: of the frozen towers; lm_precision: one of published.LM_PRECISIONS (default: as in training). safe=False:
-    take a style classifier that only pickle can load, WHICH RUNS WHATEVER THE FILE HOLDS.
+    they moved. Every relative path, also those that the training was started with, counts from the working directory, and from the
+    project's folder where it is not there. dtype: of the frozen towers; lm_precision: one of published.LM_PRECISIONS (default: as
+    in training). safe=False: take a style classifier that only pickle can load, WHICH RUNS WHATEVER THE FILE HOLDS.
 
         model, processor = load_gated("runs/gated")
         model.predict_answers(processor("painting.jpg"), ["What style is this painting?"])

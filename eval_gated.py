@@ -460,7 +460,7 @@ def refuse_places(args):
 
 def main(argv=None):
     args = get_args(argv)
-    args.checkpoint = str(files.checkpoint_file(args.checkpoint))  # maps/ and the report's curves go by its folder
+    args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # maps/ and the report's curves go by its folder
     refuse_places(args)
     checkpoint = checkpoints.load_checkpoint(
         args.checkpoint, ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen"))

@@ -664,7 +664,7 @@ def ready(args):
     """What generates without training -> (model in eval mode, tokenizer, Collate, Accelerator, generation settings)."""
     best = {"generation": GENERATION}
     if args.checkpoint:
-        args.checkpoint = str(files.checkpoint_file(args.checkpoint))  # the report's curves go by its folder
+        args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # the report's curves go by its folder
         best = checkpoints.load_checkpoint(args.checkpoint, ("state", "model_args", "open", "frozen", "generation", "precision"))
         if best.get("stage") != "blip":
             raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({best.get('stage')}) and not of this one")

@@ -530,7 +530,7 @@ def save_best(run, out):
 
 def load_best(args):
     """--checkpoint -> (its content, Sprc in eval mode as it was trained, Accelerator). A --blip2 on the command line wins."""
-    args.checkpoint = str(files.checkpoint_file(args.checkpoint))  # galleries/ and the report's curves go by its folder
+    args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # galleries/ and the report's curves go by its folder
     best = checkpoints.load_checkpoint(args.checkpoint, ("state", "model_args", "frozen", "precision"))
     if best.get("stage") != "cir":
         raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({best.get('stage')}) and not of this one")

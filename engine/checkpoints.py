@@ -1,6 +1,6 @@
 """checkpoints.py: tensors on disk: our own best.pt and last.pt, and what others wrote, without running what it holds.
 
-    save_checkpoint, load_checkpoint            our own; code in a file never runs
+    checkpoint_file, save_checkpoint, load_checkpoint    our own; code in a file never runs
     trainable_state, load_trainable, fingerprint, other_parts, parts_table    what one holds of a model
     verify_saved, refuse_other_tensors          proof that it holds the model, bit by bit
     load_foreign, unwrap_state, load_strictly   somebody else's
@@ -24,6 +24,21 @@ from engine.errors import DataError
 
 
 # --- our own ------------
+
+def checkpoint_file(place, or_else=""):
+    """A run's folder or its best.pt -> path of the best.pt. or_else: what else may be given. DataError: there is none."""
+    path = pathlib.Path(files.located(place))
+    wanted = "the folder of a run (such as runs/gated)" + (f", its best.pt or {or_else}" if or_else else " or its best.pt")
+    if path.is_dir():
+        near = sorted({*path.glob("*/best.pt"), *path.parent.glob("*/best.pt")})[:3]
+        there = f" (there is one in {', '.join(str(file.parent) for file in near)})" if near else ""
+        path = path / "best.pt"
+        if not path.is_file():
+            raise DataError(f"{place}: no best.pt in this folder{there}: give {wanted}")
+    if not path.is_file():
+        raise DataError(f"{place}: no such checkpoint: give {wanted}")
+    return path
+
 
 def save_checkpoint(path, content):
     """torch.save of tensors and plain values, whole or not at all. A failed write (disk full) is a DataError."""

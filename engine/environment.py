@@ -18,7 +18,7 @@ import subprocess
 
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent  # of the project
+from engine.files import PROJECT
 
 
 # --- versions ------------
@@ -27,7 +27,7 @@ def note_versions():
     """Lines about installed packages that are outside the ranges of requirements.txt, in which everything was tested."""
     from packaging.requirements import Requirement
     notes = []
-    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+    for line in (PROJECT / "requirements.txt").read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
             wanted = Requirement(line)
             try:
@@ -42,7 +42,7 @@ def note_versions():
 def project_version():
     """The commit of this project, and whether files have changed since."""
     def git(*words):
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=30)
+        return subprocess.run(["git", "-C", str(PROJECT), *words], capture_output=True, text=True, timeout=30)
 
     try:
         commit, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no")

@@ -1,4 +1,4 @@
-"""errors.py: what a user can mend, and how it is told: one line and an exit code.
+"""errors.py: what a user can mend, and how it is told: one error and an exit code.
 
     DataError       a user's mistake, or a file's
     exit_code       what every script's main() is run by
@@ -11,14 +11,14 @@ import sys
 
 
 class DataError(Exception):
-    """Something that the user can mend: bad input, a missing file, a wrong flag. Told in one line, with exit code 2."""
+    """Something that the user can mend: bad input, a missing file, a wrong flag. Told as one error, with exit code 2."""
 
 
 DEAD_LOADER = r"DataLoader (worker \(pid|timed out)"  # what torch says of a loader process that died or hangs
 
 
 def exit_code(main, argv=None):
-    """Run main(argv) and turn what a user can mend into one line and an exit code: 2 bad input, 130 Ctrl-C."""
+    """Run main(argv) and turn what a user can mend into one error and an exit code: 2 bad input, 130 Ctrl-C."""
     try:
         return main(argv) or 0
     except DataError as error:

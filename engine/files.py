@@ -1,4 +1,4 @@
-"""files.py: files that are whole or not there at all, locks, full disks."""
+"""files.py: files that are whole or not there at all, where relative paths are looked for, locks, full disks."""
 
 import contextlib
 import hashlib
@@ -8,6 +8,14 @@ import shutil
 import tempfile
 
 from engine.errors import DataError
+
+PROJECT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def located(place):
+    """A path from the working directory, else from the project's folder where it is there; absolute paths stay as they are."""
+    own = os.path.join(PROJECT, place)
+    return own if os.path.exists(own) and not os.path.exists(place) else str(place)
 
 
 @contextlib.contextmanager
@@ -76,29 +84,3 @@ def digest(path):
         while count := file.readinto(buffer):
             found.update(buffer[:count])
     return found.hexdigest()
-
-
-# --- files found ------------
-
-PROJECT = pathlib.Path(__file__).resolve().parent.parent
-
-
-def located(place):
-    """A path from the working directory, else from the project's folder where it is there; absolute paths stay as they are."""
-    own = os.path.join(PROJECT, place)
-    return own if os.path.exists(own) and not os.path.exists(place) else str(place)
-
-
-def checkpoint_file(place, or_else=""):
-    """A run's folder or its best.pt -> path of the best.pt. or_else: what else may be given. DataError: there is none."""
-    path = pathlib.Path(located(place))
-    wanted = "the folder of a run (such as runs/gated)" + (f", its best.pt or {or_else}" if or_else else " or its best.pt")
-    if path.is_dir():
-        near = sorted({*path.glob("*/best.pt"), *path.parent.glob("*/best.pt")})[:3]
-        there = f" (there is one in {', '.join(str(file.parent) for file in near)})" if near else ""
-        path = path / "best.pt"
-        if not path.is_file():
-            raise DataError(f"{place}: no best.pt in this folder{there}: give {wanted}")
-    if not path.is_file():
-        raise DataError(f"{place}: no such checkpoint: give {wanted}")
-    return path

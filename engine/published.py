@@ -18,10 +18,10 @@ import urllib.request
 
 import torch
 
+from data.tables import shown
 from engine.checkpoints import load_foreign, load_strictly, unwrap_state
 from engine.errors import DataError
 from engine.files import PROJECT, located
-from data.tables import shown
 
 
 # --- folders in HuggingFace's format ------------
@@ -149,7 +149,8 @@ def load_vision(name, dtype=torch.float32):
     return model, config
 
 
-TINY = PROJECT / "models/tiny"  # tools/make_tiny.py is the recipe; {part}.json beside each is its record
+# tools/make_tiny.py is the recipe; {part}.json beside each is its record
+TINY = PROJECT / "models/tiny"
 
 
 def tiny(part):

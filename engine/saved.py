@@ -20,10 +20,9 @@ import safetensors
 import safetensors.torch
 
 from data.tables import shown
-from engine import published
-from engine.checkpoints import fingerprint, load_checkpoint, other_parts
+from engine import checkpoints, published
 from engine.errors import DataError
-from engine.files import checkpoint_file, located
+from engine.files import located
 
 FORMAT = 1  # of gate_config.json; a file of a higher one is refused
 CONFIG, GATES, ADAPTER, ADAPTER_CONFIG = "gate_config.json", "gates.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -54,8 +53,8 @@ def read(folder, known):
     path = pathlib.Path(located(folder))
     if (path / CONFIG).is_file():
         return _read_export(path, known)
-    path = checkpoint_file(folder, "a folder that eval_gated.py --export wrote")
-    best = load_checkpoint(path, ("model_args", "state", "frozen"))
+    path = checkpoints.checkpoint_file(folder, "a folder that eval_gated.py --export wrote")
+    best = checkpoints.load_checkpoint(path, ("model_args", "state", "frozen"))
     if best.get("stage", "gated") != "gated":
         raise DataError(f"{path}: a checkpoint of another stage ({best['stage']}), not of train_gated.py")
     refuse_unknown(path, best["model_args"].keys() - known)
@@ -150,7 +149,7 @@ def places_of(saved, moved):
 
 def refuse_other_base(saved, places, model):
     """DataError that names the frozen parts that are not those of the training, or a size that is not that of gate_config.json."""
-    others = other_parts(fingerprint(model), saved.frozen)
+    others = checkpoints.other_parts(checkpoints.fingerprint(model), saved.frozen)
     if not others:
         sizes = [f"{name} is {value}, {saved.config[name]} in {CONFIG}" for name, value in sizes_of(model).items()
                  if saved.config and saved.config[name] != value]

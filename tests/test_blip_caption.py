@@ -18,8 +18,8 @@ import train_blip_caption as blip
 from engine import checkpoints, errors, loaders, loop, runfolder
 from engine.errors import DataError
 from show import report
-from test_faults import the_error
 from tools import make_tiny
+from test_faults import the_error
 from test_report import Page, check_safe
 
 COLOURS = {"red": (210, 40, 40), "blue": (40, 80, 210), "green": (40, 160, 60)}

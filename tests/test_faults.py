@@ -982,7 +982,7 @@ COVERED = {
 
 
 def test_every_fault_of_classes_a_and_b_is_covered():
-    texts = "".join(path.read_text(encoding="utf-8") for path in pathlib.Path(__file__).parent.glob("test_*.py"))
+    texts = "".join(path.read_text(encoding="utf-8") for path in pathlib.Path(__file__).parent.rglob("test_*.py"))
     there = set(re.findall(r"^def (test_\w+)\(", texts, re.MULTILINE)) | {entry.name for entry in FAULTS}
     assert {f"{n}A" for n in range(1, 21)} | {f"{n}B" for n in range(21, 51)} <= set(COVERED)
     named = [name for names in COVERED.values() for name in (re.findall(r"test_\w+", names) if isinstance(names, str) else names)]

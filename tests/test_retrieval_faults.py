@@ -726,6 +726,6 @@ COVERED = {  # kind of bad input of the other scripts: entries of FAULTS, tests
 
 
 def test_every_kind_is_covered():
-    texts = "".join(path.read_text(encoding="utf-8") for path in pathlib.Path(__file__).parent.glob("test_*.py"))
+    texts = "".join(path.read_text(encoding="utf-8") for path in pathlib.Path(__file__).parent.rglob("test_*.py"))
     there = set(re.findall(r"^def (test_\w+)\(", texts, re.MULTILINE)) | {entry.name for entry in FAULTS}
     assert [name for names in COVERED.values() for name in names if name not in there] == []

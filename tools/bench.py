@@ -38,7 +38,7 @@ import train_blip_caption
 import train_cir
 import train_gated
 from data import rows
-from engine import environment, errors, files, flags, loop
+from engine import errors, files, flags, loop
 from engine.evaluation import text_length
 from engine.run import CLIP, Run
 from tools import make_tiny
@@ -583,7 +583,7 @@ def growth(args):
 
 def command_cost(folder, out, processes=1):
     """(seconds, peak resident bytes of the largest process) of an epoch of train_gated.py, as a command of its own."""
-    script = str(environment.ROOT / "train_gated.py")
+    script = str(files.PROJECT / "train_gated.py")
     start = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]

@@ -535,7 +535,7 @@ def test_about_names_command_versions_and_what_it_is_told():
 
 
 def test_commit_without_git_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setattr(environment, "PROJECT", tmp_path)
     assert environment.project_version() == "not known (no git checkout)"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert environment.project_version() == "not known (git cannot be run)"

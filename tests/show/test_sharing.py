@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import core
 import train_gated
 from data import rows
-from engine import checkpoints, environment, files, loop, published, runfolder, saved
+from engine import checkpoints, environment, files, loop, published, saved
 from engine.errors import DataError
 from show import sharing
 
@@ -478,7 +478,7 @@ def test_a_failed_export_leaves_nothing(tiny, variants, tmp_path, batch, monkeyp
     elif failing == "adapter":
         monkeypatch.setattr("peft.LoraConfig.save_pretrained", full)
     else:
-        places = {"save": (runfolder, "whole_file", full), "rename": (os, "rename", full), "verify": (sharing, "verify", other)}
+        places = {"save": (files, "whole_file", full), "rename": (os, "rename", full), "verify": (sharing, "verify", other)}
         monkeypatch.setattr(*places[failing])
     text = refused(export, tmp_path / "out", tiny, batch, *variants("lora")[1:])
     assert not list(tmp_path.rglob("*"))
