@@ -1,10 +1,11 @@
 # make demo: from nothing to a trained and evaluated Gated BLIP-2 on a laptop. make demo-all: every other stage after it.
-# make look: a page to ask about paintings. make test: all checks. All make .venv first.
+# make look: a page to ask about paintings. make test: all checks. make quick: ruff and the tests that find most, in a minute.
+# All make .venv first.
 PYTHON ?= python3
 PY = .venv/bin/python
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup look demo demo-all test
+.PHONY: setup look demo demo-all test quick lint
 setup: .venv/installed
 
 .venv/installed: requirements.txt
@@ -38,5 +39,15 @@ demo-all: demo
 	$(PY) train_cir.py --data data/cirr --blip2 tiny --qformer runs/demo-qformer/hf --lr 1e-3 --epochs 3 --out runs/demo-cir
 	$(PY) train_cir.py --data data/cirr --checkpoint runs/demo-cir/best.pt --gate-maps runs/demo-cir/maps --submit runs/demo-cir/submission
 
-test: setup
+lint: setup
+	$(PY) -m ruff check -q
+
+# the models, answers, stored outputs of the original code, metrics, rows, the frame of a training, and one training, evaluated
+QUICK = $(addprefix tests/,test_core.py test_answers.py test_golden.py test_metrics.py data/test_rows.py engine/test_run.py) \
+    $(addprefix tests/test_scripts.py::test_,run_folder eval_needs_only_the_checkpoint checkpoint_gives_the_same_numbers_after_loading \
+        accumulation_equals_the_large_batch epoch_plan_is_pure_and_complete cosine_lr_values golden_loss_curve)
+quick: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile $(QUICK)
+
+test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile

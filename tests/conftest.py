@@ -1,8 +1,11 @@
 """Shared by all tests: random tiny weights in the published formats, a small drawn data set, all of it offline."""
 
+import copy
+import csv
 import logging
 import os
 import pathlib
+import shutil
 import sys
 import warnings
 
@@ -17,7 +20,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import core  # noqa: E402
-from engine import loop  # noqa: E402
+from engine import loop, runfolder  # noqa: E402
 from tools import make_sample, make_tiny  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -32,6 +35,25 @@ def sample(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def few(sample, tmp_path_factory):
+    """A quarter of the sample, in which every style is trained: runs cost as much less, and do the same."""
+    folder = tmp_path_factory.mktemp("few") / "artquest"
+    (folder / "images").mkdir(parents=True)
+    for split, pictures in (("train", 12), ("val", 3), ("test", 3)):
+        with (sample / f"{split}.csv").open(newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file))
+        one_of_each = {row["style"]: row["image"] for row in reversed(table)}.values()
+        names = list(dict.fromkeys([*one_of_each, *(row["image"] for row in table)]))[:pictures]
+        with (folder / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, table[0])
+            writer.writeheader()
+            writer.writerows(row for row in table if row["image"] in names)
+        for name in names:
+            shutil.copy(sample / "images" / name, folder / "images")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """(BLIP-2 folder, EfficientNet checkpoint) with random weights."""
     loop.seed_everything(0)
@@ -39,12 +61,21 @@ def tiny(tmp_path_factory):
     return make_tiny.save_random(tmp_path_factory.mktemp("tiny"), texts)
 
 
+BUILT = {}  # arguments of `build` -> (model, torch's random state after building it)
+
+
 @pytest.fixture
 def build(tiny):
-    """Function that builds a Blip2OPTGated from the random tiny weights, in eval mode."""
+    """Function that builds a Blip2OPTGated from the random tiny weights, in eval mode. Reading them takes a second, a copy of what
+    was built before none; the random numbers that follow are those that follow building."""
     def build_model(styles=("Cubism", "Pointillism", "Pop Art"), **settings):
         loop.seed_everything(1)
-        return core.Blip2OPTGated.build(*tiny, sorted(styles), **settings).eval()
+        key = (*sorted(styles), *sorted(settings.items()))
+        if key not in BUILT:
+            BUILT[key] = core.Blip2OPTGated.build(*tiny, sorted(styles), **settings).eval(), torch.get_rng_state()
+        model, state = BUILT[key]
+        torch.set_rng_state(state)
+        return copy.deepcopy(model)
     return build_model
 
 
@@ -81,10 +112,18 @@ def batch(build):
 
 
 @pytest.fixture
-def flags(sample, tiny, tmp_path):
+def no_curves(monkeypatch):
+    """curves.png takes longer to draw than such a run to train. -> what draws it"""
+    draw_curves = runfolder.draw_curves
+    monkeypatch.setattr(runfolder, "draw_curves", lambda *args: None)
+    return draw_curves
+
+
+@pytest.fixture
+def flags(few, tiny, tmp_path, no_curves):
     """Command line of a short run; add your own after it."""
     def make(*more, out="run"):
-        return ["--data", str(sample), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "2", "--batch-size", "16",
+        return ["--data", str(few), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "2", "--batch-size", "4",
                 "--accumulation", "2", "--lr", "1e-3", "--workers", "0", "--precision", "no", "--out", str(tmp_path / out), *more]
     return make
 

@@ -73,7 +73,7 @@ def data(tmp_path):
 
 
 @pytest.fixture
-def flags(data, folder, tmp_path):
+def flags(data, folder, tmp_path, no_curves):
     """Command line of a short run; add your own after it."""
     def make(*more, out="run"):
         return ["--data", str(data), "--blip", folder, "--epochs", "2", "--batch-size", "4", "--lr", "1e-3", "--vision-lr", "1",
@@ -392,7 +392,7 @@ def test_training_is_augmented_and_validation_is_not(flags, monkeypatch):
 
 # --- runs ------------
 
-def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch, no_curves):
     more = ("--save-last", "--accumulation", "2", "--batch-size", "2", "--augment", "--unfreeze-schedule", "3:2", "--epochs", "3")
     monkeypatch.setattr(blip, "LOG_EVERY", 1)
     blip.main(flags(*more, out="whole"))
@@ -408,6 +408,7 @@ def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch
     assert blip.main(flags(*more, out="cut")) == 143
     assert checkpoints.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 3
     monkeypatch.setattr(blip, "train_step", step)
+    monkeypatch.setattr(runfolder, "draw_curves", no_curves)
     blip.main(flags(*more, "--resume", out="cut"))
     for name in ("best.pt", "last.pt"):
         assert same_state(state_of(tmp_path / "whole" / name), state_of(tmp_path / "cut" / name)), name

@@ -70,11 +70,13 @@ def make_data(folder):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models here are so small that a second thread costs more than it brings."""
+def short_runs():
+    """One thread: the models here are so small that a second one costs more than it brings. No curves."""
     former = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runfolder, "draw_curves", lambda *args: None)
+        yield
     torch.set_num_threads(former)
 
 

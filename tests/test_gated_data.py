@@ -18,12 +18,12 @@ from engine import checkpoints
 
 
 @pytest.fixture
-def artquest(sample, tmp_path):
+def artquest(few, tmp_path):
     """ArtQuest as published: artquest_*.csv without a style column, SemArt's tables (latin-1, tabs) beside it."""
     folder = tmp_path / "artquest"
     (folder / "SemArt").mkdir(parents=True)
     for split in ("train", "val", "test"):
-        with (sample / f"{split}.csv").open(encoding="utf-8", newline="") as file:
+        with (few / f"{split}.csv").open(encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file))
         with (folder / f"artquest_{split}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, ["image", "question", "answer", "question_type"], extrasaction="ignore")
@@ -37,9 +37,9 @@ def artquest(sample, tmp_path):
 
 
 @pytest.fixture
-def published(artquest, sample, flags):
+def published(artquest, few, flags):
     """Command line for that folder."""
-    return lambda *more, **out: flags("--data", str(artquest), "--images", str(sample / "images"), "--epochs", "1", *more, **out)
+    return lambda *more, **out: flags("--data", str(artquest), "--images", str(few / "images"), "--epochs", "1", *more, **out)
 
 
 def read(argv, split="train"):
@@ -59,7 +59,7 @@ def test_style_and_context_of_semart(published, artquest, tmp_path, capsys):
     more = ("--semart", str(artquest / "SemArt"), "--style", "SCHOOL", "--context", "DESCRIPTION")
     found = read(published(*more))
     assert all(row.style.endswith(" school") and row.context == f"Un tableau peint à {row.style[:-7]}" for row in found)
-    assert "240 of 240 rows" in capsys.readouterr().out
+    assert "60 of 60 rows" in capsys.readouterr().out
     only_context = read(published("--semart", str(artquest / "SemArt"), "--style", "none", "--context", "DESCRIPTION"))
     assert {row.style for row in only_context} == {""} and all(row.context for row in only_context)
     train_gated.main(published(*more))
@@ -139,8 +139,8 @@ def test_hold_out_by_picture(sample, tmp_path):
         rows.hold_out(found[:2], 0.25, True)
 
 
-def test_one_table_trains_and_evaluates_on_different_pictures(sample, flags, tmp_path, capsys):
-    more = ("--data", str(sample / "train.csv"), "--val-share", "0.2", "--epochs", "1")
+def test_one_table_trains_and_evaluates_on_different_pictures(few, flags, tmp_path, capsys):
+    more = ("--data", str(few / "train.csv"), "--val-share", "0.2", "--epochs", "1")
     args = train_gated.get_args(flags(*more))
     sides = [{row.image for row in train_gated.read_data(args, split)} for split in ("train", "val")]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
@@ -156,7 +156,7 @@ def test_check_data_says_what_the_language_model_gets(flags, capsys, monkeypatch
     monkeypatch.setattr(core, "load_foreign", lambda *a: pytest.fail("a weight was loaded"))
     assert train_gated.main(flags("--check-data", "--max-answer", "3")) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"train: \d+ of 240 answers are cut at 3 tokens, first \S+ \(line \d+\): '", printed)
+    assert re.search(r"train: \d+ of 60 answers are cut at 3 tokens, first \S+ \(line \d+\): '", printed)
     shown = re.findall(r"\(line \d+\): \[(.*)\] \|' ?(.*)\\n', (\d+) tokens are trained", printed)
     assert len(shown) == 3 and all("Question: " in prompt and prompt.endswith("Answer:") and int(n) <= 3 for prompt, _, n in shown)
 
@@ -200,9 +200,9 @@ def official_accuracy(result_file, annotation_file):
     return 100 * total / len(annotations)
 
 
-def test_predictions_in_the_official_format(sample, flags, tmp_path):
+def test_predictions_in_the_official_format(few, flags, tmp_path):
     """Real answers of eval_gated, half of them made right (in other case and with a mark), scored here and there."""
-    with (sample / "val.csv").open(encoding="utf-8", newline="") as file:
+    with (few / "val.csv").open(encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
     data = tmp_path / "data"
     data.mkdir()
@@ -211,7 +211,7 @@ def test_predictions_in_the_official_format(sample, flags, tmp_path):
             writer = csv.DictWriter(file, [*table[0], "question_id"])
             writer.writeheader()
             writer.writerows({**r, "question_id": 458752000 + 7 * i} for i, r in enumerate(table))
-    more = ("--data", str(data), "--images", str(sample / "images"), "--epochs", "1")
+    more = ("--data", str(data), "--images", str(few / "images"), "--epochs", "1")
     train_gated.main(flags(*more))
     out = tmp_path / "p.json"
     eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1",

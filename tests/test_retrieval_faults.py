@@ -625,7 +625,7 @@ def interrupted(run, *args):
         os.kill(os.getpid(), signal.SIGINT)
     return step(run, *args)
 step, script.train_step = script.train_step, interrupted
-sys.exit(script.loop.exit_code(script.main, {world.resume()!r}))
+sys.exit(script.errors.exit_code(script.main, {world.resume()!r}))
 """
     before = {path.name: path.read_bytes() for path in world.run.glob("*.pt")}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -31,10 +32,11 @@ ROOT = conftest.ROOT
 
 
 @pytest.fixture(scope="module")
-def trained(sample, tiny, tmp_path_factory):
+def trained(few, tiny, tmp_path_factory):
     """Folder of a finished run."""
     out = tmp_path_factory.mktemp("runs") / "gated"
-    assert train_gated.main(["--data", str(sample), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "2", "--lr", "1e-3",
+    assert train_gated.main(["--data", str(few), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "2", "--lr", "1e-3",
+                             "--batch-size", "4",
                              "--workers", "0", "--precision", "no", "--out", str(out), "--save-last"]) is None
     return out
 
@@ -70,21 +72,24 @@ def test_two_runs_are_equal_to_the_bit(flags, tmp_path):
     assert (tmp_path / "a/training_log.csv").read_bytes() == (tmp_path / "b/training_log.csv").read_bytes()
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch, number, code):
+def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch):
+    """By Ctrl-C in the first epoch of five steps, and by SIGTERM in the second."""
     more = ("--save-last", "--train-qformer", "--accumulation", "3")  # dropout on
     train_gated.main(flags(*more, out="whole"))
-    step, calls = train_gated.train_step, []
+    step, done = train_gated.train_step, 0
+    for number, code, stop in ((signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 7)):
+        calls = []
 
-    def interrupt(*args):
-        calls.append(1)
-        if len(calls) == 4:  # the rehearsal is the first
-            os.kill(os.getpid(), number)
-        return step(*args)
+        def interrupt(*args):
+            calls.append(1)
+            if len(calls) == 1 + stop - done:  # the rehearsal is the first
+                os.kill(os.getpid(), number)
+            return step(*args)
 
-    monkeypatch.setattr(train_gated, "train_step", interrupt)
-    assert train_gated.main(flags(*more, out="cut")) == code
-    assert checkpoints.load_checkpoint(tmp_path / "cut/last.pt")["step"] == 3
+        monkeypatch.setattr(train_gated, "train_step", interrupt)
+        assert train_gated.main(flags(*more, "--resume", out="cut")) == code
+        done = checkpoints.load_checkpoint(tmp_path / "cut/last.pt")["step"]
+        assert done == stop
     monkeypatch.setattr(train_gated, "train_step", step)
     train_gated.main(flags(*more, "--resume", out="cut"))
     for name in ("best.pt", "last.pt"):
@@ -105,7 +110,7 @@ def micro_batches(sizes):
 
 
 @pytest.fixture
-def make_run(build, sample, flags):
+def make_run(build, flags):
     """Function: -> (Run on the sample with a model whose Q-Former is trained, Parts with these weights of the style terms)."""
     args = train_gated.get_args(flags())
     data = train_gated.Questions(train_gated.read_data(args, "train"), 112)
@@ -216,7 +221,7 @@ def test_eval_needs_only_the_checkpoint(trained, tmp_path, capsys):
     assert [a["answer"] for a in answers] == [q["prediction"] for q in questions]
 
 
-def test_evaluation_scores_every_row_once_whatever_the_batch(build, sample, flags):
+def test_evaluation_scores_every_row_once_whatever_the_batch(build, flags):
     args = train_gated.get_args(flags())
     data = train_gated.Questions(train_gated.read_data(args, "val"), 112)
     model = build(styles=sorted({r.style for r in data.rows}))
@@ -246,7 +251,7 @@ def test_other_frozen_weights_are_refused(trained, tmp_path, capsys):
     assert code == 2 and "another BLIP-2 or style classifier" in capsys.readouterr().err
 
 
-def test_lora_is_merged_on_request(flags, tmp_path, capsys):
+def test_lora_is_merged_on_request(trained, flags, tmp_path, capsys):
     train_gated.main(flags("--lora-rank", "2", "--epochs", "1", "--lr", "1e-2"))
     best, merged = tmp_path / "run/best.pt", tmp_path / "merged.pt"
     assert any("lora_" in name for name in state_of(best))
@@ -260,9 +265,7 @@ def test_lora_is_merged_on_request(flags, tmp_path, capsys):
         results.append(json.loads(table.read_text()))
     for a, b in zip(*results, strict=True):  # the baselines without LoRA are equal too
         assert a["system"] == b["system"] and a.get("lm") == (a.get("lm") and pytest.approx(b["lm"], rel=1e-4))
-    untouched = flags("--epochs", "1", out="plain")
-    train_gated.main(untouched)
-    assert errors.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "plain/best.pt"), "--merge-lora", str(merged)]) == 2
+    assert errors.exit_code(eval_gated.main, ["--checkpoint", str(trained / "best.pt"), "--merge-lora", str(merged)]) == 2
     assert "without --lora-rank" in capsys.readouterr().err
 
 
@@ -319,15 +322,15 @@ def features_of(model, path):
 
 
 @pytest.mark.parametrize("method", ["generate", "rank"])
-def test_confidence_and_margin_are_those_of_the_model(trained, loaded, sample, tmp_path, capsys, method):
+def test_confidence_and_margin_are_those_of_the_model(trained, loaded, few, tmp_path, capsys, method):
     model, checkpoint = loaded
     eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--predictions", str(tmp_path / "p.json"), "--no-baselines",
                      "--workers", "0",
                      "--beams", "2", "--method", method, "--abstain-below", "0.05"])
-    found, questions = read_csv(tmp_path / "p.csv"), rows.read_split(sample, "val")
+    found, questions = read_csv(tmp_path / "p.csv"), rows.read_split(few, "val")
     assert ("margin" in found[0]) is (method == "rank") and len({one["confidence"] for one in found}) > 5
     candidates = sorted(checkpoint["answers"])
-    for number in (0, 7, 23):
+    for number in (0, 7, 14):
         row, one, features = questions[number], found[number], features_of(model, questions[number].image)
         sure = math.exp(model.confidence([row.question], [one["prediction"]], **features).item())
         assert float(one["confidence"]) == pytest.approx(sure, abs=2e-4)
@@ -388,7 +391,7 @@ def test_a_probability_that_is_no_number_is_one_line(trained, tmp_path, capsys, 
     assert not (tmp_path / "r.html").exists()
 
 
-def test_report_of_an_evaluation(trained, sample, tmp_path, capsys):
+def test_report_of_an_evaluation(trained, few, tmp_path, capsys):
     path, predictions = tmp_path / "new/report.html", tmp_path / "p.json"
     eval_gated.main(["--checkpoint", str(trained / "best.pt"), "--report", str(path), "--predictions", str(predictions),
                      "--workers", "0", "--beams", "1"])
@@ -404,7 +407,7 @@ def test_report_of_an_evaluation(trained, sample, tmp_path, capsys):
     counts = [int(n) for n in re.findall(r'text-anchor="middle">(\d+)</text>\s*(?=<text class="on"|</svg>)', confidence)]
     assert sum(counts) == len(found) and "gated" in confidence
     made = page.part("How this was made")
-    assert "best.pt" in made and str(sample) in made and "42" in made
+    assert "best.pt" in made and str(few) in made and "42" in made
 
 
 # --- --ask ------------
@@ -437,7 +440,7 @@ def test_ask_answers_every_question_about_every_picture(trained, loaded, photos,
     assert [(one["image"], one["question"]) for one in found] == [(name, question) for name in names for question in QUESTIONS]
     for one in found:
         features = features_of(model, photos / one["image"])
-        assert one["answer"] == model.predict_answers(None, [one["question"]], **features, beams=2, max_new_tokens=16)[0]
+        assert one["answer"] == model.predict_answers(None, [one["question"]], **features, beams=2)[0]
         sure = math.exp(model.confidence([one["question"]], [one["answer"]], **features).item())
         assert float(one["confidence"]) == pytest.approx(sure, abs=2e-4)
     assert len({one["confidence"] for one in found}) > 6
@@ -567,19 +570,19 @@ def test_results_are_not_overwritten(flags, tmp_path, capsys):
     assert (tmp_path / "run/best.pt").read_bytes() == before
 
 
-def test_missing_image_and_skip_bad(sample, flags, tmp_path, capsys):
-    data = shutil.copytree(sample, tmp_path / "data")
+def test_missing_image_and_skip_bad(few, flags, tmp_path, capsys):
+    data = shutil.copytree(few, tmp_path / "data")
     name = next(csv.DictReader((data / "train.csv").open()))["image"]
     (data / "images" / name).unlink()
     assert errors.exit_code(train_gated.main, flags("--data", str(data))) == 2
     assert name in capsys.readouterr().err
-    assert train_gated.main(flags("--data", str(data), "--skip-bad", "0.05", "--epochs", "1")) is None
+    assert train_gated.main(flags("--data", str(data), "--skip-bad", "0.1", "--epochs", "1")) is None
     assert f"left out: {data / 'train.csv'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_broken_image_is_one_line_or_skipped(sample, flags, tmp_path, capsys, workers):
-    data = shutil.copytree(sample, tmp_path / "data")
+def test_broken_image_is_one_line_or_skipped(few, flags, tmp_path, capsys, workers):
+    data = shutil.copytree(few, tmp_path / "data")
     name = next(csv.DictReader((data / "train.csv").open()))["image"]
     picture = data / "images" / name
     picture.write_bytes(picture.read_bytes()[:300])
@@ -587,12 +590,12 @@ def test_broken_image_is_one_line_or_skipped(sample, flags, tmp_path, capsys, wo
     assert errors.exit_code(train_gated.main, flags(*more)) == 2
     told = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
     assert len(told) == 1 and told[0].startswith("error: ") and name in told[0]
-    assert train_gated.main(flags(*more, "--skip-bad", "0.05", out="second")) is None
+    assert train_gated.main(flags(*more, "--skip-bad", "0.1", out="second")) is None
     assert capsys.readouterr().out.count("left out: ") == 5  # the picture's five questions
 
 
-def test_loader_processes_do_not_keep_a_failed_run_from_ending(sample, flags, tmp_path):
-    data = shutil.copytree(sample, tmp_path / "data")
+def test_loader_processes_do_not_keep_a_failed_run_from_ending(few, flags, tmp_path):
+    data = shutil.copytree(few, tmp_path / "data")
     name = next(csv.DictReader((data / "train.csv").open()))["image"]
     (data / "images" / name).write_bytes(b"no picture")
     command = [sys.executable, str(ROOT / "train_gated.py"), *flags("--data", str(data), "--workers", "2", "--epochs", "1")]
@@ -600,8 +603,8 @@ def test_loader_processes_do_not_keep_a_failed_run_from_ending(sample, flags, tm
     assert done.returncode == 2 and "Traceback" not in done.stderr and name in done.stderr.splitlines()[-1]
 
 
-def test_semicolons_by_flag_and_eval_takes_them_from_the_training(sample, flags, tmp_path):
-    data = shutil.copytree(sample, tmp_path / "data")
+def test_semicolons_by_flag_and_eval_takes_them_from_the_training(few, flags, tmp_path):
+    data = shutil.copytree(few, tmp_path / "data")
     for table in data.glob("*.csv"):
         lines = list(csv.reader(table.open(newline="", encoding="utf-8")))
         with table.open("w", newline="", encoding="utf-8") as file:
@@ -610,11 +613,11 @@ def test_semicolons_by_flag_and_eval_takes_them_from_the_training(sample, flags,
     assert eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1"]) is None
 
 
-def test_check_data(sample, flags, tmp_path, capsys):
+def test_check_data(few, flags, tmp_path, capsys):
     assert train_gated.main(flags("--check-data")) == 0
     printed = capsys.readouterr().out
     assert "training can start" in printed and "constant" in printed
-    data = shutil.copytree(sample, tmp_path / "data")
+    data = shutil.copytree(few, tmp_path / "data")
     picture = next((data / "images").iterdir())
     picture.write_bytes(picture.read_bytes()[:200])
     assert train_gated.main(flags("--check-data", "--data", str(data))) == 1
@@ -695,21 +698,27 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["best.pt"]
 
 
-def test_help_reads_well():
-    for script in ("train_gated.py", "eval_gated.py", "metrics.py", "tools/compare_gated.py", "tools/make_tiny.py",
-                   "tools/bench.py", "tools/faithfulness.py", "tools/make_sample.py"):
-        done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
-        assert done.returncode == 0 and "usage:" in done.stdout and done.stderr == "", script
+@pytest.mark.parametrize("script", ["core.py", "demo.py", "efficientnet_pretrain.py", "eval_gated.py", "metrics.py",
+                                    "pretrain_qformer.py", "train_blip_caption.py", "train_cir.py", "train_gated.py",
+                                    "tools/bench.py", "tools/compare_gated.py", "tools/faithfulness.py", "tools/make_sample.py",
+                                    "tools/make_tiny.py"])
+def test_help_reads_well(script, capsys, monkeypatch):
+    """As a script, in this process: importing torch takes longer than all the rest."""
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    printed = capsys.readouterr()
+    assert stop.value.code == 0 and "usage:" in printed.out and printed.err == ""
 
 
 # --- several processes ------------
 
-def test_two_processes_equal_one(sample, tiny, tmp_path):
-    """Dropout on; the micro-batches of a step are the same, whoever computes them. 63 validation rows do not divide by two."""
-    data = shutil.copytree(sample, tmp_path / "data")
+def test_two_processes_equal_one(few, tiny, tmp_path):
+    """Dropout on; the micro-batches of a step are the same, whoever computes them. 15 validation rows do not divide by two."""
+    data = shutil.copytree(few, tmp_path / "data")
     lines = (data / "val.csv").read_text(encoding="utf-8").splitlines()
     (data / "val.csv").write_text("\n".join(lines[:len(lines) // 2 * 2]) + "\n", encoding="utf-8")  # header + an odd number of rows
-    common = ["--data", str(data), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "1", "--batch-size", "8", "--lr", "1e-3",
+    common = ["--data", str(data), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "1", "--batch-size", "2", "--lr", "1e-3",
               "--workers", "0", "--precision", "no", "--train-qformer", "--select", "em"]
     train_gated.main([*common, "--accumulation", "2", "--out", str(tmp_path / "one")])
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d",
@@ -729,8 +738,8 @@ def test_two_processes_equal_one(sample, tiny, tmp_path):
 
 # --- gated against ungated ------------
 
-def test_compare_gated(sample, tiny, tmp_path, capsys, monkeypatch):
-    command = ["--data", str(sample), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "1", "--batch-size", "32",
+def test_compare_gated(few, tiny, tmp_path, capsys, monkeypatch):
+    command = ["--data", str(few), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "1", "--batch-size", "8",
                "--accumulation", "4", "--precision", "no", "--lrs", "1e-3", "--seeds", "1", "--split", "val", "--out", str(tmp_path / "c")]
     monkeypatch.setattr(compare_gated, "step_seconds", lambda *a: dict.fromkeys(compare_gated.SYSTEMS, 0.5))
     compare_gated.main(command)
@@ -762,11 +771,11 @@ def test_compare_gated_adds_style_and_content_up():
 
 # --- a curve that must come out again ------------
 
-def test_golden_loss_curve(flags, tmp_path, monkeypatch):
+def test_golden_loss_curve(flags, sample, tmp_path, monkeypatch):
     """20 steps of the random tiny model, kept in golden_curve.json. Write it anew (delete it, run this) after a change that is
     meant to change the training, and say so in the commit."""
     monkeypatch.setattr(train_gated, "LOG_EVERY", 1)
-    train_gated.main(flags("--batch-size", "12", "--accumulation", "1", "--epochs", "1", "--lr", "1e-4"))
+    train_gated.main(flags("--data", str(sample), "--batch-size", "12", "--accumulation", "1", "--epochs", "1", "--lr", "1e-4"))
     log = runfolder.read_log(tmp_path / "run/training_log.csv")
     curve = [float(row["loss"]) for row in log if row["kind"] == "step"]
     kept = pathlib.Path(__file__).with_name("golden_curve.json")

@@ -66,9 +66,9 @@ def test_five_ways_to_ask_give_the_same_answer(asked, shipped, tmp_path):
     assert ways == dict.fromkeys(ways, LONGEST)
 
 
-def with_long_answers(sample, folder, train, val):
-    """The sample with these answers in the first rows of its tables -> the new folder."""
-    shutil.copytree(sample, folder)
+def with_long_answers(few, folder, train, val):
+    """Few pictures with these answers in the first rows of its tables -> the new folder."""
+    shutil.copytree(few, folder)
     for split, answer in (("train", train), ("val", val)):
         with (folder / f"{split}.csv").open(encoding="utf-8", newline="") as file:
             read = list(csv.DictReader(file))
@@ -80,15 +80,15 @@ def with_long_answers(sample, folder, train, val):
     return folder
 
 
-def test_the_length_follows_from_the_training_answers_and_travels(sample, flags, tmp_path, capsys):
-    data = with_long_answers(sample, tmp_path / "data", "one " * 20, "one " * 24)
+def test_the_length_follows_from_the_training_answers_and_travels(few, flags, tmp_path, capsys):
+    data = with_long_answers(few, tmp_path / "data", "one " * 20, "one " * 24)
     command = flags("--data", str(data), "--epochs", "1", "--gating", "none")
     train_gated.main(command)
     tokenizer = published.load_tokenizer(command[command.index("--blip2") + 1])
     longest = len(core.answer_ids(tokenizer, "one " * 20))
     printed = capsys.readouterr().out
-    assert longest > 16 and f"train: 0 of 240 answers are cut at {longest} tokens" in printed
-    assert f"val: 1 of 40 answers are cut at {longest} tokens, first" in printed
+    assert longest > 16 and f"train: 0 of 60 answers are cut at {longest} tokens" in printed
+    assert f"val: 1 of 15 answers are cut at {longest} tokens, first" in printed
     best = tmp_path / "run/best.pt"
     assert checkpoints.load_checkpoint(best)["model_args"]["max_answer"] == longest
     model, _ = core.load_gated(best)
@@ -96,13 +96,13 @@ def test_the_length_follows_from_the_training_answers_and_travels(sample, flags,
     args = eval_gated.get_args(["--checkpoint", str(best), "--workers", "0"])
     run = eval_gated.prepare(args, checkpoints.load_checkpoint(best), Accelerator(cpu=True))
     assert run.model.max_answer == run.collate.max_answer == longest
-    assert "val: 1 of 40 answers are cut" in capsys.readouterr().out
+    assert "val: 1 of 15 answers are cut" in capsys.readouterr().out
 
 
-def test_what_the_limit_cuts_is_said(sample, flags, tmp_path, capsys):
-    data = with_long_answers(sample, tmp_path / "data", "one " * 90, "red")
+def test_what_the_limit_cuts_is_said(few, flags, tmp_path, capsys):
+    data = with_long_answers(few, tmp_path / "data", "one " * 90, "red")
     assert train_gated.main(flags("--data", str(data), "--check-data")) == 0
-    assert f"train: 1 of 240 answers are cut at {core.MAX_ANSWER} tokens, first" in capsys.readouterr().out
+    assert f"train: 1 of 60 answers are cut at {core.MAX_ANSWER} tokens, first" in capsys.readouterr().out
 
 
 def test_generation_goes_to_the_length_of_the_model(build, batch, monkeypatch):
