@@ -586,7 +586,7 @@ def no_encoding(world):
 
 
 def no_index(world):
-    fails(train_cir.gallery, "open_index", AssertionError("too late"))(world)
+    fails(train_cir.picture_index, "open_index", AssertionError("too late"))(world)
 
 
 def named_entries():
@@ -661,7 +661,7 @@ def test_config_of_a_run_serves_again(finished, tmp_path, monkeypatch):
         world = make(finished, kind, place, monkeypatch)
         world.run.mkdir()
         args = kind.script.get_args(world.train())
-        runfolder.start_run(world.run, args)
+        runfolder.start_run(world.run, vars(args))
         again = kind.script.get_args(["--config", str(world.run / "args.yaml")])
         assert {**vars(again), "config": None} == vars(args)
 
