@@ -176,9 +176,9 @@ def lavis_file():
     save_lavis(pretrain_qformer.load_model(args, torch.float32, lambda *words: None), "blip2_pretrained.pth")
 
 
-def data_sets():
+def data_sets(few):
     """data/, wikiart, shards/ and the loose pictures that the pages name."""
-    make_sample.main(["--out", "data/artquest", "--pictures", "64"])
+    shutil.copytree(few, "data/artquest")
     make_sample.main(["--cirr", "--out", "data/cirr", "--pictures", "64"])
     here = pathlib.Path.cwd()
     for link in ("data/captions", "wikiart"):
@@ -209,10 +209,10 @@ def data_sets():
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch, tiny):
+def world(tmp_path, monkeypatch, few, tiny, no_curves):
     """A folder with everything that the commands of the pages read; the current one."""
     monkeypatch.chdir(tmp_path)
-    data_sets()
+    data_sets(few)
     published_models(tiny)
     lavis_file()
 
