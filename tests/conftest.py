@@ -26,6 +26,14 @@ from tools import make_sample, make_tiny  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
+# files that take long, the longest first: begun last, one of them would keep one process busy while the others have nothing left
+LONG = ("test_scripts.py", "test_readme.py", "test_kill.py", "test_faults.py", "test_qformer.py", "test_cir.py", "test_retrieval_faults.py",
+        "test_bench.py", "test_sharing.py", "test_blip_caption.py", "test_lean.py", "test_maps.py", "test_tiny.py", "test_core.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(scope="session")
 def sample(tmp_path_factory):

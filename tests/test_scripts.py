@@ -782,4 +782,4 @@ def test_golden_loss_curve(flags, sample, tmp_path, monkeypatch):
     if not kept.exists():
         kept.write_text(json.dumps(curve))
         pytest.fail(f"{kept.name} was not there and has been written")
-    assert len(curve) == 20 and curve == pytest.approx(json.loads(kept.read_text()), abs=1e-4)
+    assert len(curve) == 20 and curve == pytest.approx(json.loads(kept.read_text()), rel=1e-4, abs=0)
