@@ -467,7 +467,7 @@ def test_batched_answers_equal_one_at_a_time(build, batch, beams):
 def test_generation_equals_transformers_generate(build, batch, tiny):
     model, theirs = build(), Blip2ForConditionalGeneration.from_pretrained(tiny[0]).eval()
     ids = torch.tensor([[theirs.config.image_token_index] * make_tiny.QUERIES + core.prompt_ids(model.tokenizer, QUESTIONS[0])])
-    expected = theirs.generate(batch["images"][:1], ids, max_new_tokens=10, num_beams=1, do_sample=False,
+    expected = theirs.generate(batch["images"][:1], ids, max_new_tokens=model.max_answer, num_beams=1, do_sample=False,
                                eos_token_id=core.newline_id(model.tokenizer))
     text = model.tokenizer.batch_decode(expected, skip_special_tokens=True)[0].split("Answer:")[-1].split("\n")[0].strip()
     assert model.predict_answers(batch["images"][:1], QUESTIONS[:1], beams=1) == [text]

@@ -26,7 +26,7 @@ from PIL import Image
 import core
 import demo
 from data import rows
-from engine import checkpoints, picture_index, published
+from engine import checkpoints, published
 from engine.errors import DataError
 
 ROOT = pathlib.Path(demo.__file__).parent
@@ -456,7 +456,7 @@ def test_the_page_in_a_browser(served, taught, run, sample, picture, tmp_path):
             if shown:
                 page.wait_for_function("text => document.querySelector('#gated .demo').textContent !== text", arg=shown[-1][0])
             shown.append([page.locator(f"{side} .demo").text_content() for side in ("#gated", "#closed")])
-            picture_index.append([page.locator(f"{side} img").first.get_attribute("src") for side in ("#gated", "#closed")])
+            maps.append([page.locator(f"{side} img").first.get_attribute("src") for side in ("#gated", "#closed")])
 
         see()
         assert len(page.query_selector_all("#gated img, #closed img")) == 3  # none of them from a text

@@ -451,7 +451,7 @@ FAULTS = [
     Fault("config.json is a page", "10A", spoiled_blip2(content_of("config.json", b"<!DOCTYPE html>")), ("blip2", "BLIP-2")),
     Fault("config.json with a number for its parts", "10A",
           spoiled_blip2(json_of("config.json", lambda c: c.update(vision_config=3))),
-          ("blip2", "BLIP-2")),
+          ("blip2", "vision_config")),
     Fault("half of the weights", "10A", spoiled_blip2(lambda f: half(f / "model.safetensors")),
           ("model.safetensors", "incomplete", "of 10,", "again")),
     Fault("LFS pointer as weights", "10A",

@@ -541,7 +541,7 @@ def test_flags_that_do_not_go_together(capsys, more, wanted):
 
 
 def test_defaults_of_init_and_data(tmp_path, capsys):
-    (tmp_path / "c.yaml").write_text("data: 3")
+    (tmp_path / "c.yaml").write_text("data: 3\nblip2: tiny")
     assert errors.exit_code(pretrain_qformer.main, ["--config", str(tmp_path / "c.yaml")]) == 2
     assert "error: --data 3: give NAME=PLACE" in capsys.readouterr().err
     (tmp_path / "c.yaml").write_text("data: [a=b, c=d]")

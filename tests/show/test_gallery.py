@@ -256,7 +256,7 @@ def test_disk_runs_full(shelf, monkeypatch):
             raise OSError(28, "No space left on device")
         write(file, data)
 
-    monkeypatch.setattr(gallery, "write_through", full)
+    monkeypatch.setattr(picture_index, "write_through", full)
     with pytest.raises(DataError, match="No space left on device.*the 4 pictures indexed in this run stay"):
         shelf.open()
     monkeypatch.undo()

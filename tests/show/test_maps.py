@@ -570,7 +570,7 @@ def test_shares_by_hand():
     assert found["n"] == 2 and found["inside"] == pytest.approx(0.75) and found["error"] == 0
     assert found["chance"] == pytest.approx(1 / 3) and found["above"] == 1.0 and found["peak"] == pytest.approx(2 / 3)
     assert found["elsewhere"] == pytest.approx((0.25 + 0.75) / 2)  # the first on the second's things, the second on the third's
-    wide = faithfulness.Scene(None, np.array([[1.0, 1.0], [1.0, 0]]), "?", "!", "count")  # 0.6 lies inside, less than its own chance of 0.75
+    wide = faithfulness.Scene(None, np.array([[1.0, 1.0], [1.0, 0]]), "?", "!", "count")  # 0.6 lies inside, chance is 0.75
     mixed = faithfulness.shares([heats[0], np.array([[0.6, 0], [0, 0.4]]), heats[1]], [scenes[0], wide, scenes[1]], np.ones(3, bool))
     assert mixed["above"] == pytest.approx(2 / 3) and mixed["chance"] == pytest.approx(0.5)
     assert found["right"] == found["what"] == found["count"] == pytest.approx(0.75) and np.isnan(found["colour"])
