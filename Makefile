@@ -23,8 +23,9 @@ look: .venv/gradio
 demo: setup
 	rm -rf runs/demo
 	$(PY) tools/make_sample.py
-	$(PY) train_gated.py --data data/artquest --blip2 tiny --accumulation 1 --batch-size 32 --lr 1e-3 --epochs 5 --out runs/demo
-	$(PY) eval_gated.py --checkpoint runs/demo/best.pt --split test --predictions runs/demo/test.json
+	$(PY) train_gated.py --data data/artquest --blip2 tiny --accumulation 1 --batch-size 32 --lr 1e-3 --epochs 5 --cache runs/demo-cache \
+	    --out runs/demo
+	$(PY) eval_gated.py --checkpoint runs/demo --split test --cache runs/demo-cache --predictions runs/demo/test.json
 	@echo "best.pt, curves.png, training_log.csv, test.json and test.csv are in runs/demo"
 
 demo-all: demo
