@@ -306,13 +306,6 @@ def start_from(net, path, say):
     checkpoints.load_strictly(net, state, f"--init {path} ({where})")
 
 
-def make_optimizer(model, lr, weight_decay):
-    """AdamW; no decay on biases, norms and scalars (everything with fewer than two dimensions)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr)
-
-
 def to_train(run):
     """Training mode; with --freeze-bn the norms stay in evaluation mode, but their scale and shift are trained.
 
@@ -500,7 +493,7 @@ def prepare(args, resumed=False):
     # before prepare, which ties forward to this very object. Warm-up: the decay of step t is 1 - t^(-2/3), so that the average
     # spans t^(2/3) steps and a run of 200 steps has a useful one too
     ema = ModelEmaV3(model, decay=args.ema, use_warmup=True)
-    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
+    wrapped, optimizer = accelerator.prepare(model, loop.make_optimizer(model, args.lr, args.weight_decay))
     train, val = (Paintings(splits[split], classes, args.size, args.crop, args.seed) for split in ("train", "val"))
     return Run(args, accelerator, classes, model, wrapped, ema, optimizer, train, val)
 

@@ -656,16 +656,7 @@ def rehearse(run):
     run.optimizer.zero_grad()
     few = Captioned(run.val.rows[:run.args.batch_size], run.val.size)
     evaluate(run.model, few, run.collate, run.accelerator, run.args.batch_size, run.args.workers, run.args.rerank)
-    if torch.cuda.is_available():
-        run.accelerator.print("most GPU memory in a rehearsal of the longest batches: "
-                              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-
-
-def make_optimizer(model, lr, weight_decay):
-    """AdamW; no decay on biases, norms and scalars (everything with fewer than two dimensions)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr)
+    loop.print_gpu_memory(run.accelerator)
 
 
 def prepare(args):
@@ -679,7 +670,7 @@ def prepare(args):
         model = load_model(args, core.DTYPES[accelerator.mixed_precision], accelerator.print)
     if accelerator.is_main_process:
         checkpoints.print_parts(model)
-    wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
+    wrapped, optimizer = accelerator.prepare(model, loop.make_optimizer(model, args.lr, args.weight_decay))
     stream = shards.ShardStream(streamed, model.image_size, args.seed, accelerator.process_index, accelerator.num_processes)
     return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer),
                Captioned(train, model.image_size, args.seed), Captioned(val, model.image_size), stream)

@@ -505,9 +505,7 @@ def rehearse(run):
     train_step(run, iter([run.collate([run.train[n] for n in picked])]), picked, [(0, picked)])
     run.optimizer.zero_grad()
     validate(run, Captions(run.val.rows[:run.args.val_batch], run.val.image_size, run.tokenizer))
-    if torch.cuda.is_available():
-        used = torch.cuda.max_memory_allocated() / 2**30
-        run.accelerator.print(f"most GPU memory in a rehearsal of the longest batches: {used:.1f} GiB")
+    loop.print_gpu_memory(run.accelerator)
 
 
 def prepare(args):

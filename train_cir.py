@@ -377,10 +377,7 @@ def picture_source(args, model, pools, accelerator):
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW as SPRC has it: betas (0.9, 0.98), eps 1e-7; but no decay on biases, norms and scalars."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}],
-                             lr=lr, betas=(0.9, 0.98), eps=1e-7)
+    return loop.make_optimizer(model, lr, weight_decay, betas=(0.9, 0.98), eps=1e-7)
 
 
 # --- evaluation ------------
@@ -645,9 +642,7 @@ def rehearse(run):
     names = dict.fromkeys([pool.queries[0].reference, *list(pool.gallery)[:run.args.batch_size]])
     few = replace(pool, queries=pool.queries[:1], gallery={name: pool.gallery[name] for name in names})
     encode(run.model, few, run.opener, run.accelerator, run.args.batch_size, run.args.workers)
-    if torch.cuda.is_available():
-        run.accelerator.print("most GPU memory in a rehearsal of the longest batches: "
-                              f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    loop.print_gpu_memory(run.accelerator)
 
 
 def prepare(args):

@@ -182,7 +182,6 @@ def read_data(args, split, say=print):
                           args.context, args.val_share, args.skip_bad, args.workers, say)
 
 
-
 def check_data(args):
     """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
     absent = missing(args)
@@ -237,7 +236,6 @@ def show_rows(tokenizer, some, max_answer):
 
 
 # --- evaluation ------------
-
 
 def greedy_answers(model, group, features):
     """The answers of --select em: no beams, since they are asked for in every epoch."""

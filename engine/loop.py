@@ -31,6 +31,8 @@ def bad_loss(what, step, group):
 class StopSignal:
     """Ctrl-C or SIGTERM: the first sets .number, which the loop looks at between two steps; the second leaves at once."""
 
+    number = 0  # of no signal: before and outside of `with` nobody stops a run
+
     def __enter__(self):
         self.number = 0
         self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -97,7 +97,6 @@ class Run:
         self.pace = loop.Pace(self, unit)
         self.marks = {"metric": metric, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
         self.step, self.log, self.stop, self.group = 0, None, loop.StopSignal(), ()
-        self.stop.number = 0  # outside of `opened` nobody stops a run
 
     # -- the run folder
 
@@ -253,10 +252,6 @@ class Run:
                 self.save_last()
             self.draw()
         return better
-
-    def skip_validation(self):
-        """The end of an epoch that is not validated."""
-        self.marks |= {"done": self.marks["done"] + 1}
 
 
 class Step:
