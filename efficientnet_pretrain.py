@@ -18,13 +18,11 @@ weights are scored.
 
 import argparse
 import csv
-import math
 import pathlib
 import random
 import sys
 from collections import Counter
-from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,10 +34,10 @@ from tqdm import tqdm
 
 from data import rows, wikiart
 from data.rows import IMAGENET_MEAN, IMAGENET_STD
-from engine import checkpoints, environment, errors, files, flags, loaders, loop, runfolder
+from engine import checkpoints, environment, errors, files, flags, loaders, loop
 from engine.errors import DataError
+from engine.run import Run, resumes
 
-LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm", "top1", "top5", "f1", "balanced")
 CLIP = 5.0  # gradient norm: only spikes are cut
 PANELS = [("loss", [("step", "loss", "training (smoothed, mixed)"), ("epoch", "loss", "validation")]),
@@ -175,13 +173,9 @@ def collate(samples):
     return {"images": torch.stack(pixels), "labels": torch.tensor(labels)}
 
 
-def next_batch(batches, device):
-    """The next batch on its device, channels last; a LoaderError where one of its pictures is broken."""
-    batch = next(batches)
-    if "fault" in batch:
-        raise loaders.LoaderError(batch["fault"])
-    images = batch["images"].to(device, non_blocking=True, memory_format=torch.channels_last)  # [B,3,s,s] still, NHWC in memory
-    return images, batch["labels"].to(device, non_blocking=True)
+def channels_last(images):
+    """[B,3,s,s] as it was, NHWC in memory: what convolutions on tensor cores want."""
+    return images.to(memory_format=torch.channels_last)
 
 
 # --- scores ------------
@@ -214,9 +208,10 @@ def evaluate(net, data, accelerator, batch_size, workers):
     loaded, found = iter(loaders.load_batches(data, collate, batches, workers)), []
     for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
                         disable=None if accelerator.is_main_process else True):
-        images, labels = next_batch(loaded, accelerator.device)
+        batch = loaders.next_batch(loaded, accelerator.device)
+        labels = batch["labels"]
         with accelerator.autocast():
-            logits = net(images).float()  # [B,K]
+            logits = net(channels_last(batch["images"])).float()  # [B,K]
         losses = F.cross_entropy(logits, labels, reduction="none").tolist()
         best = logits.topk(min(5, logits.shape[1])).indices.tolist()  # [B,5]
         found += [dict(zip(("row", "label", "loss", "best"), one)) for one in zip(numbers, labels.tolist(), losses, best)]
@@ -260,7 +255,6 @@ def class_table(confusion, classes, trained_on):
 
 
 # --- model ------------
-
 
 def build(args, classes, say, blank=False):
     """timm's net with a head of len(classes), from --pretrained or --init. blank: weights are put in later (--resume)."""
@@ -306,17 +300,6 @@ def start_from(net, path, say):
     checkpoints.load_strictly(net, state, f"--init {path} ({where})")
 
 
-def to_train(run):
-    """Training mode; with --freeze-bn the norms stay in evaluation mode, but their scale and shift are trained.
-
-    Batch norm and small batches: a picture brings many positions, so that the statistics of 16 pictures serve; of a few they are
-    noisy. Several GPUs: each has its own, the first one's running statistics are kept."""
-    run.wrapped.train()
-    for module in run.model.modules():
-        if run.args.freeze_bn and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eval()
-
-
 def mixed(images, labels, classes, cutmix, mixup):
     """images [B,3,s,s], labels [B] -> (images, targets [B,K]); CutMix (alpha 1), MixUp (alpha 0.2) in their share of batches."""
     from torchvision.transforms import v2
@@ -328,162 +311,109 @@ def mixed(images, labels, classes, cutmix, mixup):
     return images, F.one_hot(labels, classes).float()
 
 
-# --- one run: what the functions of the loop share ------------
-
-@dataclass
-class Run:
-    """A run under way. `model` is timm's net; `wrapped` the same as accelerate trains it; `ema` its average, which is scored."""
-    args: argparse.Namespace
-    accelerator: Accelerator
-    classes: list
-    model: torch.nn.Module
-    wrapped: torch.nn.Module
-    ema: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    train: Paintings
-    val: Paintings
-    step: int = 0  # optimizer steps done
-    log: runfolder.RunLog | None = None  # only where files are written
-
-    def __post_init__(self):
-        self.pace = loop.Pace(self, "pictures")
-        self.marks = {"metric": "f1", "value": None, "epoch": None, "done": 0, "confusion": None}  # done: epochs validated
-        self.per_epoch = len(self.plan(0))
-        self.total = self.args.epochs * self.per_epoch
-
-    def plan(self, epoch):
-        """The optimizer steps of an epoch, see loop.epoch_plan, with Paintings' keys as the numbers."""
-        drawn = balanced(self.train.labels, self.args.balance, self.args.seed, epoch).tolist()
-        steps = loop.epoch_plan(len(drawn), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
-                                self.accelerator.process_index, self.accelerator.num_processes)
-
-        def keys(places):
-            return [(drawn[place], epoch, place) for place in places]
-        return [(keys(group), [(number, keys(places)) for number, places in share]) for group, share in steps]
-
-    def lr(self, step):
-        return loop.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
-
-
 # --- checkpoints ------------
 
-def save_best(run, out):
-    """best.pt: the averaged weights and plain values; core.EfficientNet28.from_checkpoint takes it as it is."""
-    import timm
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in run.ema.module.state_dict().items()}
-    checkpoints.save_checkpoint(out / "best.pt", {
-        "stage": "efficientnet", "model": state, "arch": run.args.arch, "classes": run.classes, "size": run.args.size,
-        "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "args": vars(run.args), **run.marks,
-        "torch": torch.__version__.split("+")[0], "timm": timm.__version__})
+def best_of(args, parts):
+    """What best.pt holds: the averaged weights and plain values; core.EfficientNet28.from_checkpoint takes it as it is."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.ema.module.state_dict().items()}
+    return {"model": state, "arch": args.arch, "classes": parts.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD), "args": vars(args)}
 
 
-def save_last(run, out):
-    """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    checkpoints.save_checkpoint(out / "last.pt", {
-        "stage": "efficientnet", "state": run.model.state_dict(), "ema": run.ema.module.state_dict(), "settings": settings(run),
-        **runfolder.training_state(run)})
-
-
-def settings(run):
+def settings(args, parts, processes):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
     free = ("out", "resume", "save_last", "config", "workers", "images", "data", "photos", "check_data", "dry_run", "pretrained",
             "init")
-    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
-    return {**flags, "classes": run.classes, "training rows (hash)": rows.fingerprint(run.train.rows),
-            "validation rows (hash)": rows.fingerprint(run.val.rows), "processes": run.accelerator.num_processes}
-
-
-def restore(run, path):
-    """Put last.pt back. DataError where anything differs that would change the result."""
-    last = checkpoints.load_checkpoint(path, ("state", "ema", "optimizer", "scaler", "step", "marks", "settings"))
-    runfolder.refuse_other_settings(settings(run), last["settings"], path)
-    checkpoints.load_strictly(run.model, last["state"], str(path))
-    checkpoints.load_strictly(run.ema.module, last["ema"], str(path))
-    runfolder.restore_training(run, last)
+    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in free}
+    return {**given, "classes": parts.classes, "training rows (hash)": rows.fingerprint(parts.train.rows),
+            "validation rows (hash)": rows.fingerprint(parts.val.rows), "processes": processes}
 
 
 # --- the loop ------------
 
-def train_step(run, batches, group, share):
-    """Forward and backward of one optimizer step: this process's share of the group, in micro-batches -> its part of the loss."""
-    total = 0.0
-    for i, (number, picked) in enumerate(share):
-        images, labels = next_batch(batches, run.accelerator.device)
-        # CutMix, dropout and drop-path are pure functions of (seed, step, micro-batch): exact resume depends on it. Not before
-        # next_batch, which with --workers 0 seeds this very process for every picture
-        loop.seed_everything(run.args.seed, run.step, number)
-        images, targets = mixed(images, labels, len(run.classes), run.args.cutmix, run.args.mixup)  # targets [B,K]
-        with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
-            loss = F.cross_entropy(run.wrapped(images).float(), targets, label_smoothing=run.args.smoothing)  # logits [B,K]
-        if not torch.isfinite(loss):
-            raise DataError(loop.bad_loss(f"loss is {loss.item()}", run.step, [run.train.rows[n] for n, *_ in picked]))
-        portion = len(picked) * run.accelerator.num_processes / len(group)
-        run.accelerator.backward(loss * portion)
-        total += loss.item() * portion
-    return total
+class Parts(NamedTuple):
+    """What a run is made of beside the Run."""
+    classes: list
+    train: Paintings
+    val: Paintings
+    ema: torch.nn.Module  # timm's ModelEmaV3: the average of the weights, which is scored and saved
 
 
-def train_epoch(run, plan, stop):
-    """The optimizer steps of `plan`. Ends early when a signal has come."""
-    accelerator = run.accelerator
-    batches = iter(loaders.load_batches(run.train, collate, [keys for _, share in plan for _, keys in share], run.args.workers))
-    bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
-    to_train(run)
-    for group, share in bar:
-        lr = run.lr(run.step)
-        for group_of_parameters in run.optimizer.param_groups:
-            group_of_parameters["lr"] = lr
-        with loaders.dead_loaders_named([run.train.rows[n] for n, *_ in group]):
-            loss = train_step(run, batches, group, share)
-        norm = float(accelerator.clip_grad_norm_(run.model.parameters(), CLIP))
-        if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n, *_ in group]))
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.step += 1
-        run.pace.step(len(group))
-        run.ema.update(run.model, run.step)
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
-        if run.step % LOG_EVERY == 0:
-            loss = accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean").item()
-            if run.log:
-                run.log.write("step", run.step, epoch=(run.step - 1) // run.per_epoch + 1, lr=lr, loss=loss, grad_norm=norm)
-        if loop.stopped(accelerator, stop):
-            break
+def train_mode(run, freeze_bn):
+    """Training mode; with --freeze-bn the norms stay in evaluation mode, but their scale and shift are trained.
+
+    Batch norm and small batches: a picture brings many positions, so that the statistics of 16 pictures serve; of a few they are
+    noisy. Several GPUs: each has its own, the first one's running statistics are kept."""
+    run.wrapped.train()
+    for module in run.model.modules():
+        if freeze_bn and isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
-def validate(run, data):
+def train_step(run, step, args):
+    """Forward and backward of one optimizer step, micro-batch by micro-batch."""
+    for batch in step:
+        images, targets = mixed(channels_last(batch["images"]), batch["labels"], run.model.num_classes, args.cutmix, args.mixup)
+        with step.forward():
+            loss = F.cross_entropy(run.wrapped(images).float(), targets, label_smoothing=args.smoothing)  # logits, targets [B,K]
+        step.backward(loss)
+
+
+def train(args):
+    """The whole training -> its Run."""
+    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    resumed = resumes(accelerator, args.out, args.resume)
+    run, parts = prepare(args, accelerator, resumed)
+    with run.opened(resumed, vars(args)):
+        accelerator.print(f"{len(parts.train)} training and {len(parts.val)} validation pictures, {len(parts.classes)} classes; "
+                          f"{run.total} steps of {len(run.plan(0)[0][0])}, lr {args.lr:g}, "
+                          f"precision {accelerator.mixed_precision}, {accelerator.device}")
+        rehearse(run, parts, args)
+        for epoch in run.epochs():
+            train_mode(run, args.freeze_bn)
+            for step in run.steps(epoch):
+                train_step(run, step, args)
+                step.update()
+                parts.ema.update(run.model, run.step)
+            numbers, confusion = validate(run, parts, parts.val, args)
+            if run.end_epoch(numbers, confusion=confusion.tolist()):
+                run.save_best()
+        if accelerator.is_main_process and run.marks["value"] is not None:
+            report(run, parts)
+    return run
+
+
+def validate(run, parts, data, args):
     """The numbers of an epoch and the confusion [K,K], of the averaged weights."""
     if run.accelerator.num_processes > 1:
-        broadcast(list(run.ema.module.buffers()))  # batch-norm statistics differ between processes: the first one's count
-    return summary(evaluate(run.ema.module, data, run.accelerator, run.args.batch_size, run.args.workers), len(run.classes))
+        broadcast(list(parts.ema.module.buffers()))  # batch-norm statistics differ between processes: the first one's count
+    return summary(evaluate(parts.ema.module, data, run.accelerator, args.batch_size, args.workers), len(parts.classes))
 
 
-def rehearse(run):
+def rehearse(run, parts, args):
     """A training step and a validation batch before anything is trained: memory that runs out shows now and not in the night."""
     before = [buffer.clone() for buffer in run.model.buffers()]  # batch norm's statistics, which a step changes
-    group, share = run.plan(0)[0]
-    to_train(run)
+    _, keys = run.plan(0)[0][1][0]
+    train_mode(run, args.freeze_bn)
+    step = run.rehearsal(collate([parts.train[key] for key in keys]), keys)
     try:
-        train_step(run, iter(loaders.load_batches(run.train, collate, [keys for _, keys in share], 0)), group, share)
+        train_step(run, step, args)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise DataError(f"--batch-size {run.args.batch_size} with --size {run.args.size}: a single picture comes down to one "
-                        "pixel, which has no spread for batch norm: give a greater one, or --freeze-bn") from None
-    run.optimizer.zero_grad()
+        raise DataError(f"--batch-size {args.batch_size} with --size {args.size}: a single picture comes down to one pixel, which "
+                        "has no spread for batch norm: give a greater one, or --freeze-bn") from None
+    step.update()
     for buffer, value in zip(run.model.buffers(), before):
         buffer.copy_(value)
-    evaluate(run.ema.module, Paintings(run.val.rows[:run.args.batch_size], run.classes, run.val.size), run.accelerator,
-             run.args.batch_size, 0)
-    if torch.cuda.is_available():
-        run.accelerator.print(f"most GPU memory in a rehearsal: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    few = Paintings(parts.val.rows[:args.batch_size], parts.classes, args.size)
+    evaluate(parts.ema.module, few, run.accelerator, args.batch_size, 0)
+    loop.print_gpu_memory(run.accelerator)
 
 
-def prepare(args, resumed=False):
-    """Flags -> a Run at its first step: rows, model, average, optimizer."""
+def prepare(args, accelerator, resumed=False):
+    """Flags -> (Run at its first step, Parts): rows, model, average, optimizer."""
     from timm.utils import ModelEmaV3
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     classes, splits = read_data(args, accelerator.print)
     loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one downloads, the others find it
@@ -494,104 +424,53 @@ def prepare(args, resumed=False):
     # spans t^(2/3) steps and a run of 200 steps has a useful one too
     ema = ModelEmaV3(model, decay=args.ema, use_warmup=True)
     wrapped, optimizer = accelerator.prepare(model, loop.make_optimizer(model, args.lr, args.weight_decay))
-    train, val = (Paintings(splits[split], classes, args.size, args.crop, args.seed) for split in ("train", "val"))
-    return Run(args, accelerator, classes, model, wrapped, ema, optimizer, train, val)
+    parts = Parts(classes, *(Paintings(splits[split], classes, args.size, args.crop, args.seed) for split in ("train", "val")), ema)
+
+    def plan(epoch):
+        """The steps of loop.epoch_plan, with Paintings' keys as the numbers."""
+        drawn = balanced(parts.train.labels, args.balance, args.seed, epoch).tolist()
+        steps = loop.epoch_plan(len(drawn), args.batch_size, args.accumulation, args.seed, epoch, accelerator.process_index,
+                                accelerator.num_processes)
+
+        def keys(places):
+            return [(drawn[place], epoch, place) for place in places]
+        return [(keys(group), [(number, keys(places)) for number, places in share]) for group, share in steps]
+
+    def load_state(last):
+        for net, name in ((model, "state"), (ema.module, "ema")):
+            checkpoints.load_strictly(net, last[name], f"{args.out}/last.pt")
+
+    return Run("efficientnet", args.out, accelerator, model, wrapped, optimizer, rows=parts.train.rows, plan=plan,
+               batches=lambda epoch, left: loaders.load_batches(parts.train, collate, loop.keys_of(left), args.workers),
+               epochs=args.epochs, lr=lambda step, total: loop.cosine_lr(step, total, round(args.warmup * total), args.lr),
+               seed=args.seed, metric="f1", settings=settings(args, parts, accelerator.num_processes),
+               best=lambda: best_of(args, parts), state=lambda: {"state": model.state_dict(), "ema": ema.module.state_dict()},
+               load_state=load_state, clip=CLIP, columns=LOG_COLUMNS, panels=PANELS, unit="pictures", save_last=args.save_last,
+               title=f"{pathlib.Path(args.out).name}: {args.arch}, {args.size} px",
+               # best.pt; last.pt with weights, average and AdamW's two; of each the old and the new file
+               disk=sum(t.nbytes for t in model.state_dict().values()) * (10 if args.save_last else 2)), parts
 
 
-def train(run, out, stop):
-    """The epochs that are left. Returns early, with a last.pt, when a signal has come."""
-    args, leader, say = run.args, run.accelerator.is_main_process, run.accelerator.print
-    for epoch in range(run.marks["done"], args.epochs):
-        try:
-            train_epoch(run, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
-        except loaders.LoaderError:
-            if leader and run.step:
-                save_last(run, out)
-            raise
-        if loop.stopped(run.accelerator, stop):
-            break
-        numbers, confusion = validate(run, run.val)
-        better = loop.is_better(numbers["f1"], run.marks)
-        run.marks |= {"done": epoch + 1}
-        if better:
-            run.marks |= {"value": numbers["f1"], "epoch": epoch + 1, "confusion": confusion.tolist()}
-        say(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.4f}" for k, v in numbers.items()) + (" *" if better else ""))
-        if leader:
-            run.log.write("epoch", run.step, epoch=epoch + 1, lr=run.lr(run.step - 1), **numbers)
-            if args.save_last:  # before best.pt: begin() makes up a best.pt that a kill between the two has left behind
-                save_last(run, out)
-            if better:
-                save_best(run, out)
-            draw(run, out)
-    if stop.number and leader:
-        save_last(run, out)
-        say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
-
-
-def draw(run, out):
-    """curves.png of the log so far."""
-    runfolder.draw_curves(run.log.path, out / "curves.png", PANELS, f"{out.name}: {run.args.arch}, {run.args.size} px")
-
-
-def report(run, out):
+def report(run, parts):
     """confusion.png, per_class.csv and the printed table, all of the best epoch."""
     confusion, epoch = np.array(run.marks["confusion"]), run.marks["epoch"]
-    draw_confusion(confusion, run.classes, out / "confusion.png",
-                   f"{out.name}, epoch {epoch}: macro F1 {run.marks['value']:.3f}; per cent of each row")
-    lines = class_table(confusion, run.classes, Counter(row.style for row in run.train.rows))
-    with files.whole_file(out / "per_class.csv") as file:
+    draw_confusion(confusion, parts.classes, run.out / "confusion.png",
+                   f"{run.out.name}, epoch {epoch}: macro F1 {run.marks['value']:.3f}; per cent of each row")
+    lines = class_table(confusion, parts.classes, Counter(row.style for row in parts.train.rows))
+    with files.whole_file(run.out / "per_class.csv") as file:
         csv.writer(file).writerows(lines)
     for name, *numbers, other in lines:
         print(f"{name:28}" + "".join(f"{number:>11}" for number in numbers) + f"   {other}")
 
 
-def begin(run, out, resumed):
-    """The run folder, and what --resume finds in it."""
-    args = run.args
-    if resumed:
-        restore(run, out / "last.pt")
-        run.accelerator.print(f"resuming after step {run.step} of {run.total}")
-    if run.accelerator.is_main_process:
-        size = sum(t.nbytes for t in run.model.state_dict().values())
-        # best.pt; last.pt with weights, average and AdamW's two; for each the old and the new file
-        files.refuse_full_disk(out, size * (10 if args.save_last else 2))
-        runfolder.start_run(out, vars(args))
-        run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
-        if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
-            save_best(run, out)
-        if resumed:
-            draw(run, out)
-
-
 def dry_run(args):
     """--dry-run: three rows, the table of parts, memory; nothing is written."""
-    run = prepare(args)
-    for number in range(min(3, len(run.train))):
-        row = run.train.rows[number]
-        run.accelerator.print(f"{row.name} -> {run.classes[run.train.labels[number]]}")
-    loop.dry_run(run, rehearse)
-
-
-def fit(args):
-    """The whole run -> (Run, number of the signal that ended it or 0)."""
-    out = pathlib.Path(args.out)
-    resumed = args.resume and (out / "last.pt").exists()
-    runfolder.refuse_overwrite(out, resumed)
-    run = prepare(args, resumed)
-    say = run.accelerator.print
-    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
-        runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
-        begin(run, out, resumed)
-        say(f"{len(run.train)} training and {len(run.val)} validation pictures, {len(run.classes)} classes; {run.total} steps of "
-            f"{len(run.plan(0)[0][0])}, lr {args.lr:g}, precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
-        rehearse(run)
-        train(run, out, stop)
-        if run.log:
-            run.log.close()
-            if not stop.number and run.marks["value"] is not None:
-                report(run, out)
-    run.accelerator.end_training()
-    return run, stop.number
+    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    run, parts = prepare(args, accelerator)
+    for number in range(min(3, len(parts.train))):
+        row = parts.train.rows[number]
+        accelerator.print(f"{row.name} -> {parts.classes[parts.train.labels[number]]}")
+    loop.dry_run(run, lambda run: rehearse(run, parts, args))
 
 
 def main(argv=None):
@@ -603,8 +482,8 @@ def main(argv=None):
     with errors.batch_size_in_memory_errors(args.batch_size):
         if args.dry_run:
             return dry_run(args)
-        run, signal_number = fit(args)
-    return runfolder.ended(run, signal_number, "macro F1", "efficientnet_pretrain.py", argv)
+        run = train(args)
+    return run.result("macro F1", "efficientnet_pretrain.py", argv)
 
 
 if __name__ == "__main__":
