@@ -17,15 +17,18 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import save_file
 
 import conftest  # noqa: F401  (sets the import path)
 import core
 import efficientnet_pretrain as pretrain
+import engine.run
 from data import rows, wikiart
 from engine import checkpoints, errors, loaders, loop, runfolder
 from engine.errors import DataError
+from engine.run import Step
 from timm.utils import ModelEmaV3
 
 ARCH = "test_efficientnet"
@@ -37,12 +40,12 @@ WIKIART = pathlib.Path(__file__).resolve().parents[2] / "shared/data/wikiart_csv
 @pytest.fixture(scope="module", autouse=True)
 def small_runs():
     """One thread, since the net is so small that a second costs more than it brings; a row of the log every second step."""
-    threads, every = torch.get_num_threads(), pretrain.LOG_EVERY
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pretrain.LOG_EVERY = 2
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.run, "LOG_EVERY", 2)
+        yield
     torch.set_num_threads(threads)
-    pretrain.LOG_EVERY = every
 
 
 def picture(path, colour=(90, 90, 90), seed=0):
@@ -67,7 +70,7 @@ def make_artgan(folder):
 @pytest.fixture(autouse=True)
 def few_pictures(monkeypatch):
     """curves.png takes longer to draw than such a run to train: only `finished` has it."""
-    monkeypatch.setattr(pretrain, "draw", lambda *args: None)
+    monkeypatch.setattr(runfolder, "draw_curves", lambda *args: None)
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +91,13 @@ def flags(data, out="run", *more):
 
 @pytest.fixture(scope="module")
 def finished(source, tmp_path_factory):
-    """(Run, folder) of an undisturbed run with everything random switched on."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    run, number = pretrain.fit(pretrain.get_args(flags(source, out, "--save-last", "--accumulation", "2", "--mixup", "0.3")))
-    assert number == 0
-    return run, out
+    """(Run, Parts, folder) of an undisturbed run with everything random switched on."""
+    out, prepare, made = tmp_path_factory.mktemp("runs") / "whole", pretrain.prepare, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "prepare", lambda *args: made.append(prepare(*args)) or made[0])
+        run = pretrain.train(pretrain.get_args(flags(source, out, "--save-last", "--accumulation", "2", "--mixup", "0.3")))
+    assert run is made[0][0] and not run.stop.number
+    return *made[0], out
 
 
 def read(data, *more):
@@ -239,12 +244,12 @@ def test_balanced_sampling():
 
 
 def test_an_epoch_shows_every_style_equally_often(finished):
-    run, _ = finished
+    run, parts, _ = finished
     for epoch in range(2):
         keys = [key for group, _ in run.plan(epoch) for key in group]
         assert all(when == epoch for _, when, _ in keys) and len({place for _, _, place in keys}) == len(keys)
-    drawn = pretrain.balanced(run.train.labels, 1.0, 42, 0)
-    assert sorted(Counter(run.train.labels[n] for n in drawn).values()) == [4, 5, 5]
+    drawn = pretrain.balanced(parts.train.labels, 1.0, 42, 0)
+    assert sorted(Counter(parts.train.labels[n] for n in drawn).values()) == [4, 5, 5]
     group, share = run.plan(0)[0]
     assert [key for _, keys in share for key in keys] == group and all(drawn[place] == n for n, _, place in group)
 
@@ -335,7 +340,7 @@ def test_confusion_picture_of_28_classes(tmp_path, monkeypatch):
 # --- model and weights ------------
 
 def test_average_follows_the_weights(finished):
-    run, _ = finished
+    run, parts, _ = finished
     torch.manual_seed(0)
     net = timm.create_model(ARCH, num_classes=3)
     for decay, wanted in ((0.9999, 1 - 8 ** (-2 / 3)), (0.0, 0.0), (0.5, 0.5)):
@@ -345,39 +350,43 @@ def test_average_follows_the_weights(finished):
             net.classifier.bias += 1
         average.update(net, 8)  # step 8: the warmed-up decay is 1 - 8^(-2/3)
         assert torch.allclose(average.module.classifier.bias, wanted * before + (1 - wanted) * net.classifier.bias)
-    weights, averaged = run.model.state_dict(), run.ema.module.state_dict()
+    weights, averaged = run.model.state_dict(), parts.ema.module.state_dict()
     assert not torch.equal(weights["classifier.weight"], averaged["classifier.weight"])
-    assert not torch.equal(weights["bn1.running_mean"], averaged["bn1.running_mean"]) and not run.ema.module.training
+    assert not torch.equal(weights["bn1.running_mean"], averaged["bn1.running_mean"]) and not parts.ema.module.training
 
 
 def bare_run(data, *more):
-    """A Run that has not begun, without noise: no dropout, drop-path, mixing, smoothing."""
+    """(Run, Parts, args) before the first step, without noise: no dropout, drop-path, mixing, smoothing."""
     args = pretrain.get_args(flags(data, "x", "--dropout", "0", "--drop-path", "0", "--cutmix", "0", "--smoothing", "0", *more))
-    return pretrain.prepare(args)
+    run, parts = pretrain.prepare(args, Accelerator(cpu=True))
+    pretrain.train_mode(run, args.freeze_bn)
+    return run, parts, args
+
+
+def step_on(run, parts, args, share):
+    """The loss of one optimizer step without its update, on these micro-batches: [(number, keys)]."""
+    group = [key for _, keys in share for key in keys]
+    step = Step(run, 0, group, share, iter(loaders.load_batches(parts.train, pretrain.collate, [keys for _, keys in share], 0)))
+    pretrain.train_step(run, step, args)
+    return step.means()["loss"]
 
 
 def test_overfits_a_batch(data):
-    run = bare_run(data, "--crop", "1", "--epochs", "40", "--lr", "1e-2", "--batch-size", "14", "--ema", "0")
-    pretrain.to_train(run)
-    group, share = run.plan(0)[0]
-    batches = list(loaders.load_batches(run.train, pretrain.collate, [keys for _, keys in share], 0))
-    first = pretrain.train_step(run, iter(batches), group, share)
-    assert first == pytest.approx(np.log(3), abs=0.1)
+    run, parts, args = bare_run(data, "--crop", "1", "--epochs", "40", "--lr", "1e-2", "--batch-size", "14", "--ema", "0")
+    share = run.plan(0)[0][1]
+    assert step_on(run, parts, args, share) == pytest.approx(np.log(3), abs=0.1)
     for _ in range(40):
         run.optimizer.zero_grad()
-        last = pretrain.train_step(run, iter(batches), group, share)
+        last = step_on(run, parts, args, share)
         run.optimizer.step()
     assert last < 0.05
 
 
 def test_accumulation_equals_the_large_batch(data):
     def gradients(sizes):
-        run = bare_run(data, "--freeze-bn")
-        pretrain.to_train(run)
+        run, parts, args = bare_run(data, "--freeze-bn")
         keys = iter([(n, 0, n) for n in range(12)])
-        share = [(i, [next(keys) for _ in range(size)]) for i, size in enumerate(sizes)]
-        batches = iter(loaders.load_batches(run.train, pretrain.collate, [picked for _, picked in share], 0))
-        loss = pretrain.train_step(run, batches, [key for _, picked in share for key in picked], share)
+        loss = step_on(run, parts, args, [(i, [next(keys) for _ in range(size)]) for i, size in enumerate(sizes)])
         return loss, [p.grad for p in run.model.parameters()]
 
     (loss, whole), (split_loss, split) = gradients((12,)), gradients((5, 5, 2))
@@ -389,11 +398,8 @@ def test_smoothing_and_dropout_are_used(data):
     for more in (["--smoothing", "0.5"], ["--dropout", "0.9"], ["--cutmix", "1"]):
         losses = []
         for extra in ([], more):
-            run = bare_run(data, *extra)
-            pretrain.to_train(run)
-            group, share = run.plan(0)[0]
-            batches = iter(loaders.load_batches(run.train, pretrain.collate, [keys for _, keys in share], 0))
-            losses.append(pretrain.train_step(run, batches, group, share))
+            run, parts, args = bare_run(data, *extra)
+            losses.append(step_on(run, parts, args, run.plan(0)[0][1]))
         assert losses[0] != losses[1], more
     args = pretrain.get_args(flags("x", "x", "--arch", "tf_efficientnet_lite0", "--drop-path", "0.3"))
     net = pretrain.build(args, ["a"] * 5, print)
@@ -402,15 +408,19 @@ def test_smoothing_and_dropout_are_used(data):
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_batch_norm(data, frozen):
-    run = bare_run(data, *["--freeze-bn"][:frozen])
+    run, parts, args = bare_run(data, *["--freeze-bn"][:frozen])
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    pretrain.rehearse(run)  # changes nothing
-    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items())
-    pretrain.train_epoch(run, run.plan(0)[:1], argparse.Namespace(number=0))
+    pretrain.rehearse(run, parts, args)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.model.state_dict().items()), "a rehearsal changes nothing"
+    assert not any(p.grad is not None and p.grad.any() for p in run.model.parameters()) and run.step == 0
+    step = next(run.steps(0))
+    pretrain.train_step(run, step, args)
+    step.update()
+    parts.ema.update(run.model, run.step)
     after = run.model.state_dict()
     assert torch.equal(after["bn1.running_mean"], before["bn1.running_mean"]) is frozen
     assert not torch.equal(after["bn1.weight"], before["bn1.weight"])
-    averaged = run.ema.module.state_dict()  # the first step's decay is 0: a copy
+    averaged = parts.ema.module.state_dict()  # the first step's decay is 0: a copy
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in after.items())
 
 
@@ -434,13 +444,13 @@ def test_init(tmp_path):
 # --- runs ------------
 
 def test_run_folder(finished):
-    run, out = finished
+    run, parts, out = finished
     held = {p.name for p in out.iterdir()}
     assert {"best.pt", "last.pt", "args.yaml", "training_log.csv", "curves.png", "confusion.png", "per_class.csv"} <= held
     assert not any(name.startswith(".") for name in held)
     best = torch.load(out / "best.pt", weights_only=True)
     assert {"model", "arch", "classes", "size", "mean", "std", "args", "metric", "value", "epoch", "torch", "timm"} <= best.keys()
-    assert best["stage"] == "efficientnet" and best["metric"] == "f1" and best["classes"] == run.classes
+    assert best["stage"] == "efficientnet" and best["metric"] == "f1" and best["classes"] == parts.classes
     assert best["mean"] == list(rows.IMAGENET_MEAN) and best["std"] == list(rows.IMAGENET_STD)
     assert best["args"]["size"] == best["size"] == 32 and best["arch"] == ARCH
     log = runfolder.read_log(out / "training_log.csv")
@@ -461,41 +471,47 @@ def test_run_folder(finished):
 
 @torch.no_grad()
 def test_best_pt_is_what_the_style_classifier_loads(finished):
-    run, out = finished
+    _, parts, out = finished
     net = core.EfficientNet28.from_checkpoint(out / "best.pt", safe=True).eval()
     assert net.arch == ARCH and net.num_classes == 3 and net.style_names() == ["Cubism", "Pop Art", "Ukiyo-e"]
     content = torch.load(out / "best.pt", weights_only=True)
     own = timm.create_model(ARCH, num_classes=3).eval()
     own.load_state_dict(content["model"])
-    images = [rows.load_image(row.image) for row in run.val.rows]
-    ours = own(torch.stack([run.val[n][0] for n in range(len(images))]))
+    images = [rows.load_image(row.image) for row in parts.val.rows]
+    ours = own(torch.stack([parts.val[n][0] for n in range(len(images))]))
     theirs = net.logits(net(torch.stack([rows.image_tensor(image, 32) for image in images])))  # BLIP's normalisation
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
-def test_the_averaged_weights_are_scored_and_saved(finished, tmp_path):
-    run, out = finished
-    scores = [pretrain.summary(pretrain.evaluate(net, run.val, run.accelerator, 4, 0), 3)[0]
-              for net in (run.model, run.ema.module)]
-    assert pretrain.validate(run, run.val)[0] == scores[1] and scores[0]["loss"] != scores[1]["loss"]
+def test_the_averaged_weights_are_scored_and_saved(finished, tmp_path, monkeypatch):
+    run, parts, out = finished
+    scores = [pretrain.summary(pretrain.evaluate(net, parts.val, run.accelerator, 4, 0), 3)[0]
+              for net in (run.model, parts.ema.module)]
+    args = argparse.Namespace(batch_size=4, workers=0)
+    assert pretrain.validate(run, parts, parts.val, args)[0] == scores[1] and scores[0]["loss"] != scores[1]["loss"]
     log = runfolder.read_log(out / "training_log.csv")
     assert float(log[-1]["loss"]) == pytest.approx(scores[1]["loss"], rel=1e-4)
-    pretrain.save_best(run, tmp_path)
+    monkeypatch.setattr(run, "out", tmp_path)
+    run.save_best()
     saved, weights = checkpoints.load_checkpoint(tmp_path / "best.pt")["model"], run.model.state_dict()
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in run.ema.module.state_dict().items())
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in parts.ema.module.state_dict().items())
     assert not torch.equal(saved["conv_stem.weight"], weights["conv_stem.weight"])
 
 
 def test_best_pt_is_of_the_best_macro_f1(source, tmp_path, monkeypatch):
     values = iter([0.4, 0.6, 0.5, float("nan")])  # top-1 and loss get better all the time
 
-    def validate(run, data):
+    def validate(run, parts, data, args):
         value = next(values)
         return {"loss": 1 - run.step / 100, "top1": run.step / 100, "f1": value}, np.full((3, 3), run.step)
 
     monkeypatch.setattr(pretrain, "validate", validate)
-    run, _ = pretrain.fit(pretrain.get_args(flags(source, tmp_path / "run", "--epochs", "4")))
+    kept, save_best = [], engine.run.Run.save_best
+    monkeypatch.setattr(engine.run.Run, "save_best", lambda run: (kept.append(run.model.classifier.bias.clone()), save_best(run)))
+    arguments = flags(source, tmp_path / "run", "--epochs", "4", "--ema", "0")  # no average: the weights themselves are saved
+    run = pretrain.train(pretrain.get_args(arguments))
     best = checkpoints.load_checkpoint(tmp_path / "run/best.pt")
+    assert torch.equal(best["model"]["classifier.bias"], kept[1]) and not torch.equal(kept[1], run.model.classifier.bias)
     assert (best["epoch"], best["value"], best["metric"]) == (2, 0.6, "f1") and best["confusion"][0][0] == 2 * run.per_epoch
 
 
@@ -506,7 +522,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("number, code, workers, at", [(signal.SIGINT, 130, "0", 4), (signal.SIGTERM, 143, "2", 2)])
 def test_interrupted_and_resumed_equals_undisturbed(source, finished, tmp_path, monkeypatch, number, code, workers, at):
-    _, whole = finished
+    *_, whole = finished
     arguments = flags(source, tmp_path / "cut", "--save-last", "--accumulation", "2", "--mixup", "0.3", "--workers", workers)
     step, calls = pretrain.train_step, []
 

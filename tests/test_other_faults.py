@@ -294,7 +294,10 @@ def not_finite(what):
 def nan_validation(world):
     if isinstance(world, Styles):
         validate = pretrain.validate
-        world.patch.setattr(pretrain, "validate", lambda *args: ({**validate(*args)[0], "f1": float("nan")}, None))
+        def no_number(*args):
+            numbers, confusion = validate(*args)
+            return {**numbers, "f1": float("nan")}, confusion
+        world.patch.setattr(pretrain, "validate", no_number)
     else:
         world.patch.setattr(blip, "numbers_of", lambda found, data: {"score": float("nan")})
 
@@ -447,7 +450,7 @@ FAULTS = [
     Fault("best.pt as last.pt", BOTH, lambda w: shutil.copy(w.best, w.last), ("last.pt", "not a checkpoint of this stage"),
           "resume"),
     Fault("last.pt of another script", BOTH, other_checkpoint("last.pt", "last"),
-          ("last.pt", "not a checkpoint of this stage"), "resume"),
+          ("last.pt: a checkpoint of another stage",), "resume"),
     Fault("resume with another batch size", BOTH, None, ("--batch-size is 4, was 2", "another --out"), "resume",
           ("--batch-size", "4")),
     Fault("resume with several other settings", BOTH, None, ("--seed is 7, was 42", "--epochs is 3, was 2"), "resume",
