@@ -17,8 +17,8 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,13 +32,12 @@ from tqdm import tqdm
 import core
 import metrics
 from data import cirr, rows
-from engine import cache, checkpoints, environment, errors, files, flags, loaders, loop, picture_index, published, runfolder
+from engine import cache, checkpoints, environment, errors, files, flags, loaders, loop, picture_index, published
 from engine.errors import DataError
+from engine.run import Run, resumes
 from show import gallery, report
 
 DEFAULT = published.DEFAULTS["blip2-itm"]
-CLIP = 1.0  # gradient norm
-LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 RECALLS = {"cirr": ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"), "fashioniq": ("R@10", "R@50", "mean")}
 MODEL_ARGS = ("blip2", "no_gate", "spatial_attention", "transform", "target_ratio", "loss_rtc")  # kept in best.pt
 FREE = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "checkpoint",
@@ -443,23 +442,17 @@ def recalls(scores, pool, layout):
     return metrics.cirr_scores(scores, target, reference, members) if layout == "cirr" else metrics.fashioniq_scores(scores, target)
 
 
-def evaluated(args, model, pools, opener, accelerator):
+def evaluate(model, pools, opener, accelerator, layout, batch_size, workers):
     """Every pool -> (recalls and the change by the gate, scores [N,G])."""
     for pool in pools:
-        features, vectors, change = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
+        features, vectors, change = encode(model, pool, opener, accelerator, batch_size, workers)
         scores = scored(vectors, features)
-        yield {**recalls(scores, pool, args.format), "change": change}, scores
+        yield {**recalls(scores, pool, layout), "change": change}, scores
 
 
-def validate(run):
-    """The validation pools -> (mean of what evaluated tells of them, scores [N,G] of each)."""
-    found, scores = zip(*evaluated(run.args, run.model, run.val, run.opener, run.accelerator))
-    return mean_of(found), scores
-
-
-def mean_of(found):
+def mean_of(results):
     """Mean of each number over the pools (FashionIQ has three)."""
-    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}
+    return {name: float(np.mean([one[name] for one in results])) for name in results[0]}
 
 
 def chance(pools, layout):
@@ -472,57 +465,26 @@ def chance_text(pool):
     return ", ".join(f"{name} {value:.2f}" for name, value in chance.items())
 
 
-def told(numbers):
-    return ", ".join(f"{name} {value:.4f}" if name == "change" else f"{name} {value:.2f}" for name, value in numbers.items())
-
-
-# --- one run: what the functions of the loop share ------------
-
-@dataclass
-class Run:
-    """A run under way. `model` is the Sprc; `wrapped` the same as accelerate trains it."""
-    args: argparse.Namespace
-    accelerator: Accelerator
-    model: Sprc
-    wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
-    collate: Collate
-    opener: Callable  # see picture_source
-    train: Triplets
-    val: list  # of cirr.Pool
-    frozen: dict  # fingerprint of everything that is not trained
-    step: int = 0  # optimizer steps done
-    log: runfolder.RunLog | None = None  # only where files are written
-
-    def __post_init__(self):
-        self.pace = loop.Pace(self, "queries")
-        self.marks = {"metric": "mean", "value": None, "epoch": None, "done": 0}  # done: epochs trained and, where due, validated
-        self.per_epoch = len(self.plan(0))
-        self.total = self.args.epochs * self.per_epoch
-
-    def plan(self, epoch):
-        """The optimizer steps of an epoch, see loop.epoch_plan."""
-        return loop.epoch_plan(len(self.train), self.args.batch_size, 1, self.args.seed, epoch, self.accelerator.process_index,
-                               self.accelerator.num_processes)
-
-    def lr(self, step):
-        return loop.cosine_lr(step, self.total, round(self.args.warmup * self.total), self.args.lr)
-
-    def weights(self):
-        return {"rtc": self.args.loss_rtc, "align": self.args.loss_align, "patch": self.args.loss_patch,
-                "hard_batch": self.args.hard_batch}
+def format_metrics(numbers):
+    """Numbers for the terminal: recalls with two decimals."""
+    return ", ".join(f"{name} {value:.4f}" if name in ("change", "temp") else f"{name} {value:.2f}"
+                     for name, value in numbers.items())
 
 
 # --- checkpoints ------------
 
-def save_best(run, out):
-    """best.pt: trained tensors and plain values only."""
-    import transformers
-    model_args = {name: getattr(run.args, name) for name in MODEL_ARGS}
-    checkpoints.save_checkpoint(out / "best.pt", {
-        "stage": "cir", "state": checkpoints.trainable_state(run.model), "model_args": model_args, "args": vars(run.args),
-        **run.marks, "frozen": run.frozen, "precision": run.accelerator.mixed_precision,
-        "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
+def best_of(args, model, frozen, precision):
+    """What best.pt holds: trained tensors and plain values only."""
+    return {"state": checkpoints.trainable_state(model), "model_args": {name: getattr(args, name) for name in MODEL_ARGS},
+            "args": vars(args), "frozen": frozen, "precision": precision}
+
+
+def settings(args, parts, processes):
+    """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
+    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
+    return {**given, "a cache of features": args.cache is not None, "training queries (hash)": cirr.fingerprint(parts.train.rows),
+            "validation queries (hash)": cirr.fingerprint([query for pool in parts.val for query in pool.queries]),
+            "processes": processes}
 
 
 def load_best(args):
@@ -547,108 +509,93 @@ def load_best(args):
     return best, model.eval().to(accelerator.device), accelerator
 
 
-def save_last(run, out):
-    """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    checkpoints.save_checkpoint(out / "last.pt", {
-        "stage": "cir", "state": checkpoints.trainable_state(run.model), "frozen": run.frozen, "settings": settings(run),
-        **runfolder.training_state(run)})
-
-
-def settings(run):
-    """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in FREE}
-    return {**flags, "a cache of features": run.args.cache is not None, "training queries (hash)": cirr.fingerprint(run.train.rows),
-            "validation queries (hash)": cirr.fingerprint([query for pool in run.val for query in pool.queries]),
-            "processes": run.accelerator.num_processes}
-
-
-def restore(run, path):
-    """Put last.pt back. DataError where anything differs that would change the result."""
-    last = checkpoints.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
-    if last.get("stage") != "cir":
-        raise DataError(f"{path}: a checkpoint of another stage ({last.get('stage')}) and not of this one")
-    runfolder.refuse_other_settings(settings(run), last["settings"], path)
-    if last["frozen"] != run.frozen:
-        raise DataError(f"{path} was trained on another vision tower than the one given now: "
-                        "pass the same --blip2, or another --out")
-    checkpoints.load_trainable(run.model, last["state"], path)
-    runfolder.restore_training(run, last)
-
-
 # --- the loop ------------
 
-def train_step(run, batches, group, share):
-    """Forward and backward of one optimizer step on this process's share of the group -> its part of the losses.
+class Parts(NamedTuple):
+    """What a run is made of beside the Run."""
+    train: Triplets
+    val: list  # of cirr.Pool
+    opener: Callable  # see picture_source
+    collate: Collate
 
-    The queries of a process are each other's negatives; nothing is gathered, as in SPRC.
-    """
-    sums = {}
-    for i, (number, picked) in enumerate(share):
-        # dropout is a pure function of (seed, step, micro-batch): exact resume depends on it
-        loop.seed_everything(run.args.seed, run.step, number)
-        batch = loaders.next_batch(batches, run.accelerator.device)
+
+def train_step(run, step, args):
+    """Forward and backward of one optimizer step. The queries of a process are each other's negatives; nothing is gathered, as in
+    SPRC."""
+    for batch in step:
         images = batch.pop("images")  # [B,2+N,3,s,s]
         embeds = run.model.image_embeds(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # [B,2+N,P,W]
-        negatives = embeds[:, 2:] if run.args.hard_set else None
-        with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
-            parts = run.wrapped(embeds[:, 0], embeds[:, 1], **batch, negatives=negatives, **run.weights())
-        if not torch.isfinite(parts["loss"]):
-            raise DataError(loop.bad_loss(f"loss is {parts['loss'].item()}", run.step, [run.train.rows[n] for n in picked]))
-        portion = len(picked) * run.accelerator.num_processes / len(group)
-        run.accelerator.backward(parts["loss"] * portion)
-        for name, part in parts.items():
-            sums[name] = sums.get(name, 0.0) + part.item() * portion
-    return sums
+        with step.forward():
+            parts = run.wrapped(embeds[:, 0], embeds[:, 1], **batch, negatives=embeds[:, 2:] if args.hard_set else None,
+                                rtc=args.loss_rtc, align=args.loss_align, patch=args.loss_patch, hard_batch=args.hard_batch)
+        step.backward(**parts)
 
 
-def train_epoch(run, epoch, plan, stop):
-    """The optimizer steps of `plan`, a part of the epoch's. Ends early when a signal has come."""
-    accelerator = run.accelerator
-    picked = [[(epoch, n) for n in numbers] for _, share in plan for _, numbers in share]
-    batches = iter(loaders.load_batches(run.train, run.collate, picked, run.args.workers))
-    bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
-    trained = [p for p in run.model.parameters() if p.requires_grad]
-    run.wrapped.train()
-    for group, share in bar:
-        lr = run.lr(run.step)
-        for part in run.optimizer.param_groups:
-            part["lr"] = lr
-        with loaders.dead_loaders_named([run.train.rows[n] for n in group]):
-            sums = train_step(run, batches, group, share)
-        norm = float(accelerator.clip_grad_norm_(trained, CLIP))
-        if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.step += 1
-        run.pace.step(len(group))
-        bar.set_postfix(loss=f"{sums['loss']:.3f}", lr=f"{lr:.1e}")
-        if run.step % LOG_EVERY == 0:
-            together = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
-            if run.log:
-                run.log.write("step", run.step, epoch=epoch + 1, lr=lr, grad_norm=norm, temp=run.model.temp.item(),
-                              **dict(zip(sums, together.tolist())))
-        if loop.stopped(accelerator, stop):
-            break
+def train(args):
+    """The whole training -> its Run."""
+    accelerator = start(args)
+    resumed = resumes(accelerator, args.out, args.resume)
+    if args.report:
+        files.refuse_unwritable(args.report)
+    run, parts = prepare(args, accelerator)
+    with run.opened(resumed, vars(args)):
+        say_begin(run, parts, args)
+        rehearse(run, parts, args)
+        for epoch in run.epochs():
+            run.wrapped.train()
+            for step in run.steps(epoch):
+                train_step(run, step, args)
+                step.update(temp=run.model.temp)
+            if (epoch + 1) % args.validation_frequency and epoch + 1 < args.epochs:
+                run.skip_validation()
+                continue
+            numbers, scores = validate(run, parts, args)
+            if run.end_epoch({**numbers, "temp": run.model.temp.item()}):
+                run.save_best()
+                if args.report and accelerator.is_main_process:
+                    write_report(args, run.out / "best.pt", parts.val, scores)
+                    print(f"report: {args.report}")
+    return run
 
 
-def rehearse(run):
+def say_begin(run, parts, args):
+    """What is trained on what, and what chance would score."""
+    say = run.accelerator.print
+    say(f"{len(parts.train)} training and {sum(len(pool.queries) for pool in parts.val)} validation queries, gallery of "
+        f"{' + '.join(str(len(pool.gallery)) for pool in parts.val)}; {run.total} steps of {len(run.plan(0)[0][0])} queries, "
+        f"lr {args.lr:g}, precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
+    say(f"a random order scores {format_metrics(chance(parts.val, args.format))}")
+
+
+def validate(run, parts, args):
+    """The validation pools -> (mean of what evaluate tells of them, scores [N,G] of each)."""
+    results, scores = zip(*evaluate(run.model, parts.val, parts.opener, run.accelerator, args.format, args.batch_size, args.workers))
+    return mean_of(results), scores
+
+
+def rehearse(run, parts, args):
     """The longest sentences as a batch, and a validation batch, before anything is trained: memory that runs out shows now."""
-    picked = sorted(range(len(run.train)), key=lambda n: len(cirr.text_of(run.train.rows[n])))[-run.args.batch_size:]
+    train = parts.train
+    picked = sorted(range(len(train)), key=lambda n: len(cirr.text_of(train.rows[n])))[-args.batch_size:]
     run.wrapped.train()
-    train_step(run, iter([run.collate([run.train[0, n] for n in picked])]), picked, [(0, picked)])
-    run.optimizer.zero_grad()
-    pool = run.val[0]
-    names = dict.fromkeys([pool.queries[0].reference, *list(pool.gallery)[:run.args.batch_size]])
+    step = run.rehearsal(parts.collate([train[0, n] for n in picked]), picked)
+    train_step(run, step, args)
+    step.update()
+    pool = parts.val[0]
+    names = dict.fromkeys([pool.queries[0].reference, *list(pool.gallery)[:args.batch_size]])
     few = replace(pool, queries=pool.queries[:1], gallery={name: pool.gallery[name] for name in names})
-    encode(run.model, few, run.opener, run.accelerator, run.args.batch_size, run.args.workers)
+    encode(run.model, few, parts.opener, run.accelerator, args.batch_size, args.workers)
     loop.print_gpu_memory(run.accelerator)
 
 
-def prepare(args):
-    """Flags -> a Run at its first step: annotations, model, optimizer."""
+def start(args):
+    """Refuse what cannot be trained -> Accelerator."""
     refuse_missing_model(args)
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    return Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+
+
+def prepare(args, accelerator):
+    """Flags -> (Run at its first step, Parts): annotations, model, optimizer."""
     train, val = (read_data(args, split, accelerator.print) for split in ("train", "val"))
     loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
@@ -657,100 +604,30 @@ def prepare(args):
         checkpoints.print_parts(model)
     frozen, opener = checkpoints.fingerprint(model), picture_source(args, model, [*train, *val], accelerator)
     wrapped, optimizer = accelerator.prepare(model, make_optimizer(model, args.lr, args.weight_decay))
-    return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer), opener,
-               Triplets(train, opener, args.hard_set, args.seed), val, frozen)
+    parts = Parts(Triplets(train, opener, args.hard_set, args.seed), val, opener, Collate(model.tokenizer))
 
+    def batches(epoch, left):
+        keys = [[(epoch, n) for n in numbers] for numbers in loop.keys_of(left)]
+        return loaders.load_batches(parts.train, parts.collate, keys, args.workers)
 
-def train(run, out, stop):
-    """The epochs that are left. Returns early, with a last.pt, when a signal has come."""
-    args, leader, say = run.args, run.accelerator.is_main_process, run.accelerator.print
-    for epoch in range(run.marks["done"], args.epochs):
-        due = (epoch + 1) % args.validation_frequency == 0 or epoch + 1 == args.epochs
-        try:
-            train_epoch(run, epoch, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
-            if loop.stopped(run.accelerator, stop):
-                break
-            numbers, scores = validate(run) if due else ({}, None)
-        except loaders.LoaderError:
-            if leader and run.step:
-                save_last(run, out)
-            raise
-        run.marks |= {"done": epoch + 1}
-        if not due:
-            continue
-        better = loop.is_better(numbers["mean"], run.marks)
-        if better:
-            run.marks |= {"value": numbers["mean"], "epoch": epoch + 1}
-        say(f"epoch {epoch + 1}: {told(numbers)}" + (" *" if better else ""))
-        if leader:
-            run.log.write("epoch", run.step, epoch=epoch + 1, lr=run.lr(run.step - 1), temp=run.model.temp.item(), **numbers)
-            if args.save_last:  # before best.pt: begin() makes up a best.pt that a kill between the two has left behind
-                save_last(run, out)
-            if better:
-                save_best(run, out)
-            if better and args.report:
-                write_report(args, out / "best.pt", run.val, scores)
-                say(f"report: {args.report}")
-            draw(run, out)
-    if stop.number and leader:
-        save_last(run, out)
-        say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
-
-
-def draw(run, out):
-    """curves.png of the log so far."""
-    gate = "without gate" if run.args.no_gate else "gated"
-    runfolder.draw_curves(run.log.path, out / "curves.png", PANELS, f"{out.name}: {gate}, {run.args.blip2 or DEFAULT}")
-
-
-def begin(run, out, resumed):
-    """The run folder, and what --resume finds in it."""
-    args, leader = run.args, run.accelerator.is_main_process
-    if resumed:
-        restore(run, out / "last.pt")
-        run.accelerator.print(f"resuming after step {run.step} of {run.total}")
-    if leader:
-        size = sum(t.nbytes for t in checkpoints.trainable_state(run.model).values())
-        files.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
-        runfolder.start_run(out, vars(args))
-        run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
-        if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
-            save_best(run, out)
-        if resumed:
-            draw(run, out)
+    return Run("cir", args.out, accelerator, model, wrapped, optimizer, rows=parts.train.rows, batches=batches,
+               plan=lambda epoch: loop.epoch_plan(len(parts.train), args.batch_size, 1, args.seed, epoch,
+                                                  accelerator.process_index, accelerator.num_processes),
+               epochs=args.epochs, lr=lambda step, total: loop.cosine_lr(step, total, round(args.warmup * total), args.lr),
+               seed=args.seed, metric="mean", settings=settings(args, parts, accelerator.num_processes),
+               best=lambda: best_of(args, model, frozen, accelerator.mixed_precision), frozen=frozen,
+               base=("vision tower", "--blip2"), columns=LOG_COLUMNS, panels=PANELS, unit="queries", tell=format_metrics,
+               title=f"{pathlib.Path(args.out).name}: {'without gate' if args.no_gate else 'gated'}, {args.blip2 or DEFAULT}",
+               save_last=args.save_last), parts
 
 
 def dry_run(args):
     """--dry-run: three queries, the table of parts (prepare prints it), memory; nothing is written but a cache."""
-    run = prepare(args)
-    for query in run.train.rows[:3]:
+    run, parts = prepare(args, start(args))
+    for query in parts.train.rows[:3]:
         ids = core.text_ids(run.model.tokenizer, [cirr.text_of(query)])["input_ids"][0]
         run.accelerator.print(f"{query.reference} + {run.model.tokenizer.decode(ids)!r} -> {query.target}")
-    loop.dry_run(run, rehearse)
-
-
-def fit(args):
-    """The whole run -> (Run, number of the signal that ended it or 0)."""
-    out = pathlib.Path(args.out)
-    resumed = args.resume and (out / "last.pt").exists()
-    runfolder.refuse_overwrite(out, resumed)
-    if args.report:
-        files.refuse_unwritable(args.report)
-    run = prepare(args)
-    say = run.accelerator.print
-    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
-        runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
-        begin(run, out, resumed)
-        say(f"{len(run.train)} training and {sum(len(pool.queries) for pool in run.val)} validation queries, gallery of "
-            f"{' + '.join(str(len(pool.gallery)) for pool in run.val)}; {run.total} steps of {len(run.plan(0)[0][0])} queries, "
-            f"lr {args.lr:g}, precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
-        say(f"a random order scores {told(chance(run.val, args.format))}")
-        rehearse(run)
-        train(run, out, stop)
-        if run.log:
-            run.log.close()
-    run.accelerator.end_training()
-    return run, stop.number
+    loop.dry_run(run, lambda run: rehearse(run, parts, args))
 
 
 # --- without training ------------
@@ -766,16 +643,16 @@ def score(args):
     if args.report:
         files.refuse_unwritable(args.report)
     opener = picture_source(args, model, [*pools, *unseen], accelerator)
-    say(f"a random order scores {told(chance(pools, args.format))}")
-    found, scores = [], []
-    for pool, (numbers, ranked) in zip(pools, evaluated(args, model, pools, opener, accelerator)):
-        found.append(numbers)
+    say(f"a random order scores {format_metrics(chance(pools, args.format))}")
+    results, scores = [], []
+    for pool, (numbers, ranked) in zip(pools, evaluate(model, pools, opener, accelerator, args.format, args.batch_size, args.workers)):
+        results.append(numbers)
         scores.append(ranked)
-        say(f"{pool.name}: {told(numbers)}")
+        say(f"{pool.name}: {format_metrics(numbers)}")
         if args.gate_maps and accelerator.is_main_process:
             draw_maps(args, model, pool, ranked, opener, say)
-    if len(found) > 1:
-        say(f"mean: {told(mean_of(found))}")
+    if len(results) > 1:
+        say(f"mean: {format_metrics(mean_of(results))}")
     if args.report and accelerator.is_main_process:
         write_report(args, args.checkpoint, pools, scores)
         say(f"report: {args.report}")
@@ -878,8 +755,8 @@ def main(argv=None):
             return score(args)
         if args.dry_run:
             return dry_run(args)
-        run, signal_number = fit(args)
-    return runfolder.ended(run, signal_number, "mean recall", "train_cir.py", argv)
+        run = train(args)
+    return run.result("mean recall", "train_cir.py", argv)
 
 
 if __name__ == "__main__":

@@ -236,6 +236,10 @@ class Run:
         """A Step on one batch that changes nothing: for the longest batch, before anything is trained."""
         return Step(self, 0, keys, [(0, keys)], iter([batch]), real=False)
 
+    def skip_validation(self):
+        """The end of an epoch after which nothing is validated: nothing is logged or saved."""
+        self.marks |= {"done": self.marks["done"] + 1}
+
     def end_epoch(self, numbers, **marks):
         """Log the numbers of an epoch's validation, write last.pt where it is kept -> is it the best so far?
 

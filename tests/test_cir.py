@@ -9,7 +9,6 @@ import pathlib
 import re
 import shutil
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -449,8 +448,8 @@ def test_training_writes_the_report_of_its_best_epoch(command, tmp_path, capsys,
     """The recall falls after the first epoch: the page stays that of the first, and equals that of --checkpoint."""
     validate, left = train_cir.validate, iter([50.0, 20.0])
 
-    def falling(run):
-        numbers, scores = validate(run)
+    def falling(*args):
+        numbers, scores = validate(*args)
         return {**numbers, "mean": next(left)}, scores
 
     monkeypatch.setattr(train_cir, "validate", falling)
@@ -465,7 +464,7 @@ def test_training_writes_the_report_of_its_best_epoch(command, tmp_path, capsys,
 
 
 def test_validation_frequency_validates_the_last_epoch_too(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_cir, "train_epoch", lambda run, epoch, plan, stop: setattr(run, "step", run.step + len(plan)))
+    monkeypatch.setattr(train_cir, "train_step", lambda *args: None)
     train_cir.main(command("--epochs", "3", "--validation-frequency", "2"))
     epochs = [row["epoch"] for row in runfolder.read_log(tmp_path / "run/training_log.csv") if row["kind"] == "epoch"]
     assert epochs == ["2", "3"]
@@ -491,8 +490,10 @@ def test_a_step_takes_what_the_flags_say(command, monkeypatch):
     assert {name: seen[name] for name in ("rtc", "align", "patch", "hard_batch", "limit")} == {
         "rtc": 0.5, "align": 0.6, "patch": 0.7, "hard_batch": 3.0, "limit": 1.0}
     assert seen["negatives"].shape[:2] == (32, 2) and seen["target_ids"].shape == (32,)
-    run = SimpleNamespace(args=SimpleNamespace(warmup=0.1, lr=1.0), total=100)
-    assert train_cir.Run.lr(run, 4) == pytest.approx(0.5) and train_cir.Run.lr(run, 10) == 1.0
+    args = train_cir.get_args(command("--warmup", "0.1", "--lr", "1"))
+    run, _ = train_cir.prepare(args, train_cir.start(args))
+    run.total = 100
+    assert run.lr(4) == pytest.approx(0.5) and run.lr(10) == 1.0
 
 
 def test_interrupted_and_resumed_equals_undisturbed(trained, command, tmp_path, monkeypatch):

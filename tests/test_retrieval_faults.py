@@ -262,8 +262,8 @@ def forward_fails(error):
 def nan_validation(world):
     validate = world.script.validate
 
-    def without_a_mean(run):  # train_cir's gives the scores with it
-        numbers, *scores = validate(run) if isinstance(world, Cir) else (validate(run),)
+    def without_a_mean(*args):  # train_cir's gives the scores with it
+        numbers, *scores = validate(*args) if isinstance(world, Cir) else (validate(*args),)
         numbers = {**numbers, "mean": float("nan")}
         return (numbers, *scores) if scores else numbers
 
@@ -640,7 +640,7 @@ def test_broken_validation_picture_leaves_a_last_pt(finished, kind, tmp_path, mo
     world = make(finished, kind, tmp_path, monkeypatch)
     path = sorted(world.data.rglob("v*.png"))[-1]
     content, rehearse = path.read_bytes(), world.script.rehearse
-    monkeypatch.setattr(world.script, "rehearse", lambda run: rehearse(run) or half(path))
+    monkeypatch.setattr(world.script, "rehearse", lambda *args: rehearse(*args) or half(path))
     assert errors.exit_code(world.script.main, world.train()) == 2
     assert path.name in capsys.readouterr().err and (world.run / "last.pt").exists() and not world.best.exists()
     path.write_bytes(content)
