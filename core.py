@@ -4,7 +4,7 @@ Reading order (building blocks first, the whole last):
   style classifier EfficientNet28
   masks            padding_mask, unimodal_mask, unilm_mask
   Q-Former         QFormer, TextEmbeddings
-  gates            KVGate, PromptMapper, GatedFusionModule
+  gates            KVGate with its kinds, PromptMapper, GatedFusionModule
   style terms      style_vocabulary, style_hit, style_kl
   stage 1          Blip2Retrieval, itc_targets, itc_loss, max_similarity
   memory           PackedReLU, save_activations
@@ -275,50 +275,66 @@ class TextEmbeddings(nn.Module):
 # --- gates ------------
 
 class Gate(NamedTuple):
-    """What one gate does to a cross-attention layer: key * K, value * V + shift; each [B,heads,1,1 or H/heads]."""
-    key: torch.Tensor
-    value: torch.Tensor
+    """What one gate does to a cross-attention layer: key * K, value * V + shift; each [B,heads,1,1 or H/heads] or a plain number."""
+    key: torch.Tensor | float
+    value: torch.Tensor | float
     shift: torch.Tensor | float
 
 
 class KVGate(nn.Module):
-    """Gate of one cross-attention layer: control vector -> scale on K, scale (and shift) on V.
+    """Gate of one cross-attention layer: control vector -> what is done to K and V. A kind says which numbers it learns, and how
+    they act; K and V have their own.
 
-    kind "film" (Perez et al. 2018): K (1 + g_k), V (1 + g_v) + b_v; no shift on K, since it would cancel in the softmax.
-    kind "gate": K 2 sigmoid(g_k), V 2 sigmoid(g_v); the factor 2 makes it start at 1 and not at a half.
-    per "head" or "channel". K and V have their own parameters. The last layers start at zero, so a fresh gate is the
-    identity to the bit; they get a gradient in the first step and everything below them in the second. scale is a learned
-    factor on g and b: its start value sets how fast the gate opens.
+    per "head" or "channel". The last layers start at zero, so a kind that does nothing at zero starts as the identity to the bit;
+    they get a gradient in the first step and everything below them in the second. scale is a learned factor on their outputs: its
+    start value sets how fast the gate opens.
     """
+    learned = ("key", "value", "shift")  # the last layers: the names of act's arguments
 
-    def __init__(self, control_width, heads, head_width, kind="film", per="head", hidden=512, scale=1.0):
+    def __init__(self, control_width, heads, head_width, per="head", hidden=512, scale=1.0):
         super().__init__()
-        if kind not in ("film", "gate") or per not in ("head", "channel"):
-            raise ValueError(f"gating must be film or gate, per head or channel; got {kind!r}, {per!r}")
+        if per not in ("head", "channel"):
+            raise ValueError(f"a gate is per head or channel; got {per!r}")
         if scale == 0:
             raise ValueError("a gate scale of 0 never opens: the zero last layer would get no gradient")
-        self.kind, self.heads = kind, heads
+        self.heads = heads
         width = heads * (head_width if per == "channel" else 1)
         self.norm = nn.LayerNorm(control_width)
         self.mlp = nn.Sequential(nn.Linear(control_width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU())
-        self.key, self.value = nn.Linear(hidden, width), nn.Linear(hidden, width)
-        self.shift = nn.Linear(hidden, width) if kind == "film" else None
-        for last in (self.key, self.value, self.shift):
-            if last is not None:
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
+        for name in self.learned:
+            last = nn.Linear(hidden, width)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.add_module(name, last)
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     def forward(self, control):
         """control [B,C] -> Gate."""
         h = self.mlp(self.norm(control))  # [B,hidden]
+        numbers = {name: self.scale * self.get_submodule(name)(h) for name in self.learned}  # each [B,heads or H]
+        return self.act(**{name: x.unflatten(-1, (self.heads, 1, -1)) for name, x in numbers.items()})  # [B,heads,1,1 or H/heads]
 
-        def spread(linear):  # [B,hidden] -> [B,heads,1,1 or H/heads]
-            return (self.scale * linear(h)).unflatten(-1, (self.heads, 1, -1))
+    def act(self, **learned):
+        """The numbers of `learned`, each [B,heads,1,1 or H/heads] and 0 at the start -> Gate."""
+        raise NotImplementedError
 
-        if self.kind == "gate":
-            return Gate(2 * torch.sigmoid(spread(self.key)), 2 * torch.sigmoid(spread(self.value)), 0.0)
-        return Gate(1 + spread(self.key), 1 + spread(self.value), spread(self.shift))
+
+class FilmGate(KVGate):
+    """K (1 + g_k), V (1 + g_v) + b_v (Perez et al. 2018); no shift on K, since it would cancel in the softmax."""
+
+    def act(self, key, value, shift):
+        return Gate(1 + key, 1 + value, shift)
+
+
+class SigmoidGate(KVGate):
+    """K 2 sigmoid(g_k), V 2 sigmoid(g_v); the factor 2 makes it start at 1 and not at a half."""
+    learned = ("key", "value")
+
+    def act(self, key, value):
+        return Gate(2 * torch.sigmoid(key), 2 * torch.sigmoid(value), 0.0)
+
+
+GATES = {"film": FilmGate, "gate": SigmoidGate}  # --gating: a new kind stands in here, see docs/recipes.md
 
 
 def masked_mean(x, mask):
@@ -582,6 +598,7 @@ class Blip2OPTGated(nn.Module):
     lora_rank LoRA on the cross-attention's key and value, with own_kv these two whole (what a merged LoRA becomes).
     Everything else is frozen and stays in eval mode.
     """
+    style_tower = EfficientNet28  # what looks at style: a class with from_checkpoint, width, forward, logits, style_names
 
     def __init__(self, blip2, tokenizer, efficientnet=None, styles=(), gating="film", per="head", gate_hidden=512,
                  gate_scale=1.0, control_tokens=4, mapper_hidden=1024, train_qformer=False, lora_rank=0, own_kv=False,
@@ -613,7 +630,7 @@ class Blip2OPTGated(nn.Module):
               tower=True, **settings):
         """From names and plain values (best.pt's model_args): blip2 an id or folder, efficientnet a checkpoint, qformer the
         folder or file of another Q-Former. dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
-        net = EfficientNet28.from_checkpoint(efficientnet, safe) if gating != "none" else None
+        net = cls.style_tower.from_checkpoint(efficientnet, safe) if gating != "none" else None
         blip2, tokenizer = load_blip2(blip2, dtype, lm_precision, tower)
         if not tower:
             blip2.vision_model = None
@@ -628,12 +645,14 @@ class Blip2OPTGated(nn.Module):
             return
         if efficientnet is None:
             raise DataError("gating needs an EfficientNet style checkpoint (--efficientnet), or use --gating none")
+        if gating not in GATES:
+            raise DataError(f"gates of the kind {gating!r} are not known here, only {', '.join(GATES)}; where a script of your own "
+                            "adds it: eval_gated.py --script FILE")
         H, heads = qconfig.hidden_size, qconfig.num_attention_heads
         text_width = self.language_model.get_input_embeddings().embedding_dim
         with torch.device(self.query_tokens.device):
             self.mapper = PromptMapper(efficientnet.width, text_width, H, tokens, mapper_hidden)
-            self.gates = nn.ModuleList([KVGate(H, heads, H // heads, gating, per, hidden, scale)
-                                        for _ in self.qformer.cross_layers])
+            self.gates = nn.ModuleList([GATES[gating](H, heads, H // heads, per, hidden, scale) for _ in self.qformer.cross_layers])
 
     def _build_style_terms(self, styles, style_head):
         self.styles, self.style_head = list(styles), None
@@ -953,13 +972,14 @@ class Processor:
 
 
 def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.float32, lm_precision=None, qformer=None,
-               safe=True):
+               safe=True, model_class=None):
     """What was trained -> (Blip2OPTGated in eval mode, Processor).
 
     folder: runs/<name>/, its best.pt, or an exported folder. blip2, efficientnet, qformer: where these of the training lie now, if
     they moved. Every relative path, also those that the training was started with, counts from the working directory, and from the
     project's folder where it is not there. dtype: of the frozen towers; lm_precision: one of published.LM_PRECISIONS (default: as
-    in training). safe=False: take a style classifier that only pickle can load, WHICH RUNS WHATEVER THE FILE HOLDS.
+    in training). safe=False: take a style classifier that only pickle can load, WHICH RUNS WHATEVER THE FILE HOLDS. model_class: the
+    subclass of Blip2OPTGated that was trained, where it is one's own.
 
         model, processor = load_gated("runs/gated")
         model.predict_answers(processor("painting.jpg"), ["What style is this painting?"])
@@ -972,7 +992,7 @@ def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.
     if places["lm_precision"] not in (None, *published.LM_PRECISIONS):
         raise DataError(f"lm_precision {places['lm_precision']!r} is none of {', '.join(published.LM_PRECISIONS)}")
     try:
-        model = Blip2OPTGated.build(**places, dtype=dtype, safe=safe)
+        model = (model_class or Blip2OPTGated).build(**places, dtype=dtype, safe=safe)
     except (TypeError, ValueError) as error:  # of a setting's value
         raise DataError(f"{saved.source}: no model can be built from its settings ({' '.join(str(error).split())[:160]})") from None
     refuse_other_base(saved, places, model)

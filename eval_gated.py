@@ -90,6 +90,8 @@ def get_args(argv=None):
     parser.add_argument("--merge-lora", metavar="FILE.pt", help="write the checkpoint with LoRA folded into W_K and W_V, and stop")
     parser.add_argument("--blip2", metavar="ID|DIR", help="where the BLIP-2 of training lies now, if it moved")
     parser.add_argument("--efficientnet", metavar="FILE", help="where the style classifier of training lies now, if it moved")
+    parser.add_argument("--script", metavar="FILE.py", help="the edited copy of train_gated.py that trained it: its Model is used, and "
+                                                            "the kinds of gates that it adds are known; the file is run")
     parser.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
     parser.add_argument("--batch-size", type=flags.positive, default=16, help="questions at a time (default: 16)")
     parser.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
@@ -128,13 +130,18 @@ def built_as(args, checkpoint):
     return published.resolved({**checkpoint["model_args"], **moved})
 
 
+def model_class(script):
+    """The Model of an edited train_gated.py, RUN AS A MODULE; core's without one."""
+    return flags.load_script(script).Model if script else core.Blip2OPTGated
+
+
 def load_model(args, checkpoint, dtype, towers=None):
     """The model of a checkpoint before its trained tensors are put in: the same BLIP-2, untrained and with open gates.
 
     towers: None, or the fingerprints of towers that a cache stands for, which are then left out."""
     places = built_as(args, checkpoint)
     try:
-        model = core.Blip2OPTGated.build(**places, safe=args.safe_load, dtype=dtype, tower=not towers)
+        model = model_class(args.script).build(**places, safe=args.safe_load, dtype=dtype, tower=not towers)
     except TypeError as error:  # a setting that this version does not know
         raise DataError(f"{args.checkpoint}: written by another version of this project ({error})") from None
     others = checkpoints.other_parts({**checkpoints.fingerprint(model), **(towers or {})}, checkpoint["frozen"])
@@ -373,7 +380,7 @@ def prepare(args, checkpoint, accelerator):
     places, dtype = built_as(args, checkpoint), core.DTYPES[accelerator.mixed_precision]
 
     def load_style():
-        return core.EfficientNet28.from_checkpoint(places["efficientnet"], args.safe_load).eval()
+        return model_class(args.script).style_tower.from_checkpoint(places["efficientnet"], args.safe_load).eval()
 
     features, towers = cached_features(args.cache, places["blip2"], load_style if places["gating"] != "none" else None, questions,
                                        accelerator, dtype, args.workers)
@@ -437,7 +444,8 @@ def deliver(run, systems, command):
         batch = run.collate([run.data[i] for i in range(min(4, len(run.data)))])
         moved = {n: run.places.get(n) for n in ("blip2", "efficientnet", "lm_precision")}
         sharing.export(args.export, run.checkpoint, run.model, sharing.scores(questions, systems),
-                       sharing.samples(questions, trained), command, batch, **moved, dtype=run.dtype, safe=args.safe_load)
+                       sharing.samples(questions, trained), command, batch, **moved, dtype=run.dtype, safe=args.safe_load,
+                       model_class=model_class(args.script))
         print(f"exported, loaded again and compared: {args.export}")
 
 

@@ -35,6 +35,8 @@ LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "
 # what the model returns and training_log.csv has of validation alone: a step has too few questions on style; a new term is logged
 UNLOGGED = ("loss", "total", "hit", "hard_hit", "hit_rows", "kl", "style_ce")
 
+Model = core.Blip2OPTGated  # a subclass of your own goes here: eval_gated.py --script takes it from the edited file
+
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -72,7 +74,7 @@ def get_args(argv=None):
     model.add_argument("--efficientnet", metavar="FILE", help="style classifier (default: runs/efficientnet-28/best.pt; "
                                                               "with --blip2 tiny its own)")
     model.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
-    model.add_argument("--gating", choices=("film", "gate", "none"), default="film",
+    model.add_argument("--gating", choices=(*core.GATES, "none"), default="film",
                        help="film: scale K, scale and shift V; gate: 2 sigmoid on K and V; none: BLIP-2 as it is (default: film)")
     model.add_argument("--per", choices=("head", "channel"), default="head",
                        help="one gate value a head or a channel (default: head)")
@@ -374,7 +376,7 @@ def prepare(args, accelerator, command=()):
     places = published.resolved({"blip2": args.blip2, "efficientnet": args.efficientnet, "qformer": args.qformer})
 
     def load_style():
-        return core.EfficientNet28.from_checkpoint(places["efficientnet"], args.safe_load).eval()
+        return Model.style_tower.from_checkpoint(places["efficientnet"], args.safe_load).eval()
 
     if args.style == "efficientnet":
         splits = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
@@ -387,7 +389,7 @@ def prepare(args, accelerator, command=()):
     features, towers = cached_features(args.cache, places["blip2"], load_style if args.gating != "none" else None,
                                        train_rows + val_rows, accelerator, dtype, args.workers)
     loop.seed_everything(args.seed)
-    model = core.Blip2OPTGated.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None)
+    model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None)
     core.save_activations(model.language_model, args.activations)
     parts = Parts(Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features),
                   Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from)

@@ -11,6 +11,7 @@ PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation"
           ("style", [("epoch", "hit", "mass on style words"), ("epoch", "hard_hit", "style word first"),
                      ("epoch", "kl", "symmetric KL")]),
           ("learning", [("step", "grad_norm", "gradient norm"), ("epoch", "em", "exact match")])]
+OWN = ("total", "lm", "hit", "hard_hit", "hit_rows", "kl", "style_ce", "confidence")  # columns that loss_summary knows or leaves out
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
         with accelerator.autocast():
             parts = model(**batch, **features, **loss_weights, **seeing)
         parts.pop("loss")
-        table = {name: values.float().cpu().tolist() for name, values in parts.items()}
+        table = {name: values.float().expand(len(numbers)).tolist() for name, values in parts.items()}  # a scalar: of each row
         if answer:
             table |= answer(model, [data.rows[i] for i in numbers], features)
         if gates and model.gates is not None:
@@ -58,7 +59,9 @@ def mean(found, name, where=None):
 
 
 def loss_summary(found):
-    """The numbers that are logged of an evaluation; hits are over the rows whose answer is a style."""
+    """The numbers that are logged of an evaluation; hits are over the rows whose answer is a style. A term that an edited model
+    returns is among them under its own name."""
     numbers = {"loss": mean(found, "total"), "lm": mean(found, "lm"), "hit": mean(found, "hit", "hit_rows"),
                "hard_hit": mean(found, "hard_hit", "hit_rows"), "kl": mean(found, "kl")}
+    numbers |= {name: mean(found, name) for name, value in found[0].items() if isinstance(value, float) and name not in OWN}
     return {name: value for name, value in numbers.items() if value is not None}

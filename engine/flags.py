@@ -1,6 +1,8 @@
 """flags.py: command lines: argparse with --config FILE.yaml, and the types of numbers."""
 
 import argparse
+import functools
+import importlib.util
 import math
 import pathlib
 import sys
@@ -28,6 +30,17 @@ def parse_args(parser, argv=None):
         for name in settings:
             actions[name].required = False
     return parser.parse_args(argv)
+
+
+@functools.cache
+def load_script(path):
+    """An edited copy of a script as a module, RUN ONCE. DataError where it is not there, or not Python."""
+    spec = importlib.util.spec_from_file_location(pathlib.Path(path).stem, path)
+    if spec is None or not pathlib.Path(path).is_file():
+        raise DataError(f"--script {path}: there is no such Python file")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # by name: loader processes may have to unpickle of it
+    spec.loader.exec_module(module)
+    return module
 
 
 def positive(text):

@@ -23,12 +23,13 @@ def gate_tensors(model, style_feature, input_ids, prompt_mask):
     control = model.control(style_feature, input_ids, prompt_mask)
     by_layer = [gate(control) for gate in model.gates]
 
-    def stacked(name):
-        values = [getattr(gate, name) for gate in by_layer]  # each [B,heads,1,1 or H/heads], the shift may be 0.0
-        shape = by_layer[0].key.shape[:2]
-        return torch.stack([x.mean((2, 3)) if isinstance(x, torch.Tensor) else torch.full(shape, x) for x in values], 1)
+    def per_head(x, heads):  # [B,heads,1,1 or H/heads] or a plain number -> [B,heads]
+        return (torch.as_tensor(x).float().cpu() * torch.ones(len(control), heads, 1, 1)).mean((2, 3))
 
-    return by_layer[0]._make(stacked(name).float().cpu() for name in by_layer[0]._fields)
+    def stacked(name):
+        return torch.stack([per_head(getattr(found, name), gate.heads) for found, gate in zip(by_layer, model.gates)], 1)
+
+    return by_layer[0]._make(stacked(name) for name in by_layer[0]._fields)
 
 
 def gate_rows(model, style_feature, input_ids, prompt_mask):

@@ -220,9 +220,9 @@ def test_fresh_gated_model_equals_transformers_blip2(build, batch, tiny):
 
 def test_gate_scale_zero_and_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="never opens"):
-        core.KVGate(8, 2, 4, scale=0)
-    with pytest.raises(ValueError, match="film or gate"):
-        core.KVGate(8, 2, 4, kind="tanh")
+        core.FilmGate(8, 2, 4, scale=0)
+    with pytest.raises(ValueError, match="head or channel"):
+        core.FilmGate(8, 2, 4, per="layer")
 
 
 def test_key_shift_would_cancel():

@@ -331,7 +331,7 @@ def test_gate_values_by_hand(build, kind, per):
     torch.manual_seed(5)
     with torch.no_grad():
         for gate in model.gates:
-            for last in filter(None, (gate.key, gate.value, gate.shift)):
+            for last in map(gate.get_submodule, gate.learned):
                 last.bias.normal_(0, 0.5)  # the weights stay 0: the gate is its bias
     found, heads = maps.gate_values(model, features_of(model), QUESTION), model.gates[0].heads
     for number, gate in enumerate(model.gates):
