@@ -139,7 +139,9 @@ def sentence_bleu(hypothesis, reference):
 
 # --------------------------------------------------------------------------- captions (COCO)
 
-_LETTER = "[\\w\u0300-\u036f]"  # \w lacks the combining accents of decomposed text
+_MARKS = ("\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece"  # vowels and tones of Thai and Lao,
+          "\u102b-\u103e\u1056-\u1059\u17b4-\u17d3\u17dd")  # Burmese and Khmer
+_LETTER = f"[\\w\u0300-\u036f{_MARKS}]"  # \w lacks combining marks
 _ENDING = r"(?:n't|'(?:s|m|d|re|ve|ll))(?!\w)"
 _SPLIT = re.compile(rf"(?<=\w)(?={_ENDING})|\b(?:can(?=not\b)|gon(?=na\b)|wan(?=na\b)|got(?=ta\b))")
 _TOKEN = re.compile(
@@ -148,7 +150,12 @@ _TOKEN = re.compile(
     rf"|{_ENDING}"
     rf"|{_LETTER}+(?:(?:[-/&.']|(?<=\d)[,:](?=\d)){_LETTER}+)*"  # x-ray, and/or, o'clock, 3,000.5, 11:05
     r"|[!?]{2,}|[^\w\s]")                                        # "!?" is no entry of the list of dropped marks
-_DROPPED = set(".,:;?!'\"`-\u2013\u2014\u2026\u2018\u2019\u201c\u201d")
+_DROPPED = set(".,:;?!'\"`-\u2013\u2014\u2026\u2018\u2019\u201c\u201d"
+               "\u3001\u3002\uff0c\uff0e\uff01\uff1f\uff1b\uff1a\u300c\u300d\u300e\u300f\uff08\uff09\u300a\u300b\u3010\u3011\u00b7")
+# of scripts that set no blanks between words: kana and Chinese characters; Thai, Lao, Burmese and Khmer letters with their marks
+_CHARACTER = re.compile(
+    "[\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    f"|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff][{_MARKS}]*")
 _BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))  # drop list is upper case, text is lower
 
 
@@ -159,10 +166,19 @@ def tokenize(text):
     quotes and . , : ; ? ! - dropped, hyphens and slashes inside words kept. Measured against the Java tokeniser: the
     same string for 1831 of 1832 COCO captions (99.9 %), and at first sight, before the last rules were added, for 914
     of the 916 not looked at while writing (99.8 %). Not imitated: "23 3/4" as one token, and rarer forms.
+
+    In scripts without blanks between words each character is a token, as is usual for Chinese captions: the rules above would make
+    one token of a sentence, and one wrong character would score 0.
     """
+    text = _CHARACTER.sub(r" \g<0> ", text)
     text = _SPLIT.sub(r"\g<0> ", text.lower().replace("\u2019", "'"))
     tokens = _TOKEN.findall(text)
     return " ".join(_BRACKETS.get(token, token) for token in tokens if token not in _DROPPED)
+
+
+def in_characters(texts):
+    """Does `tokenize` take characters for tokens in some of these texts? To be said beside their scores."""
+    return any(_CHARACTER.search(text) for text in texts)
 
 
 def _need_list(strings, name):
@@ -534,15 +550,20 @@ def read_pair(references_path, predictions_path, encoding="utf-8"):
     return predictions, references
 
 
-def _notes(corpus):
+def _notes(corpus, references):
     """What must be said beside the figures."""
     notes = []
+    if in_characters(text for texts in references.values() for text in texts):
+        notes.append(IN_CHARACTERS)
     if corpus["CIDEr-D"] is None:
         notes.append("CIDEr-D has no meaning for one image (every word weighs ln 1 = 0): score more images")
     if "METEOR" not in corpus:
         notes.append("METEOR (no WordNet) counts no synonyms, so it is not comparable with METEOR: for that, run "
                      "python -m nltk.downloader wordnet")
     return notes
+
+
+IN_CHARACTERS = "in scripts without blanks between words (Chinese, Japanese, Thai, ...) each character counts as a token"
 
 
 def get_args(argv=None):
@@ -563,7 +584,7 @@ def main(argv=None):
     args = get_args(argv)
     predictions, references = read_pair(args.references, args.predictions, args.encoding)
     scores = score_captions(predictions, references, with_coco_meteor=args.coco_meteor)
-    corpus, notes = scores["corpus"], _notes(scores["corpus"])
+    corpus, notes = scores["corpus"], _notes(scores["corpus"], references)
     if args.json:
         per_image = {image: dict(zip(scores["per_item"], values))
                      for image, values in zip(predictions, zip(*scores["per_item"].values()))}

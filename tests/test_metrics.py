@@ -5,6 +5,7 @@ command line in test_metrics_cli.py. WordNet is a stand-in here and nothing is d
 """
 
 import importlib.util
+import json
 import math
 import random
 import shutil
@@ -482,3 +483,28 @@ def test_each_string_is_tokenised_once(monkeypatch, with_wordnet):
 def test_score_captions_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         score_captions(*arguments)
+
+
+# --- scripts without blanks between words ------------
+
+@pytest.mark.parametrize("text, tokens", [
+    ("\u4e00\u53ea\u72d7\u3002", "\u4e00 \u53ea \u72d7"),  # one dog, with its full stop
+    ("\u4e00 \u53ea \u72d7", "\u4e00 \u53ea \u72d7"),  # as BERT's tokenizer decodes it
+    ("a \u7ea2\u8272 T-shirt, 3.5\u7c73", "a \u7ea2 \u8272 t-shirt 3.5 \u7c73"),
+    ("\u8d64\u3044\u8239\u3068\u30d2\u30c8", "\u8d64 \u3044 \u8239 \u3068 \u30d2 \u30c8"),
+    ("\u0e2b\u0e21\u0e32\u0e14\u0e33 \u0e17\u0e35\u0e48", "\u0e2b \u0e21 \u0e32 \u0e14 \u0e33 \u0e17\u0e35\u0e48"),
+    ("\ub450 \uc0ac\ub78c", "\ub450 \uc0ac\ub78c")])  # Korean has blanks
+def test_characters_are_tokens_where_words_have_no_blanks(text, tokens):
+    assert metrics.tokenize(text) == tokens
+
+
+def test_one_wrong_chinese_character_of_four_scores_three_quarters():
+    scores = metrics.score_captions(["\u7ea2\u8272\u7684\u72d7", "\u7ea2"], [["\u7ea2\u8272\u7684\u732b"], ["\u7ea2"]])["per_item"]
+    assert scores["ROUGE-L"] == [pytest.approx(0.75), 1.0] and scores["BLEU-1"][0] == pytest.approx(0.75)
+
+
+def test_characters_are_said_beside_the_scores(tmp_path, capsys):
+    for name, text in (("refs", ["\u7ea2\u8272"]), ("preds", "\u7ea2\u8272")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"a": text, "b": text}), encoding="utf-8")
+    metrics.main(["--references", str(tmp_path / "refs.json"), "--predictions", str(tmp_path / "preds.json")])
+    assert "each character counts as a token" in capsys.readouterr().out
