@@ -74,7 +74,7 @@ class EfficientNet28(nn.Module):
         """Build the net with as many classes as the checkpoint holds, and load it strictly. `arch` and `classes` are
         taken from the file where it has them (ours do); other files are taken for an EfficientNet-B3."""
         loaded = load_foreign(path, safe)
-        state, where = unwrap_state(loaded)
+        state, where = unwrap_state(loaded, path)
         if "classifier.weight" not in state:
             raise DataError(f"{path}: no timm EfficientNet in {where} (no classifier.weight among {len(state)} tensors, "
                             f"first {list(state)[:3]})")

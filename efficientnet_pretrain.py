@@ -282,16 +282,8 @@ def build(args, classes, say, blank=False):
 
 def start_from(net, path, say):
     """--init: every weight but a classifier head of another size, strictly. Code in the file never runs."""
-    if str(path).endswith(".safetensors"):
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-        try:
-            state, where = load_file(path), "the file itself"
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"{path}: cannot be read as safetensors ({' '.join(str(error).split())[:160]})") from None
-    else:
-        advice = "save its state dict alone: torch.save(model.state_dict(), FILE)"
-        state, where = checkpoints.unwrap_state(checkpoints.load_foreign(path, True, advice))
+    advice = "save its state dict alone: torch.save(model.state_dict(), FILE)"
+    state, where = checkpoints.unwrap_state(checkpoints.load_foreign(path, True, advice), path)
     own, head = net.state_dict(), ("classifier.weight", "classifier.bias")
     other = [n for n in head if n in state and state[n].shape[:1] != own[n].shape[:1] and state[n].ndim == own[n].ndim]
     if other:

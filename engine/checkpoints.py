@@ -201,6 +201,23 @@ def _harmless_globals():
             (scalar, "numpy.core.multiarray.scalar"), (scalar, "numpy._core.multiarray.scalar")]
 
 
+def _load_safetensors(path):
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: cannot be read as safetensors ({' '.join(str(error).split())[:160]}): download it again") from None
+
+
+def _is_torchscript(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False  # damaged: torch.load says so
+
+
 def load_foreign(path, safe, advice="drop --safe-load if you trust whoever made the file"):
     """Load a checkpoint that somebody else wrote, without running anything in it where that is possible.
 
@@ -212,10 +229,15 @@ def load_foreign(path, safe, advice="drop --safe-load if you trust whoever made 
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint")
     with path.open("rb") as file:
-        head = file.read(2)
+        head = file.read(9)
+    if path.suffix == ".safetensors" or head[8:] == b"{":
+        return _load_safetensors(path)
     if head[:2] != b"PK" and head[:1] != b"\x80":
         raise DataError(f"{path}: not a PyTorch file ({path.stat().st_size} bytes; a web page or a git-lfs pointer saved "
                         "under this name?): download it again")
+    if head[:2] == b"PK" and _is_torchscript(path):
+        raise DataError(f"{path}: a TorchScript archive, code and weights together: save the weights alone, "
+                        "torch.save(torch.jit.load(FILE).state_dict(), OTHER)")
     try:
         with torch.serialization.safe_globals(_harmless_globals()):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -233,24 +255,46 @@ def load_foreign(path, safe, advice="drop --safe-load if you trust whoever made 
         raise DataError(f"{path}: cannot be loaded ({type(error).__name__}: {error})") from None
 
 
-def unwrap_state(loaded):
-    """Find the state dict in a checkpoint: bare, or under ema / model / state_dict (EMA weights first); strip
-    `module.` and `_orig_mod.` prefixes. Returns ({name: tensor}, where it stood)."""
-    where = "the file itself"
-    for key in ("ema", "state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict"):
-        inner = loaded.get(key) if isinstance(loaded, dict) else None
-        if inner is not None and (isinstance(inner, (dict, nn.Module))):
-            loaded, where = inner, f"key {key!r}"
-            break
+EMA = ("ema", "state_dict_ema", "model_ema", "ema_state_dict")  # averaged weights: taken first where a file holds both
+STATES = ("model", "state_dict", "model_state_dict", "model_state", "net", "state")
+PREFIXES = ("module.", "_orig_mod.")  # of DataParallel and torch.compile
+
+
+def unwrap_state(loaded, source):
+    """The state dict in whatever a training script has saved -> ({name: tensor}, where it stood).
+
+    It is the file itself, what stands under one of EMA or STATES, or the one value that is a dict of tensors ({"epoch": 3,
+    "Blip2Retrieval": {...}}). Prefixes of DataParallel, of torch.compile and of Lightning's one module ("model.") go. DataError:
+    there is none, or several under names that do not tell."""
     if isinstance(loaded, nn.Module):
         loaded = loaded.state_dict()
+    where = "the file itself"
+    if not _is_state(loaded):
+        held = {key: value.state_dict() if isinstance(value, nn.Module) else value
+                for key, value in (loaded.items() if isinstance(loaded, dict) else ())}
+        states = [key for key, value in held.items() if _is_state(value)]
+        known = [key for key in (*EMA, *STATES) if key in states]
+        if not known and len(states) != 1:
+            raise DataError(f"{source}: no state dict, or more than one, stands in it: " + (
+                f"its keys are {', '.join(sorted(map(repr, held))[:8])}" if held else f"it holds a {type(loaded).__name__}")
+                + "; save the right one alone: torch.save(model.state_dict(), FILE)")
+        key = (known or states)[0]
+        loaded, where = held[key], f"key {key!r}"
     state = {}
-    for name, tensor in (loaded.items() if isinstance(loaded, dict) else ()):
+    for name, tensor in loaded.items():
         if isinstance(tensor, torch.Tensor):
-            while name.startswith(("module.", "_orig_mod.")):
+            while name.startswith(PREFIXES):
                 name = name.split(".", 1)[1]
             state[name] = tensor
+    if state and all(name.startswith("model.") for name in state):  # Lightning's one module
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
     return state, where
+
+
+def _is_state(value):
+    """A non-empty dict whose values are tensors, but for plain entries such as BERT's _metadata or a step count."""
+    return isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values()) and not any(
+        isinstance(v, (dict, nn.Module)) and v for k, v in value.items() if k != "_metadata")
 
 
 def load_strictly(module, state, source, assign=False):

@@ -216,12 +216,17 @@ def load_bert(name):
 def refuse_other_folder(path, kind):
     """DataError where a local folder is no complete BLIP-2 or BLIP (kind): better than a random model of full size."""
     try:
-        held = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        held = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{path}: not a {kind} folder (no readable config.json); "
                         "give the folder that save_pretrained wrote") from None
     if held != kind.lower():
         raise DataError(f"{path}: a {held} model and not a {kind} (model_type of its config.json)")
+    if config.get("quantization_config"):
+        raise DataError(f"{path}: saved quantised ({config['quantization_config'].get('quant_method', 'quantization_config')}), all its "
+                        "parts with it, and those that are trained and compared here need their own values: give the folder that it "
+                        "was made from" + ("; --lm-precision int8 or nf4 quantises the language model alone" if kind == "BLIP-2" else ""))
     for file in sorted(path.glob("*.safetensors")):
         refuse_incomplete(file)
 
@@ -455,8 +460,7 @@ def read_weights(source):
     path = pathlib.Path(source)
     if not path.is_dir():
         loaded = load_foreign(path, safe=True, advice="give a Q-Former's tensors alone, as a plain dict")
-        own = loaded.get("state") if isinstance(loaded, dict) else None  # a best.pt of pretrain_qformer.py
-        return unwrap_state(own or loaded)[0]
+        return unwrap_state(loaded, path)[0]
     from safetensors import safe_open
     state = {}
     for file in sorted(path.glob("*.safetensors")):

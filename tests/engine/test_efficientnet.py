@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import shutil
 import warnings
 
 import numpy as np
@@ -137,3 +138,48 @@ def test_normalisation_bridge(state):
     outside = (torch.full((1, 3, 32, 32), 1.7) - mean) / std  # beyond white: clamped
     white = (torch.ones(1, 3, 32, 32) - mean) / std
     assert torch.allclose(net(outside), net(white), atol=1e-5)
+
+
+# --- whatever a training script has saved: one function for all stages ------------
+
+WRAPPED = {  # name -> content around a state
+    "SPRC's class name": lambda s: {"epoch": 3, "Blip2QformerCirAlignPrompt": s}, "net": lambda s: {"net": s, "epoch": 3},
+    "model_state": lambda s: {"model_state": s, "optimizer": {"state": {0: {"exp_avg": s["a.bias"]}}, "param_groups": [{"lr": 1}]}},
+    "Lightning": lambda s: {"state_dict": {f"model.{n}": t for n, t in s.items()}, "pytorch-lightning_version": "2.4"},
+    "average and model": lambda s: {"model": {n: t + 1 for n, t in s.items()}, "model_ema": s}}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPED)
+def test_a_state_is_found_in_every_wrapping(tmp_path, wrapping):
+    state = {"a.weight": torch.randn(2, 3), "a.bias": torch.randn(2)}
+    torch.save(WRAPPED[wrapping](state), tmp_path / "x.pth")
+    found, where = checkpoints.unwrap_state(checkpoints.load_foreign(tmp_path / "x.pth", True), "x.pth")
+    assert found.keys() == state.keys() and all(torch.equal(found[n], t) for n, t in state.items())
+    assert where.startswith("key ")
+
+
+@pytest.mark.parametrize("content, named", [
+    ({"generator": {"a": torch.zeros(1)}, "critic": {"a": torch.ones(1)}}, "'critic', 'generator'"),
+    ({"epoch": 3, "history": [1, 2]}, "'epoch', 'history'"), ([torch.zeros(1)], "list")])
+def test_where_no_state_can_be_told_the_keys_are_named(content, named):
+    with pytest.raises(DataError, match=f"x.pth: no state dict.*{named}.*torch.save"):
+        checkpoints.unwrap_state(content, "x.pth")
+
+
+def test_safetensors_and_torchscript(state, tmp_path):
+    from safetensors.torch import save_file
+    save_file(state, tmp_path / "model.safetensors")
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "renamed.pt")
+    for name in ("model.safetensors", "renamed.pt"):
+        found, _ = checkpoints.unwrap_state(checkpoints.load_foreign(tmp_path / name, True), name)
+        assert found.keys() == state.keys()
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 3), torch.zeros(1, 2)), tmp_path / "traced.pt")
+    with pytest.raises(DataError, match="TorchScript.*state_dict"):
+        checkpoints.load_foreign(tmp_path / "traced.pt", False)
+
+
+def test_a_timm_file_of_another_size_does_not_fit_and_is_not_called_broken(tmp_path):
+    from safetensors.torch import save_file
+    save_file(timm.create_model("efficientnet_b0", num_classes=27).state_dict(), tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="does not fit"):
+        core.EfficientNet28.from_checkpoint(tmp_path / "model.safetensors")
