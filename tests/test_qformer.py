@@ -21,7 +21,7 @@ import core
 import metrics
 import pretrain_qformer
 import train_cir
-from engine import checkpoints, errors, loop, published, runfolder
+from engine import checkpoints, errors, loop, published, run, runfolder, stage1
 from engine.errors import DataError
 from conftest import ROOT
 from test_cir import random_retrieval, to_lavis
@@ -214,7 +214,7 @@ def test_recalls_by_brute_force():
     owner = np.array([0, 0, 1, 2, 2, 2, 3, 4])
     for scores in (rng.integers(0, 4, (8, 5)).astype(float), np.zeros((8, 5)), np.full((8, 5), np.nan)):
         i2t = scores.T
-        found = pretrain_qformer.recalls(scores, i2t, owner)
+        found = metrics.retrieval_scores(scores, i2t, owner)
         for k in (1, 5):
             hits = [sum(not scores[t, g] < scores[t, owner[t]] for g in range(5) if g != owner[t]) < k for t in range(8)]
             assert found[f"t2i R@{k}"] == pytest.approx(100 * np.mean(hits))
@@ -258,8 +258,8 @@ def test_evaluation_by_hand(build, sets):
                     t, i = (r, c) if table is cosines else (c, r)
                     scores[r, c] = table[r, c] + model.match(embeds[i], **texts[t])[0, 1]
             tables.append(scores.numpy())
-    wanted = pretrain_qformer.recalls(cosines.numpy(), cosines.T.numpy(), owner)
-    wanted |= {f"reranked {name}": value for name, value in pretrain_qformer.recalls(*tables, owner).items()}
+    wanted = metrics.retrieval_scores(cosines.numpy(), cosines.T.numpy(), owner)
+    wanted |= {f"reranked {name}": value for name, value in metrics.retrieval_scores(*tables, owner).items()}
     wanted |= {"itm_accuracy": 100 * np.mean(right)}
     assert told.pop("itg") == pytest.approx(np.mean(itg), rel=0.02)  # there a mean over the words of a batch
     assert told == {name: pytest.approx(value, abs=0.06) for name, value in wanted.items()}
@@ -332,7 +332,7 @@ def test_export_loads_in_transformers_and_in_the_next_stages(build, tmp_path):
     model = build()
     with torch.no_grad():
         model.temp.fill_(0.05)
-    pretrain_qformer.export(model, tmp_path / "hf")
+    stage1.export(model, tmp_path / "hf")
     theirs, found = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
     images, text = torch.randn(2, 3, 112, 112), core.text_ids(model.tokenizer, TEXTS[:2])
@@ -356,8 +356,8 @@ def test_train_gated_takes_the_exported_qformer(tiny, tmp_path):
     qformer = blip2.config.qformer_config
     qformer.use_qformer_text_input, blip2.config.image_text_hidden_size = True, 32
     model = pretrain_qformer.Stage1(blip2.vision_model, blip2.config, tokenizer)
-    pretrain_qformer.start_at_random(model)
-    pretrain_qformer.export(model, tmp_path / "hf")
+    stage1.start_at_random(model)
+    stage1.export(model, tmp_path / "hf")
     gated = core.Blip2OPTGated.build(*tiny, [], gating="none", qformer=str(tmp_path / "hf"))
     theirs, own = gated.qformer.state_dict(), model.qformer.state_dict()
     assert all(torch.equal(theirs[name], own[name]) for name in theirs) and torch.equal(gated.query_tokens, model.query_tokens)
@@ -447,7 +447,7 @@ def trained(folder, sets, more, tmp_path_factory):
     """{name: folder of an undisturbed run}, not to be written to."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain_qformer, "LOG_EVERY", STEP_ROWS)
+        patch.setattr(run, "LOG_EVERY", STEP_ROWS)
         for name in more:
             found[name] = tmp_path_factory.mktemp("trained") / name
             assert pretrain_qformer.main(flags(folder, sets[0], found[name], *more[name])) is None
@@ -458,7 +458,7 @@ def trained(folder, sets, more, tmp_path_factory):
 @pytest.fixture
 def short(monkeypatch):
     """No curves."""
-    monkeypatch.setattr(pretrain_qformer, "LOG_EVERY", STEP_ROWS)
+    monkeypatch.setattr(run, "LOG_EVERY", STEP_ROWS)
     monkeypatch.setattr(runfolder, "draw_curves", lambda *args: None)
 
 
@@ -590,20 +590,20 @@ def test_what_is_broken_stops_the_run_or_is_left_out_and_said(folder, sets, shor
 
 def recorded_run(folder):
     """The script, with sys.argv; what each process saw and ended with goes to FOLDER/RANK.pt."""
-    names, step, fit = [], pretrain_qformer.train_step, pretrain_qformer.fit
+    names, train_step, train = [], pretrain_qformer.train_step, pretrain_qformer.train
 
-    def recorded(run, batch):
-        names.append([pair.name for pair in batch["pairs"] if not pair.image])
-        return step(run, batch)
+    def recorded(run, step):
+        train_step(run, step)
+        names.append([pair.name for pair in step.rows if not pair.image])
 
-    def recorded_fit(args):
-        run, number = fit(args)
+    def recorded_train(args):
+        run = train(args)
         content = {"state": checkpoints.trainable_state(run.model), "names": names[1:], "writes": run.log is not None,
                    "step": run.step}
         torch.save(content, f"{folder}/{run.accelerator.process_index}.pt")
-        return run, number
+        return run
 
-    pretrain_qformer.train_step, pretrain_qformer.fit = recorded, recorded_fit
+    pretrain_qformer.train_step, pretrain_qformer.train = recorded, recorded_train
     return errors.exit_code(pretrain_qformer.main)
 
 
