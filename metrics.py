@@ -10,7 +10,8 @@
 Every score lies between 0 and 1 (the exceptions are said: CIDEr-D goes up to 10). VQA accuracy follows the official
 VQAv2 evaluator, BLEU, ROUGE-L and CIDEr-D the COCO caption tools, exact match and sentence BLEU the ArtQuest code,
 their oddities included, so that the numbers compare with published ones. METEOR is NLTK's, which is NOT the METEOR 1.5
-of the COCO tools and of papers: see meteor and coco_meteor. Recalls (cirr_scores, fashioniq_scores) are percent.
+of the COCO tools and of papers: see meteor and coco_meteor. Recalls (cirr_scores, fashioniq_scores, retrieval_scores) are
+percent.
 """
 
 import argparse
@@ -525,6 +526,20 @@ def chance_level(gallery, members=None):
     found = {f"R@{k}": recall(k, gallery - 1) for k in (1, 5, 10, 50)}
     found |= {f"Rs@{k}": recall(k, members - 1) for k in (1, 2, 3)}
     return found | {"mean": (found["R@5"] + found["Rs@1"]) / 2}
+
+
+def retrieval_scores(t2i, i2t, owner):
+    """Recall@1, 5, 10 in percent both ways, and their mean. t2i [T,G], i2t [G,T] scores, owner [T] = the image of each text."""
+    ranks = {"i2t": best_ranks(i2t, owner[None] == np.arange(len(i2t))[:, None]), "t2i": target_ranks(t2i, owner)}
+    scores = {f"{side} R@{k}": recall_at(ranks[side], k) for side in ranks for k in (1, 5, 10)}
+    return scores | {"mean": float(np.mean(list(scores.values())))}
+
+
+def retrieval_chance(texts, images):
+    """The retrieval_scores of a random ranking of that many texts and images (where images have several texts: nearly)."""
+    scores = {f"{side} R@{k}": 100 * min(1.0, k / count * more) for side, count, more in
+              (("i2t", texts, texts / images), ("t2i", images, 1)) for k in (1, 5, 10)}
+    return scores | {"mean": float(np.mean(list(scores.values())))}
 
 
 # --------------------------------------------------------------------------- command line

@@ -14,11 +14,9 @@ import argparse
 import itertools
 import math
 import pathlib
-import shutil
 import sys
-from contextlib import nullcontext
-from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,20 +24,19 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast, send_to_device
 from torch import nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import core
 import metrics
 from data import pairs, rows, shards
-from engine import checkpoints, environment, errors, files, flags, loaders, loop, published, runfolder
+from data.pairs import Captioned
+from engine import checkpoints, environment, errors, files, flags, loaders, loop, published, stage1
 from engine.errors import DataError
+from engine.run import Run, resumes
 
 DEFAULT, BERT = published.DEFAULTS["blip2-itm"], "bert-base-uncased"
 NEXT = "transformers' Blip2ForImageTextRetrieval, train_cir.py --blip2 and train_gated.py --qformer"  # what takes OUT/hf
 SMOOTHING = 0.1  # of ITC's targets and of ITG's, as in LAVIS
-CLIP = 1.0  # gradient norm
-LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 RECALLS = tuple(f"{side} R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10))
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "itc", "itc chance", "itm", "itm chance", "itg", "itg chance", "temp",
                "grad_norm", *RECALLS, "mean",
@@ -144,29 +141,6 @@ def check_data(args):
     return failed
 
 
-class Captioned(Dataset):
-    """(epoch, number) -> (picture [3,s,s], Pair), augmented in training; or (the DataError of a broken picture, Pair)."""
-
-    def __init__(self, found, size, seed=None):
-        """seed: of the augmentation; None = the evaluation's view."""
-        self.rows, self.size, self.seed = found, size, seed
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, key):
-        epoch, number = key
-        pair = self.rows[number]
-        try:
-            image = rows.load_image(pair.image)
-            if self.seed is None:
-                return rows.image_tensor(image, self.size), pair
-            rng = np.random.default_rng([self.seed, epoch, number])
-            return pairs.train_view(image, self.size, rng, pair.text, strong=pair.strong), pair
-        except DataError as error:
-            return error, pair
-
-
 class Collate:
     """Samples of Captioned or of a ShardStream -> batch: images [B,3,s,s], input_ids, attention_mask [B,L], image_ids [B], and
     the Pairs themselves for messages."""
@@ -175,12 +149,12 @@ class Collate:
         self.tokenizer = tokenizer
 
     def __call__(self, samples):
-        for found, pair in samples:
-            if isinstance(found, DataError):
-                return {"fault": f"{pair.file}, {rows.locate(pair.file, pair.line)}: {found}"}
-        images, found = zip(*samples)
-        return {"images": torch.stack(images), **core.text_ids(self.tokenizer, [pair.text for pair in found]),
-                "image_ids": torch.tensor([pair.image_id for pair in found]), "pairs": found}
+        for image, pair in samples:
+            if isinstance(image, DataError):
+                return {"fault": f"{pair.file}, {rows.locate(pair.file, pair.line)}: {image}"}
+        images, batch = zip(*samples)
+        return {"images": torch.stack(images), **core.text_ids(self.tokenizer, [pair.text for pair in batch]),
+                "image_ids": torch.tensor([pair.image_id for pair in batch]), "pairs": batch}
 
 
 # --- model ------------
@@ -221,9 +195,9 @@ class Stage1(core.Blip2Retrieval):
         Q = self.query_tokens.shape[1]
         images = F.normalize(self.vision_projection(states[:, :Q]), dim=-1)  # [B,Q,E]
         texts = self.text_features(input_ids, attention_mask)  # [B,E]
-        everyone = gathered(image_ids)  # [N]
-        t2i = core.max_similarity(texts, gathered(images)) / self.temp  # [B,N]
-        i2t = core.max_similarity(gathered(texts), images).T / self.temp  # [B,N]
+        everyone = gather(image_ids)  # [N]
+        t2i = core.max_similarity(texts, gather(images)) / self.temp  # [B,N]
+        i2t = core.max_similarity(gather(texts), images).T / self.temp  # [B,N]
         targets = core.itc_targets(image_ids, everyone, SMOOTHING)
         parts = {"itc": core.itc_loss(i2t, t2i, targets).mean(),
                  "itm": self.matching(image_embeds, input_ids, attention_mask, i2t, t2i, image_ids, everyone, negatives),
@@ -236,7 +210,7 @@ class Stage1(core.Blip2Retrieval):
         A text whose batch holds no other image has no negative, and its two rows are left out."""
         other = image_ids[:, None] != everyone[None]  # [B,N]
         image_of, text_of = negatives or (draw_negatives(t2i, other), draw_negatives(i2t, other))
-        all_images, all_ids, all_masks = gathered(image_embeds), gathered_text(input_ids), gathered_text(attention_mask)
+        all_images, all_ids, all_masks = gather(image_embeds), gather_text(input_ids), gather_text(attention_mask)
         own_ids, own_mask = (F.pad(x, (0, all_ids.shape[1] - x.shape[1])) for x in (input_ids, attention_mask))
         logits = self.match(torch.cat([image_embeds, all_images[image_of], image_embeds]),
                             torch.cat([own_ids, own_ids, all_ids[text_of]]), torch.cat([own_mask, own_mask, all_masks[text_of]]))
@@ -279,14 +253,14 @@ class Gather(torch.autograd.Function):
         return gradient[torch.distributed.get_rank() * count:][:count]
 
 
-def gathered(rows_here):
+def gather(rows_here):
     """[B,..] -> [N,..] of all processes; with one process nothing is called."""
     one = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
     return rows_here if one else Gather.apply(rows_here)
 
 
-def gathered_text(ids):
-    """gathered of [B,L], whose L may differ between processes: padded with 0 to the longest caption that there can be."""
+def gather_text(ids):
+    """gather of [B,L], whose L may differ between processes: padded with 0 to the longest caption that there can be."""
     one = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
     return ids if one else Gather.apply(F.pad(ids, (0, core.MAX_TEXT - ids.shape[1])))
 
@@ -298,7 +272,7 @@ def draw_negatives(logits, other):
     return torch.multinomial(weights, 1)[:, 0]
 
 
-# --- where weights come from, and where they go ------------
+# --- where weights come from ------------
 
 def load_model(args, dtype, say=print):
     """--blip2 (vision tower) and --init (Q-Former, tokenizer) -> Stage1. A hub's ID is looked for in models/ first. Says what
@@ -307,7 +281,7 @@ def load_model(args, dtype, say=print):
     vision, config = published.load_vision(name, dtype)
     kind = published.load_config(init).model_type if init != "random" and not pathlib.Path(init).is_file() else None
     if kind == "bert":
-        config, tokenizer = bert_config(config, published.load_config(init)), published.load_tokenizer(init)
+        config, tokenizer = stage1.bert_config(config, published.load_config(init)), published.load_tokenizer(init)
     else:
         source = init if kind else name  # a LAVIS file and a random start take form and tokenizer from --blip2
         own, tokenizer = published.load_config(source), published.load_tokenizer(source)
@@ -319,9 +293,9 @@ def load_model(args, dtype, say=print):
     published.refuse_other_tokenizer(tokenizer, config.qformer_config.vocab_size, init if kind else name)
     model = Stage1(vision, config, tokenizer)
     if kind == "bert":
-        absent = start_from_bert(model, published.load_bert(init), init)
+        absent = stage1.start_from_bert(model, published.load_bert(init), init)
     elif init == "random":
-        absent = start_at_random(model)
+        absent = stage1.start_at_random(model)
     else:
         weights = published.read_weights(published.local_folder(init) if kind else init)
         parts = published.qformer_weights(weights, text_path=True, source=init)
@@ -331,113 +305,29 @@ def load_model(args, dtype, say=print):
     return model
 
 
-def bert_config(config, bert):
-    """A BERT's sizes as a Q-Former's: cross-attention in every second layer, one word more ([DEC]), 32 queries."""
-    from transformers import Blip2Config, Blip2QFormerConfig
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "hidden_dropout_prob",
-             "attention_probs_dropout_prob", "max_position_embeddings", "layer_norm_eps", "pad_token_id")
-    qformer = Blip2QFormerConfig(vocab_size=bert.vocab_size + 1, use_qformer_text_input=True,
-                                 **{name: getattr(bert, name) for name in names})
-    vision = getattr(config, "vision_config", config)
-    return Blip2Config(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), num_query_tokens=32,
-                       image_text_hidden_size=256)
-
-
-def start_from_bert(model, state, source):
-    """BLIP-2's start: BERT's layers and word head; the query branch is a copy of the text branch; cross-attention, queries,
-    projections and [DEC] are new, N(0, 0.02). state: of transformers' BertForMaskedLM. -> names of what is new."""
-    def fresh(shape):
-        return torch.randn(shape) * 0.02
-
-    state = {name.removeprefix("bert."): tensor.float() for name, tensor in state.items()}
-    own = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("vision_model.")}
-    renamed = (("qformer.layernorm.", "embeddings.LayerNorm."), ("qformer.", ""), ("attention.attention.", "attention.self."),
-               ("_query.", "."), ("lm_head.", "cls.predictions."))
-    new = set()
-    for name, tensor in own.items():
-        theirs = name
-        for ours, other in renamed:
-            theirs = theirs.replace(ours, other)
-        if name in ("embeddings.word_embeddings.weight", "lm_head.bias"):  # one word more: [DEC]
-            start = fresh(tensor.shape) if tensor.ndim > 1 else torch.zeros_like(tensor)
-            own[name] = torch.cat([state[theirs], start[len(state[theirs]):]])
-        elif "crossattention" not in name and theirs in state:
-            if state[theirs].shape != tensor.shape:
-                raise DataError(f"{source}: {theirs} is {tuple(state[theirs].shape)}, {tuple(tensor.shape)} is wanted: "
-                                "not the BERT of its config")
-            own[name] = state[theirs]
-        elif tensor.ndim > 1:
-            own[name] = fresh(tensor.shape)
-            new.add("cross-attention" if "crossattention" in name else name.split(".")[0])
-        elif "crossattention" in name and name.endswith(".bias"):
-            own[name] = torch.zeros_like(tensor)
-    model.load_state_dict(own, strict=False)
-    return [*sorted(new), "[DEC]"]
-
-
-def start_at_random(model):
-    """Weights by fan-in, which small widths need (the library's 0.02 sits on a plateau there). -> names of what is new."""
-    for name, part in model.named_children():
-        for module in part.modules() if name != "vision_model" else ():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
-                nn.init.zeros_(module.bias)
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.5 if name == "embeddings" else 0.02)
-    nn.init.normal_(model.query_tokens)
-    return ["everything"]
-
-
-def export(model, folder):
-    """A folder that transformers' Blip2ForImageTextRetrieval, train_cir.py and train_gated.py --qformer load.
-
-    temp and the captioning head, which that class does not have, go into stage1.safetensors beside."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-    from transformers import Blip2ForImageTextRetrieval, Blip2Processor, BlipImageProcessor
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    extra = {name: state.pop(name) for name in list(state) if name == "temp" or name.startswith("lm_head.")}
-    with torch.device("meta"):
-        theirs = Blip2ForImageTextRetrieval(model.config)
-    theirs.load_state_dict(state, strict=True, assign=True)
-    size = {"height": model.image_size, "width": model.image_size}
-    pixels = BlipImageProcessor(size=size, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        theirs.save_pretrained(part)
-        save_file(extra, part / "stage1.safetensors")
-        Blip2Processor(pixels, model.tokenizer).save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise DataError(f"{folder}: could not be written ({' '.join(str(error).split())}): free some space; --convert "
-                        "writes it from a best.pt") from None
-
-
 # --- evaluation ------------
 
 @torch.no_grad()
-def evaluate(model, data, collate, accelerator, batch_size, workers, rerank):
+def evaluate(model, data, collate, accelerator, batch_size, workers, rerank_best):
     """Recalls in percent, ITM accuracy and ITG loss over the pairs of `data`. Every process does all of it.
 
     Each picture goes through the tower once. ITM accuracy: each text with its image, and with the wrong image nearest to it.
+    rerank_best: matches that ITM re-ranks, 0 = none.
     """
     model.eval()
     ids = [pair.image_id for pair in data.rows]
     first = {image_id: number for number, image_id in reversed(list(enumerate(ids)))}  # the first pair of each picture
-    shown = list(dict.fromkeys(ids))
-    batches = [[(0, first[i]) for i in shown[start:start + batch_size]] for start in range(0, len(shown), batch_size)]
+    pictures = list(dict.fromkeys(ids))
+    batches = [[(0, first[i]) for i in pictures[start:start + batch_size]] for start in range(0, len(pictures), batch_size)]
     loaded, kept, images = iter(loaders.load_batches(data, collate, batches, workers)), [], []
     for _ in tqdm(batches, desc="encoding", leave=False, mininterval=1, disable=None if accelerator.is_main_process else True):
         embeds = model.image_embeds(loaders.next_batch(loaded, accelerator.device)["images"])
         kept.append(embeds.to(next(model.vision_model.parameters()).dtype).cpu())  # [B,P,W]; half precision where the tower has it
         with accelerator.autocast():
             images.append(model.image_features(embeds).float())
-    kept, images = torch.cat(kept), torch.cat(images)
+    kept, images = torch.cat(kept), torch.cat(images)  # [G,P,W], [G,Q,E]
     text = send_to_device(core.text_ids(model.tokenizer, [pair.text for pair in data.rows]), accelerator.device)
-    owner = torch.tensor([shown.index(image_id) for image_id in ids])  # [T]
+    owner = torch.tensor([pictures.index(image_id) for image_id in ids])  # [T]
     texts, itg, right = [], [], []
     with accelerator.autocast():
         for numbers in torch.arange(len(ids)).split(batch_size):
@@ -446,40 +336,26 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, rerank):
             itg += [model.caption_loss(kept[owner[numbers]].to(accelerator.device).float(), **part).item()] * len(numbers)
         cosines = core.max_similarity(torch.cat(texts), images).cpu()  # [T,G]
         wrong = cosines.scatter(1, owner[:, None], -2.0).argmax(1)  # [T]
-        for numbers in torch.arange(len(ids)).split(batch_size) if len(shown) > 1 else ():
+        for numbers in torch.arange(len(ids)).split(batch_size) if len(pictures) > 1 else ():
             part = {name: tensor[numbers.to(tensor.device)] for name, tensor in text.items()}
             for picture, label in ((owner, 1), (wrong, 0)):
-                said = model.match(kept[picture[numbers]].to(accelerator.device).float(), **part).argmax(1)
-                right += (said == label).tolist()
-        found = recalls(cosines.numpy(), cosines.T.numpy(), owner.numpy())
-        if rerank:
-            again = [scores.numpy() for scores in reranked(model, cosines, kept, **text, k=rerank, chunk=batch_size)]
-            found |= {f"reranked {name}": value for name, value in recalls(*again, owner.numpy()).items()}
-    return {**found, "itm_accuracy": 100 * float(np.mean(right or [math.nan])), "itg": float(np.mean(itg))}
-
-
-def recalls(t2i, i2t, owner):
-    """Recall@1, 5, 10 in percent both ways, and their mean. t2i [T,G], i2t [G,T] scores, owner [T] = the image of each text."""
-    ranks = {"i2t": metrics.best_ranks(i2t, owner[None] == np.arange(len(i2t))[:, None]), "t2i": metrics.target_ranks(t2i, owner)}
-    found = {f"{side} R@{k}": metrics.recall_at(ranks[side], k) for side in ranks for k in (1, 5, 10)}
-    return {**found, "mean": float(np.mean(list(found.values())))}
-
-
-def chance(texts, images):
-    """What a random order scores, in the form of recalls (where pictures have several captions: nearly)."""
-    found = {f"{side} R@{k}": 100 * min(1.0, k / count * more) for side, count, more in
-             (("i2t", texts, texts / images), ("t2i", images, 1)) for k in (1, 5, 10)}
-    return {**found, "mean": float(np.mean(list(found.values())))}
+                answers = model.match(kept[picture[numbers]].to(accelerator.device).float(), **part).argmax(1)
+                right += (answers == label).tolist()
+        results = metrics.retrieval_scores(cosines.numpy(), cosines.T.numpy(), owner.numpy())
+        if rerank_best:
+            tables = [scores.numpy() for scores in rerank(model, cosines, kept, **text, k=rerank_best, chunk=batch_size)]
+            results |= {f"reranked {name}": value for name, value in metrics.retrieval_scores(*tables, owner.numpy()).items()}
+    return {**results, "itm_accuracy": 100 * float(np.mean(right or [math.nan])), "itg": float(np.mean(itg))}
 
 
 @torch.no_grad()
-def reranked(model, cosines, images, input_ids, attention_mask, k, chunk=64):
+def rerank(model, cosines, images, input_ids, attention_mask, k, chunk=64):
     """LAVIS's two-step retrieval: the k best by cosine are scored by ITM's "yes" + cosine, all others -100.
 
     cosines [T,G] of T texts and G images, on the CPU; images [G,P,W], text [T,L], `chunk` pairs at a time -> (scores [T,G] for
     finding the image of a text, scores [G,T] for finding the text of an image).
     """
-    found = []
+    tables = []
     for by_text, table in ((True, cosines), (False, cosines.T)):
         best = table.topk(min(k, table.shape[1]), dim=1).indices  # [rows,k]
         row = torch.arange(len(table), device=best.device).repeat_interleave(best.shape[1])
@@ -488,287 +364,196 @@ def reranked(model, cosines, images, input_ids, attention_mask, k, chunk=64):
         for t, i, r, c in zip(text.split(chunk), image.split(chunk), row.split(chunk), best.flatten().split(chunk)):
             yes = model.match(images[i].to(input_ids.device).float(), input_ids[t], attention_mask[t])[:, 1]
             scores[r, c] = yes.float().cpu() + table[r, c]
-        found.append(scores)
-    return found
+        tables.append(scores)
+    return tables
 
 
-# --- one run: what the functions of the loop share ------------
+def chance_losses(model, pairs_of_step):
+    """Losses of a model that knows nothing: ITC of equal logits, ITM of the share of right pairs alone, ITG of equal words."""
+    return {"itc": math.log(pairs_of_step), "itm": math.log(3) - 2 / 3 * math.log(2), "itg": math.log(model.dec + 1)}
 
-@dataclass
-class Run:
-    """A run under way. `model` is the Stage1; `wrapped` the same as accelerate trains it."""
-    args: argparse.Namespace
-    accelerator: Accelerator
-    model: Stage1
-    wrapped: nn.Module
-    optimizer: torch.optim.Optimizer
-    collate: Collate
+
+def format_metrics(numbers):
+    """Numbers for the terminal: name value, with two decimals."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())
+
+
+# --- order: pairs and tar files ------------
+
+class Parts(NamedTuple):
+    """What a run is made of beside the Run."""
     train: Captioned
     val: Captioned
     stream: shards.ShardStream
-    step: int = 0  # optimizer steps done
-    log: runfolder.RunLog | None = None  # only where files are written
+    collate: Collate
 
-    def __post_init__(self):
-        self.pace = loop.Pace(self, "pairs")
-        self.marks = {"metric": "mean", "value": None, "epoch": None, "done": 0}  # done: epochs validated
-        self.per_epoch = len(self.plan(0))
-        self.total = self.args.epochs * self.per_epoch
 
-    def plan(self, epoch):
-        """The optimizer steps of an epoch: this process's pairs, as many for each process, or None for a batch of the tar files,
-        mixed in an order drawn from seed and epoch."""
-        count, args = self.accelerator.num_processes, self.args
-        steps = loop.epoch_plan(len(self.train), args.batch_size, 1, args.seed, epoch, self.accelerator.process_index, count)
-        steps = [share[0][1][:len(group) // count] for group, share in steps]
-        if self.stream.shards:
-            steps += [None] * shards.steps_per_epoch(self.stream.shards, args.batch_size, count)
-        return [steps[i] for i in np.random.default_rng([args.seed, epoch, 1]).permutation(len(steps))]
+def tar_steps(args, stream):
+    """Optimizer steps of an epoch that read tar files."""
+    return shards.steps_per_epoch(stream.shards, args.batch_size, stream.processes) if stream.shards else 0
 
-    def batches(self, epoch, done):
-        """The batches of an epoch's plan after the first `done`; tar files are read from the epoch's start to get there."""
-        plan, args = self.plan(epoch), self.args
-        chosen = [[(epoch, n) for n in mine] for mine in plan[done:] if mine is not None]
-        of_pairs = iter(loaders.load_batches(self.train, self.collate, chosen, args.workers))
-        self.stream.set_epoch(epoch)
-        streamed = loaders.load_stream(self.stream, shards.packed, args.batch_size, args.workers)
-        of_stream = shards.batches_of(streamed, args.batch_size, plan.count(None), self.collate, args.skip_broken,
-                                      self.accelerator.print)
-        of_stream = itertools.islice(of_stream, plan[:done].count(None), None)
-        return (next(of_stream if mine is None else of_pairs) for mine in plan[done:])
 
-    def lr(self, step):
-        return loop.cosine_lr(step, self.total, min(self.args.warmup, self.total // 10), self.args.lr,
-                              min(self.args.min_lr, self.args.lr))
+def epoch_plan(args, parts, epoch):
+    """The optimizer steps of an epoch as loop.epoch_plan gives them, with one batch each, as many pairs on each process, and those of
+    the tar files among them: mixed in an order drawn from seed and epoch. A key is the number of a pair; len(parts.train) stands
+    for a sample of the tar files."""
+    rank, count, tars = parts.stream.rank, parts.stream.processes, len(parts.train)
+    steps = loop.epoch_plan(tars, args.batch_size, 1, args.seed, epoch, rank, count)
+    steps = [(group[:len(group) // count * count], [(rank, share[0][1][:len(group) // count])]) for group, share in steps]
+    steps += [([tars] * args.batch_size * count, [(rank, [tars] * args.batch_size)])] * tar_steps(args, parts.stream)
+    return [steps[i] for i in np.random.default_rng([args.seed, epoch, 1]).permutation(len(steps))]
 
-    def chance(self):
-        """Losses of a model that knows nothing: ITC of equal logits, ITM of the share of right pairs alone, ITG of equal words."""
-        B = self.args.batch_size * self.accelerator.num_processes
-        return {"itc": math.log(B), "itm": math.log(3) - 2 / 3 * math.log(2), "itg": math.log(self.model.dec + 1)}
+
+def load_epoch(args, parts, epoch, left, say):
+    """This process's batches of the steps of an epoch that are left; tar files are read from the epoch's start to get there."""
+    mine = loop.keys_of(left)
+    of_tars = [keys[0] == len(parts.train) for keys in mine]
+    chosen = [[(epoch, n) for n in keys] for keys, of_tar in zip(mine, of_tars) if not of_tar]
+    from_pairs = iter(loaders.load_batches(parts.train, parts.collate, chosen, args.workers))
+    parts.stream.set_epoch(epoch)
+    streamed, steps = loaders.load_stream(parts.stream, shards.packed, args.batch_size, args.workers), tar_steps(args, parts.stream)
+    from_tars = shards.batches_of(streamed, args.batch_size, steps, parts.collate, args.skip_broken, say)
+    from_tars = itertools.islice(from_tars, steps - sum(of_tars), None)
+    return (next(from_tars if of_tar else from_pairs) for of_tar in of_tars)
 
 
 # --- checkpoints ------------
 
-def save_best(run, out):
-    """best.pt: trained tensors and plain values only."""
-    import transformers
-    checkpoints.save_checkpoint(out / "best.pt", {
-        "stage": "qformer", "state": checkpoints.trainable_state(run.model),
-        "model_args": {"blip2": run.args.blip2, "init": run.args.init}, "args": vars(run.args), **run.marks,
-        "frozen": checkpoints.fingerprint(run.model), "precision": run.accelerator.mixed_precision,
-        "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
+def best_of(args, model, frozen, precision):
+    """What best.pt holds: trained tensors and plain values only."""
+    return {"state": checkpoints.trainable_state(model), "model_args": {"blip2": args.blip2, "init": args.init}, "args": vars(args),
+            "frozen": frozen, "precision": precision}
 
 
-def save_last(run, out):
-    """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    checkpoints.save_checkpoint(out / "last.pt", {
-        "stage": "qformer", "state": checkpoints.trainable_state(run.model), "frozen": checkpoints.fingerprint(run.model),
-        "settings": settings(run), **runfolder.training_state(run)})
-
-
-def settings(run):
+def settings(args, parts):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
     free = ["out", "resume", "save_last", "config", "images", "data", "check_data", "dry_run", "skip_bad", "skip_broken", "convert"]
-    if not run.stream.shards:
+    if not parts.stream.shards:
         free.append("workers")  # which of them reads what of a tar file decides the order
-    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
-    return {**flags, "training pairs (hash)": pairs.fingerprint(run.train.rows),
-            "validation pairs (hash)": pairs.fingerprint(run.val.rows),
-            "tar files": [[pathlib.Path(shard.path).name, shard.samples] for shard in run.stream.shards],
-            "processes": run.accelerator.num_processes}
+    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in free}
+    return {**given, "training pairs (hash)": pairs.fingerprint(parts.train.rows),
+            "validation pairs (hash)": pairs.fingerprint(parts.val.rows),
+            "tar files": [[pathlib.Path(shard.path).name, shard.samples] for shard in parts.stream.shards],
+            "processes": parts.stream.processes}
 
 
-def restore(run, path):
-    """Put last.pt back. DataError where anything differs that would change the result."""
-    last = checkpoints.load_checkpoint(path, ("state", "optimizer", "step", "marks", "frozen", "settings"))
-    if last.get("stage") != "qformer":
-        raise DataError(f"{path}: a checkpoint of another stage ({last.get('stage')}) and not of this one")
-    runfolder.refuse_other_settings(settings(run), last["settings"], path)
-    if last["frozen"] != checkpoints.fingerprint(run.model):
-        raise DataError(f"{path} was trained on another vision tower than the one given now: "
-                        "pass the same --blip2, or another --out")
-    checkpoints.load_trainable(run.model, last["state"], path)
-    runfolder.restore_training(run, last)
+def export_best(run):
+    """OUT/hf: the weights of the best epoch, which need not be the last."""
+    if run.accelerator.is_main_process and run.marks["value"] is not None:
+        path = run.out / "best.pt"
+        checkpoints.load_trainable(run.model, checkpoints.load_checkpoint(path)["state"], path)
+        stage1.export(run.model, run.out / "hf")
+        print(f"{run.out / 'hf'}: for {NEXT}")
 
 
 # --- the loop ------------
 
-def train_step(run, batch):
-    """Forward and backward of one optimizer step on this process's pairs -> its losses."""
-    # dropout and negatives are a pure function of (seed, step, process): exact resume depends on it
-    loop.seed_everything(run.args.seed, run.step, run.accelerator.process_index)
-    found, embeds = batch.pop("pairs"), run.model.image_embeds(batch.pop("images"))  # [B,P,W]
-    with run.accelerator.autocast():
-        parts = run.wrapped(embeds, **batch)
-    if not torch.isfinite(parts["loss"]):
-        raise DataError(loop.bad_loss(f"loss is {parts['loss'].item()}", run.step, found))
-    run.accelerator.backward(parts["loss"])
-    return {name: part.item() for name, part in parts.items()}
+def train_step(run, step):
+    """Forward and backward of one optimizer step: a single batch, since the contrast is between all pairs of a step."""
+    for batch in step:
+        step.rows = batch.pop("pairs")
+        embeds = run.model.image_embeds(batch.pop("images"))  # [B,P,W]
+        with step.forward():
+            parts = run.wrapped(embeds, **batch)
+        step.backward(**parts)
 
 
-def train_epoch(run, epoch, stop):
-    """The epoch's optimizer steps that are left. Ends early when a signal has come."""
-    accelerator, chance_of, done = run.accelerator, run.chance(), run.step - epoch * run.per_epoch
-    batches, plan = run.batches(epoch, done), run.plan(epoch)[done:]
-    bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
-    trained = [p for p in run.model.parameters() if p.requires_grad]
-    run.wrapped.train()
-    for mine in bar:
-        lr = run.lr(run.step)
-        for part in run.optimizer.param_groups:
-            part["lr"] = lr
-        of_tars = [SimpleNamespace(name="the tar files", line=0)]
-        with loaders.dead_loaders_named([run.train.rows[n] for n in mine] if mine else of_tars):
-            batch = loaders.next_batch(batches, accelerator.device)
-        found = batch["pairs"]
-        sums = train_step(run, batch)
-        norm = float(accelerator.clip_grad_norm_(trained, CLIP))
-        if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, found))
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.step += 1
-        run.pace.step(len(found) * run.accelerator.num_processes)
-        bar.set_postfix(**{name: f"{value:.2f}" for name, value in sums.items()})
-        if run.step % LOG_EVERY == 0:
-            together = accelerator.reduce(torch.tensor(list(sums.values()), device=accelerator.device), "mean")
-            if run.log:
-                run.log.write("step", run.step, epoch=epoch + 1, lr=lr, grad_norm=norm, temp=run.model.temp.item(),
-                              **dict(zip(sums, together.tolist())),
-                              **{f"{name} chance": value for name, value in chance_of.items()})
-        if loop.stopped(accelerator, stop):
-            break
+def train(args):
+    """The whole training -> its Run."""
+    accelerator = start(args)
+    resumed = resumes(accelerator, args.out, args.resume)
+    run, parts = prepare(args, accelerator)
+    with run.opened(resumed, vars(args)):
+        by_chance = chance_losses(run.model, args.batch_size * accelerator.num_processes)
+        print_start(run, parts, args, by_chance)
+        rehearse(run, parts, args)
+        for epoch in run.epochs():
+            run.wrapped.train()
+            for step in run.steps(epoch):
+                train_step(run, step)
+                step.update(temp=run.model.temp, **{f"{name} chance": value for name, value in by_chance.items()})
+            numbers = validate(run, parts, parts.val, args)
+            if run.end_epoch({**numbers, "temp": run.model.temp.item()}):
+                run.save_best()
+        export_best(run)
+    return run
 
 
-def validate(run):
-    """evaluate() of the validation pairs; the first process's numbers count, so that all decide alike."""
-    numbers = evaluate(run.model, run.val, run.collate, run.accelerator, run.args.batch_size, run.args.workers, run.args.rerank)
-    told = broadcast(torch.tensor(list(numbers.values()), dtype=torch.float64, device=run.accelerator.device))
-    return dict(zip(numbers, told.tolist()))
+def validate(run, parts, data, args):
+    """evaluate() of `data`; the first process's numbers count, so that all decide alike."""
+    numbers = evaluate(run.model, data, parts.collate, run.accelerator, args.batch_size, args.workers, args.rerank)
+    of_first = broadcast(torch.tensor(list(numbers.values()), dtype=torch.float64, device=run.accelerator.device))
+    return dict(zip(numbers, of_first.tolist()))
 
 
-def rehearse(run):
+def rehearse(run, parts, args):
     """The longest captions as a batch, and a validation batch, before anything is trained: memory that runs out shows now."""
-    count = min(run.args.batch_size, len(run.train) // run.accelerator.num_processes)  # the same on each process
-    picked = sorted(range(len(run.train)), key=lambda n: len(run.train.rows[n].text))[-count:]
+    count = min(args.batch_size, len(parts.train) // run.accelerator.num_processes)  # the same on each process
+    picked = sorted(range(len(parts.train)), key=lambda n: len(parts.train.rows[n].text))[-count:]
     run.wrapped.train()
-    train_step(run, loaders.next_batch(iter([run.collate([run.train[0, n] for n in picked])]), run.accelerator.device))
-    run.optimizer.zero_grad()
-    few = Captioned(run.val.rows[:run.args.batch_size], run.val.size)
-    evaluate(run.model, few, run.collate, run.accelerator, run.args.batch_size, run.args.workers, run.args.rerank)
+    step = run.rehearsal(parts.collate([parts.train[0, n] for n in picked]), picked)
+    train_step(run, step)
+    step.update()
+    validate(run, parts, Captioned(parts.val.rows[:args.batch_size], parts.val.size), args)
     loop.print_gpu_memory(run.accelerator)
 
 
-def prepare(args):
-    """Flags -> a Run at its first step: pairs, model, optimizer."""
+def print_start(run, parts, args, by_chance):
+    """What is trained on, and what a model that knows nothing would score (by_chance: see chance_losses)."""
+    images, streamed = len({pair.image_id for pair in parts.val.rows}), sum(shard.samples for shard in parts.stream.shards)
+    batch = args.batch_size * run.accelerator.num_processes
+    run.accelerator.print(f"{len(parts.train)} training pairs and {streamed} in tar files, {len(parts.val)} validation pairs of {images} "
+                          f"pictures; {run.total} steps of {min(len(parts.train), batch)}, lr {args.lr:g}, "
+                          f"precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
+    run.accelerator.print(f"a model that knows nothing: {format_metrics(by_chance)}; "
+                          f"recall of a random order: {format_metrics(metrics.retrieval_chance(len(parts.val), images))}")
+
+
+def start(args):
+    """Refuse what cannot be trained -> Accelerator."""
     published.refuse_missing({"BLIP-2": published.missing_model(args.blip2, "blip2-itm")})
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    return Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+
+
+def prepare(args, accelerator):
+    """Flags -> (Run at its first step, Parts): pairs, model, optimizer."""
     with accelerator.main_process_first():  # one counts the tar files' samples, the others find the counts
-        train, val, streamed = read_data(args, accelerator.print)
+        train_pairs, val_pairs, streamed = read_data(args, accelerator.print)
     loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
         model = load_model(args, core.DTYPES[accelerator.mixed_precision], accelerator.print)
+    parts = Parts(Captioned(train_pairs, model.image_size, args.seed), Captioned(val_pairs, model.image_size),
+                  shards.ShardStream(streamed, model.image_size, args.seed, accelerator.process_index, accelerator.num_processes),
+                  Collate(model.tokenizer))
+    return make_run(args, accelerator, model, parts), parts
+
+
+def make_run(args, accelerator, model, parts):
+    """The Run of a model on its Parts."""
     if accelerator.is_main_process:
         checkpoints.print_parts(model)
     wrapped, optimizer = accelerator.prepare(model, loop.make_optimizer(model, args.lr, args.weight_decay))
-    stream = shards.ShardStream(streamed, model.image_size, args.seed, accelerator.process_index, accelerator.num_processes)
-    return Run(args, accelerator, model, wrapped, optimizer, Collate(model.tokenizer),
-               Captioned(train, model.image_size, args.seed), Captioned(val, model.image_size), stream)
-
-
-def train(run, out, stop):
-    """The epochs that are left. Returns early, with a last.pt, when a signal has come."""
-    args, leader, say = run.args, run.accelerator.is_main_process, run.accelerator.print
-    for epoch in range(run.marks["done"], args.epochs):
-        try:
-            train_epoch(run, epoch, stop)
-            if loop.stopped(run.accelerator, stop):
-                break
-            numbers = validate(run)
-        except loaders.LoaderError:
-            if leader and run.step:
-                save_last(run, out)
-            raise
-        better = loop.is_better(numbers["mean"], run.marks)
-        run.marks |= {"done": epoch + 1}
-        if better:
-            run.marks |= {"value": numbers["mean"], "epoch": epoch + 1}
-        say(f"epoch {epoch + 1}: {told(numbers)}" + (" *" if better else ""))
-        if leader:
-            run.log.write("epoch", run.step, epoch=epoch + 1, lr=run.lr(run.step - 1), temp=run.model.temp.item(), **numbers)
-            if args.save_last:  # before best.pt: begin() makes up a best.pt that a kill between the two has left behind
-                save_last(run, out)
-            if better:
-                save_best(run, out)
-            draw(run, out)
-    if stop.number and leader:
-        save_last(run, out)
-        say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
-
-
-def told(numbers):
-    return ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())
-
-
-def draw(run, out):
-    """curves.png of the log so far."""
-    runfolder.draw_curves(run.log.path, out / "curves.png", PANELS, f"{out.name}: {run.args.blip2}, Q-Former from {run.args.init}")
-
-
-def begin(run, out, resumed):
-    """The run folder, and what --resume finds in it."""
-    args, leader = run.args, run.accelerator.is_main_process
-    if resumed:
-        restore(run, out / "last.pt")
-        run.accelerator.print(f"resuming after step {run.step} of {run.total}")
-    if leader:
-        size = sum(t.nbytes for t in checkpoints.trainable_state(run.model).values())
-        tower = sum(t.nbytes for t in run.model.vision_model.state_dict().values())
-        # AdamW keeps twice the weights; old and new file; at the end OUT/hf
-        files.refuse_full_disk(out, size * (9 if args.save_last else 3) + tower)
-        runfolder.start_run(out, vars(args))
-        run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
-        if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
-            save_best(run, out)
-        if resumed:
-            draw(run, out)
+    frozen = checkpoints.fingerprint(model)
+    trained, tower = (sum(p.nbytes for p in model.parameters() if p.requires_grad is wanted) for wanted in (True, False))
+    return Run("qformer", args.out, accelerator, model, wrapped, optimizer, epochs=args.epochs, seed=args.seed, metric="mean",
+               rows=[*parts.train.rows, SimpleNamespace(name="the tar files", line=0)], plan=lambda epoch: epoch_plan(args, parts, epoch),
+               batches=lambda epoch, left: load_epoch(args, parts, epoch, left, accelerator.print),
+               lr=lambda step, total: loop.cosine_lr(step, total, min(args.warmup, total // 10), args.lr, min(args.min_lr, args.lr)),
+               settings=settings(args, parts), frozen=frozen, base=("vision tower", "--blip2"),
+               best=lambda: best_of(args, model, frozen, accelerator.mixed_precision),
+               # AdamW keeps twice the weights; old and new file; at the end OUT/hf
+               disk=trained * (9 if args.save_last else 3) + tower, save_last=args.save_last, unit="pairs",
+               columns=LOG_COLUMNS, panels=PANELS, title=f"{pathlib.Path(args.out).name}: {args.blip2}, Q-Former from {args.init}",
+               tell=lambda numbers: format_metrics({name: value for name, value in numbers.items() if name != "temp"}))
 
 
 def dry_run(args):
-    """--dry-run: three pairs, the table of parts (prepare prints it), memory; nothing is written."""
-    run = prepare(args)
-    for pair in run.train.rows[:3]:
+    """--dry-run: three pairs, the table of parts (make_run prints it), memory; nothing is written."""
+    run, parts = prepare(args, start(args))
+    for pair in parts.train.rows[:3]:
         ids = core.text_ids(run.model.tokenizer, [pair.text])["input_ids"][0]
         run.accelerator.print(f"{pair.name}: {run.model.tokenizer.decode(ids)!r}; picture {pair.image_id}")
-    loop.dry_run(run, rehearse)
-
-
-def fit(args):
-    """The whole run -> (Run, number of the signal that ended it or 0)."""
-    out = pathlib.Path(args.out)
-    resumed = args.resume and (out / "last.pt").exists()
-    runfolder.refuse_overwrite(out, resumed)
-    run = prepare(args)
-    say = run.accelerator.print
-    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
-        runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
-        begin(run, out, resumed)
-        images = len({pair.image_id for pair in run.val.rows})
-        streamed = sum(shard.samples for shard in run.stream.shards)
-        say(f"{len(run.train)} training pairs and {streamed} in tar files, {len(run.val)} validation pairs of {images} pictures; "
-            f"{run.total} steps of {min(len(run.train), run.args.batch_size * run.accelerator.num_processes)}, lr {args.lr:g}, "
-            f"precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
-        say(f"a model that knows nothing: {told(run.chance())}; recall of a random order: {told(chance(len(run.val), images))}")
-        rehearse(run)
-        train(run, out, stop)
-        if run.log:
-            run.log.close()
-            if not stop.number and run.marks["value"] is not None:
-                checkpoints.load_trainable(run.model, checkpoints.load_checkpoint(out / "best.pt")["state"], out / "best.pt")
-                export(run.model, out / "hf")
-                say(f"{out / 'hf'}: for {NEXT}")
-    run.accelerator.end_training()
-    return run, stop.number
+    loop.dry_run(run, lambda run: rehearse(run, parts, args))
 
 
 def convert(args):
@@ -779,7 +564,7 @@ def convert(args):
     files.refuse_unwritable(folder)
     args.init = args.convert
     published.refuse_missing({"BLIP-2": published.missing_model(args.blip2, "blip2-itm")})
-    export(load_model(args, core.DTYPES["fp16"]), folder)
+    stage1.export(load_model(args, core.DTYPES["fp16"]), folder)
     print(f"{folder}: for {NEXT}")
 
 
@@ -794,8 +579,8 @@ def main(argv=None):
     with errors.batch_size_in_memory_errors(args.batch_size, "the --batch-size"):  # there is no --accumulation here
         if args.dry_run:
             return dry_run(args)
-        run, signal_number = fit(args)
-    return runfolder.ended(run, signal_number, "mean recall", "pretrain_qformer.py", argv)
+        run = train(args)
+    return run.result("mean recall", "pretrain_qformer.py", argv)
 
 
 if __name__ == "__main__":

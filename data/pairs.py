@@ -4,6 +4,7 @@
     read_set, read_sets   the Pairs of a split of one set, of all; DataError for what cannot be used
     image_number          what is the same for all captions of a picture and for no other picture
     train_view            a picture cropped, mirrored and, in LAVIS's stronger form, turned and sheared
+    Captioned             the Pairs as a data set of pictures
     check                 what --check-data prints
 
 A PLACE is a folder with one file of FILES for each split, in it or in annotations/, or one JSON file, which is a training set.
@@ -18,7 +19,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 
+import numpy as np
 from PIL import Image, ImageOps
+from torch.utils.data import Dataset
 
 from data import captions, rows
 from data.captions import LEFT_RIGHT
@@ -299,6 +302,29 @@ def train_view(image, size, rng, caption="", strong=False):
         applied, sign = rng.random() < 0.5, 1 if rng.random() < 0.5 else -1
         image = changed(image, operation, sign) if applied else image
     return rows.image_tensor(image, size)
+
+
+class Captioned(Dataset):
+    """(epoch, number) -> (picture [3,s,s], Pair), augmented in training; or (the DataError of a broken picture, Pair)."""
+
+    def __init__(self, pairs, size, seed=None):
+        """seed: of the augmentation; None = the evaluation's view."""
+        self.rows, self.size, self.seed = pairs, size, seed
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        epoch, number = key
+        pair = self.rows[number]
+        try:
+            image = rows.load_image(pair.image)
+            if self.seed is None:
+                return rows.image_tensor(image, self.size), pair
+            rng = np.random.default_rng([self.seed, epoch, number])
+            return train_view(image, self.size, rng, pair.text, strong=pair.strong), pair
+        except DataError as error:
+            return error, pair
 
 
 # --- --check-data ------------

@@ -212,6 +212,8 @@ class Run:
                 self.accelerator.print(f"no better {self.metric} for {patience} epochs: stopping")
                 return
             yield epoch
+            if loop.stopped(self.accelerator, self.stop):  # a signal in the validation
+                raise Stopped
 
     def steps(self, epoch):
         """The optimizer steps of an epoch that are left, each a Step. Raises Stopped after the step in which a signal came."""
@@ -230,7 +232,7 @@ class Run:
 
     def rows_of(self, keys):
         """The training rows of some keys, for messages."""
-        return [self.rows[key[0] if isinstance(key, tuple) else key] for key in keys or ()]
+        return [self.rows[key[0] if isinstance(key, tuple) else key] for key in dict.fromkeys(keys or ())]
 
     def rehearsal(self, batch, keys):
         """A Step on one batch that changes nothing: for the longest batch, before anything is trained."""
@@ -259,11 +261,12 @@ class Run:
 
 
 class Step:
-    """One optimizer step: its micro-batches, their gradient, the update."""
+    """One optimizer step: its micro-batches, their gradient, the update. rows: those of the step for messages, where only its batch
+    knows them (tar files)."""
 
     def __init__(self, run, epoch, group, share, batches, real=True):
         self.run, self.epoch, self.group, self.share, self.batches, self.real = run, epoch, group, share, batches, real
-        self.sums, self.keys, self.is_last = {}, (), True
+        self.sums, self.keys, self.is_last, self.rows = {}, (), True, None
         run.group = group
 
     def __iter__(self):
@@ -288,7 +291,7 @@ class Step:
         loss: scalar, the mean over the micro-batch's rows. terms: further numbers for the log, a scalar or one a row each."""
         run = self.run
         if not torch.isfinite(loss):
-            raise DataError(loop.bad_loss(f"loss is {loss.item()}", run.step, run.rows_of(self.keys)))
+            raise DataError(loop.bad_loss(f"loss is {loss.item()}", run.step, self.rows or run.rows_of(self.keys)))
         weight = run.weigh(self.keys)
         run.accelerator.backward(loss * (weight * run.accelerator.num_processes / run.weigh(self.group)))
         for name, value in {"loss": loss, **terms}.items():
@@ -308,7 +311,7 @@ class Step:
         trained = [p for p in run.model.parameters() if p.requires_grad]
         norm = float(accelerator.clip_grad_norm_(trained, run.clip))
         if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, run.rows_of(self.group)))
+            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, self.rows or run.rows_of(self.group)))
         rate = run.lr(run.step)
         run.optimizer.step()
         run.optimizer.zero_grad()

@@ -21,7 +21,7 @@ import core
 import metrics
 import pretrain_qformer
 import train_cir
-from engine import checkpoints, errors, loop, published, runfolder
+from engine import checkpoints, errors, loop, published, run, runfolder, stage1
 from engine.errors import DataError
 from conftest import ROOT
 from test_cir import random_retrieval, to_lavis
@@ -80,6 +80,8 @@ def test_losses_by_hand(build, monkeypatch):
     images = [batch["image_embeds"][i:i + 1] for i in range(B)]
     texts = [core.text_ids(model.tokenizer, [text]) for text in TEXTS]
     image_of, text_of = torch.tensor([1, 0, 4, 2, 2]), torch.tensor([4, 2, 1, 0, 3])
+    with torch.no_grad():
+        model.temp.fill_(0.05)  # not the value that it starts with
     parts = model(**batch, negatives=(image_of, text_of))
     shown = [model.image_features(image)[0] for image in images]
     t2i = torch.stack([(model.text_features(**text) @ torch.stack(shown).transpose(1, 2)).amax((1, 2))
@@ -214,7 +216,7 @@ def test_recalls_by_brute_force():
     owner = np.array([0, 0, 1, 2, 2, 2, 3, 4])
     for scores in (rng.integers(0, 4, (8, 5)).astype(float), np.zeros((8, 5)), np.full((8, 5), np.nan)):
         i2t = scores.T
-        found = pretrain_qformer.recalls(scores, i2t, owner)
+        found = metrics.retrieval_scores(scores, i2t, owner)
         for k in (1, 5):
             hits = [sum(not scores[t, g] < scores[t, owner[t]] for g in range(5) if g != owner[t]) < k for t in range(8)]
             assert found[f"t2i R@{k}"] == pytest.approx(100 * np.mean(hits))
@@ -258,8 +260,8 @@ def test_evaluation_by_hand(build, sets):
                     t, i = (r, c) if table is cosines else (c, r)
                     scores[r, c] = table[r, c] + model.match(embeds[i], **texts[t])[0, 1]
             tables.append(scores.numpy())
-    wanted = pretrain_qformer.recalls(cosines.numpy(), cosines.T.numpy(), owner)
-    wanted |= {f"reranked {name}": value for name, value in pretrain_qformer.recalls(*tables, owner).items()}
+    wanted = metrics.retrieval_scores(cosines.numpy(), cosines.T.numpy(), owner)
+    wanted |= {f"reranked {name}": value for name, value in metrics.retrieval_scores(*tables, owner).items()}
     wanted |= {"itm_accuracy": 100 * np.mean(right)}
     assert told.pop("itg") == pytest.approx(np.mean(itg), rel=0.02)  # there a mean over the words of a batch
     assert told == {name: pytest.approx(value, abs=0.06) for name, value in wanted.items()}
@@ -332,7 +334,7 @@ def test_export_loads_in_transformers_and_in_the_next_stages(build, tmp_path):
     model = build()
     with torch.no_grad():
         model.temp.fill_(0.05)
-    pretrain_qformer.export(model, tmp_path / "hf")
+    stage1.export(model, tmp_path / "hf")
     theirs, found = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
     images, text = torch.randn(2, 3, 112, 112), core.text_ids(model.tokenizer, TEXTS[:2])
@@ -356,8 +358,8 @@ def test_train_gated_takes_the_exported_qformer(tiny, tmp_path):
     qformer = blip2.config.qformer_config
     qformer.use_qformer_text_input, blip2.config.image_text_hidden_size = True, 32
     model = pretrain_qformer.Stage1(blip2.vision_model, blip2.config, tokenizer)
-    pretrain_qformer.start_at_random(model)
-    pretrain_qformer.export(model, tmp_path / "hf")
+    stage1.start_at_random(model)
+    stage1.export(model, tmp_path / "hf")
     gated = core.Blip2OPTGated.build(*tiny, [], gating="none", qformer=str(tmp_path / "hf"))
     theirs, own = gated.qformer.state_dict(), model.qformer.state_dict()
     assert all(torch.equal(theirs[name], own[name]) for name in theirs) and torch.equal(gated.query_tokens, model.query_tokens)
@@ -447,7 +449,7 @@ def trained(folder, sets, more, tmp_path_factory):
     """{name: folder of an undisturbed run}, not to be written to."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain_qformer, "LOG_EVERY", STEP_ROWS)
+        patch.setattr(run, "LOG_EVERY", STEP_ROWS)
         for name in more:
             found[name] = tmp_path_factory.mktemp("trained") / name
             assert pretrain_qformer.main(flags(folder, sets[0], found[name], *more[name])) is None
@@ -458,7 +460,7 @@ def trained(folder, sets, more, tmp_path_factory):
 @pytest.fixture
 def short(monkeypatch):
     """No curves."""
-    monkeypatch.setattr(pretrain_qformer, "LOG_EVERY", STEP_ROWS)
+    monkeypatch.setattr(run, "LOG_EVERY", STEP_ROWS)
     monkeypatch.setattr(runfolder, "draw_curves", lambda *args: None)
 
 
@@ -512,6 +514,215 @@ def test_interrupted_and_resumed_equals_undisturbed(trained, more, command, shor
         whole, cut = (checkpoints.load_checkpoint(place / file)["state"] for place in (trained[name], tmp_path / "cut"))
         assert whole.keys() == cut.keys() and all(torch.equal(whole[n], cut[n]) for n in whole), file
     assert (trained[name] / "training_log.csv").read_bytes() == (tmp_path / "cut/training_log.csv").read_bytes()
+
+
+# --- the loop ------------
+
+@pytest.fixture
+def prepare(command, short):
+    """Function that gives (Run, Parts, args) at the first step of a short training; add your own flags."""
+    def make(*more, out="run"):
+        args = pretrain_qformer.get_args(command(*more, out=out))
+        return *pretrain_qformer.prepare(args, pretrain_qformer.start(args)), args
+    return make
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def modes(model):
+    """(modes of the tower's modules, of the Q-Former's dropouts)."""
+    dropouts = [module for module in model.qformer.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
+    assert dropouts
+    return {module.training for module in model.vision_model.modules()}, {module.training for module in dropouts}
+
+
+def test_the_tower_is_in_eval_mode_without_gradient_and_dropout_is_on_in_steps_and_off_in_validation(prepare, monkeypatch):
+    """Of each step and of each validation, those after a validation too: two passes over one batch differ where dropout is on."""
+    args, seen = prepare()[2], []
+    forward, evaluate = pretrain_qformer.Stage1.forward, pretrain_qformer.evaluate
+
+    def step(model, image_embeds, input_ids, attention_mask, **more):
+        vectors = [model.text_features(input_ids, attention_mask) for _ in range(2)]
+        seen.append(("step", modes(model), not torch.equal(*vectors), vectors[0].requires_grad, image_embeds.requires_grad))
+        return forward(model, image_embeds, input_ids, attention_mask, **more)
+
+    def text_features(model, **text):
+        vectors = [core.Blip2Retrieval.text_features(model, **text) for _ in range(2)]
+        seen.append(("validation", modes(model), not torch.equal(*vectors), vectors[0].requires_grad, False))
+        return vectors[0]
+
+    def evaluate_watched(model, *more):
+        with monkeypatch.context() as patch:
+            patch.setattr(pretrain_qformer.Stage1, "text_features", text_features)
+            return evaluate(model, *more)
+
+    monkeypatch.setattr(pretrain_qformer.Stage1, "forward", step)
+    monkeypatch.setattr(pretrain_qformer, "evaluate", evaluate_watched)
+    before = {name: p.detach().clone() for name, p in prepare()[0].model.vision_model.named_parameters()}
+    run = pretrain_qformer.train(args)
+    #                  kind, (tower, dropout), two passes differ, gradient of texts, of the tower's features
+    assert [kind for kind, *_ in seen] == ["step", "validation", *(["step"] * 3 + ["validation"]) * 2]  # the rehearsal, two epochs
+    for one in seen:
+        assert one in (("step", ({False}, {True}), True, True, False), ("validation", ({False}, {False}), False, False, False))
+    assert all(p.grad is None and not p.requires_grad and torch.equal(p, before[name])
+               for name, p in run.model.vision_model.named_parameters())
+
+
+def test_the_rehearsal_leaves_no_gradient_and_no_changed_weight(prepare, monkeypatch):
+    run, parts, args = prepare()
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    backward, gradients = run.accelerator.backward, []
+
+    def look(loss):
+        backward(loss)
+        gradients.append(sum(p.grad.abs().sum().item() for p in run.model.parameters() if p.grad is not None))
+    monkeypatch.setattr(run.accelerator, "backward", look)
+    pretrain_qformer.rehearse(run, parts, args)
+    assert len(gradients) == 1 and gradients[0] > 0
+    assert same(run.model.state_dict(), before) and run.step == 0 and not run.optimizer.state_dict()["state"]
+    assert not any(p.grad is not None and p.grad.any() for p in run.model.parameters())
+    longest = [pair.text for pair in sorted(parts.train.rows, key=lambda pair: len(pair.text))[-8:]]
+    with monkeypatch.context() as patch:
+        read = []
+        patch.setattr(pretrain_qformer, "train_step", lambda run, step: read.extend(pair.text for b in step for pair in b["pairs"]))
+        pretrain_qformer.rehearse(run, parts, args)
+    assert sorted(read) == sorted(longest)
+
+
+@pytest.mark.parametrize("means, best", [((2.0, 1.0, 1.5), 1), ((1.0, 2.0, math.nan), 2), ((1.0, 1.0, 3.0), 3)])
+def test_best_pt_and_the_exported_folder_hold_the_best_epochs_weights(prepare, monkeypatch, means, best):
+    _, _, args = prepare("--epochs", "3", "--save-last")
+    after, numbers = [], iter(means)
+
+    def validate(run, *more):
+        if not run.step:  # the rehearsal
+            return {}
+        after.append(checkpoints.trainable_state(run.model))
+        return {"mean": next(numbers), "reranked mean": 5.0 - means[len(after) - 1], "itg": 0.0}
+    monkeypatch.setattr(pretrain_qformer, "validate", validate)
+    run = pretrain_qformer.train(args)
+    held, exported = checkpoints.load_checkpoint(run.out / "best.pt"), published.read_weights(run.out / "hf")
+    assert held["epoch"] == best and held["value"] == means[best - 1] and held["metric"] == "mean"
+    assert same(held["state"], after[best - 1]) and same(exported, after[best - 1])
+    assert same(checkpoints.load_checkpoint(run.out / "last.pt")["state"], after[2])
+    assert not any(same(a, b) for a, b in zip(after, after[1:]))
+
+
+def test_gradients_are_clipped_at_one_and_only_matrices_decay(prepare, monkeypatch):
+    run, parts, args = prepare("--weight-decay", "0.5")
+    clip, step, norms, ways = run.accelerator.clip_grad_norm_, torch.optim.AdamW.step, [], []
+
+    def length():
+        return math.sqrt(sum(p.grad.square().sum().item() for p in run.model.parameters() if p.grad is not None))
+    monkeypatch.setattr(run.accelerator, "clip_grad_norm_", lambda *given: norms.append(length()) or clip(*given))
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: ways.append(length()) or step(*given))
+    with run.opened(False, {}):
+        run.wrapped.train()
+        for one in run.steps(0):
+            pretrain_qformer.train_step(run, one)
+            one.update()
+    assert len(ways) == 3 and max(norms) > 1.0 and ways == [pytest.approx(min(norm, 1.0), rel=1e-3) for norm in norms]
+    run.optimizer.optimizer.state.clear()  # AdamW's moments
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    for group in run.optimizer.param_groups:
+        group["lr"] = 0.1
+    run.optimizer.step()
+    for name, p in run.model.named_parameters():
+        decays = p.requires_grad and p.ndim > 1
+        assert torch.equal(p, before[name]) is not (decays and bool(before[name].any())), name
+        assert torch.allclose(p, before[name] * (1 - 0.1 * 0.5 if decays else 1)), name
+    assert {"temp", "query_tokens", "vision_projection.bias"} <= before.keys()
+
+
+def test_the_learning_rate_warms_up_for_a_tenth_at_most_and_ends_at_min_lr(prepare):
+    run, *_ = prepare("--epochs", "10", "--lr", "1e-3", "--min-lr", "1e-4")  # 30 steps: --warmup's 5000 are cut to 3
+    assert run.total == 30
+    for step, wanted in ((0, 1e-3 / 3), (1, 2e-3 / 3), (2, 1e-3), (3, 1e-3), (29, 1e-4 + 9e-4 * (1 + math.cos(math.pi * 26 / 27)) / 2)):
+        assert run.lr(step) == pytest.approx(wanted), step
+    few = prepare("--epochs", "10", "--lr", "1e-5", "--min-lr", "1e-4", "--warmup", "2", out="few")[0]
+    assert [few.lr(step) for step in (0, 1, 29)] == pytest.approx([0.5e-5, 1e-5, 1e-5])  # never above --lr
+
+
+def test_processes_share_out_the_pairs_of_a_step_and_draw_differently(prepare):
+    """Two processes of 3 pairs a step, 12 pictures of 2: each pair once, tar files at the same steps, the number of the process as
+    what seeds dropout and negatives."""
+    _, parts, args = prepare("--batch-size", "3")
+    shard = pretrain_qformer.shards.Shard("cc-0.tar", "cc", 14)
+    tars = len(parts.train)
+    plans = [[pretrain_qformer.epoch_plan(args, parts._replace(stream=pretrain_qformer.shards.ShardStream([shard], 8, 42, rank, 2)), epoch)
+              for rank in (0, 1)] for epoch in (0, 1)]
+    for one, two in plans:
+        assert [group for group, _ in one] == [group for group, _ in two] and len(one) == 4 + 2
+        for (group, ((first, own),)), (_, ((second, others),)) in zip(one, two):
+            assert (first, second) == (0, 1) and len(own) == len(others) == 3
+            assert sorted(group) == sorted(own + others) and (tars in group) is (set(group) == {tars})
+        assert sorted(n for group, _ in one for n in group if n != tars) == list(range(tars))
+    places = [[n for n, (group, _) in enumerate(one) if tars in group] for one, _ in plans]
+    assert places[0] != places[1]  # tar files are mixed among the pairs, anew in each epoch
+    few = parts._replace(train=parts.train.__class__(parts.train.rows[:5], 8, 42))
+    shares = [pretrain_qformer.epoch_plan(args, few._replace(stream=pretrain_qformer.shards.ShardStream([], 8, 42, rank, 2)), 0)
+              for rank in (0, 1)]
+    assert [len(keys) for ((_, ((_, keys),)),) in shares] == [2, 2]  # as many, where a step is not full
+
+
+def test_the_first_processs_validation_counts_on_all(prepare, monkeypatch):
+    """Rounding differs between machines; all must agree on what is best."""
+    run, parts, args = prepare()
+    monkeypatch.setattr(pretrain_qformer, "evaluate", lambda *given: {"mean": 1.0, "itg": 2.0})
+    monkeypatch.setattr(pretrain_qformer, "broadcast", lambda numbers: numbers + 0.5)  # what the first process has
+    assert pretrain_qformer.validate(run, parts, parts.val, args) == {"mean": 1.5, "itg": 2.5}
+
+
+def test_a_step_is_a_function_of_seed_step_and_process(prepare):
+    """Dropout and negatives: the same loss again, another one for another number."""
+    run, parts, _ = prepare()
+    batch = parts.collate([parts.train[0, n] for n in range(8)])
+    run.wrapped.train()
+
+    def loss(number, process):
+        run.step = number
+        step = pretrain_qformer.Run.rehearsal(run, dict(batch), list(range(8)))
+        step.share = [(process, list(range(8)))]
+        pretrain_qformer.train_step(run, step)
+        return step.means()["loss"]
+    assert loss(0, 0) == loss(0, 0) and len({loss(s, p) for s in (0, 1) for p in (0, 1)}) == 4
+
+
+def test_a_signal_in_the_last_validation_leaves_a_last_pt_that_ends_as_the_undisturbed_run(trained, command, short, tmp_path, monkeypatch):
+    validate = pretrain_qformer.validate
+
+    def interrupt(run, *more):
+        if run.step == run.total:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(run, *more)
+    monkeypatch.setattr(pretrain_qformer, "validate", interrupt)
+    assert pretrain_qformer.main(command()) == 143
+    assert checkpoints.load_checkpoint(tmp_path / "run/last.pt")["marks"]["done"] == 2 and not (tmp_path / "run/hf").exists()
+    monkeypatch.setattr(pretrain_qformer, "validate", validate)
+    assert pretrain_qformer.main(command("--resume")) is None
+    assert same(published.read_weights(tmp_path / "run/hf"), published.read_weights(trained["pairs"] / "hf"))
+
+
+def test_a_loss_that_is_no_number_names_what_came_from_a_tar_file(prepare, sets, monkeypatch):
+    pytest.importorskip("webdataset")
+    run, parts, args = prepare("--data", f"cc={sets[1]}", "--epochs", "1")
+    forward = pretrain_qformer.Stage1.forward
+
+    def poisoned(model, *given, **more):
+        losses = forward(model, *given, **more)
+        if run.group[0] == len(parts.train):
+            losses["loss"].data.fill_(math.nan)
+        return losses
+    monkeypatch.setattr(pretrain_qformer.Stage1, "forward", poisoned)
+    with pytest.raises(DataError, match=r"loss is nan at step \d.*: 000\d\d, 000\d\d"), run.opened(False, {}):
+        for step in run.steps(0):
+            pretrain_qformer.train_step(run, step)
+            step.update()
+    assert [row.name for row in run.rows_of([len(parts.train)] * 8)] == ["the tar files"]
 
 
 def test_resume_refuses_other_settings_and_other_data(trained, folder, sets, more, command, tmp_path, capsys):
@@ -590,20 +801,20 @@ def test_what_is_broken_stops_the_run_or_is_left_out_and_said(folder, sets, shor
 
 def recorded_run(folder):
     """The script, with sys.argv; what each process saw and ended with goes to FOLDER/RANK.pt."""
-    names, step, fit = [], pretrain_qformer.train_step, pretrain_qformer.fit
+    names, train_step, train = [], pretrain_qformer.train_step, pretrain_qformer.train
 
-    def recorded(run, batch):
-        names.append([pair.name for pair in batch["pairs"] if not pair.image])
-        return step(run, batch)
+    def recorded(run, step):
+        train_step(run, step)
+        names.append([pair.name for pair in step.rows if not pair.image])
 
-    def recorded_fit(args):
-        run, number = fit(args)
+    def recorded_train(args):
+        run = train(args)
         content = {"state": checkpoints.trainable_state(run.model), "names": names[1:], "writes": run.log is not None,
                    "step": run.step}
         torch.save(content, f"{folder}/{run.accelerator.process_index}.pt")
-        return run, number
+        return run
 
-    pretrain_qformer.train_step, pretrain_qformer.fit = recorded, recorded_fit
+    pretrain_qformer.train_step, pretrain_qformer.train = recorded, recorded_train
     return errors.exit_code(pretrain_qformer.main)
 
 

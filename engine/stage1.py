@@ -1,0 +1,102 @@
+"""stage1.py: where the Q-Former of BLIP-2's stage 1 starts, and the folder in HuggingFace's format in which it ends.
+
+    bert_config, start_from_bert, start_at_random   a BERT's weights, or random ones (a LAVIS file or a folder: published.py)
+    export                                          what transformers, train_cir.py and train_gated.py --qformer load
+"""
+
+import shutil
+
+import torch
+from torch import nn
+
+from data import rows
+from engine.errors import DataError
+
+
+# --- where weights come from ------------
+
+def bert_config(config, bert):
+    """A BERT's sizes as a Q-Former's: cross-attention in every second layer, one word more ([DEC]), 32 queries."""
+    from transformers import Blip2Config, Blip2QFormerConfig
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "hidden_dropout_prob",
+             "attention_probs_dropout_prob", "max_position_embeddings", "layer_norm_eps", "pad_token_id")
+    qformer = Blip2QFormerConfig(vocab_size=bert.vocab_size + 1, use_qformer_text_input=True,
+                                 **{name: getattr(bert, name) for name in names})
+    vision = getattr(config, "vision_config", config)
+    return Blip2Config(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), num_query_tokens=32,
+                       image_text_hidden_size=256)
+
+
+def start_from_bert(model, state, source):
+    """BLIP-2's start: BERT's layers and word head; the query branch is a copy of the text branch; cross-attention, queries,
+    projections and [DEC] are new, N(0, 0.02). state: of transformers' BertForMaskedLM. -> names of what is new."""
+    def fresh(shape):
+        return torch.randn(shape) * 0.02
+
+    state = {name.removeprefix("bert."): tensor.float() for name, tensor in state.items()}
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items() if not name.startswith("vision_model.")}
+    renamed = (("qformer.layernorm.", "embeddings.LayerNorm."), ("qformer.", ""), ("attention.attention.", "attention.self."),
+               ("_query.", "."), ("lm_head.", "cls.predictions."))
+    new = set()
+    for name, tensor in own.items():
+        theirs = name
+        for ours, other in renamed:
+            theirs = theirs.replace(ours, other)
+        if name in ("embeddings.word_embeddings.weight", "lm_head.bias"):  # one word more: [DEC]
+            start = fresh(tensor.shape) if tensor.ndim > 1 else torch.zeros_like(tensor)
+            own[name] = torch.cat([state[theirs], start[len(state[theirs]):]])
+        elif "crossattention" not in name and theirs in state:
+            if state[theirs].shape != tensor.shape:
+                raise DataError(f"{source}: {theirs} is {tuple(state[theirs].shape)}, {tuple(tensor.shape)} is wanted: "
+                                "not the BERT of its config")
+            own[name] = state[theirs]
+        elif tensor.ndim > 1:
+            own[name] = fresh(tensor.shape)
+            new.add("cross-attention" if "crossattention" in name else name.split(".")[0])
+        elif "crossattention" in name and name.endswith(".bias"):
+            own[name] = torch.zeros_like(tensor)
+    model.load_state_dict(own, strict=False)
+    return [*sorted(new), "[DEC]"]
+
+
+def start_at_random(model):
+    """Weights by fan-in, which small widths need (the library's 0.02 sits on a plateau there). -> names of what is new."""
+    for name, part in model.named_children():
+        for module in part.modules() if name != "vision_model" else ():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+                nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.5 if name == "embeddings" else 0.02)
+    nn.init.normal_(model.query_tokens)
+    return ["everything"]
+
+
+# --- and where they go ------------
+
+def export(model, folder):
+    """A folder that transformers' Blip2ForImageTextRetrieval, train_cir.py and train_gated.py --qformer load.
+
+    temp and the captioning head, which that class does not have, go into stage1.safetensors beside."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    from transformers import Blip2ForImageTextRetrieval, Blip2Processor, BlipImageProcessor
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    extra = {name: state.pop(name) for name in list(state) if name == "temp" or name.startswith("lm_head.")}
+    with torch.device("meta"):
+        theirs = Blip2ForImageTextRetrieval(model.config)
+    theirs.load_state_dict(state, strict=True, assign=True)
+    size = {"height": model.image_size, "width": model.image_size}
+    pixels = BlipImageProcessor(size=size, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD)
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        theirs.save_pretrained(part)
+        save_file(extra, part / "stage1.safetensors")
+        Blip2Processor(pixels, model.tokenizer).save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise DataError(f"{folder}: could not be written ({' '.join(str(error).split())}): free some space; --convert "
+                        "writes it from a best.pt") from None
