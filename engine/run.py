@@ -169,7 +169,7 @@ class Run:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             checkpoints.save_checkpoint(self.out / "last.pt", {
-                "stage": self.stage, **self.state(), "frozen": self.frozen, "settings": self.settings,
+                "stage": self.stage, "frozen": self.frozen, **self.state(), "settings": self.settings,
                 "optimizer": self.optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict(), "step": self.step,
                 "marks": self.marks})
 
@@ -206,12 +206,14 @@ class Run:
     # -- the loop
 
     def epochs(self, patience=0):
-        """The epochs that are left; with patience up to as many without a better value."""
+        """The epochs that are left; with patience up to as many without a better value. Raises Stopped where a signal came in the last."""
         for epoch in range(self.marks["done"], self.last_epoch):
             if patience and self.marks["stale"] >= patience:
                 self.accelerator.print(f"no better {self.metric} for {patience} epochs: stopping")
-                return
+                break
             yield epoch
+        if loop.stopped(self.accelerator, self.stop):  # within the last validation: what the script does after it is left for --resume
+            raise Stopped
 
     def steps(self, epoch):
         """The optimizer steps of an epoch that are left, each a Step. Raises Stopped after the step in which a signal came."""
