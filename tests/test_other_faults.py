@@ -27,7 +27,7 @@ import efficientnet_pretrain as pretrain
 import metrics
 import train_blip_caption as blip
 from data import rows, wikiart
-from engine import checkpoints, errors, loop, runfolder
+from engine import captioning, checkpoints, errors, loop, runfolder
 from tools import make_tiny
 import test_blip_caption
 import test_efficientnet_pretrain
@@ -296,7 +296,7 @@ def nan_validation(world):
         validate = pretrain.validate
         world.patch.setattr(pretrain, "validate", lambda *args: ({**validate(*args)[0], "f1": float("nan")}, None))
     else:
-        world.patch.setattr(blip, "numbers_of", lambda found, data: {"score": float("nan")})
+        world.patch.setattr(blip, "summarize", lambda results, data: {"score": float("nan")})
 
 
 def dying_loader(world):
@@ -490,11 +490,11 @@ FAULTS = [
       for name, error in (("GPU", MEMORY), ("machine", MemoryError()), ("allocator", ALLOCATOR))],
     Fault("memory runs out in validation", STYLES, on_script("evaluate", MEMORY), ("out of memory", "--batch-size 2"),
           left="begun"),
-    Fault("memory runs out in generation", CAPTIONS, on_script("describe", MEMORY), ("out of memory", "--val-batch 32,"),
+    Fault("memory runs out in generation", CAPTIONS, fails(captioning, "describe", MEMORY), ("out of memory", "--val-batch 32,"),
           left="begun"),
-    Fault("memory runs out in scoring", CAPTIONS, on_script("describe", MEMORY), ("out of memory", "--val-batch 4,"), "zero",
+    Fault("memory runs out in scoring", CAPTIONS, fails(captioning, "describe", MEMORY), ("out of memory", "--val-batch 4,"), "zero",
           ("--val-batch", "4")),
-    Fault("memory runs out in captioning", CAPTIONS, on_script("describe", MEMORY), ("out of memory", "--val-batch 32,"),
+    Fault("memory runs out in captioning", CAPTIONS, fails(captioning, "describe", MEMORY), ("out of memory", "--val-batch 32,"),
           "caption"),
     Fault("memory runs out while loading", BOTH,
           lambda w: on_script("build" if isinstance(w, Styles) else "load_blip", MemoryError())(w),
