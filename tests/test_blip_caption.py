@@ -237,18 +237,20 @@ def test_a_step_moves_vision_at_its_share_of_the_rate_and_decays_no_bias_or_norm
         assert moved.abs().max() <= scaled * 1.01 + 1e-7 and (moved.abs().max() > scaled * 0.9 or ".key.bias" in name), name
 
 
-def test_gradients_are_clipped_at_2(run, parts):
-    for _ in range(2):
-        step = next(run.steps(0))
-        blip.train_step(run, step)
-        for parameter in run.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.mul_(1e3)
-        found = []
-        run.optimizer.register_step_pre_hook(lambda *args: found.append(torch.stack([
-            p.grad.square().sum() for p in run.model.parameters() if p.grad is not None]).sum().sqrt().item()))
-        step.update()
-        assert found[0] == pytest.approx(2.0, rel=1e-3)
+def test_gradients_are_clipped_at_2(run):
+    found = []
+
+    def norm(*args):
+        found.append(torch.stack([p.grad.square().sum() for p in run.model.parameters() if p.grad is not None]).sum().sqrt().item())
+
+    run.optimizer.optimizer.register_step_pre_hook(norm)
+    step = next(run.steps(0))
+    blip.train_step(run, step)
+    for parameter in run.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(1e3)
+    step.update()
+    assert found == [pytest.approx(2.0, rel=1e-3)]
 
 
 def test_the_rehearsal_takes_the_longest_captions_and_all_layers_and_leaves_nothing(flags, monkeypatch):
@@ -525,33 +527,33 @@ def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch
 
 
 def test_a_run_that_is_killed_before_best_pt_is_made_up_for_with_its_captions(flags, data, tmp_path, monkeypatch):
-    """last.pt of the epoch is there and best.pt is not yet: val.json must be of that epoch already."""
+    """last.pt of the epoch is just there and best.pt is not yet: val.json must be of that epoch already."""
     write(data, test={"t1.png": "a blue square"})
     more = ("--save-last", "--unfreeze-schedule", "2:2")
     blip.main(flags(*more, out="whole"))
-    scores, summarize = iter([0.0, 0.1, 0.9]), blip.summarize
-    with monkeypatch.context() as patch:
-        patch.setattr(blip, "summarize", lambda *args: {**summarize(*args), "score": next(scores)})
-        save_best, calls = engine_run.Run.save_best, []
+    scores, done, validate, save_last = [0.0, 0.1, 0.9], [], blip.validate, engine_run.Run.save_last  # the first is the rehearsal's
 
-        def killed(run):
-            calls.append(1)
-            if len(calls) == 2:
-                raise KeyboardInterrupt
-            save_best(run)
-        patch.setattr(engine_run.Run, "save_best", killed)
+    def marked(*args):
+        numbers, results = validate(*args)
+        done.append(1)
+        return {**numbers, "score": scores[len(done) - 1]}, [{**one, "caption": f"epoch {len(done) - 1}"} for one in results]
+
+    def killed(run):
+        save_last(run)
+        if run.marks["done"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blip, "validate", marked)
+        patch.setattr(engine_run.Run, "save_last", killed)
         with pytest.raises(KeyboardInterrupt):
             blip.main(flags(*more, out="cut"))
     assert checkpoints.load_checkpoint(tmp_path / "cut/best.pt")["epoch"] == 1
     blip.main(flags(*more, "--resume", out="cut"))
     best = checkpoints.load_checkpoint(tmp_path / "cut/best.pt")
     assert (best["epoch"], best["open"]) == (2, 2) and same_state(best["state"], state_of(tmp_path / "whole/last.pt"))
-    args = blip.get_args(["--data", str(data), "--checkpoint", str(tmp_path / "cut/best.pt"), "--workers", "0", "--caption", "x"])
-    model, tokenizer, accelerator, generation = blip.ready(args)
-    for split, name in (("val", "val.json"), ("test", "test.json")):
-        scored = blip.Captions(blip.read_data(args, split), model.config.vision_config.image_size, tokenizer)
-        said = blip.captions_of(scored, blip.evaluate(model, tokenizer, scored, accelerator, generation, 32, 0))
-        assert json.loads((tmp_path / "cut" / name).read_text()) == said
+    assert set(json.loads((tmp_path / "cut/val.json").read_text()).values()) == {"epoch 2"}
+    assert set(json.loads((tmp_path / "cut/test.json").read_text())) == {"t1.png"}
 
 
 def test_checkpoints_have_the_names_that_earlier_versions_wrote(flags, tmp_path):
@@ -595,10 +597,8 @@ def test_two_processes_train_as_one_while_layers_open(flags, data, tmp_path):
     one, two = (checkpoints.load_checkpoint(tmp_path / out / "last.pt") for out in ("one", "two"))
     assert one["open"] == two["open"] == 2 and one["step"] == two["step"] == 2 and one["state"].keys() == two["state"].keys()
     assert all(torch.allclose(two["state"][name], value, atol=2e-4) for name, value in one["state"].items())
-    moments = [last["optimizer"]["state"] for last in (one, two)]
-    assert [{key: int(value["step"]) for key, value in found.items()} for found in moments[:1]] == [
-        {key: int(value["step"]) for key, value in moments[1].items()}]
-    assert {int(value["step"]) for value in moments[0].values()} == {1, 2}  # vision from the second epoch on
+    steps = [{key: int(value["step"]) for key, value in last["optimizer"]["state"].items()} for last in (one, two)]
+    assert steps[0] == steps[1] and set(steps[0].values()) == {1, 2}  # vision from the second epoch on
     logs = [[row for row in runfolder.read_log(tmp_path / out / "training_log.csv") if row["kind"] == "epoch"] for out in ("one", "two")]
     assert [row["layers"] for row in logs[1]] == ["0", "2"] and {row["images"] for row in logs[1]} == {"3"}
     assert all(float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4) for a, b in zip(*logs))

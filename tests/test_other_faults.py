@@ -446,8 +446,10 @@ FAULTS = [
     Fault("hole in last.pt", BOTH, lambda w: hole(w.last), ("last.pt", "changed"), "resume"),
     Fault("best.pt as last.pt", BOTH, lambda w: shutil.copy(w.best, w.last), ("last.pt", "not a checkpoint of this stage"),
           "resume"),
-    Fault("last.pt of another script", BOTH, other_checkpoint("last.pt", "last"),
+    Fault("last.pt of another script", STYLES, other_checkpoint("last.pt", "last"),
           ("last.pt", "not a checkpoint of this stage"), "resume"),
+    Fault("last.pt of another script", CAPTIONS, other_checkpoint("last.pt", "last"),
+          ("last.pt", "a checkpoint of another stage (efficientnet) and not of this one"), "resume"),
     Fault("resume with another batch size", BOTH, None, ("--batch-size is 4, was 2", "another --out"), "resume",
           ("--batch-size", "4")),
     Fault("resume with several other settings", BOTH, None, ("--seed is 7, was 42", "--epochs is 3, was 2"), "resume",
@@ -475,9 +477,9 @@ FAULTS = [
     Fault("disk full at last.pt of a resumed run", BOTH, no_rename("last.pt"), ("last.pt", "could not be saved", "untouched"),
           "resume", left="any"),
     Fault("disk full within best.pt", BOTH, small_files(60_000), ("best.pt", "could not be saved", "disk"), left="any"),
-    Fault("disk full at the log", BOTH,
-          fails(runfolder.RunLog, "write", OSError(28, "No space left on device", "training_log.csv")),
-          ("training_log.csv", "No space left"), left="begun"),
+    *[Fault("disk full at the log", kinds,
+            fails(runfolder.RunLog, "write", OSError(28, "No space left on device", "training_log.csv")),
+            ("training_log.csv", "No space left"), left=left) for kinds, left in ((STYLES, "begun"), (CAPTIONS, "val.json"))],
     Fault("disk full at per_class.csv", STYLES, no_rename("per_class.csv"), ("per_class.csv", "No space left"), "resume",
           left="any"),
     Fault("disk full at val.json", CAPTIONS, no_rename("val.json"), ("val.json", "No space left"), left="begun"),
@@ -590,6 +592,8 @@ def test_fault(entry, kind, make_world, capsys):
     if entry.left == "any":
         assert not [path for path in world.run.iterdir() if path.name.startswith(".")]
     else:
+        if entry.left == "val.json":  # written before the row of its epoch
+            assert after.pop("run/val.json")
         assert after == before
 
 
