@@ -13,28 +13,22 @@ Trained: the text decoder and the last layers of the vision tower (--unfreeze, -
 
 import argparse
 import json
-import math
 import os
 import pathlib
 import re
 import sys
-from contextlib import nullcontext
-from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object, send_to_device
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
-import core
 import metrics
 from data import captions, rows
-from data.captions import LONGEST, MAX_LENGTH, augmented, fingerprint, pictures_in, token_ids
-from engine import checkpoints, environment, errors, files, flags, folders, loaders, loop, published, runfolder
+from data.captions import LONGEST, MAX_LENGTH, Captions, fingerprint, pictures_in
+from engine import checkpoints, environment, errors, files, flags, folders, loaders, loop, published
+from engine.captioning import Collate, captions_of, describe, evaluate, summarize, write_captions
 from engine.errors import DataError
+from engine.run import Run, first_decides, resumes
 from show import report
 from show.report import write_cases
 
@@ -47,7 +41,6 @@ GENERATION = {"max_length": MAX_LENGTH, "num_beams": 5, "no_repeat_ngram_size": 
 # early_stopping True, as first run, ends a search with the fifth caption that ends, however bad: the end of good ones is lost
 SMOOTHING = 0.1  # BLIP's own (med.py); transformers had it up to 4.37 and has 0 since
 CLIP = 2.0  # gradient norm
-LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm", "layers", "images", "meteor", "rouge_l", "cider_d", "bleu_4",
                "score")
 PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation")]),
@@ -150,63 +143,9 @@ def read_data(args, split, say=print):
     return captions.read_data(args.data, split, workers=args.workers, say=say, **reading(args))
 
 
-class Captions(Dataset):
-    """Number, or (epoch, number) in training -> (sample, Picture); (the DataError of a broken picture, Picture), see train_gated.
-
-    sample: pixel_values [3,s,s] in BLIP's normalisation, and with a tokenizer ids, the caption's tokens. every: one row for
-    each caption; else one for each picture, with its first caption. augment: the seed, or None.
-    """
-
-    def __init__(self, pictures, image_size, tokenizer=None, every=False, augment=None):
-        pairs = [(p, text) for p in pictures for text in (p.captions if every else p.captions[:1] or ("",))]
-        self.rows, self.texts, self.image_size, self.augment = [p for p, _ in pairs], [t for _, t in pairs], image_size, augment
-        self.ids = token_ids(tokenizer, self.texts) if tokenizer else None
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        epoch, number = index if isinstance(index, tuple) else (None, index)
-        picture = self.rows[number]
-        try:
-            image = rows.load_image(picture.image)
-        except DataError as error:
-            return error, picture
-        if self.augment is not None and epoch is not None:
-            image = augmented(image, self.texts[number], np.random.default_rng([self.augment, epoch, number]))
-        sample = {"pixel_values": rows.image_tensor(image, self.image_size)}  # [3,s,s]
-        return ({**sample, "ids": self.ids[number]} if self.ids else sample), picture
-
-
-def decoder_inputs(ids, mask, bos):
-    """Token ids [B,L] as the tokenizer gives them ([CLS] ... [SEP] pads) and their mask -> what BLIP's decoder is trained on.
-
-    Position 0 is bos, [DEC], since generation starts with it and the library's forward does not put it there; the labels of pads
-    are -100, since it would train on them. Labels stand under their own tokens: the library shifts them. (models/blip.py)
-    """
-    ids = ids.clone()
-    ids[:, 0] = bos
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-class Collate:
-    """Samples -> pixel_values [B,3,s,s] and, where they have tokens, decoder_inputs [B,L]."""
-
-    def __init__(self, pad, bos):
-        self.pad, self.bos = pad, bos
-
-    def __call__(self, samples):
-        for found, picture in samples:
-            if isinstance(found, DataError):
-                return {"fault": f"{picture.file}, {rows.locate(picture.file, picture.line)}: {found}"}
-        batch = {"pixel_values": torch.stack([found["pixel_values"] for found, _ in samples])}
-        if "ids" in samples[0][0]:
-            batch |= self.inputs([found["ids"] for found, _ in samples])
-        return batch
-
-    def inputs(self, ids):
-        """Token ids of B texts -> decoder_inputs [B,L]."""
-        return decoder_inputs(core.pad_ids(ids, self.pad), core.pad_ids([[1] * len(i) for i in ids], 0), self.bos)
+def read_scored(args, split, say=print):
+    """The Pictures of a split that are scored: all of them, or --max-val."""
+    return captions.limited(read_data(args, split, say), args.max_val, split, say)
 
 
 # --- model ------------
@@ -242,6 +181,11 @@ def open_layers(model, layers):
     tower[len(tower) - layers:].requires_grad_(True)
 
 
+def opened_layers(model):
+    """The vision layers that are trained now."""
+    return [layer for layer in model.vision_model.encoder.layers if next(layer.parameters()).requires_grad]
+
+
 def layers_at(args, epoch):
     """Vision layers that are open in an epoch (from 0): --unfreeze, then what the schedule says; never fewer than before."""
     steps = [tuple(map(int, step.split(":"))) for step in args.unfreeze_schedule]
@@ -252,8 +196,8 @@ def train_mode(run):
     """Dropout in the trained parts only."""
     run.wrapped.train()
     run.model.vision_model.eval()
-    for layer in run.model.vision_model.encoder.layers:
-        layer.train(next(layer.parameters()).requires_grad)
+    for layer in opened_layers(run.model):
+        layer.train()
 
 
 def parameter_groups(model, args):
@@ -269,397 +213,199 @@ def parameter_groups(model, args):
             for (part, decays), found in groups.items()]
 
 
-# --- captions and their scores ------------
-
-@torch.no_grad()
-def describe(model, tokenizer, pixels, settings):
-    """Pixels [B,3,s,s] -> B captions. The one way here from a picture to a caption."""
-    ids = model.generate(pixel_values=pixels, **settings)  # [B,up to max_length]
-    texts = tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)  # [DEC] is no token of the tokenizer
-    return [" ".join(text.split()) for text in texts]
-
-
-def token_losses(model, pixels, inputs, smoothing=0.0):
-    """Cross-entropy of every label of decoder_inputs -> [B,L-1], 0 at pads."""
-    logits = model(pixel_values=pixels, **inputs).logits[:, :-1].float()  # [B,L-1,V]
-    return F.cross_entropy(logits.transpose(1, 2), inputs["labels"][:, 1:], reduction="none", label_smoothing=smoothing)
-
-
-@torch.no_grad()
-def confidence(model, tokenizer, collate, pixels, captions):
-    """Mean log-probability of a caption's tokens, its end among them, without the search's penalties: [B,3,s,s], B texts -> [B]."""
-    ids = token_ids(tokenizer, captions)
-    inputs = send_to_device(collate.inputs(ids), pixels.device)
-    return -token_losses(model, pixels, inputs).sum(1) / torch.tensor([len(i) - 1 for i in ids], device=pixels.device)
-
-
-@torch.no_grad()
-def evaluate(model, tokenizer, data, collate, accelerator, settings, batch_size, workers, sure=False):
-    """Caption every row exactly once, on however many processes.
-
-    Returns on every process a list of dicts in row order: row, caption, where `sure` confidence and, where the rows have tokens,
-    loss (sum over the caption's tokens, smoothed as in training) and tokens.
-    """
-    model.eval()
-    mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
-    batches, found = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)], []
-    loaded = iter(loaders.load_batches(data, collate, batches, workers))
-    for numbers in tqdm(batches, desc="captioning", leave=False, mininterval=1,
-                        disable=None if accelerator.is_main_process else True):
-        batch = loaders.next_batch(loaded, accelerator.device)
-        pixels, table = batch.pop("pixel_values"), {}
-        with errors.batch_size_in_memory_errors(batch_size, "--val-batch"), accelerator.autocast():
-            table["caption"] = describe(model, tokenizer, pixels, settings)
-            if sure:
-                table["confidence"] = confidence(model, tokenizer, collate, pixels, table["caption"]).tolist()
-            if batch:
-                table |= {"loss": token_losses(model, pixels, batch, SMOOTHING).sum(1).tolist(),
-                          "tokens": (batch["labels"][:, 1:] != -100).sum(1).tolist()}
-        found += [{"row": i, **{name: values[k] for name, values in table.items()}} for k, i in enumerate(numbers)]
-    return sorted(gather_object(found), key=lambda one: one["row"])
-
-
-def mean_of_three(scores):
-    """Mean of METEOR, ROUGE-L and CIDEr-D: what best.pt is chosen by. CIDEr-D has no value for a single picture."""
-    values = [scores[name] for name in (metrics.meteor_name(), "ROUGE-L", "CIDEr-D") if scores[name] is not None]
-    return sum(values) / len(values)
-
-
-def numbers_of(found, data):
-    """The numbers of an evaluation that are logged, over the rows of `data` with all their captions as references."""
-    corpus = metrics.score_captions([one["caption"] for one in found], [list(p.captions) for p in data.rows])["corpus"]
-    numbers = {"images": len(found), "loss": sum(one["loss"] for one in found) / sum(one["tokens"] for one in found),
-               "meteor": corpus[metrics.meteor_name()], "rouge_l": corpus["ROUGE-L"], "cider_d": corpus["CIDEr-D"],
-               "bleu_4": corpus["BLEU-4"], "score": mean_of_three(corpus)}
-    return {name: value for name, value in numbers.items() if value is not None}
-
-
-def told(numbers):
-    """Numbers for the terminal."""
-    line = ", ".join(f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}" for name, value in numbers.items())
-    return line + ("" if metrics.meteor_name() == "METEOR" else f" ({metrics.meteor_name()})")
-
-
-# --- one run: what the functions of the loop share ------------
-
-@dataclass
-class Run:
-    """A run under way. `model` is the BlipForConditionalGeneration; `wrapped` the same as accelerate trains it."""
-    args: argparse.Namespace
-    accelerator: Accelerator
-    model: torch.nn.Module
-    tokenizer: object
-    wrapped: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    collate: Collate
-    train: Captions
-    val: Captions
-    step: int = 0  # optimizer steps done
-    log: runfolder.RunLog | None = None  # only where files are written
-
-    def __post_init__(self):
-        self.pace = loop.Pace(self, "pictures")
-        self.marks = {"metric": "score", "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
-        self.per_epoch = len(self.plan(0))
-        self.total = self.args.epochs * self.per_epoch
-        self.open = layers_at(self.args, 0)
-
-    def plan(self, epoch):
-        """The optimizer steps of an epoch, see loop.epoch_plan."""
-        return loop.epoch_plan(len(self.train), self.args.batch_size, self.args.accumulation, self.args.seed, epoch,
-                               self.accelerator.process_index, self.accelerator.num_processes)
-
-    def lr(self, step):
-        """Linear warm-up, then cosine to 0 at the last step of the run."""
-        return loop.cosine_lr(step, self.total, min(self.args.warmup, self.total // 10), self.args.lr)
-
-    def open_up(self, layers):
-        open_layers(self.model, layers)
-        self.open = layers
-
-
 # --- checkpoints ------------
 
-def save_best(run, out):
-    """best.pt: trained tensors and plain values only, with the settings of generation."""
-    import transformers
-    checkpoints.save_checkpoint(out / "best.pt", {
-        "stage": "blip", "state": checkpoints.trainable_state(run.model), "model_args": {"blip": run.args.blip}, "open": run.open,
-        "generation": GENERATION, "precision": run.accelerator.mixed_precision, "args": vars(run.args), **run.marks,
-        "meteor": metrics.meteor_name(), "frozen": checkpoints.fingerprint(run.model.vision_model),
-        "torch": torch.__version__.split("+")[0], "transformers": transformers.__version__})
+def best_of(args, model, precision):
+    """What best.pt holds: trained tensors and plain values only, with the settings of generation."""
+    return {**trained_of(model), "model_args": {"blip": args.blip}, "generation": GENERATION, "precision": precision,
+            "args": vars(args), "meteor": metrics.meteor_name()}
 
 
-def save_last(run, out):
-    """Everything that --resume needs; order and randomness are functions of (seed, step), so a step count is enough."""
-    checkpoints.save_checkpoint(out / "last.pt", {
-        "stage": "blip", "state": checkpoints.trainable_state(run.model), "open": run.open,
-        "frozen": checkpoints.fingerprint(run.model.vision_model), "settings": settings(run), **runfolder.training_state(run)})
+def trained_of(model):
+    """What is trained, how many vision layers are open, and the fingerprint of the rest of the tower."""
+    return {"state": checkpoints.trainable_state(model), "open": len(opened_layers(model)),
+            "frozen": checkpoints.fingerprint(model.vision_model)}
 
 
-def settings(run):
-    """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "cases",
-            "json", "val_batch", "checkpoint", "caption", "captions", "report", "zero_shot")
-    flags = {f"--{name.replace('_', '-')}": value for name, value in vars(run.args).items() if name not in free}
-    return {**flags, "training pictures (hash)": fingerprint(run.train.rows),
-            "validation pictures (hash)": fingerprint(run.val.rows), "METEOR": metrics.meteor_name(),
-            "processes": run.accelerator.num_processes}
-
-
-def restore(run, path):
-    """Put last.pt back. DataError where anything differs that would change the result."""
-    last = checkpoints.load_checkpoint(path, ("state", "open", "optimizer", "step", "marks", "frozen", "settings"))
-    runfolder.refuse_other_settings(settings(run), last["settings"], path)
-    run.open_up(last["open"])
-    load_weights(run.model, last, path)
-    runfolder.restore_training(run, last)
-
-
-def load_trained(name, best, path):
-    """(model, tokenizer) of a best.pt, on the BLIP it was trained on, or on the one named."""
-    model, tokenizer = load_blip(name or best["model_args"]["blip"])
-    open_layers(model, best["open"])
-    load_weights(model, best, path)
-    return model, tokenizer
-
-
-def load_weights(model, content, path):
-    """The trained tensors of a checkpoint into a model with as many open layers. DataError: trained on another BLIP."""
+def put_back(model, content, path):
+    """trained_of a checkpoint into a model. DataError: it was trained on another BLIP."""
+    open_layers(model, content["open"])
     if content["frozen"] != checkpoints.fingerprint(model.vision_model):
         raise DataError(f"{path} was trained on another BLIP than the one given now: pass the same --blip")
     checkpoints.load_trainable(model, content["state"], path)
 
 
+def load_trained(name, best, path):
+    """(model, tokenizer) of a best.pt, on the BLIP it was trained on, or on the one named."""
+    model, tokenizer = load_blip(name or best["model_args"]["blip"])
+    put_back(model, best, path)
+    return model, tokenizer
+
+
+def settings(args, parts, processes):
+    """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
+    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "cases",
+            "json", "val_batch", "checkpoint", "caption", "captions", "report", "zero_shot")
+    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in free}
+    return {**given, "training pictures (hash)": fingerprint(parts.train.rows), "validation pictures (hash)": fingerprint(parts.val.rows),
+            "METEOR": metrics.meteor_name(), "processes": processes}
+
+
 # --- the loop ------------
 
-def train_step(run, batches, group, share):
-    """Forward and backward of one optimizer step: this process's share of the group, in micro-batches.
-
-    Returns this process's part of the mean loss over the tokens of the whole group; the gradient is that of this mean, however
-    the group is split into micro-batches and processes.
-    """
-    def targets(numbers):
-        return sum(len(run.train.ids[n]) - 1 for n in numbers)
-
-    total = 0.0
-    for i, (number, picked) in enumerate(share):
-        # dropout is a pure function of (seed, step, micro-batch): exact resume and equal processes depend on it
-        loop.seed_everything(run.args.seed, run.step, number)
-        batch = loaders.next_batch(batches, run.accelerator.device)
-        with nullcontext() if i == len(share) - 1 else run.accelerator.no_sync(run.wrapped), run.accelerator.autocast():
-            loss = run.wrapped(**batch).loss
-        if not torch.isfinite(loss):
-            raise DataError(loop.bad_loss(f"loss is {loss.item()}", run.step, [run.train.rows[n] for n in picked]))
-        portion = targets(picked) * run.accelerator.num_processes / targets(group)
-        run.accelerator.backward(loss * portion)
-        total += loss.item() * portion
-    return total
+class Parts(NamedTuple):
+    """What a run is made of beside the Run."""
+    train: Captions
+    val: Captions
+    collate: Collate
+    tokenizer: object
 
 
-def train_epoch(run, epoch, plan, stop):
-    """The optimizer steps of `plan`, a part of the epoch's. Ends early when a signal has come."""
-    accelerator = run.accelerator
-    picked = [[(epoch, n) for n in numbers] for _, share in plan for _, numbers in share]
-    batches = iter(loaders.load_batches(run.train, run.collate, picked, run.args.workers))
-    bar = tqdm(plan, desc=f"steps from {run.step}", mininterval=1, disable=None if run.log else True)  # None: only on a terminal
-    run.open_up(layers_at(run.args, epoch))
-    trained = [p for p in run.model.parameters() if p.requires_grad]
-    train_mode(run)
-    for group, share in bar:
-        lr = run.lr(run.step)
-        for part in run.optimizer.param_groups:
-            part["lr"] = lr * part["scale"]
-        with loaders.dead_loaders_named([run.train.rows[n] for n in group]):
-            loss = train_step(run, batches, group, share)
-        norm = float(accelerator.clip_grad_norm_(trained, CLIP))
-        if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, [run.train.rows[n] for n in group]))
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        run.step += 1
-        run.pace.step(len(group))
-        bar.set_postfix(loss=f"{loss:.3f}", lr=f"{lr:.1e}")
-        if run.step % LOG_EVERY == 0:
-            loss = accelerator.reduce(torch.tensor(loss, device=accelerator.device), "mean").item()
-            if run.log:
-                run.log.write("step", run.step, epoch=epoch + 1, lr=lr, loss=loss, grad_norm=norm)
-        if loop.stopped(accelerator, stop):
-            break
+def train_step(run, step):
+    """Forward and backward of one optimizer step, micro-batch by micro-batch."""
+    for batch in step:
+        with step.forward():
+            loss = run.wrapped(**batch).loss  # mean over the tokens of the micro-batch, smoothed
+        step.backward(loss)
 
 
-def validate(run, data):
-    """(numbers of an evaluation, what evaluate found)."""
-    args = run.args
-    found = evaluate(run.model, run.tokenizer, data, run.collate, run.accelerator, GENERATION, args.val_batch, args.workers,
-                     bool(args.report))
-    return numbers_of(found, data), found
+def train(args):
+    """The whole training -> its Run."""
+    accelerator = start(args)
+    resumed = resumes(accelerator, args.out, args.resume)
+    if args.report:
+        files.refuse_unwritable(args.report)
+    run, parts = prepare(args, accelerator)
+    with run.opened(resumed, vars(args)):
+        accelerator.print(f"{len(parts.train)} training captions, {len(parts.val)} validation pictures; {run.total} steps of "
+                          f"{len(run.plan(0)[0][0])} captions, lr {args.lr:g}, precision {accelerator.mixed_precision}, "
+                          f"{accelerator.device}")
+        rehearse(run, parts, args)
+        for epoch in run.epochs(args.patience):
+            open_layers(run.model, layers_at(args, epoch))
+            train_mode(run)
+            for step in run.steps(epoch):
+                train_step(run, step)
+                step.update()
+            numbers, results = validate(run.model, parts.tokenizer, parts.val, accelerator, args)
+            if loop.is_better(numbers["score"], run.marks) and accelerator.is_main_process:
+                write_captions(run.out / "val.json", parts.val, results)  # before last.pt: --resume makes up for best.pt alone
+            if run.end_epoch({"layers": len(opened_layers(run.model)), **numbers}):
+                run.save_best()
+                if args.report and accelerator.is_main_process:
+                    accelerator.print(f"report: {write_report(args, run.out / 'best.pt', 'val', parts.val, results)}")
+        if run.marks["value"] is not None:
+            finish(run, parts, args)
+    return run
 
 
-def rehearse(run):
+def validate(model, tokenizer, data, accelerator, args, generation=GENERATION):
+    """(numbers of an evaluation, its results, see captioning.evaluate)."""
+    results = evaluate(model, tokenizer, data, accelerator, generation, args.val_batch, args.workers, with_confidence=bool(args.report))
+    return summarize(results, data), results
+
+
+def format_metrics(numbers):
+    """Numbers for the terminal; a METEOR without WordNet says so."""
+    note = "" if metrics.meteor_name() == "METEOR" else f" ({metrics.meteor_name()})"
+    return loop.format_metrics({name: value for name, value in numbers.items() if name != "layers"}) + note
+
+
+def finish(run, parts, args):
+    """After the last epoch: the page of cases, and the test split, where there is one, by best.pt."""
+    accelerator, best = run.accelerator, run.out / "best.pt"
+    if args.cases and accelerator.is_main_process:
+        kept = json.loads((run.out / "val.json").read_text(encoding="utf-8"))
+        write_cases(run.out / "cases.html", parts.val, [kept[p.name] for p in parts.val.rows], args.cases, f"{run.out.name}: best epoch")
+        accelerator.print(f"{run.out / 'cases.html'}: {args.cases} worst and best")
+    if captions.split_file(args.data, "test").is_file():
+        # into a fresh model: layers that were opened after the best epoch are no longer what they were then
+        content = first_decides(accelerator, lambda: checkpoints.load_checkpoint(best))  # the others would come before it is written
+        model = load_trained(None, content, best)[0].to(accelerator.device)
+        data = Captions(read_scored(args, "test", accelerator.print), parts.val.image_size, parts.tokenizer)
+        numbers, results = validate(model, parts.tokenizer, data, accelerator, args)
+        accelerator.print(f"test: {format_metrics(numbers)}")
+        if accelerator.is_main_process:
+            write_captions(run.out / "test.json", data, results)
+            if args.report:
+                accelerator.print(f"report: {write_report(args, best, 'test', data, results)}")
+
+
+def rehearse(run, parts, args):
     """The longest training batch with all layers open that ever will be, and a validation batch, before anything is trained:
     memory that runs out, or a score that fails, shows now and not in the night."""
-    picked = sorted(range(len(run.train)), key=lambda n: len(run.train.ids[n]))[-run.args.batch_size:]
-    run.open_up(layers_at(run.args, run.args.epochs))
+    picked = sorted(range(len(parts.train)), key=lambda n: len(parts.train.ids[n]))[-args.batch_size:]
+    open_layers(run.model, layers_at(args, args.epochs))
     train_mode(run)
-    train_step(run, iter([run.collate([run.train[n] for n in picked])]), picked, [(0, picked)])
-    run.optimizer.zero_grad()
-    validate(run, Captions(run.val.rows[:run.args.val_batch], run.val.image_size, run.tokenizer))
+    step = run.rehearsal(parts.collate([parts.train[n] for n in picked]), picked)
+    train_step(run, step)
+    step.update()
+    few = Captions(parts.val.rows[:args.val_batch], parts.val.image_size, parts.tokenizer)
+    validate(run.model, parts.tokenizer, few, run.accelerator, args)
     loop.print_gpu_memory(run.accelerator)
 
 
-def prepare(args):
-    """Flags -> a Run at its first step: pictures, model, optimizer."""
+def start(args):
+    """Refuse what cannot be trained -> Accelerator."""
     published.refuse_missing({"BLIP": published.missing_model(args.blip, "blip")})
     # with a schedule DDP meets parameters that are still frozen
     scattered = [DistributedDataParallelKwargs(find_unused_parameters=True)] if args.unfreeze_schedule else []
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available(),
-                              kwargs_handlers=scattered)
-    train, val = (read_data(args, split, accelerator.print) for split in ("train", "val"))
+    return Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available(),
+                       kwargs_handlers=scattered)
+
+
+def prepare(args, accelerator):
+    """Flags -> (Run at its first step, Parts): pictures, model, optimizer."""
+    train_pictures, val_pictures = read_data(args, "train", accelerator.print), read_scored(args, "val", accelerator.print)
     loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
         model, tokenizer = load_blip(args.blip)
+    size = model.config.vision_config.image_size
+    parts = Parts(Captions(train_pictures, size, tokenizer, every=True, augment=args.seed if args.augment else None),
+                  Captions(val_pictures, size, tokenizer), Collate.of(model), tokenizer)
+    return make_run(args, accelerator, model, parts), parts
+
+
+def make_run(args, accelerator, model, parts):
+    """The Run of a model on its Parts."""
     open_layers(model, layers_at(args, args.epochs))  # all that will ever be trained
     if accelerator.is_main_process:
         checkpoints.print_parts(model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=args.lr)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    text, size = model.config.text_config, model.config.vision_config.image_size
-    return Run(args, accelerator, model, tokenizer, wrapped, optimizer, Collate(text.pad_token_id, text.bos_token_id),
-               Captions(train, size, tokenizer, every=True, augment=args.seed if args.augment else None),
-               Captions(captions.limited(val, args.max_val, "val", accelerator.print), size, tokenizer))
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(parameter_groups(model, args), lr=args.lr))
 
+    def plan(epoch):
+        return loop.epoch_plan(len(parts.train), args.batch_size, args.accumulation, args.seed, epoch, accelerator.process_index,
+                               accelerator.num_processes)
 
-def train(run, out, stop):
-    """The epochs that are left. Returns early, with a last.pt, when a signal has come."""
-    args, leader, say = run.args, run.accelerator.is_main_process, run.accelerator.print
-    for epoch in range(run.marks["done"], args.epochs):
-        if args.patience and run.marks["stale"] >= args.patience:
-            say(f"no better score for {args.patience} epochs: stopping")
-            break
-        try:
-            train_epoch(run, epoch, run.plan(epoch)[run.step - epoch * run.per_epoch:], stop)
-        except loaders.LoaderError:
-            if leader and run.step:
-                save_last(run, out)
-            raise
-        if loop.stopped(run.accelerator, stop):
-            break
-        numbers, found = validate(run, run.val)
-        better = loop.is_better(numbers["score"], run.marks)
-        run.marks |= {"done": epoch + 1, "stale": run.marks["stale"] + 1}
-        if better:
-            run.marks |= {"value": numbers["score"], "epoch": epoch + 1, "stale": 0}
-        say(f"epoch {epoch + 1}: {told(numbers)}" + (" *" if better else ""))
-        if leader:
-            run.log.write("epoch", run.step, epoch=epoch + 1, lr=run.lr(run.step - 1), layers=run.open, **numbers)
-            if better:
-                write_captions(out / "val.json", run.val, found)
-            if args.save_last:  # before best.pt: begin() makes up a best.pt that a kill between the two has left behind
-                save_last(run, out)
-            if better:
-                save_best(run, out)
-            if better and args.report:
-                say(f"report: {write_report(args, out / 'best.pt', 'val', run.val, found)}")
-            draw(run, out)
-    if stop.number and leader:
-        save_last(run, out)
-        say(f"stopped after step {run.step}; {out / 'last.pt'} is there for --resume")
+    def batches(epoch, left):
+        keys = [[(epoch, n) for n in numbers] for numbers in loop.keys_of(left)]  # augmentation is another in every epoch
+        return loaders.load_batches(parts.train, parts.collate, keys, args.workers)
 
-
-def write_captions(path, data, found):
-    """{file: caption}, as metrics.py reads it; found: of evaluate."""
-    with files.whole_file(path) as file:
-        json.dump(captions_of(data, found), file, indent=1, ensure_ascii=False)
-
-
-def captions_of(data, found):
-    """{file: caption} of what evaluate found."""
-    return {p.name: one["caption"] for p, one in zip(data.rows, found)}
-
-
-def draw(run, out):
-    """curves.png of the log so far."""
-    runfolder.draw_curves(run.log.path, out / "curves.png", PANELS, f"{out.name}: {run.args.blip}, {run.args.recipe}")
-
-
-def begin(run, out, resumed):
-    """The run folder, and what --resume finds in it."""
-    args, leader = run.args, run.accelerator.is_main_process
-    if resumed:
-        restore(run, out / "last.pt")
-        run.accelerator.print(f"resuming after step {run.step} of {run.total}")
-    if leader:
-        size = sum(t.nbytes for t in checkpoints.trainable_state(run.model).values())
-        files.refuse_full_disk(out, size * (8 if args.save_last else 2))  # AdamW keeps twice the weights; old and new file
-        runfolder.start_run(out, vars(args))
-        run.log = runfolder.RunLog(out, LOG_COLUMNS, run.step if resumed else None)
-        if resumed and run.marks["epoch"] and run.step == run.marks["epoch"] * run.per_epoch:
-            save_best(run, out)
-        if resumed:
-            draw(run, out)
-
-
-def finish(run, out):
-    """After the last epoch: the page of cases, and the test split, where there is one, by best.pt."""
-    args, say = run.args, run.accelerator.print
-    if args.cases and run.accelerator.is_main_process:
-        told_then = json.loads((out / "val.json").read_text(encoding="utf-8"))
-        write_cases(out / "cases.html", run.val, [told_then[p.name] for p in run.val.rows], args.cases, f"{out.name}: best epoch")
-        say(f"{out / 'cases.html'}: {args.cases} worst and best")
-    if captions.split_file(args.data, "test").is_file():
-        # into a fresh model: layers that were opened after the best epoch are no longer what they were then
-        best = out / "best.pt"
-        run.model = load_trained(None, checkpoints.load_checkpoint(best), best)[0].to(run.accelerator.device)
-        pictures = captions.limited(read_data(args, "test", say), args.max_val, "test", say)
-        data = Captions(pictures, run.val.image_size, run.tokenizer)
-        numbers, found = validate(run, data)
-        say(f"test: {told(numbers)}")
-        if run.accelerator.is_main_process:
-            write_captions(out / "test.json", data, found)
-            if args.report:
-                say(f"report: {write_report(args, out / 'best.pt', 'test', data, found)}")
+    return Run("blip", args.out, accelerator, model, wrapped, optimizer, rows=parts.train.rows, plan=plan, batches=batches,
+               epochs=args.epochs, seed=args.seed, clip=CLIP, metric="score",
+               weigh=lambda numbers: sum(len(parts.train.ids[n]) - 1 for n in numbers),  # a step's loss is the mean over its tokens
+               lr=lambda step, total: loop.cosine_lr(step, total, min(args.warmup, total // 10), args.lr),
+               settings=settings(args, parts, accelerator.num_processes), state=lambda: trained_of(model),
+               load_state=lambda last: put_back(model, last, pathlib.Path(args.out) / "last.pt"),
+               best=lambda: best_of(args, model, accelerator.mixed_precision), columns=LOG_COLUMNS, panels=PANELS,
+               title=f"{pathlib.Path(args.out).name}: {args.blip}, {args.recipe}", unit="pictures", tell=format_metrics,
+               save_last=args.save_last)
 
 
 def dry_run(args):
     """--dry-run: three captions with [what the loss does not see] in brackets, memory; nothing is written."""
-    run = prepare(args)
-    for number in range(min(3, len(run.train))):
-        first, *others = run.train.ids[number]
-        run.accelerator.print(f"{run.train.rows[number].name}: [{run.tokenizer.decode([first])}] |"
-                              f"{run.tokenizer.decode(others)!r}, {len(others)} tokens are trained")
-    loop.dry_run(run, rehearse)
-
-
-def fit(args):
-    """The whole run -> (Run, number of the signal that ended it or 0)."""
-    out = pathlib.Path(args.out)
-    resumed = args.resume and (out / "last.pt").exists()
-    runfolder.refuse_overwrite(out, resumed)
-    if args.report:
-        files.refuse_unwritable(args.report)
-    run = prepare(args)
-    say = run.accelerator.print
-    with runfolder.locked(out) if run.accelerator.is_main_process else nullcontext(), loop.StopSignal() as stop:
-        runfolder.refuse_overwrite(out, resumed)  # once more: another run may have ended meanwhile
-        begin(run, out, resumed)
-        say(f"{len(run.train)} training captions, {len(run.val)} validation pictures; {run.total} steps of "
-            f"{len(run.plan(0)[0][0])} captions, lr {args.lr:g}, precision {run.accelerator.mixed_precision}, "
-            f"{run.accelerator.device}")
-        rehearse(run)
-        train(run, out, stop)
-        if run.log:
-            run.log.close()
-        if not stop.number and run.marks["value"] is not None:
-            finish(run, out)
-    run.accelerator.end_training()
-    return run, stop.number
+    run, parts = prepare(args, start(args))
+    for number in range(min(3, len(parts.train))):
+        first, *others = parts.train.ids[number]
+        run.accelerator.print(f"{parts.train.rows[number].name}: [{parts.tokenizer.decode([first])}] |"
+                              f"{parts.tokenizer.decode(others)!r}, {len(others)} tokens are trained")
+    loop.dry_run(run, lambda run: rehearse(run, parts, args))
 
 
 # --- without training ------------
 
 def ready(args):
-    """What generates without training -> (model in eval mode, tokenizer, Collate, Accelerator, generation settings)."""
+    """What generates without training -> (model in eval mode, tokenizer, Accelerator, generation settings)."""
     best = {"generation": GENERATION}
     if args.checkpoint:
         args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # the report's curves go by its folder
@@ -673,8 +419,7 @@ def ready(args):
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     with accelerator.main_process_first():
         model, tokenizer = load_trained(name, best, args.checkpoint) if args.checkpoint else load_blip(name)
-    collate = Collate(model.config.text_config.pad_token_id, model.config.text_config.bos_token_id)
-    return model.eval().to(accelerator.device), tokenizer, collate, accelerator, best["generation"]
+    return model.eval().to(accelerator.device), tokenizer, accelerator, best["generation"]
 
 
 def score(args):
@@ -685,33 +430,30 @@ def score(args):
     page = pathlib.Path(args.out) / "cases.html"
     for path in filter(None, (args.cases and page, args.report)):
         files.refuse_unwritable(path)
-    model, tokenizer, collate, accelerator, generation = ready(args)
-    result = {}
+    model, tokenizer, accelerator, generation = ready(args)
+    scored = {}
     for split in ["val"] + ["test"] * captions.split_file(args.data, "test").is_file():
-        pictures = captions.limited(read_data(args, split, say), args.max_val, split, say)
-        data = Captions(pictures, model.config.vision_config.image_size, tokenizer)
-        found = evaluate(model, tokenizer, data, collate, accelerator, generation, args.val_batch, args.workers, bool(args.report))
-        numbers = numbers_of(found, data)
-        say(f"{split}: {told(numbers)}")
-        result[split] = {"scores": numbers, "captions": captions_of(data, found)}
+        data = Captions(read_scored(args, split, say), model.config.vision_config.image_size, tokenizer)
+        numbers, results = validate(model, tokenizer, data, accelerator, args, generation)
+        say(f"{split}: {format_metrics(numbers)}")
+        scored[split] = {"scores": numbers, "captions": captions_of(data, results)}
         if args.cases and split == "val" and accelerator.is_main_process:
-            write_cases(page, data, list(result[split]["captions"].values()), args.cases,
-                        f"{args.checkpoint or args.blip}: {split}")
+            write_cases(page, data, list(scored[split]["captions"].values()), args.cases, f"{args.checkpoint or args.blip}: {split}")
             say(f"{page}: {args.cases} worst and best")
         if args.report and accelerator.is_main_process:
-            say(f"report: {write_report(args, args.checkpoint, split, data, found)}")
+            say(f"report: {write_report(args, args.checkpoint, split, data, results)}")
     if args.json:
-        accelerator.print(json.dumps(result, indent=1, ensure_ascii=False))
+        accelerator.print(json.dumps(scored, indent=1, ensure_ascii=False))
 
 
-def write_report(args, checkpoint, split, data, found):
-    """--report: the page of a split -> its path. checkpoint: None = untrained; found: of evaluate."""
+def write_report(args, checkpoint, split, data, results):
+    """--report: the page of a split -> its path. checkpoint: None = untrained; results: of evaluate."""
     page = pathlib.Path(args.report)
     page = page if split == "val" else page.with_name(f"{page.stem}_{split}{page.suffix}")
     log = pathlib.Path(checkpoint).with_name("training_log.csv") if checkpoint else None
     made = report.about(checkpoint=checkpoint, blip=args.blip, data=f"{args.data}, {split}")
     system = "trained" if checkpoint else "untrained"
-    report.write(page, f"{checkpoint or args.blip}: {split}", report.captions(data.rows, {system: found}, log, PANELS, [made]))
+    report.write(page, f"{checkpoint or args.blip}: {split}", report.captions(data.rows, {system: results}, log, PANELS, [made]))
     return page
 
 
@@ -720,7 +462,7 @@ def caption_folder(args):
     folder, = args.caption
     names = folders.pictures_in(folder)
     files.refuse_unwritable(args.captions)
-    model, tokenizer, _, accelerator, generation = ready(args)
+    model, tokenizer, accelerator, generation = ready(args)
     if accelerator.num_processes > 1:
         raise DataError("--captions writes one file from one process: start it without accelerate launch")
     trained = files.digest(args.checkpoint) if args.checkpoint else None
@@ -728,30 +470,29 @@ def caption_folder(args):
                  "precision": accelerator.mixed_precision, **generation}
 
     @torch.no_grad()
-    def tell(images, keys):
+    def rows_of(images, keys):
         with accelerator.autocast():
             return [key for key, in keys], [(text,) for text in describe(model, tokenizer, images, generation)]
 
     with (folders.opened(args.captions, ("image", "caption"), 1, made_with) as table,
           errors.batch_size_in_memory_errors(args.val_batch, "--val-batch")):
-        folders.fill(table, folder, table.lacking(names, [()]), tell, model.config.vision_config.image_size, args.val_batch,
+        folders.fill(table, folder, table.lacking(names, [()]), rows_of, model.config.vision_config.image_size, args.val_batch,
                      args.workers, accelerator.device)
 
 
 def caption(args):
     """--caption: a line for each picture, or JSON. Folders stand for the pictures in them. Exit code 2 where one is broken."""
-    found = pictures_in(args.caption)
-    broken = dict(rows.verify_images(found, max(1, args.workers)))
+    pictures = pictures_in(args.caption)
+    broken = dict(rows.verify_images(pictures, max(1, args.workers)))
     for reason in broken.values():
         print(f"error: {reason}", file=sys.stderr)
-    found = [p for p in found if p.image not in broken]
-    if found:
-        model, tokenizer, collate, accelerator, generation = ready(args)
-        data = Captions(found, model.config.vision_config.image_size)
-        told_now = evaluate(model, tokenizer, data, collate, accelerator, generation, args.val_batch, args.workers)
-        captions = {p.name: one["caption"] for p, one in zip(found, told_now)}
-        accelerator.print(json.dumps(captions, indent=1, ensure_ascii=False) if args.json else
-                          "\n".join(f"{name}: {text}" for name, text in captions.items()))
+    pictures = [p for p in pictures if p.image not in broken]
+    if pictures:
+        model, tokenizer, accelerator, generation = ready(args)
+        data = Captions(pictures, model.config.vision_config.image_size)
+        said = captions_of(data, evaluate(model, tokenizer, data, accelerator, generation, args.val_batch, args.workers))
+        accelerator.print(json.dumps(said, indent=1, ensure_ascii=False) if args.json else
+                          "\n".join(f"{name}: {text}" for name, text in said.items()))
     return 2 * bool(broken)
 
 
@@ -769,8 +510,8 @@ def main(argv=None):
     with errors.batch_size_in_memory_errors(args.batch_size):
         if args.dry_run:
             return dry_run(args)
-        run, signal_number = fit(args)
-    return runfolder.ended(run, signal_number, "score", "train_blip_caption.py", argv)
+        run = train(args)
+    return run.result("score", "train_blip_caption.py", argv)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     limited        --max-val of them; pictures_in: what --caption names
     token_ids      captions -> tokens, at most MAX_LENGTH
     augmented      a picture mirrored, brightened, turned: a pure function of its arguments
+    Captions       the data set that the Pictures become
     check_data     --check-data: what is there; check_tokens: what the decoder will read of it
     read_captions  a JSON file in any of the forms that captions come in
 
@@ -17,7 +18,9 @@ import pathlib
 import re
 from dataclasses import dataclass, replace
 
+import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
+from torch.utils.data import Dataset
 
 from data import rows
 from data.tables import cell, parse_json, read_text, shown
@@ -199,6 +202,36 @@ def augmented(image, caption, rng):
         image = ImageOps.mirror(image)
     image = ImageEnhance.Contrast(ImageEnhance.Brightness(image).enhance(bright)).enhance(contrast)
     return image.rotate(turn, Image.Resampling.BICUBIC, fillcolor=tuple(round(255 * m) for m in rows.BLIP_MEAN))
+
+
+# --- the data set ------------
+
+class Captions(Dataset):
+    """Number, or (epoch, number) in training -> (sample, Picture); (the DataError of a broken picture, Picture), as questions.Questions.
+
+    sample: pixel_values [3,s,s] in BLIP's normalisation, and with a tokenizer ids, the caption's tokens. every: one row for
+    each caption; else one for each picture, with its first caption. augment: the seed, or None.
+    """
+
+    def __init__(self, pictures, image_size, tokenizer=None, every=False, augment=None):
+        pairs = [(p, text) for p in pictures for text in (p.captions if every else p.captions[:1] or ("",))]
+        self.rows, self.texts, self.image_size, self.augment = [p for p, _ in pairs], [t for _, t in pairs], image_size, augment
+        self.ids = token_ids(tokenizer, self.texts) if tokenizer else None
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        epoch, number = index if isinstance(index, tuple) else (None, index)
+        picture = self.rows[number]
+        try:
+            image = rows.load_image(picture.image)
+        except DataError as error:
+            return error, picture
+        if self.augment is not None and epoch is not None:
+            image = augmented(image, self.texts[number], np.random.default_rng([self.augment, epoch, number]))
+        sample = {"pixel_values": rows.image_tensor(image, self.image_size)}  # [3,s,s]
+        return ({**sample, "ids": self.ids[number]} if self.ids else sample), picture
 
 
 # --- --check-data ------------

@@ -205,8 +205,8 @@ def keys_of(steps):
 
 
 def format_metrics(numbers):
-    """Numbers for the terminal: name value, with four decimals."""
-    return ", ".join(f"{name} {value:.4f}" for name, value in numbers.items())
+    """Numbers for the terminal: name value, with four decimals where it is not a whole number."""
+    return ", ".join(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}" for name, value in numbers.items())
 
 
 def make_optimizer(model, lr, weight_decay, **more):

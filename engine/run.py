@@ -169,7 +169,7 @@ class Run:
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             checkpoints.save_checkpoint(self.out / "last.pt", {
-                "stage": self.stage, **self.state(), "frozen": self.frozen, "settings": self.settings,
+                "stage": self.stage, "frozen": self.frozen, **self.state(), "settings": self.settings,
                 "optimizer": self.optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict(), "step": self.step,
                 "marks": self.marks})
 
@@ -206,7 +206,7 @@ class Run:
     # -- the loop
 
     def epochs(self, patience=0):
-        """The epochs that are left; with patience up to as many without a better value."""
+        """The epochs that are left; with patience up to as many without a better value. Raises Stopped where a signal came in the last."""
         for epoch in range(self.marks["done"], self.last_epoch):
             if patience and self.marks["stale"] >= patience:
                 self.accelerator.print(f"no better {self.metric} for {patience} epochs: stopping")

@@ -7,6 +7,9 @@ import os
 import pickle
 import re
 import signal
+import subprocess
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -15,8 +18,12 @@ from PIL import Image
 
 import metrics
 import train_blip_caption as blip
-from engine import checkpoints, errors, loaders, loop, runfolder
+from conftest import ROOT
+from data import captions
+from engine import captioning, checkpoints, errors, loaders, loop, runfolder
+from engine import run as engine_run
 from engine.errors import DataError
+from engine.run import Step
 from show import report
 from tools import make_tiny
 from test_faults import the_error
@@ -63,8 +70,8 @@ def make_data(place):
 
 
 def write(place, **splits):
-    for split, captions in splits.items():
-        (place / f"{split}_captions.json").write_text(json.dumps(captions))
+    for split, content in splits.items():
+        (place / f"{split}_captions.json").write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -81,10 +88,26 @@ def flags(data, folder, tmp_path, no_curves):
     return make
 
 
+def prepared(args):
+    """(Run, Parts) at the first step of a training with these flags."""
+    return blip.prepare(args, blip.start(args))
+
+
 @pytest.fixture
-def run(flags):
+def both(flags):
+    return prepared(blip.get_args(flags()))
+
+
+@pytest.fixture
+def run(both):
     """A Run at its first step."""
-    return blip.prepare(blip.get_args(flags()))
+    return both[0]
+
+
+@pytest.fixture
+def parts(both):
+    """The Parts of the very same run."""
+    return both[1]
 
 
 def state_of(path):
@@ -97,20 +120,20 @@ def same_state(a, b):
 
 # --- labels ------------
 
-def test_pads_are_masked_and_position_0_is_bos(run):
-    batch = run.collate([run.train[n] for n in (0, 2)])  # 3 and 6 words
+def test_pads_are_masked_and_position_0_is_bos(run, parts):
+    batch = parts.collate([parts.train[n] for n in (0, 2)])  # 3 and 6 words
     ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
     text = run.model.config.text_config
-    assert ids[:, 0].tolist() == [text.bos_token_id] * 2 and text.bos_token_id >= len(run.tokenizer)
+    assert ids[:, 0].tolist() == [text.bos_token_id] * 2 and text.bos_token_id >= len(parts.tokenizer)
     assert mask.sum(1).tolist() == [5, 8]
     assert torch.equal(labels == -100, mask == 0) and torch.equal(labels[mask == 1], ids[mask == 1])
     assert ids[0, 4] == text.sep_token_id and ids[0, 5:].tolist() == [text.pad_token_id] * 3
-    assert run.tokenizer.decode(labels[1, 1:7]) == run.train.texts[2]
+    assert parts.tokenizer.decode(labels[1, 1:7]) == parts.train.texts[2]
 
 
-def test_pads_of_a_batch_change_neither_loss_nor_captions(run):
+def test_pads_of_a_batch_change_neither_loss_nor_captions(run, parts):
     run.model.eval()
-    short, both = (run.collate([run.train[n] for n in numbers]) for numbers in ((0,), (0, 2)))
+    short, both = (parts.collate([parts.train[n] for n in numbers]) for numbers in ((0,), (0, 2)))
     with torch.no_grad():
         alone, beside = (run.model(**{k: v[:1] for k, v in batch.items()}).loss for batch in (short, both))
     assert alone.item() == pytest.approx(beside.item(), abs=1e-5)
@@ -120,29 +143,29 @@ def test_smoothing_is_set_whatever_the_library_has(run):
     assert run.model.text_decoder.label_smoothing == 0.1 == run.model.config.text_config.label_smoothing
 
 
-def test_long_captions_lose_their_end_and_never_end_there(run):
-    ids = blip.token_ids(run.tokenizer, ["red " * 200, "red"])
-    sep = run.tokenizer.sep_token_id
-    assert len(ids[0]) == blip.MAX_LENGTH and ids[0][-1] != sep and ids[1][-1] == sep
+def test_long_captions_lose_their_end_and_never_end_there(parts):
+    ids = captions.token_ids(parts.tokenizer, ["red " * 200, "red"])
+    sep = parts.tokenizer.sep_token_id
+    assert len(ids[0]) == captions.MAX_LENGTH and ids[0][-1] != sep and ids[1][-1] == sep
 
 
-def test_validation_loss_is_the_training_loss(run):
-    found = blip.evaluate(run.model, run.tokenizer, run.val, run.collate, run.accelerator, blip.GENERATION, 3, 0)
+def test_validation_loss_is_the_training_loss(run, parts):
+    found = blip.evaluate(run.model, parts.tokenizer, parts.val, run.accelerator, blip.GENERATION, 3, 0)
     with torch.no_grad():
-        expected = run.model(**run.collate([run.val[n] for n in range(4)])).loss.item()
+        expected = run.model(**parts.collate([parts.val[n] for n in range(4)])).loss.item()
     assert sum(f["loss"] for f in found) / sum(f["tokens"] for f in found) == pytest.approx(expected, abs=1e-5)
 
 
-def test_confidence_is_the_mean_over_the_captions_tokens_one_at_a_time(run):
+def test_confidence_is_the_mean_over_the_captions_tokens_one_at_a_time(run, parts):
     """Its end among them; captions of other lengths in the batch change nothing, and smoothing has no part in it."""
-    captions = ["a red square", "blue", ""]
-    pixels = torch.stack([run.val[n][0]["pixel_values"] for n in range(3)])
-    found = blip.confidence(run.model.eval(), run.tokenizer, run.collate, pixels, captions)
-    for one, text, value in zip(pixels, captions, found.tolist()):
-        ids = run.tokenizer(text).input_ids  # [CLS] ... [SEP]
+    texts = ["a red square", "blue", ""]
+    pixels = torch.stack([parts.val[n][0]["pixel_values"] for n in range(3)])
+    found = captioning.confidence(run.model.eval(), parts.tokenizer, pixels, texts)
+    for one, text, value in zip(pixels, texts, found.tolist()):
+        ids = parts.tokenizer(text).input_ids  # [CLS] ... [SEP]
         with torch.no_grad():
             states = run.model.vision_model(one[None]).last_hidden_state
-            logits = run.model.text_decoder(torch.tensor([[run.collate.bos, *ids[1:]]]), encoder_hidden_states=states).logits[0]
+            logits = run.model.text_decoder(torch.tensor([[parts.collate.bos, *ids[1:]]]), encoder_hidden_states=states).logits[0]
         assert value == pytest.approx(logits[:-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]].mean().item(), abs=1e-5)
     assert found.std() > 1e-3
 
@@ -176,8 +199,78 @@ def test_schedule_opens_more_as_epochs_go_by(flags, tmp_path):
     assert [row["layers"] for row in log if row["kind"] == "epoch"] == ["0", "2"]
 
 
+def test_in_a_step_the_trained_parts_alone_are_in_training_mode_and_in_validation_none(flags, monkeypatch):
+    """In every epoch of a schedule: a validation puts everything into eval mode, and the schedule opens layers."""
+    step, describe, seen = blip.train_step, captioning.describe, []
+
+    def watched_step(run, *args):
+        opened = {int(name.split(".")[3]) for name, p in run.model.named_parameters() if name.startswith("vision") and p.requires_grad}
+        wanted = ("text_decoder", *(f"vision_model.encoder.layers.{n}" for n in opened))
+        for name, module in run.model.named_modules():
+            assert module.training == (not name or any(name == one or name.startswith(f"{one}.") for one in wanted)), name
+        seen.append(opened)
+        step(run, *args)
+
+    def watched_describe(model, *args):
+        assert not any(module.training for module in model.modules())
+        seen.append("describe")
+        return describe(model, *args)
+
+    monkeypatch.setattr(blip, "train_step", watched_step)
+    monkeypatch.setattr(captioning, "describe", watched_describe)
+    blip.main(flags("--unfreeze", "0", "--unfreeze-schedule", "2:2", "--batch-size", "5"))
+    rehearsal, first, second = [{1, 2}, "describe"], [set(), set(), "describe"], [{1, 2}, {1, 2}, "describe"]
+    assert seen == rehearsal + first + second
+
+
+def test_a_step_moves_vision_at_its_share_of_the_rate_and_decays_no_bias_or_norm(flags):
+    """AdamW's first step moves every weight that has a gradient by the rate, and the decayed ones by rate * decay of their value."""
+    run, _ = prepared(blip.get_args(flags("--vision-lr", "0.25", "--weight-decay", "0.5", "--unfreeze", "2")))
+    before = checkpoints.trainable_state(run.model)
+    rate = run.lr(0)
+    step = next(run.steps(0))
+    blip.train_step(run, step)
+    step.update()
+    for name, after in checkpoints.trainable_state(run.model).items():
+        scaled = rate * (0.25 if name.startswith("vision_model.") else 1.0)
+        moved = after - before[name] + (scaled * 0.5 * before[name] if after.ndim > 1 else 0.0)
+        assert moved.abs().max() <= scaled * 1.01 + 1e-7 and (moved.abs().max() > scaled * 0.9 or ".key.bias" in name), name
+
+
+def test_gradients_are_clipped_at_2(run):
+    found = []
+
+    def norm(*args):
+        found.append(torch.stack([p.grad.square().sum() for p in run.model.parameters() if p.grad is not None]).sum().sqrt().item())
+
+    run.optimizer.optimizer.register_step_pre_hook(norm)
+    step = next(run.steps(0))
+    blip.train_step(run, step)
+    for parameter in run.model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(1e3)
+    step.update()
+    assert found == [pytest.approx(2.0, rel=1e-3)]
+
+
+def test_the_rehearsal_takes_the_longest_captions_and_all_layers_and_leaves_nothing(flags, monkeypatch):
+    args = blip.get_args(flags("--unfreeze", "0", "--unfreeze-schedule", "2:3"))
+    run, parts = prepared(args)
+    before, step, seen = {name: value.clone() for name, value in run.model.state_dict().items()}, blip.train_step, []
+
+    def watched(run, one):
+        step(run, one)
+        seen.append(({parts.train.texts[n] for n in one.group},
+                     {name.split(".")[3] for name, p in run.model.named_parameters() if name.startswith("vision") and p.grad is not None}))
+    monkeypatch.setattr(blip, "train_step", watched)
+    blip.rehearse(run, parts, args)
+    assert [layers for _, layers in seen] == [{"0", "1", "2"}] and all(text.endswith("on the left") for text in seen[0][0])
+    assert all(p.grad is None or not p.grad.any() for p in run.model.parameters())
+    assert same_state(run.model.state_dict(), before) and run.step == 0 and not run.optimizer.state
+
+
 def test_frozen_layers_stay_and_have_no_dropout(run):
-    run.open_up(1)
+    blip.open_layers(run.model, 1)
     blip.train_mode(run)
     tower = run.model.vision_model
     assert not tower.training and [layer.training for layer in tower.encoder.layers] == [False, False, True]
@@ -202,21 +295,21 @@ def test_recipes(flags):
 
 def test_rate_warms_up_linearly_and_ends_at_0(run):
     run.total = 200  # the warm-up is a tenth
-    rates = [run.lr(step) / run.args.lr for step in (0, 9, 19, 110, 199)]
+    rates = [run.lr(step) / 1e-3 for step in (0, 9, 19, 110, 199)]
     assert rates == pytest.approx([0.05, 0.5, 1, 0.5, 0], abs=1e-3)
 
 
-def test_accumulation_equals_the_large_batch(run):
+def test_accumulation_equals_the_large_batch(run, parts):
+    """The mean is over tokens: micro-batches of 5 and 3 captions of other lengths."""
     run.model.eval()
     group = list(range(8))
 
-    def gradients(parts):
-        share = list(enumerate(parts))
-        batches = iter(loaders.load_batches(run.train, run.collate, parts, 0))
-        loss = blip.train_step(run, batches, group, share)
+    def gradients(split):
+        step = Step(run, 0, group, list(enumerate(split)), iter(loaders.load_batches(parts.train, parts.collate, split, 0)))
+        blip.train_step(run, step)
         found = {n: p.grad for n, p in run.model.named_parameters() if p.requires_grad}
         run.optimizer.zero_grad()
-        return loss, found
+        return step.means()["loss"], found
 
     (loss, whole), (split_loss, split) = gradients([group]), gradients([group[:5], group[5:]])
     assert split_loss == pytest.approx(loss, rel=1e-5)
@@ -243,10 +336,10 @@ def test_one_batch_can_be_learnt_by_heart(flags, folder):
 
 # --- validation ------------
 
-def test_batches_say_what_single_pictures_say(run):
-    pixels = torch.stack([run.train[n][0]["pixel_values"] for n in range(len(run.train))])
-    many = blip.describe(run.model.eval(), run.tokenizer, pixels, blip.GENERATION)
-    alone = [blip.describe(run.model, run.tokenizer, one[None], blip.GENERATION)[0] for one in pixels]
+def test_batches_say_what_single_pictures_say(run, parts):
+    pixels = torch.stack([parts.train[n][0]["pixel_values"] for n in range(len(parts.train))])
+    many = blip.describe(run.model.eval(), parts.tokenizer, pixels, blip.GENERATION)
+    alone = [blip.describe(run.model, parts.tokenizer, one[None], blip.GENERATION)[0] for one in pixels]
     assert many == alone and len(set(many)) > 1
 
 
@@ -260,15 +353,15 @@ def test_whole_split_or_said(flags, tmp_path, capsys):
     assert len(kept) == 2 and [row["images"] for row in log if row["kind"] == "epoch"] == ["2"]
 
 
-def test_score_is_the_mean_of_three_with_all_references(run):
+def test_score_is_the_mean_of_three_with_all_references(parts):
     found = [{"caption": text, "loss": 2.0, "tokens": 4} for text in ("red all over", "a blue square", "green", "")]
-    numbers = blip.numbers_of(found, run.val)
+    numbers = blip.summarize(found, parts.val)
     references = [[t] if isinstance(t, str) else t for t in VAL.values()]
     corpus = metrics.score_captions([f["caption"] for f in found], references)["corpus"]
     assert numbers["score"] == pytest.approx((corpus["METEOR (no WordNet)"] + corpus["ROUGE-L"] + corpus["CIDEr-D"]) / 3)
     assert numbers["loss"] == 0.5
-    one = blip.Captions(run.val.rows[:1], 112, run.tokenizer)
-    numbers = blip.numbers_of(found[:1], one)  # CIDEr-D has no value
+    one = blip.Captions(parts.val.rows[:1], 112, parts.tokenizer)
+    numbers = blip.summarize(found[:1], one)  # CIDEr-D has no value
     assert "cider_d" not in numbers and numbers["score"] == pytest.approx((numbers["meteor"] + numbers["rouge_l"]) / 2)
 
 
@@ -277,18 +370,34 @@ def test_better_and_patience(flags, tmp_path, monkeypatch, capsys):
     assert not loop.is_better(float("nan"), marks) and loop.is_better(0.0, marks)
     assert not loop.is_better(0.5, {"value": 0.5}) and loop.is_better(0.6, {"value": 0.5})
     values = iter([0.0, 0.3, 0.5, 0.4, 0.5, 0.6])  # the first is the rehearsal's
-    monkeypatch.setattr(blip, "numbers_of", lambda found, data: {"score": next(values)})
+    monkeypatch.setattr(blip, "summarize", lambda found, data: {"score": next(values)})
     blip.main(flags("--epochs", "9", "--patience", "2"))
     best = checkpoints.load_checkpoint(tmp_path / "run/best.pt")
     assert (best["epoch"], best["value"]) == (2, 0.5) and "no better score for 2 epochs" in capsys.readouterr().out
 
 
+def test_best_pt_and_val_json_are_of_the_best_epoch_and_not_of_the_last(flags, tmp_path, monkeypatch):
+    scores, after, validate = [0.0, 0.5, 0.9, 0.2], [], blip.validate  # the first is the rehearsal's
+
+    def marked(model, *args):
+        numbers, results = validate(model, *args)
+        after.append(checkpoints.trainable_state(model))
+        return {**numbers, "score": scores[len(after) - 1]}, [{**one, "caption": f"epoch {len(after) - 1}"} for one in results]
+
+    monkeypatch.setattr(blip, "validate", marked)
+    blip.main(flags("--epochs", "3", "--unfreeze-schedule", "3:2", "--save-last"))
+    best, last = state_of(tmp_path / "run/best.pt"), state_of(tmp_path / "run/last.pt")
+    assert same_state(best, after[2]) and same_state(last, after[3]) and best.keys() < last.keys()
+    assert not any(torch.equal(best[name], last[name]) for name in best if name.endswith("dense.weight"))
+    assert set(json.loads((tmp_path / "run/val.json").read_text()).values()) == {"epoch 2"}
+
+
 def test_test_split_is_scored_by_best_even_where_layers_were_opened_later(flags, data, tmp_path, monkeypatch, capsys):
     write(data, test={"t1.png": "a blue square", "t2.png": "a green one"})
-    values, numbers_of = iter([0.0, 0.5, 0.4]), blip.numbers_of
-    monkeypatch.setattr(blip, "numbers_of", lambda found, data: {"score": next(values, 0.1)})
+    values, summarize = iter([0.0, 0.5, 0.4]), blip.summarize
+    monkeypatch.setattr(blip, "summarize", lambda found, data: {"score": next(values, 0.1)})
     blip.main(flags("--unfreeze-schedule", "2:3"))
-    monkeypatch.setattr(blip, "numbers_of", numbers_of)
+    monkeypatch.setattr(blip, "summarize", summarize)
     assert checkpoints.load_checkpoint(tmp_path / "run/best.pt")["open"] == 1
     capsys.readouterr()
     blip.main(["--data", str(data), "--checkpoint", str(tmp_path / "run/best.pt"), "--json", "--workers", "0"])
@@ -319,19 +428,19 @@ def test_zero_shot_checkpoint_and_caption_agree_with_validation(flags, data, tmp
     assert lines == [f"{data / name}: {said[name]}" for name in sorted(VAL)]
 
 
-def test_zero_shot_scores_the_untrained_weights(flags, folder, run, tmp_path, capsys):
+def test_zero_shot_scores_the_untrained_weights(flags, folder, run, parts, tmp_path, capsys):
     capsys.readouterr()
     assert blip.main(flags("--zero-shot", "--json")) is None
-    pixels = torch.stack([run.val[n][0]["pixel_values"] for n in range(4)])
-    expected = blip.describe(run.model.eval(), run.tokenizer, pixels, blip.GENERATION)
+    pixels = torch.stack([parts.val[n][0]["pixel_values"] for n in range(4)])
+    expected = blip.describe(run.model.eval(), parts.tokenizer, pixels, blip.GENERATION)
     assert list(json.loads(capsys.readouterr().out)["val"]["captions"].values()) == expected
     assert not (tmp_path / "run").exists()
 
 
 # --- data ------------
 
-def test_every_caption_is_a_row_and_validation_has_one_for_each_picture(run):
-    assert len(run.train) == 10 and len(run.val) == 4 and run.val.rows[0].captions == ("a red square", "red all over")
+def test_every_caption_is_a_row_and_validation_has_one_for_each_picture(parts):
+    assert len(parts.train) == 10 and len(parts.val) == 4 and parts.val.rows[0].captions == ("a red square", "red all over")
 
 
 def test_shots_are_a_function_of_names_and_seed(flags, data):
@@ -360,7 +469,7 @@ def half(caption, seed):
     """Which half of a picture with a white left half is the brighter after augmentation."""
     image = Image.new("RGB", (40, 40))
     image.paste("white", (0, 0, 20, 40))
-    grey = np.asarray(blip.augmented(image, caption, np.random.default_rng(seed)).convert("L"), float)
+    grey = np.asarray(captions.augmented(image, caption, np.random.default_rng(seed)).convert("L"), float)
     return "left" if grey[10:30, 5:15].mean() > grey[10:30, 25:35].mean() else "right"
 
 
@@ -385,7 +494,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(flags):
 
 def test_training_is_augmented_and_validation_is_not(flags, monkeypatch):
     drawn = []
-    monkeypatch.setattr(blip, "augmented", lambda image, caption, rng: drawn.append(rng.random()) or image)
+    monkeypatch.setattr(captions, "augmented", lambda image, caption, rng: drawn.append(rng.random()) or image)
     blip.main(flags("--augment", "--batch-size", "5"))
     assert len(drawn) == len(set(drawn)) == 2 * 10  # epochs, rows
 
@@ -394,7 +503,7 @@ def test_training_is_augmented_and_validation_is_not(flags, monkeypatch):
 
 def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch, no_curves):
     more = ("--save-last", "--accumulation", "2", "--batch-size", "2", "--augment", "--unfreeze-schedule", "3:2", "--epochs", "3")
-    monkeypatch.setattr(blip, "LOG_EVERY", 1)
+    monkeypatch.setattr(engine_run, "LOG_EVERY", 1)
     blip.main(flags(*more, out="whole"))
     step, calls = blip.train_step, []
 
@@ -417,13 +526,96 @@ def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch
     assert {"curves.png", "args.yaml"} <= {p.name for p in (tmp_path / "cut").iterdir()}
 
 
-def test_dropout_is_a_function_of_step_and_micro_batch(run):
-    blip.train_mode(run)
-    batch = run.collate([run.train[n] for n in range(4)])
+def test_a_run_that_is_killed_before_best_pt_is_made_up_for_with_its_captions(flags, data, tmp_path, monkeypatch):
+    """last.pt of the epoch is just there and best.pt is not yet: val.json must be of that epoch already."""
+    write(data, test={"t1.png": "a blue square"})
+    more = ("--save-last", "--unfreeze-schedule", "2:2")
+    blip.main(flags(*more, out="whole"))
+    scores, done, validate, save_last = [0.0, 0.1, 0.9], [], blip.validate, engine_run.Run.save_last  # the first is the rehearsal's
 
-    def loss(step, number):
-        run.step = step
-        return blip.train_step(run, iter([batch]), [0, 1, 2, 3], [(number, [0, 1, 2, 3])])
+    def marked(*args):
+        numbers, results = validate(*args)
+        done.append(1)
+        return {**numbers, "score": scores[len(done) - 1]}, [{**one, "caption": f"epoch {len(done) - 1}"} for one in results]
+
+    def killed(run):
+        save_last(run)
+        if run.marks["done"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blip, "validate", marked)
+        patch.setattr(engine_run.Run, "save_last", killed)
+        with pytest.raises(KeyboardInterrupt):
+            blip.main(flags(*more, out="cut"))
+    assert checkpoints.load_checkpoint(tmp_path / "cut/best.pt")["epoch"] == 1
+    blip.main(flags(*more, "--resume", out="cut"))
+    best = checkpoints.load_checkpoint(tmp_path / "cut/best.pt")
+    assert (best["epoch"], best["open"]) == (2, 2) and same_state(best["state"], state_of(tmp_path / "whole/last.pt"))
+    assert set(json.loads((tmp_path / "cut/val.json").read_text()).values()) == {"epoch 2"}
+    assert set(json.loads((tmp_path / "cut/test.json").read_text())) == {"t1.png"}
+
+
+def test_checkpoints_have_the_names_that_earlier_versions_wrote(flags, tmp_path):
+    blip.main(flags("--epochs", "1", "--save-last"))
+    best, last = (checkpoints.load_checkpoint(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
+    assert set(last) == {"stage", "state", "open", "frozen", "settings", "optimizer", "scaler", "step", "marks"}
+    assert set(best) - {"timm"} == {"stage", "state", "model_args", "open", "generation", "precision", "args", "metric", "value", "epoch",
+                                    "stale", "done", "meteor", "frozen", "torch", "transformers"}
+    assert set(last["marks"]) == {"metric", "value", "epoch", "stale", "done"} and best["stage"] == last["stage"] == "blip"
+    assert best["model_args"] == {"blip": flags()[3]} and best["frozen"] == last["frozen"] and len(last["frozen"]) == 3
+    assert {group["scale"] for group in last["optimizer"]["param_groups"]} == {1.0}
+
+
+def test_two_processes_train_as_one_while_layers_open(flags, data, tmp_path):
+    """The micro-batches of a step are the same, whoever computes them, and of other lengths in tokens. A layer that is still frozen
+    gets no gradient on either process, or AdamW would have moved its moments."""
+    write(data, val=dict(list(VAL.items())[:3]), test={"t1.png": "a blue square"})  # three do not divide by two
+    common = ("--unfreeze", "0", "--unfreeze-schedule", "2:2", "--batch-size", "2", "--save-last")
+    blip.main(flags(*common, "--accumulation", "4", out="one"))
+    (tmp_path / "two.py").write_text(textwrap.dedent(f"""
+        import os, sys
+        sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]!r}
+        import conftest, torch
+        import metrics, train_blip_caption as blip
+        from engine import checkpoints, errors, runfolder
+
+        def refused(*args):
+            raise AssertionError("the second process reads the first one's files")
+
+        torch.set_num_threads(1)
+        metrics._wordnet, runfolder.draw_curves, blip.GENERATION["max_length"] = lambda: None, lambda *args: None, 14
+        if os.environ["RANK"] == "1":
+            checkpoints.load_checkpoint = checkpoints.save_checkpoint = refused
+        sys.exit(errors.exit_code(blip.main))
+    """))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint",
+              "localhost:0", str(tmp_path / "two.py"), *flags(*common, "--accumulation", "2", out="two")]
+    done = subprocess.run(launch, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (checkpoints.load_checkpoint(tmp_path / out / "last.pt") for out in ("one", "two"))
+    assert one["open"] == two["open"] == 2 and one["step"] == two["step"] == 2 and one["state"].keys() == two["state"].keys()
+    assert all(torch.allclose(two["state"][name], value, atol=2e-4) for name, value in one["state"].items())
+    steps = [{key: int(value["step"]) for key, value in last["optimizer"]["state"].items()} for last in (one, two)]
+    assert steps[0] == steps[1] and set(steps[0].values()) == {1, 2}  # vision from the second epoch on
+    logs = [[row for row in runfolder.read_log(tmp_path / out / "training_log.csv") if row["kind"] == "epoch"] for out in ("one", "two")]
+    assert [row["layers"] for row in logs[1]] == ["0", "2"] and {row["images"] for row in logs[1]} == {"3"}
+    assert all(float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4) for a, b in zip(*logs))
+    for split, names in (("val", {"v0.png", "v1.png", "v2.png"}), ("test", {"t1.png"})):
+        assert set(json.loads((tmp_path / f"two/{split}.json").read_text())) == names
+    assert done.stdout.count("epoch 1: images 3") == 1 and done.stdout.count("test: images 1") == 1
+
+
+def test_dropout_is_a_function_of_step_and_micro_batch(run, parts):
+    blip.train_mode(run)
+    batch = parts.collate([parts.train[n] for n in range(4)])
+
+    def loss(number, micro_batch):
+        run.step = number
+        step = Step(run, 0, [0, 1, 2, 3], [(micro_batch, [0, 1, 2, 3])], iter([batch]))
+        blip.train_step(run, step)
+        return step.means()["loss"]
 
     assert loss(0, 0) == loss(0, 0) and len({loss(0, 0), loss(1, 0), loss(0, 1)}) == 3
 
@@ -439,9 +631,9 @@ def test_cases_page_holds_text_as_text_and_needs_nothing_else(flags, data, tmp_p
     assert all(name in page for name in VAL)
 
 
-def test_cases_are_the_worst_and_the_best(run, tmp_path):
-    captions = ["nothing like it", "a blue square", "the green square", "a red one"]
-    report.write_cases(tmp_path / "c.html", run.val, captions, 1, "t")
+def test_cases_are_the_worst_and_the_best(parts, tmp_path):
+    said = ["nothing like it", "a blue square", "the green square", "a red one"]
+    report.write_cases(tmp_path / "c.html", parts.val, said, 1, "t")
     page = (tmp_path / "c.html").read_text()
     worst, best = page.split("The 1 best")
     assert "nothing like it" in worst and "a red one" in best and page.count("<figure>") == 2
@@ -469,9 +661,9 @@ def test_report_of_each_split(flags, data, tmp_path, capsys):
 def test_training_writes_the_report_of_its_best_epoch(flags, data, tmp_path, capsys, monkeypatch):
     """The scores fall after the first epoch: the page stays that of the first, and equals that of --checkpoint."""
     write(data, test={"t1.png": "a blue square", "t2.png": "green"})
-    numbers, left = blip.numbers_of, iter([0.5, 0.9, 0.2, 0.3])  # rehearsal, epochs 1 and 2, test
+    numbers, left = blip.summarize, iter([0.5, 0.9, 0.2, 0.3])  # rehearsal, epochs 1 and 2, test
     with monkeypatch.context() as patch:
-        patch.setattr(blip, "numbers_of", lambda *args: {**numbers(*args), "score": next(left)})
+        patch.setattr(blip, "summarize", lambda *args: {**numbers(*args), "score": next(left)})
         blip.main(flags("--epochs", "2", "--report", str(tmp_path / "r.html")))
     out, best = capsys.readouterr().out, str(tmp_path / "run/best.pt")
     assert out.count(f"report: {tmp_path / 'r.html'}") == 1 and out.count(f"report: {tmp_path / 'r_test.html'}") == 1
@@ -576,11 +768,10 @@ def test_broken_training_picture_leaves_a_last_pt(flags, data, tmp_path, monkeyp
     step = blip.train_step
 
     def spoiled(run, *args):
-        loss = step(run, *args)
+        step(run, *args)
         if run.step == 2:
             for n in range(9):
                 (data / f"images/t{n}.png").write_bytes(b"")
-        return loss
 
     monkeypatch.setattr(blip, "train_step", spoiled)
     assert errors.exit_code(blip.main, flags("--batch-size", "2")) == 2
@@ -601,6 +792,9 @@ def test_other_folders_and_checkpoints_are_refused(flags, folder, data, tiny, tm
     other = make_tiny.save_random_captioner(tmp_path / "other", TEXTS)
     best = str(tmp_path / "run/best.pt")
     assert "trained on another BLIP" in error("--caption", str(data / "images"), "--checkpoint", best, "--blip", other)
+    last = checkpoints.load_checkpoint(tmp_path / "run/last.pt")
+    checkpoints.save_checkpoint(tmp_path / "run/last.pt", {**last, "frozen": {**last["frozen"], "embeddings": "of another"}})
+    assert "last.pt was trained on another BLIP" in error(*flags("--epochs", "1", "--save-last", "--resume"))
     checkpoints.save_checkpoint(tmp_path / "x.pt", {**checkpoints.load_checkpoint(best), "stage": "gated"})
     assert "another stage (gated)" in error("--caption", str(data / "images"), "--checkpoint", str(tmp_path / "x.pt"))
     with runfolder.locked(tmp_path / "held"):

@@ -26,7 +26,7 @@ from metrics import (bleu, cider_d, coco_meteor, exact_match, meteor, normalise_
                      tokenize, vqa_accuracy)
 import pretrain_qformer
 import train_cir
-from engine import published
+from engine import captioning, published
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN") or ROOT / "../shared/golden")
@@ -514,7 +514,7 @@ def test_blip_losses_of_three_recipes(case):
     import train_blip_caption
     model, x, expected, tensors = blip_case(case)
     ids, mask, pixels = x["input_ids"].long(), x["attention_mask"].long(), x["pixel_values"]
-    inputs = train_blip_caption.decoder_inputs(ids, mask, model.config.text_config.bos_token_id)
+    inputs = captioning.decoder_inputs(ids, mask, model.config.text_config.bos_token_id)
     assert torch.equal(inputs["labels"][:, 1:], tensors["labels_masked"].long()[:, 1:])
 
     def loss(input_ids, labels, smoothing):
@@ -531,14 +531,13 @@ def test_blip_losses_of_three_recipes(case):
 
 @named("blip_captioning")
 def test_blip_collate_gives_those_inputs(case):
-    import train_blip_caption
     model, x, _, _ = blip_case(case)
     text, samples = model.config.text_config, []
     for pixels, ids, mask in zip(x["pixel_values"], x["input_ids"].long(), x["attention_mask"].bool()):
         samples.append(({"pixel_values": pixels, "ids": ids[mask].tolist()}, None))
-    batch = train_blip_caption.Collate(text.pad_token_id, text.bos_token_id)(samples)
+    batch = captioning.Collate(text.pad_token_id, text.bos_token_id)(samples)
     length = x["attention_mask"].sum(1).max()
-    expected = train_blip_caption.decoder_inputs(x["input_ids"].long(), x["attention_mask"].long(), text.bos_token_id)
+    expected = captioning.decoder_inputs(x["input_ids"].long(), x["attention_mask"].long(), text.bos_token_id)
     assert all(torch.equal(batch[name], expected[name][:, :length]) for name in expected)
 
 

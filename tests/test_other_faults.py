@@ -27,7 +27,7 @@ import efficientnet_pretrain as pretrain
 import metrics
 import train_blip_caption as blip
 from data import rows, wikiart
-from engine import checkpoints, errors, loop, runfolder
+from engine import captioning, checkpoints, errors, loop, runfolder
 from tools import make_tiny
 import test_blip_caption
 import test_efficientnet_pretrain
@@ -299,7 +299,7 @@ def nan_validation(world):
             return {**numbers, "f1": float("nan")}, confusion
         world.patch.setattr(pretrain, "validate", no_number)
     else:
-        world.patch.setattr(blip, "numbers_of", lambda found, data: {"score": float("nan")})
+        world.patch.setattr(blip, "summarize", lambda results, data: {"score": float("nan")})
 
 
 def dying_loader(world):
@@ -478,9 +478,9 @@ FAULTS = [
     Fault("disk full at last.pt of a resumed run", BOTH, no_rename("last.pt"), ("last.pt", "could not be saved", "untouched"),
           "resume", left="any"),
     Fault("disk full within best.pt", BOTH, small_files(60_000), ("best.pt", "could not be saved", "disk"), left="any"),
-    Fault("disk full at the log", BOTH,
-          fails(runfolder.RunLog, "write", OSError(28, "No space left on device", "training_log.csv")),
-          ("training_log.csv", "No space left"), left="begun"),
+    *[Fault("disk full at the log", kinds,
+            fails(runfolder.RunLog, "write", OSError(28, "No space left on device", "training_log.csv")),
+            ("training_log.csv", "No space left"), left=left) for kinds, left in ((STYLES, "begun"), (CAPTIONS, "val.json"))],
     Fault("disk full at per_class.csv", STYLES, no_rename("per_class.csv"), ("per_class.csv", "No space left"), "resume",
           left="any"),
     Fault("disk full at val.json", CAPTIONS, no_rename("val.json"), ("val.json", "No space left"), left="begun"),
@@ -493,11 +493,11 @@ FAULTS = [
       for name, error in (("GPU", MEMORY), ("machine", MemoryError()), ("allocator", ALLOCATOR))],
     Fault("memory runs out in validation", STYLES, on_script("evaluate", MEMORY), ("out of memory", "--batch-size 2"),
           left="begun"),
-    Fault("memory runs out in generation", CAPTIONS, on_script("describe", MEMORY), ("out of memory", "--val-batch 32,"),
+    Fault("memory runs out in generation", CAPTIONS, fails(captioning, "describe", MEMORY), ("out of memory", "--val-batch 32,"),
           left="begun"),
-    Fault("memory runs out in scoring", CAPTIONS, on_script("describe", MEMORY), ("out of memory", "--val-batch 4,"), "zero",
+    Fault("memory runs out in scoring", CAPTIONS, fails(captioning, "describe", MEMORY), ("out of memory", "--val-batch 4,"), "zero",
           ("--val-batch", "4")),
-    Fault("memory runs out in captioning", CAPTIONS, on_script("describe", MEMORY), ("out of memory", "--val-batch 32,"),
+    Fault("memory runs out in captioning", CAPTIONS, fails(captioning, "describe", MEMORY), ("out of memory", "--val-batch 32,"),
           "caption"),
     Fault("memory runs out while loading", BOTH,
           lambda w: on_script("build" if isinstance(w, Styles) else "load_blip", MemoryError())(w),
@@ -593,6 +593,8 @@ def test_fault(entry, kind, make_world, capsys):
     if entry.left == "any":
         assert not [path for path in world.run.iterdir() if path.name.startswith(".")]
     else:
+        if entry.left == "val.json":  # written before the row of its epoch
+            assert after.pop("run/val.json")
         assert after == before
 
 

@@ -48,7 +48,7 @@ from torch import nn
 import core
 import metrics
 from data import rows, wikiart
-from engine import checkpoints, errors, files, flags, loop, published
+from engine import captioning, checkpoints, errors, files, flags, loop, published
 from tools import drawing, make_sample
 
 RECIPE = 2  # raise it whenever the same command would make other models
@@ -622,9 +622,9 @@ def caption_figures(out):
     from transformers import BlipForConditionalGeneration
     model, tokenizer = published.load_published(BlipForConditionalGeneration, "BLIP", str(out / "blip"))
     wanted = test_captions()
-    told = train_blip_caption.describe(model.eval(), tokenizer, test_pixels(wanted), train_blip_caption.GENERATION)
+    told = captioning.describe(model.eval(), tokenizer, test_pixels(wanted), train_blip_caption.GENERATION)
     scores = metrics.score_captions(told, [[caption] for caption in wanted.values()])["corpus"]
-    return {"mean of METEOR, ROUGE-L and CIDEr-D, times 100": percent(train_blip_caption.mean_of_three(scores), 1)}
+    return {"mean of METEOR, ROUGE-L and CIDEr-D, times 100": percent(captioning.mean_of_three(scores), 1)}
 
 
 @torch.no_grad()

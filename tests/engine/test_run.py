@@ -258,6 +258,36 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(make, number, capsys):
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("patience", [0, 1])
+def test_a_signal_in_the_last_validation_leaves_what_comes_after_it_to_resume(make, patience):
+    """Whether the epochs or the patience end the run: a last.pt, and nothing after the loop is done."""
+    toy, after = make(epochs=9 if patience else 2), []
+    with toy.opened(False, {}):
+        for epoch in toy.epochs(patience):
+            for step in toy.steps(epoch):
+                for batch in step:
+                    step.backward(toy.model(**batch)["loss"])
+                step.update()
+            if epoch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            toy.end_epoch({"loss": 1.0})
+        after.append("the test split")
+    assert after == [] and toy.result("loss", "train.py", []) == 143
+    assert checkpoints.load_checkpoint(toy.out / "last.pt")["marks"]["done"] == 2
+    resumed = make(epochs=9 if patience else 2)
+    with resumed.opened(True, {}):
+        after += resumed.epochs(patience)
+        after.append("the test split")
+    assert after == ["the test split"]
+
+
+def test_a_stage_may_give_a_fingerprint_of_its_own_with_its_state(make):
+    """Where what is frozen changes by epoch it is no constant of the run."""
+    toy = make(save_last=True, epochs=1, state=lambda: {"state": {}, "frozen": {"tower": "open"}}, load_state=lambda last: None)
+    train(toy)
+    assert checkpoints.load_checkpoint(toy.out / "last.pt")["frozen"] == {"tower": "open"}
+
+
 def test_a_kill_between_last_pt_and_best_pt_is_made_up_for(make):
     train(make(save_last=True, epochs=1), saves=False)
     toy = make(save_last=True)
