@@ -356,7 +356,7 @@ def train(args):
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     resumed = resumes(accelerator, args.out, args.resume)
     run, parts = prepare(args, accelerator, resumed)
-    with run.opened(resumed, vars(args)):
+    with run.opened(resumed, vars(args), __file__):
         accelerator.print(f"{len(parts.train)} training and {len(parts.val)} validation pictures, {len(parts.classes)} classes; "
                           f"{run.total} steps of {len(run.plan(0)[0][0])}, lr {args.lr:g}, "
                           f"precision {accelerator.mixed_precision}, {accelerator.device}")
@@ -475,7 +475,7 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args)
         run = train(args)
-    return run.result("macro F1", "efficientnet_pretrain.py", argv)
+    return run.result("macro F1", __file__, argv)
 
 
 if __name__ == "__main__":

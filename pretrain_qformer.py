@@ -463,7 +463,7 @@ def train(args):
     accelerator = start(args)
     resumed = resumes(accelerator, args.out, args.resume)
     run, parts = prepare(args, accelerator)
-    with run.opened(resumed, vars(args)):
+    with run.opened(resumed, vars(args), __file__):
         by_chance = chance_losses(run.model, args.batch_size * accelerator.num_processes)
         print_start(run, parts, args, by_chance)
         rehearse(run, parts, args)
@@ -580,7 +580,7 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args)
         run = train(args)
-    return run.result("mean recall", "pretrain_qformer.py", argv)
+    return run.result("mean recall", __file__, argv)
 
 
 if __name__ == "__main__":

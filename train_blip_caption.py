@@ -276,7 +276,7 @@ def train(args):
     if args.report:
         files.refuse_unwritable(args.report)
     run, parts = prepare(args, accelerator)
-    with run.opened(resumed, vars(args)):
+    with run.opened(resumed, vars(args), __file__):
         accelerator.print(f"{len(parts.train)} training captions, {len(parts.val)} validation pictures; {run.total} steps of "
                           f"{len(run.plan(0)[0][0])} captions, lr {args.lr:g}, precision {accelerator.mixed_precision}, "
                           f"{accelerator.device}")
@@ -511,7 +511,7 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args)
         run = train(args)
-    return run.result("score", "train_blip_caption.py", argv)
+    return run.result("score", __file__, argv)
 
 
 if __name__ == "__main__":

@@ -538,7 +538,7 @@ def train(args):
     if args.report:
         files.refuse_unwritable(args.report)
     run, parts = prepare(args, accelerator)
-    with run.opened(resumed, vars(args)):
+    with run.opened(resumed, vars(args), __file__):
         say_begin(run, parts, args)
         rehearse(run, parts, args)
         for epoch in run.epochs():
@@ -756,7 +756,7 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args)
         run = train(args)
-    return run.result("mean recall", "train_cir.py", argv)
+    return run.result("mean recall", __file__, argv)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from engine.evaluation import PANELS, evaluate, loss_summary, text_length
 from engine.features import cached_features, predicted_styles
 from engine.prompts import Collate, answer_length, say_cut
 from engine.run import Run, resumes
+from engine.runfolder import script_name
 
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")
 # what the model returns and training_log.csv has of validation alone: a step has too few questions on style; a new term is logged
@@ -317,7 +318,7 @@ def train(args, command=()):
     accelerator = start(args)
     resumed = resumes(accelerator, args.out, args.resume)
     run, parts = prepare(args, accelerator, command)
-    with run.opened(resumed, vars(args)):
+    with run.opened(resumed, vars(args), __file__):
         if accelerator.is_main_process and not resumed:
             (run.out / gate_frames.FILE).unlink(missing_ok=True)  # of a run that ended before its first best.pt
         accelerator.print(f"{len(parts.train)} training and {len(parts.val)} validation questions, {len(run.model.styles)} styles; "
@@ -434,8 +435,8 @@ def main(argv=None):
     with errors.batch_size_in_memory_errors(args.batch_size):
         if args.dry_run:
             return dry_run(args)
-        run = train(args, ["train_gated.py", *(sys.argv[1:] if argv is None else argv)])
-    return run.result(args.select, "train_gated.py", argv)
+        run = train(args, [script_name(__file__), *(sys.argv[1:] if argv is None else argv)])
+    return run.result(args.select, __file__, argv)
 
 
 if __name__ == "__main__":

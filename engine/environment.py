@@ -40,17 +40,20 @@ def note_versions():
 
 
 def project_version():
-    """The commit of this project, and whether files have changed since."""
+    """The commit of this project, whether its files have changed since, and the code that is not in it."""
     def git(*words):
         return subprocess.run(["git", "-C", str(PROJECT), *words], capture_output=True, text=True, timeout=30)
 
     try:
-        commit, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+        commit, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain", "--untracked-files=all", "-z")
     except (OSError, subprocess.TimeoutExpired):
         return "not known (git cannot be run)"
     if commit.returncode:
         return "not known (no git checkout)"
-    return commit.stdout.strip() + (", with changes that are not committed" if changes.stdout.strip() else "")
+    changed = [entry for entry in changes.stdout.split("\0") if entry]
+    untracked = [entry[3:] for entry in changed if entry.startswith("??") and entry.endswith(".py")]
+    return commit.stdout.strip() + (", with changes that are not committed" if any(not e.startswith("??") for e in changed) else "") + (
+        f", with code that is not in it ({', '.join(untracked[:4])}{', ...' if len(untracked) > 4 else ''})" if untracked else "")
 
 
 # --- masks ------------

@@ -1,6 +1,6 @@
 """run.py: one training under way: everything around a loop that is the same in every stage. The loop itself is in the script.
 
-    with run.opened(resumed, vars(args)):             # folder, lock, log, Ctrl-C; what --resume finds
+    with run.opened(resumed, vars(args), __file__):   # folder, lock, log, Ctrl-C; what --resume finds
         for epoch in run.epochs(args.patience):
             run.wrapped.train()
             for step in run.steps(epoch):             # sets the learning rate; ends after a signal
@@ -101,15 +101,16 @@ class Run:
     # -- the run folder
 
     @contextlib.contextmanager
-    def opened(self, resumed, flags):
-        """The run folder for the time of the training. flags: {name: value} of the command line, for args.yaml."""
+    def opened(self, resumed, flags, script):
+        """The run folder for the time of the training. flags: {name: value} of the command line; script: __file__ of the one that
+        runs: both for args.yaml."""
         say = self.accelerator.print
         with contextlib.ExitStack() as stack, self.stop:
             def take():
                 stack.enter_context(runfolder.locked(self.out))
                 runfolder.refuse_overwrite(self.out, resumed)  # once more: another run may have ended meanwhile
             first_decides(self.accelerator, take)
-            self._begin(resumed, flags)
+            self._begin(resumed, flags, script)
             try:
                 yield self
             except Stopped:
@@ -128,14 +129,14 @@ class Run:
                     self.log.close()
         self.accelerator.end_training()
 
-    def _begin(self, resumed, flags):
+    def _begin(self, resumed, flags, script):
         if resumed:
             self._restore(first_decides(self.accelerator, lambda: checkpoints.load_checkpoint(
                 self.out / "last.pt", ("optimizer", "step", "marks", "settings"))))
             self.accelerator.print(f"resuming after step {self.step} of {self.total}")
         if self.accelerator.is_main_process:
             files.refuse_full_disk(self.out, self.disk)
-            runfolder.start_run(self.out, flags)
+            runfolder.start_run(self.out, flags, script)
             self.log = runfolder.RunLog(self.out, self.columns, self.step if resumed else None)
             if resumed and self.marks["epoch"] and self.step == self.marks["epoch"] * self.per_epoch:
                 self.save_best()  # last.pt is written first: a kill between the two leaves no best.pt of its epoch
@@ -193,7 +194,7 @@ class Run:
 
     def result(self, what, script, argv):
         """The end of a stage's main(): its exit code where a signal ended the run, else its result and a line to cite. DataError: there
-        is no result. what: the metric, in words; argv: the flags, None = the process's."""
+        is no result. what: the metric, in words; script: __file__; argv: the flags, None = the process's."""
         if self.stop.number:
             return 128 + self.stop.number
         if self.marks["value"] is None:
@@ -206,7 +207,8 @@ class Run:
     # -- the loop
 
     def epochs(self, patience=0):
-        """The epochs that are left; with patience up to as many without a better value. Raises Stopped where a signal came in the last."""
+        """The epochs that are left; with patience up to as many without a better value. Raises Stopped where a signal came in a
+        validation."""
         for epoch in range(self.marks["done"], self.last_epoch):
             if patience and self.marks["stale"] >= patience:
                 self.accelerator.print(f"no better {self.metric} for {patience} epochs: stopping")

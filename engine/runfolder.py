@@ -24,42 +24,25 @@ from engine import environment, files
 from engine.errors import DataError
 
 
-# --- what a checkpoint holds of a training ------------
-
-def training_state(run):
-    """What every last.pt has beside the weights: optimizer, loss scaler, step, marks."""
-    scaler = run.accelerator.scaler
-    return {"optimizer": run.optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict(), "step": run.step,
-            "marks": run.marks}
-
-
-def restore_training(run, last):
-    """Put training_state back."""
-    run.optimizer.load_state_dict(last["optimizer"])
-    if run.accelerator.scaler is not None:
-        run.accelerator.scaler.load_state_dict(last["scaler"])
-    run.step, run.marks = last["step"], last["marks"]
-
-
 # --- settings ------------
 
+def command_line(script, argv):
+    """The command as it was typed. script: __file__ of the script that runs; argv: its flags, None = the process's."""
+    return shlex.join(["python", script_name(script), *(sys.argv[1:] if argv is None else argv)])
 
-def ended(run, signal_number, what, script, argv):
-    """The end of a training's main(): its exit code where a signal ended it, else its result and a line to cite. DataError: there
-    is no result. what: the name of run.marks["value"]."""
-    if signal_number:
-        return 128 + signal_number
-    if run.marks["value"] is None:
-        raise DataError(f"the validation {what} was never finite: there is no best.pt; lower --lr")
-    result = f"best {what} {run.marks['value']:.4g} in epoch {run.marks['epoch']}"
-    run.accelerator.print(f"{result}: {run.args.out}/best.pt")
-    run.accelerator.print(cited(script, argv, run.args.seed, result))
+
+def script_name(script):
+    """A script's path from the working directory where it lies below it, else from the project's folder, else whole."""
+    path = pathlib.Path(script).resolve()
+    for root in (pathlib.Path.cwd(), environment.PROJECT):
+        if path.is_relative_to(root):
+            return str(path.relative_to(root))
+    return str(path)
 
 
 def cited(script, argv, seed, result):
-    """One line about a finished run for a paper's appendix: result, seed, version, command. argv: flags, None = the process's."""
-    command = shlex.join(["python", script, *(sys.argv[1:] if argv is None else argv)])
-    return f"to cite: {result}; seed {seed}; commit {environment.project_version()}; {command}"
+    """One line about a finished run for a paper's appendix: result, seed, version, command."""
+    return f"to cite: {result}; seed {seed}; commit {environment.project_version()}; {command_line(script, argv)}"
 
 
 def refuse_overwrite(out, resume):
@@ -109,10 +92,11 @@ def locked(out):
             out.rmdir()  # where nothing was written
 
 
-def start_run(out, settings):
-    """Write args.yaml."""
+def start_run(out, settings, script):
+    """Write args.yaml: the settings, and above them as remarks the script and the commit. script: its __file__."""
     try:
         with files.whole_file(pathlib.Path(out) / "args.yaml") as file:
+            file.write(f"# script: {script_name(script)}\n# commit: {environment.project_version()}\n")
             yaml.safe_dump(settings, file, sort_keys=False, allow_unicode=True)
     except OSError as error:
         raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None

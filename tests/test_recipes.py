@@ -59,6 +59,8 @@ def test_a_new_kind_of_gate(edited, flags, tmp_path, capsys):
     best = checkpoints.load_checkpoint(tmp_path / "run/best.pt")
     assert best["model_args"]["gating"] == "additive" and {n.split(".")[2] for n in best["state"] if n.startswith("gates.")} == {
         "norm", "mlp", "shift", "scale"}
+    assert f"# script: {script}\n# commit: " in (tmp_path / "run/args.yaml").read_text()
+    assert f"python {script} --data" in capsys.readouterr().out.splitlines()[-1] and best["command"][0] == script
     frame, = gate_frames.read_frames(tmp_path / "run" / gate_frames.FILE)
     assert all(value == 1 for style in frame["styles"].values() for layer in style["key"]["mean"] for value in layer)
     assert any(t.abs().sum() for n, t in best["state"].items() if ".shift." in n)

@@ -661,7 +661,7 @@ def test_config_of_a_run_serves_again(finished, tmp_path, monkeypatch):
         world = make(finished, kind, place, monkeypatch)
         world.run.mkdir()
         args = kind.script.get_args(world.train())
-        runfolder.start_run(world.run, vars(args))
+        runfolder.start_run(world.run, vars(args), __file__)
         again = kind.script.get_args(["--config", str(world.run / "args.yaml")])
         assert {**vars(again), "config": None} == vars(args)
 

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import math
 import re
+import subprocess
 import shutil
 import types
 from html.parser import HTMLParser
@@ -532,6 +533,24 @@ def test_about_names_command_versions_and_what_it_is_told():
     rows = dict(report.about(checkpoint="best.pt", seed=3, log=None).rows)
     assert list(rows)[:2] == ["checkpoint", "seed"] and rows["seed"] == "3" and "log" not in rows
     assert "torch" in rows["versions"] and re.match(r"20\d\d-\d\d-\d\d", rows["date"]) and rows["command"] and rows["commit"]
+
+
+def test_the_commit_says_what_is_not_in_it(monkeypatch, tmp_path):
+    """Changed files and code that git does not know; notes and pictures are no code."""
+    def git(*words):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b", *words], check=True, capture_output=True)
+
+    monkeypatch.setattr(environment, "PROJECT", tmp_path)
+    (tmp_path / "core.py").write_text("x = 1")
+    for words in (["init"], ["add", "."], ["commit", "-m", "first"]):
+        git(*words)
+    assert re.fullmatch(r"[0-9a-f]{12}", environment.project_version())
+    (tmp_path / "notes.txt").write_text("no code")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/my_gated.py").write_text("x = 2")
+    assert re.fullmatch(r"[0-9a-f]{12}, with code that is not in it \(mine/my_gated.py\)", environment.project_version())
+    (tmp_path / "core.py").write_text("x = 3")
+    assert re.fullmatch(r"[0-9a-f]{12}, with changes that are not committed, with code .*my_gated.py\)", environment.project_version())
 
 
 def test_commit_without_git_is_said(monkeypatch, tmp_path):
