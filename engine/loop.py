@@ -50,10 +50,11 @@ class StopSignal:
 
 
 def stopped(accelerator, stop):
-    """Has any process been told to stop? All of them must agree, or the others would wait for ever."""
-    if accelerator.num_processes == 1:
-        return bool(stop.number)
-    return bool(accelerator.reduce(torch.tensor(stop.number, device=accelerator.device)).item())
+    """Has any process been told to stop? All of them must agree, or the others would wait for ever; each then has the number."""
+    if accelerator.num_processes > 1:
+        numbers = accelerator.gather(torch.tensor([stop.number], device=accelerator.device))  # [processes]
+        stop.number = stop.number or int(numbers.max())
+    return bool(stop.number)
 
 
 # --- memory and time, before and while a run goes on ------------
