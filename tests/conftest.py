@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import core  # noqa: E402
+import forked  # noqa: E402
 from engine import loop, runfolder  # noqa: E402
 from tools import make_sample, make_tiny  # noqa: E402
 
@@ -45,11 +46,11 @@ def sample(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def few(sample, tmp_path_factory):
-    """A quarter of the sample, in which every style is trained: runs cost as much less, and do the same."""
+    """A fifth of the sample, in which every style is trained: runs cost as much less, and do the same."""
     folder = tmp_path_factory.mktemp("few") / "artquest"
     (folder / "images").mkdir(parents=True)
     shutil.copy(sample / "style_class.txt", folder)
-    for split, pictures in (("train", 12), ("val", 3), ("test", 3)):
+    for split, pictures in (("train", 8), ("val", 3), ("test", 3)):
         with (sample / f"{split}.csv").open(newline="", encoding="utf-8") as file:
             table = list(csv.DictReader(file))
         one_of_each = {row["style"]: row["image"] for row in reversed(table)}.values()
@@ -73,6 +74,14 @@ def tiny(tmp_path_factory):
     loop.seed_everything(0)
     texts = [core.PROMPT.format(q) + f" {a}\n" for _, q, a in make_tiny.style_sentences()]
     return make_tiny.save_random(tmp_path_factory.mktemp("tiny"), texts)
+
+
+@pytest.fixture(scope="session")
+def forker():
+    """Runs a script of the project in a process of its own: forker.run([script, argument, ...]) -> CompletedProcess."""
+    one = forked.Forker()
+    yield one
+    one.close()
 
 
 BUILT = {}  # arguments of `build` -> (model, torch's random state after building it)

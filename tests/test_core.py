@@ -309,6 +309,8 @@ def test_one_batch_is_overfitted(sample):
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if loss.item() < 0.03:  # it falls on
+            break
     assert loss.item() < 0.1
     answers = model.eval().predict_answers(None, [r.question for r in chosen], **features)
     assert answers == [r.answer for r in chosen]

@@ -59,7 +59,7 @@ def test_style_and_context_of_semart(published, artquest, tmp_path, capsys):
     more = ("--semart", str(artquest / "SemArt"), "--style", "SCHOOL", "--context", "DESCRIPTION")
     found = read(published(*more))
     assert all(row.style.endswith(" school") and row.context == f"Un tableau peint à {row.style[:-7]}" for row in found)
-    assert "60 of 60 rows" in capsys.readouterr().out
+    assert "40 of 40 rows" in capsys.readouterr().out
     only_context = read(published("--semart", str(artquest / "SemArt"), "--style", "none", "--context", "DESCRIPTION"))
     assert {row.style for row in only_context} == {""} and all(row.context for row in only_context)
     train_gated.main(published(*more))
@@ -84,7 +84,7 @@ def test_a_style_of_semart_needs_its_table(flags, artquest):
 
 def test_style_predicted_by_the_classifier(published, tiny, tmp_path, capsys):
     train_gated.main(published("--style", "efficientnet"))
-    assert "style of 15 pictures predicted by" in capsys.readouterr().out
+    assert "style of 11 pictures predicted by" in capsys.readouterr().out
     styles = checkpoints.load_checkpoint(tmp_path / "run/best.pt")["model_args"]["styles"]
     args = train_gated.get_args(published())
     net = core.EfficientNet28.from_checkpoint(tiny[1]).eval()
@@ -156,7 +156,7 @@ def test_check_data_says_what_the_language_model_gets(flags, capsys, monkeypatch
     monkeypatch.setattr(core, "load_foreign", lambda *a: pytest.fail("a weight was loaded"))
     assert train_gated.main(flags("--check-data", "--max-answer", "3")) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"train: \d+ of 60 answers are cut at 3 tokens, first \S+ \(line \d+\): '", printed)
+    assert re.search(r"train: \d+ of 40 answers are cut at 3 tokens, first \S+ \(line \d+\): '", printed)
     shown = re.findall(r"\(line \d+\): \[(.*)\] \|' ?(.*)\\n', (\d+) tokens are trained", printed)
     assert len(shown) == 3 and all("Question: " in prompt and prompt.endswith("Answer:") and int(n) <= 3 for prompt, _, n in shown)
 

@@ -7,8 +7,6 @@ a model that is loaded from another working directory.
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import huggingface_hub
 import pytest
@@ -308,14 +306,13 @@ def project(sample, tmp_path_factory):
     return folder
 
 
-def test_load_gated_from_another_folder(project, sample, tmp_path):
+def test_load_gated_from_another_folder(project, sample, tmp_path, forker):
     picture = str(next((sample / "images").iterdir()))
     code = (f"import sys; sys.path.insert(0, {str(project)!r}); import core\n"
             f"for place in ({str(project / 'runs/plain')!r}, 'runs/plain', {str(project / 'runs/named')!r}):\n"
             "    model, processor = core.load_gated(place)\n"
             f"    print('answers:', model.predict_answers(processor({picture!r}), ['What style is this painting?']))")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done, = forker.run(["-c", code], cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     assert done.stdout.count("answers: [") == 3, done.stderr[-2000:]
     assert list(tmp_path.iterdir()) == []
 

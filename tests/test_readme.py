@@ -26,7 +26,7 @@ import train_blip_caption
 import train_cir
 import train_gated
 from engine import errors, loop
-from tools import bench, compare_gated, faithfulness, make_sample, make_tiny
+from tools import bench, compare_gated, faithfulness, make_tiny, sample_cirr
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {"README.md": "README.zh-CN.md", "data/README.md": "data/README.zh-CN.md"}
@@ -179,7 +179,7 @@ def lavis_file():
 def data_sets(few):
     """data/, wikiart, shards/ and the loose pictures that the pages name."""
     shutil.copytree(few, "data/artquest")
-    make_sample.main(["--cirr", "--out", "data/cirr", "--pictures", "64"])
+    sample_cirr.make(pathlib.Path("data/cirr"), 0, 24, pytest.fail)
     here = pathlib.Path.cwd()
     for link in ("data/captions", "wikiart"):
         pathlib.Path(link).symlink_to(here / "data/artquest")

@@ -10,7 +10,6 @@ import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -612,7 +611,7 @@ def make(finished, kind, folder, patch):
 
 
 @pytest.mark.parametrize("kind", CIR)  # loop.StopSignal is that of both
-def test_second_signal_leaves_at_once(finished, kind, tmp_path, monkeypatch):
+def test_second_signal_leaves_at_once(finished, kind, tmp_path, monkeypatch, forker):
     world = make(finished, kind, tmp_path, monkeypatch)
     shutil.copytree(world.finished / "run", world.run)
     program = f"""
@@ -628,8 +627,7 @@ step, script.train_step = script.train_step, interrupted
 sys.exit(script.errors.exit_code(script.main, {world.resume()!r}))
 """
     before = {path.name: path.read_bytes() for path in world.run.glob("*.pt")}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done, = forker.run(["-c", program])
     assert done.returncode == 130 and "once more to leave at once" in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert {path.name: path.read_bytes() for path in world.run.glob("*.pt")} == before
 

@@ -534,7 +534,11 @@ def shapes_of_a_step(model, batch, labels=4):
     """Blip2OPTGated.forward where no label can be looked at: the answer is the last `labels` tokens of every row."""
     visual = model.visual_prompt(batch["image_embeds"], batch["style_feature"], batch["input_ids"], batch["prompt_mask"])
     inputs = model.lm_inputs(visual, batch["input_ids"], batch["attention_mask"])["inputs_embeds"]  # [B,Q+L,D]
-    states = model.language_model.model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+    model_inputs, (B, S, _) = {"inputs_embeds": inputs}, inputs.shape
+    if hasattr(model.language_model.model.decoder, "_update_causal_mask"):  # before transformers 5 OPT makes a mask and looks at its
+        # values: of one on the CPU it can; the positions are then given too, where it would compute them from the mask
+        model_inputs |= {"attention_mask": torch.ones(B, S), "position_ids": torch.arange(S, device=inputs.device).expand(B, S)}  # [B,S]
+    states = model.language_model.model(**model_inputs, use_cache=False).last_hidden_state
     logits = model.language_model.lm_head(states[:, -labels - 1:-1]).float()  # [B,labels,V]
     nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, -labels:].flatten())
 

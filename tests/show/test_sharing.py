@@ -10,8 +10,6 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -672,8 +670,7 @@ def test_graphics_cards_are_named(monkeypatch):
     assert environment._cuda().endswith("; A100 80 GiB, A100 80 GiB")
 
 
-def test_core_env_from_the_command_line():
-    script = str(pathlib.Path(core.__file__))
-    done = subprocess.run([sys.executable, script, "--env"], capture_output=True, text=True, timeout=100)
+def test_core_env_from_the_command_line(forker):
+    done, = forker.run([core.__file__, "--env"])
     assert done.returncode == 0 and "transformers" in done.stdout and "Traceback" not in done.stderr
     assert str(pathlib.Path.home()) + "/" not in done.stdout

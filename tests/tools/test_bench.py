@@ -115,9 +115,11 @@ def test_full_size_needs_a_gpu(monkeypatch, capsys):
         bench.main(["--plan"])
 
 
-def test_growth_measures_a_command_and_says_why_one_fails(tmp_path):
+def test_growth_measures_a_command_and_says_why_one_fails(tmp_path, monkeypatch):
     bench.write_task(tmp_path, SIZES, pictures=2, questions=8)
     seconds, peak = bench.command_cost(tmp_path, "first")
     assert seconds > 1 and 2**27 < peak < 2**35 and (tmp_path / "first/best.pt").is_file()
-    with pytest.raises(DataError, match="already holds best.pt"):
+    (tmp_path / "train_gated.py").write_text("import sys; sys.exit('one line\\nerror: ' + sys.argv[-1] + ' already holds best.pt')")
+    monkeypatch.setattr(bench.files, "PROJECT", tmp_path)  # one that fails at once
+    with pytest.raises(DataError, match="failed: error: .*first already holds best.pt"):
         bench.command_cost(tmp_path, "first")
