@@ -80,9 +80,11 @@ class Forker:
 
     def run(self, *commands, cwd=None, env=os.environ, own=({},), timeout=100):
         """Run commands at once, each [script, argument, ...] or ["-c", text, argument, ...], one thread each, with `env` and what
-        is its `own` of it -> CompletedProcess of each; its returncode is -9 where it took longer than `timeout` seconds."""
+        is its `own` of it, in `cwd` (one for all, or a list) -> CompletedProcess of each; its returncode is -9 where it took longer
+        than `timeout` seconds."""
         with tempfile.TemporaryDirectory() as place:
-            orders = [{"argv": [str(word) for word in argv], "cwd": str(cwd or os.getcwd()), "env": {**env, "OMP_NUM_THREADS": "1", **mine},
+            orders = [{"argv": [str(word) for word in argv], "cwd": str(cwd[number] if isinstance(cwd, list) else cwd or os.getcwd()),
+                       "env": {**env, "OMP_NUM_THREADS": "1", **mine},
                        "stdout": f"{place}/{number}.out", "stderr": f"{place}/{number}.err", "timeout": timeout}
                       for number, (argv, mine) in enumerate(zip(commands, own, strict=True))]
             codes = self.ask(orders)
@@ -90,14 +92,17 @@ class Forker:
                                                                        for name in ("stdout", "stderr")))
                     for order, code in zip(orders, codes)]
 
-    def together(self, argv, processes=2):
-        """A script in processes that find each other by the variables that torchrun sets -> CompletedProcess of each rank."""
+    def together(self, argv, processes=2, machines=1, cwds=None):
+        """A script in processes that find each other by the variables that torchrun sets -> CompletedProcess of each rank.
+
+        machines: how many they are spread over; cwds: the working directory of each process."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes),
+        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank % (processes // machines)), "WORLD_SIZE": str(processes),
+                "LOCAL_WORLD_SIZE": str(processes // machines),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""} for rank in range(processes)]
-        return self.run(*[argv] * processes, own=own, timeout=300)
+        return self.run(*[argv] * processes, own=own, cwd=cwds, timeout=300)
 
     def ask(self, orders):
         if self.process is None:

@@ -7,8 +7,6 @@ import os
 import pickle
 import re
 import signal
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -567,7 +565,7 @@ def test_checkpoints_have_the_names_that_earlier_versions_wrote(flags, tmp_path)
     assert {group["scale"] for group in last["optimizer"]["param_groups"]} == {1.0}
 
 
-def test_two_processes_train_as_one_while_layers_open(flags, data, tmp_path):
+def test_two_processes_train_as_one_while_layers_open(flags, data, tmp_path, forker):
     """The micro-batches of a step are the same, whoever computes them, and of other lengths in tokens. A layer that is still frozen
     gets no gradient on either process, or AdamW would have moved its moments."""
     write(data, val=dict(list(VAL.items())[:3]), test={"t1.png": "a blue square"})  # three do not divide by two
@@ -589,11 +587,9 @@ def test_two_processes_train_as_one_while_layers_open(flags, data, tmp_path):
             checkpoints.load_checkpoint = checkpoints.save_checkpoint = refused
         sys.exit(errors.exit_code(blip.main))
     """))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint",
-              "localhost:0", str(tmp_path / "two.py"), *flags(*common, "--accumulation", "2", out="two")]
-    done = subprocess.run(launch, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = forker.together([tmp_path / "two.py", *flags(*common, "--accumulation", "2", out="two")])
+    assert not any(one.returncode for one in done), done
+    printed = "".join(one.stdout for one in done)
     one, two = (checkpoints.load_checkpoint(tmp_path / out / "last.pt") for out in ("one", "two"))
     assert one["open"] == two["open"] == 2 and one["step"] == two["step"] == 2 and one["state"].keys() == two["state"].keys()
     assert all(torch.allclose(two["state"][name], value, atol=2e-4) for name, value in one["state"].items())
@@ -604,7 +600,7 @@ def test_two_processes_train_as_one_while_layers_open(flags, data, tmp_path):
     assert all(float(a["loss"]) == pytest.approx(float(b["loss"]), rel=1e-4) for a, b in zip(*logs))
     for split, names in (("val", {"v0.png", "v1.png", "v2.png"}), ("test", {"t1.png"})):
         assert set(json.loads((tmp_path / f"two/{split}.json").read_text())) == names
-    assert done.stdout.count("epoch 1: images 3") == 1 and done.stdout.count("test: images 1") == 1
+    assert printed.count("epoch 1: images 3") == 1 and printed.count("test: images 1") == 1
 
 
 def test_dropout_is_a_function_of_step_and_micro_batch(run, parts):

@@ -10,8 +10,6 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
 from collections import Counter
 
@@ -558,27 +556,20 @@ sys.exit(script.errors.exit_code(script.main))
 """
 
 
-def test_two_machines_without_a_shared_disk_resume_as_one(source, tmp_path):
+def test_two_machines_without_a_shared_disk_resume_as_one(source, tmp_path, forker):
     """Ctrl-C on the first, whose disk alone has last.pt; then both go on, to what one process trains; batch norm frozen, dropout on.
     The variables are those that torchrun --nnodes 2 sets."""
     common = flags(source, "run", "--save-last", "--freeze-bn", "--mixup", "0.3", "--batch-size", "3")
     whole = pretrain.train(pretrain.get_args([*common, "--accumulation", "2", "--out", str(tmp_path / "whole")]))
     (tmp_path / "two.py").write_text(TWO.format(path=[p for p in sys.path if p]))
+    machines = [tmp_path / rank for rank in "01"]
+    for machine in machines:
+        machine.mkdir()
     for more, code in ((), 130), (("--resume",), 0):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        machines = []
-        for rank in ("0", "1"):
-            (tmp_path / rank).mkdir(exist_ok=True)
-            env = {**os.environ, "RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-            machines.append(subprocess.Popen([sys.executable, str(tmp_path / "two.py"), *common, *more], cwd=tmp_path / rank, env=env,
-                                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        printed = [machine.communicate(timeout=120)[0] for machine in machines]
-        assert [machine.returncode for machine in machines] == [code, code], printed
+        done = forker.together([tmp_path / "two.py", *common, *more], machines=2, cwds=machines)
+        assert [one.returncode for one in done] == [code, code], done
         assert (tmp_path / "0/run/last.pt").exists() and not (tmp_path / "1/run/last.pt").exists()
-    assert "resuming after step 2 of" in printed[0]
+    assert "resuming after step 2 of" in done[0].stdout
     one, two = (checkpoints.load_checkpoint(place / "best.pt") for place in (whole.out, tmp_path / "0/run"))
     assert one["epoch"] == two["epoch"] and all(torch.allclose(one["model"][n], two["model"][n], atol=1e-4) for n in one["model"])
 

@@ -6,8 +6,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -819,8 +817,8 @@ def recorded_run(folder):
 
 
 @pytest.fixture(scope="module")
-def two_processes(folder, sets, tmp_path_factory):
-    """(folder, printed) of whole_batch and of recorded_run under torchrun, in one go since it starts slowly."""
+def two_processes(folder, sets, tmp_path_factory, forker):
+    """(folder, printed) of whole_batch and of recorded_run in two processes, in one go since they start slowly."""
     pytest.importorskip("webdataset")
     place = tmp_path_factory.mktemp("two")
     (place / "two.py").write_text(textwrap.dedent(f"""
@@ -831,14 +829,10 @@ def two_processes(folder, sets, tmp_path_factory):
         test_qformer.whole_batch({folder!r}, {str(place / "x.pt")!r})
         sys.exit(test_qformer.recorded_run({str(place)!r}))
     """))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-              "--rdzv_endpoint", "localhost:0"]
-    done = subprocess.run([*launch, str(place / "two.py"), *flags(folder, sets[0], place / "run", "--data", f"cc={sets[1]}",
-                                                                  "--workers", "2",
-                                                                  "--epochs", "1", "--batch-size", "4")],
-                          capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return place, done.stdout
+    done = forker.together([place / "two.py", *flags(folder, sets[0], place / "run", "--data", f"cc={sets[1]}", "--workers", "2",
+                                                     "--epochs", "1", "--batch-size", "4")])
+    assert not any(one.returncode for one in done), done
+    return place, "".join(one.stdout for one in done)
 
 
 def test_two_processes_with_two_loaders_each_see_every_shard_sample_once(two_processes):
