@@ -1,7 +1,7 @@
 """What README.md, data/README.md, their Chinese pages and the scripts' docstrings tell people to type.
 
 Every command parses, the two languages tell the same ones, and those of the indented blocks are run in the order of the page, on
-small stand-ins for what a reader would have (data, published weights), only shortened by the flags of SHORTER.
+small stand-ins for what a reader would have (data, published weights), only shortened by the flags of SHORTER, and one gate map drawn.
 """
 
 import io
@@ -212,6 +212,7 @@ def data_sets(few):
 def world(tmp_path, monkeypatch, few, tiny, no_curves):
     """A folder with everything that the commands of the pages read; the current one."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_cir, "MAPS", 1)  # of --gate-maps, a second each
     data_sets(few)
     published_models(tiny)
     lavis_file()
