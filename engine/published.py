@@ -125,7 +125,7 @@ def load_config(name):
 
 def load_vision(name, dtype=torch.float32):
     """The vision tower alone -> (Blip2VisionModel, config of the whole). name: any BLIP-2 in HuggingFace's format, or a folder
-    that holds its vision part alone. The language model beside it is never read."""
+    that holds its vision part alone. The language model beside it is never read. dtype None: as each tensor is kept."""
     from safetensors import safe_open
     from transformers import Blip2VisionModel
     config, state = load_config(name), {}
@@ -138,7 +138,7 @@ def load_vision(name, dtype=torch.float32):
         with safe_open(file, "pt") as tensors:
             names = list(tensors.keys())
             inner = [n for n in names if n.startswith("vision_model.")] if config.model_type == "blip-2" else names
-            state |= {n.removeprefix("vision_model."): tensors.get_tensor(n).to(dtype) for n in inner}
+            state |= {n.removeprefix("vision_model."): tensors.get_tensor(n).to(dtype=dtype) for n in inner}
     if not state:
         raise DataError(f"{name}: no vision tower in its .safetensors files (model_type {config.model_type})")
     with torch.device("meta"):
@@ -417,7 +417,7 @@ def refuse_missing(missing, shortest=""):
 # --- a Q-Former from elsewhere ------------
 
 # LAVIS name -> HuggingFace name, applied in this order; lm_head (of ITG) is a name of ours, HuggingFace has no such head. Not
-# covered: LAVIS's EVA vision tower ("visual_encoder."), which is frozen and comes from the BLIP-2 folder.
+# covered: LAVIS's EVA vision tower ("visual_encoder."), which is frozen and comes from the BLIP-2 folder (towers.py compares them).
 LAVIS_KEYS = (
     ("Qformer.bert.embeddings.LayerNorm.", "qformer.layernorm."),
     ("Qformer.bert.embeddings.", "embeddings."),
