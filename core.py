@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 from data import rows
 from data.rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from data.wikiart import WIKIART
-from engine import environment, published
+from engine import environment, published, towers
 from engine.checkpoints import load_foreign, load_strictly, load_trainable, unwrap_state
 from engine.errors import DataError
 # all of them: README, and whoever copies a script, has them as core.encode_training and so on
@@ -458,19 +458,22 @@ class Blip2Retrieval(nn.Module):
         self.text_projection = nn.Linear(settings.hidden_size, E)
         self.itm_head = nn.Linear(settings.hidden_size, 2)
         self.temp = nn.Parameter(torch.tensor(0.07))
+        self.ln_vision = {}  # of the vision tower, where another Q-Former brought its own: a best.pt must hold it
         self.vision_model.requires_grad_(False)
         self.train(self.training)
 
     @classmethod
-    def load(cls, name, qformer=None, dtype=torch.float32, **settings):
+    def load(cls, name, qformer=None, dtype=torch.float32, say=print, **settings):
         """name: HuggingFace id or folder (image-text-retrieval format). qformer: another folder or a LAVIS .pth whose
-        Q-Former, queries and heads are put in. dtype is that of the frozen vision tower."""
+        Q-Former, queries, heads and ln_vision are put in (see towers.join). dtype is that of the frozen vision tower."""
         from transformers import Blip2ForImageTextRetrieval
         published, tokenizer = load_published(Blip2ForImageTextRetrieval, "BLIP-2", name, dtype)
         model = cls(published.vision_model, published.config, tokenizer, **settings)
         state = {n: p.float() for n, p in published.state_dict().items()} | stage1_extras(name)
         for source, tensors in ((name, state), *([(qformer, read_weights(qformer))] if qformer else [])):
             model.load_parts(qformer_weights(tensors, text_path=True, source=source), source)
+        if qformer:
+            model.ln_vision = towers.join(model.vision_model, qformer, name, say)
         return model
 
     def load_parts(self, parts, source):
@@ -627,15 +630,18 @@ class Blip2OPTGated(nn.Module):
 
     @classmethod
     def build(cls, blip2, efficientnet, styles, gating="film", qformer=None, dtype=torch.float32, safe=False, lm_precision=None,
-              tower=True, **settings):
+              tower=True, say=print, **settings):
         """From names and plain values (best.pt's model_args): blip2 an id or folder, efficientnet a checkpoint, qformer the
-        folder or file of another Q-Former. dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
+        folder or file of another Q-Former, whose ln_vision comes with it (see towers.join; without `tower` it is in the features
+        already). dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
         net = cls.style_tower.from_checkpoint(efficientnet, safe) if gating != "none" else None
-        blip2, tokenizer = load_blip2(blip2, dtype, lm_precision, tower)
+        name, (blip2, tokenizer) = blip2, load_blip2(blip2, dtype, lm_precision, tower)
         if not tower:
             blip2.vision_model = None
         if qformer:
             replace_qformer(blip2, qformer)
+            if tower:
+                towers.join(blip2.vision_model, qformer, name, say)
         return cls(blip2, tokenizer, net, styles, gating, **settings)
 
     def _build_gates(self, qconfig, efficientnet, gating, per, hidden, scale, tokens, mapper_hidden):

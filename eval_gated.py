@@ -382,8 +382,8 @@ def prepare(args, checkpoint, accelerator):
     def load_style():
         return model_class(args.script).style_tower.from_checkpoint(places["efficientnet"], args.safe_load).eval()
 
-    features, towers = cached_features(args.cache, places["blip2"], load_style if places["gating"] != "none" else None, questions,
-                                       accelerator, dtype, args.workers)
+    features, towers = cached_features(args.cache, places["blip2"], places.get("qformer"),
+                                       load_style if places["gating"] != "none" else None, questions, accelerator, dtype, args.workers)
     model = load_model(args, checkpoint, dtype, towers).to(accelerator.device)
     if places.get("lm_precision") != checkpoint["model_args"].get("lm_precision"):
         accelerator.print(f"the language model is in {places['lm_precision']}, in training it was in "

@@ -30,7 +30,7 @@ import core
 import metrics
 from data import pairs, rows, shards
 from data.pairs import Captioned
-from engine import checkpoints, environment, errors, files, flags, loaders, loop, published, stage1
+from engine import checkpoints, environment, errors, files, flags, loaders, loop, published, stage1, towers
 from engine.errors import DataError
 from engine.run import Run, resumes
 
@@ -274,12 +274,28 @@ def draw_negatives(logits, other):
 
 # --- where weights come from ------------
 
+def places(args):
+    """-> (place of --blip2, place of --init, model_type of the folder of --init or None: a file, or random)."""
+    name, init = published.in_models(args.blip2, "blip2-itm"), published.in_models(args.init)
+    return name, init, published.load_config(init).model_type if init != "random" and not pathlib.Path(init).is_file() else None
+
+
+def load_tower(args, dtype, say=print):
+    """--blip2's vision tower in this dtype (None: as it is kept) -> (tower, config, {} or the ln_vision of --init: see towers.join).
+
+    A Q-Former that is trained on may start behind another tower than its own, which is said; one that is converted may not."""
+    name, init, kind = places(args)
+    vision, config = published.load_vision(name, dtype)
+    if init == "random" or kind == "bert":
+        return vision, config, {}
+    return vision, config, towers.join(vision, published.local_folder(init) if kind else init, name, say, strict=bool(args.convert))
+
+
 def load_model(args, dtype, say=print):
     """--blip2 (vision tower) and --init (Q-Former, tokenizer) -> Stage1. A hub's ID is looked for in models/ first. Says what
     starts fresh."""
-    name, init = published.in_models(args.blip2, "blip2-itm"), published.in_models(args.init)
-    vision, config = published.load_vision(name, dtype)
-    kind = published.load_config(init).model_type if init != "random" and not pathlib.Path(init).is_file() else None
+    name, init, kind = places(args)
+    vision, config, ln_vision = load_tower(args, dtype, say)
     if kind == "bert":
         config, tokenizer = stage1.bert_config(config, published.load_config(init)), published.load_tokenizer(init)
     else:
@@ -292,6 +308,7 @@ def load_model(args, dtype, say=print):
         config = own
     published.refuse_other_tokenizer(tokenizer, config.qformer_config.vocab_size, init if kind else name)
     model = Stage1(vision, config, tokenizer)
+    model.ln_vision = ln_vision
     if kind == "bert":
         absent = stage1.start_from_bert(model, published.load_bert(init), init)
     elif init == "random":
@@ -422,7 +439,7 @@ def load_epoch(args, parts, epoch, left, say):
 def best_of(args, model, frozen, precision):
     """What best.pt holds: trained tensors and plain values only."""
     return {"state": checkpoints.trainable_state(model), "model_args": {"blip2": args.blip2, "init": args.init}, "args": vars(args),
-            "frozen": frozen, "precision": precision}
+            "frozen": frozen, "precision": precision, "ln_vision": model.ln_vision}
 
 
 def settings(args, parts):
@@ -437,12 +454,17 @@ def settings(args, parts):
             "processes": parts.stream.processes}
 
 
-def export_best(run):
-    """OUT/hf: the weights of the best epoch, which need not be the last."""
+def export_best(run, args):
+    """OUT/hf: the weights of the best epoch, which need not be the last, and the tower as its source keeps it."""
     if run.accelerator.is_main_process and run.marks["value"] is not None:
         path = run.out / "best.pt"
         checkpoints.load_trainable(run.model, checkpoints.load_checkpoint(path)["state"], path)
-        stage1.export(run.model, run.out / "hf")
+        tower, _, ln_vision = load_tower(args, None, lambda line: None)
+        other = towers.differing(tower, {n: towers.sampled(t) for n, t in run.model.vision_model.state_dict().items()})
+        if other:
+            raise DataError(f"{args.blip2}: its vision tower is another one than when this training began ({other[0]}): give back "
+                            f"that one, and --convert {path} writes {run.out / 'hf'}")
+        stage1.export(run.model, run.out / "hf", tower, ln_vision)
         print(f"{run.out / 'hf'}: for {NEXT}")
 
 
@@ -475,7 +497,7 @@ def train(args):
             numbers = validate(run, parts, parts.val, args)
             if run.end_epoch({**numbers, "temp": run.model.temp.item()}):
                 run.save_best()
-        export_best(run)
+        export_best(run, args)
     return run
 
 
@@ -534,7 +556,8 @@ def make_run(args, accelerator, model, parts):
         checkpoints.print_parts(model)
     wrapped, optimizer = accelerator.prepare(model, loop.make_optimizer(model, args.lr, args.weight_decay))
     frozen = checkpoints.fingerprint(model)
-    trained, tower = (sum(p.nbytes for p in model.parameters() if p.requires_grad is wanted) for wanted in (True, False))
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    tower = sum(4 * p.numel() for p in model.parameters() if not p.requires_grad)  # at most: as its source keeps it
     return Run("qformer", args.out, accelerator, model, wrapped, optimizer, epochs=args.epochs, seed=args.seed, metric="mean",
                rows=[*parts.train.rows, SimpleNamespace(name="the tar files", line=0)], plan=lambda epoch: epoch_plan(args, parts, epoch),
                batches=lambda epoch, left: load_epoch(args, parts, epoch, left, accelerator.print),
@@ -564,7 +587,8 @@ def convert(args):
     files.refuse_unwritable(folder)
     args.init = args.convert
     published.refuse_missing({"BLIP-2": published.missing_model(args.blip2, "blip2-itm")})
-    stage1.export(load_model(args, core.DTYPES["fp16"]), folder)
+    model = load_model(args, None)
+    stage1.export(model, folder, model.vision_model, model.ln_vision)
     print(f"{folder}: for {NEXT}")
 
 

@@ -156,10 +156,10 @@ def load_blip(name):
     name = published.in_models(name, "blip")
     model, tokenizer = published.load_published(BlipForConditionalGeneration, "BLIP", name)
     text = model.config.text_config
-    ours, wanted = ((len(tokenizer), tokenizer.pad_token_id, tokenizer.sep_token_id),
-                    (text.vocab_size, text.pad_token_id, text.sep_token_id))
-    if ours[0] > wanted[0] or ours[1:] != wanted[1:]:
-        raise DataError(f"{name}: tokenizer and decoder do not belong together (tokens, pad and sep are {ours} and {wanted})")
+    published.refuse_more_tokens(tokenizer, text.vocab_size, "the decoder", name)
+    ours, wanted = (tokenizer.pad_token_id, tokenizer.sep_token_id), (text.pad_token_id, text.sep_token_id)
+    if ours != wanted:
+        raise DataError(f"{name}: tokenizer and decoder do not belong together (pad and sep are {ours} and {wanted})")
     if tokenizer("a").input_ids[-1] != text.sep_token_id:
         raise DataError(f"{name}: its tokenizer does not end a text with [SEP], so no caption would ever end")
     set_smoothing(model)

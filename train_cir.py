@@ -350,10 +350,10 @@ def refuse_missing_model(args):
     published.refuse_missing({"BLIP-2": published.missing_model(args.blip2 or DEFAULT, "blip2-itm")})
 
 
-def load_model(args, dtype):
+def load_model(args, dtype, say=print):
     """--blip2 and --qformer -> Sprc. A hub's ID is looked for in models/ first."""
     name = published.in_models(args.blip2 or DEFAULT, "blip2-itm")
-    model = Sprc.load(name, args.qformer, dtype, gate=not args.no_gate, spatial=args.spatial_attention)
+    model = Sprc.load(name, args.qformer, dtype, say, gate=not args.no_gate, spatial=args.spatial_attention)
     published.refuse_other_tokenizer(model.tokenizer, model.embeddings.word_embeddings.num_embeddings, name)
     if not args.loss_rtc:  # nothing trains the prompts, and a trained part without a gradient would hang several processes
         nn.init.zeros_(model.prompt_tokens.requires_grad_(False))
@@ -476,7 +476,7 @@ def format_metrics(numbers):
 def best_of(args, model, frozen, precision):
     """What best.pt holds: trained tensors and plain values only."""
     return {"state": checkpoints.trainable_state(model), "model_args": {name: getattr(args, name) for name in MODEL_ARGS},
-            "args": vars(args), "frozen": frozen, "precision": precision}
+            "args": vars(args), "frozen": frozen, "precision": precision, "ln_vision": model.ln_vision}
 
 
 def settings(args, parts, processes):
@@ -502,6 +502,8 @@ def load_best(args):
     accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
     with accelerator.main_process_first():
         model = load_model(args, core.DTYPES[accelerator.mixed_precision])
+    if best.get("ln_vision"):  # of --qformer
+        checkpoints.load_strictly(model.vision_model.post_layernorm, best["ln_vision"], f"ln_vision of {args.checkpoint}")
     if checkpoints.fingerprint(model) != best["frozen"]:
         raise DataError(f"{args.checkpoint} was trained on another vision tower than {args.blip2 or DEFAULT}: "
                         "pass --blip2 with its folder")
@@ -599,7 +601,7 @@ def prepare(args, accelerator):
     train, val = (read_data(args, split, accelerator.print) for split in ("train", "val"))
     loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
-        model = load_model(args, core.DTYPES[accelerator.mixed_precision])
+        model = load_model(args, core.DTYPES[accelerator.mixed_precision], accelerator.print)
     if accelerator.is_main_process:
         checkpoints.print_parts(model)
     frozen, opener = checkpoints.fingerprint(model), picture_source(args, model, [*train, *val], accelerator)

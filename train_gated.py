@@ -387,10 +387,10 @@ def prepare(args, accelerator, command=()):
     built_from = model_args(args, train_rows, answer_length(tokenizer, train_rows, args.max_answer))
     say_cut(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)
     dtype = core.DTYPES[accelerator.mixed_precision]  # of the frozen towers; everything that is trained is in float32
-    features, towers = cached_features(args.cache, places["blip2"], load_style if args.gating != "none" else None,
+    features, towers = cached_features(args.cache, places["blip2"], places["qformer"], load_style if args.gating != "none" else None,
                                        train_rows + val_rows, accelerator, dtype, args.workers)
     loop.seed_everything(args.seed)
-    model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None)
+    model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None, say=accelerator.print)
     core.save_activations(model.language_model, args.activations)
     parts = Parts(Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features),
                   Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from)

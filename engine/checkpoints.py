@@ -136,9 +136,10 @@ def load_trainable(model, state, source):
             parameter.copy_(state[name])
 
 
-def fingerprint(model):
+def fingerprint(model, dtype=None):
     """{part: short hash} of the frozen parts: shapes and a few values of every tensor, rounded to bf16 so that it does not depend
     on the dtype of loading. Tells the BLIP-2 a run was trained on from another one; it is not a checksum of all bytes.
+    dtype: as of a model loaded in it, for float16, whose values round to bf16 in another way at times (None: as it is).
 
     The linear layers of the language model are a part of their own, absent where their weights are packed (int8, nf4)."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -151,7 +152,7 @@ def fingerprint(model):
         if name in trained or (in_linear and packed):
             continue
         flat = tensor.detach().flatten()
-        values = flat[:: max(1, flat.numel() // 64)].to(torch.bfloat16).float().cpu().numpy()
+        values = flat[:: max(1, flat.numel() // 64)].to(dtype or flat.dtype).to(torch.bfloat16).float().cpu().numpy()
         digest = digests.setdefault(LINEAR if in_linear else name.partition(".")[0], hashlib.sha256())
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
     return {part: digest.hexdigest()[:16] for part, digest in digests.items()}

@@ -8,8 +8,7 @@ import torch
 from tqdm import tqdm
 
 from data import rows
-from engine import cache, published
-from engine.checkpoints import fingerprint
+from engine import cache, published, towers
 
 
 @torch.no_grad()
@@ -31,26 +30,29 @@ def predicted_styles(net, size, checkpoint, splits, workers, device, say=print):
 
 
 @torch.no_grad()
-def cached_features(folder, blip2, load_style, questions, accelerator, dtype, workers):
+def cached_features(folder, blip2, qformer, load_style, questions, accelerator, dtype, workers):
     """--cache: (cache.Features of the rows' pictures, {"vision_model": its fingerprint}); without a folder (None, {}).
 
-    load_style: function that loads the EfficientNet28, None where no gates are built. The towers come in turns: the vision tower
-    is gone again when the classifier is loaded, both when the language model is, so that memory holds the largest and not the sum.
+    qformer: where the Q-Former comes from, None: from blip2; its ln_vision counts to the tower. load_style: function that loads the
+    EfficientNet28, None where no gates are built. The towers come in turns: the vision tower is gone again when the classifier is
+    loaded, both when the language model is, so that memory holds the largest and not the sum.
     """
     if folder is None:
         return None, {}
     paths = list(dict.fromkeys(row.image for row in questions))
     tower, _ = published.load_vision(blip2, dtype)
+    if qformer:
+        towers.join(tower, qformer, blip2, accelerator.print)
     tower.requires_grad_(False)
     size, kept = tower.config.image_size, {}
     with accelerator.main_process_first():  # the others find everything there
         kept["image_embeds"] = cache.vision_features(folder, tower, paths, partial(rows.picture_tensor, size=size),
                                                      rows.PREPROCESSING, workers, accelerator.device, accelerator.print)
-        towers = fingerprint(torch.nn.ModuleDict({"vision_model": tower}))
+        frozen = {"vision_model": towers.fingerprint(tower)}
         del tower
         if load_style is not None:
             kept["style_feature"] = style_features(folder, load_style().to(accelerator.device), paths, size, accelerator, workers)
-    return cache.Features(**kept), towers
+    return cache.Features(**kept), frozen
 
 
 def style_features(folder, net, paths, size, accelerator, workers):

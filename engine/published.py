@@ -50,9 +50,7 @@ def load_blip2(name, dtype=torch.float32, lm_precision=None, tower=True):
     model.vision_model.to(dtype)
     if "quantization_config" not in options:
         model.language_model.to(lm_dtype)
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        raise DataError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the language model "
-                        f"{model.config.text_config.vocab_size}: they do not belong together")
+    refuse_more_tokens(tokenizer, model.config.text_config.vocab_size, "the language model", name)
     return model, tokenizer
 
 
@@ -127,7 +125,7 @@ def load_config(name):
 
 def load_vision(name, dtype=torch.float32):
     """The vision tower alone -> (Blip2VisionModel, config of the whole). name: any BLIP-2 in HuggingFace's format, or a folder
-    that holds its vision part alone. The language model beside it is never read."""
+    that holds its vision part alone. The language model beside it is never read. dtype None: as each tensor is kept."""
     from safetensors import safe_open
     from transformers import Blip2VisionModel
     config, state = load_config(name), {}
@@ -140,7 +138,7 @@ def load_vision(name, dtype=torch.float32):
         with safe_open(file, "pt") as tensors:
             names = list(tensors.keys())
             inner = [n for n in names if n.startswith("vision_model.")] if config.model_type == "blip-2" else names
-            state |= {n.removeprefix("vision_model."): tensors.get_tensor(n).to(dtype) for n in inner}
+            state |= {n.removeprefix("vision_model."): tensors.get_tensor(n).to(dtype=dtype) for n in inner}
     if not state:
         raise DataError(f"{name}: no vision tower in its .safetensors files (model_type {config.model_type})")
     with torch.device("meta"):
@@ -260,11 +258,23 @@ def load_tokenizer(name):
     return tokenizer
 
 
+def refuse_more_tokens(tokenizer, words, whose, name):
+    """DataError where a text may hold an id that `whose` table of this many words has no row for.
+
+    A processor's marks for pictures (Blip2Processor adds <image> to the tokenizer of any model) stand in no text and need no row: a
+    text that spells one out is from now on read as any other characters."""
+    kept = {getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "unk", "sep", "pad", "cls")}
+    marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special and number not in kept}
+    most = max(number for number in tokenizer.get_vocab().values() if number not in marks) + 1
+    if most > words:
+        raise DataError(f"{name}: the tokenizer has {most} tokens, {whose} {words}: they do not belong together")
+    if max(marks, default=0) >= words:
+        tokenizer.split_special_tokens = True
+
+
 def refuse_other_tokenizer(tokenizer, words, name):
     """DataError where a tokenizer is not that of a Q-Former with this many words, which reads [CLS] text [SEP]."""
-    if len(tokenizer) > words:
-        raise DataError(f"{name}: the tokenizer has {len(tokenizer)} tokens, the Q-Former {words}: they do not belong "
-                        "together")
+    refuse_more_tokens(tokenizer, words, "the Q-Former", name)
     ids = tokenizer("a").input_ids
     if None in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id) or (
             ids[0] != tokenizer.cls_token_id or ids[-1] != tokenizer.sep_token_id):
@@ -407,7 +417,7 @@ def refuse_missing(missing, shortest=""):
 # --- a Q-Former from elsewhere ------------
 
 # LAVIS name -> HuggingFace name, applied in this order; lm_head (of ITG) is a name of ours, HuggingFace has no such head. Not
-# covered: LAVIS's EVA vision tower ("visual_encoder."), which is frozen and comes from the BLIP-2 folder.
+# covered: LAVIS's EVA vision tower ("visual_encoder."), which is frozen and comes from the BLIP-2 folder (towers.py compares them).
 LAVIS_KEYS = (
     ("Qformer.bert.embeddings.LayerNorm.", "qformer.layernorm."),
     ("Qformer.bert.embeddings.", "embeddings."),

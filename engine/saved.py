@@ -158,6 +158,8 @@ def refuse_other_base(saved, places, model):
         return
     was, now = saved.config.get("base_model", {}).get("revision"), revision_of(places["blip2"])
     told = f"; revision {was} there, {now} here" if was and now and was != now else ""
+    if others == ["vision_model"] and places["qformer"]:
+        told += "; or by a version of this project that left the ln_vision of its Q-Former out"
     raise DataError(f"{saved.source} was trained on another BLIP-2 or style classifier than {places['blip2']} and "
                     f"{places['efficientnet']} (other: {', '.join(others)}{told}): pass blip2= and efficientnet= of the training")
 

@@ -74,14 +74,18 @@ def start_at_random(model):
 
 # --- and where they go ------------
 
-def export(model, folder):
+def export(model, folder, tower=None, ln_vision=None):
     """A folder that transformers' Blip2ForImageTextRetrieval, train_cir.py and train_gated.py --qformer load.
 
-    temp and the captioning head, which that class does not have, go into stage1.safetensors beside."""
+    tower: the vision tower as its source keeps it, ln_vision: the same of its norm, where another Q-Former brought one (None: the
+    model's own, which training may have rounded). temp and the captioning head, which that class does not have, go into
+    stage1.safetensors beside."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import Blip2ForImageTextRetrieval, Blip2Processor, BlipImageProcessor
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    kept = {**(tower or model.vision_model).state_dict(), **{f"post_layernorm.{name}": t for name, t in (ln_vision or {}).items()}}
+    state |= {f"vision_model.{name}": tensor.cpu().contiguous() for name, tensor in kept.items()}
     extra = {name: state.pop(name) for name in list(state) if name == "temp" or name.startswith("lm_head.")}
     with torch.device("meta"):
         theirs = Blip2ForImageTextRetrieval(model.config)

@@ -1,0 +1,110 @@
+"""towers.py: the vision tower that a Q-Former from elsewhere is put behind.
+
+    join          the ln_vision that was trained with the Q-Former goes into the tower; another tower is refused, or said
+    differing     two towers, tensor by tensor
+
+LAVIS trains ln_vision, the norm between tower and Q-Former, together with the Q-Former and leaves the tower frozen. HuggingFace's
+format counts it to the tower, as post_layernorm.
+"""
+
+import pathlib
+
+import torch
+from torch import nn
+
+from engine import checkpoints, published
+from engine.errors import DataError
+
+NORM = "post_layernorm."
+# LAVIS's name of a tower's tensor -> HuggingFace's, applied in this order (its q_bias and v_bias are one tensor there: not compared)
+LAVIS_TOWER = (("visual_encoder.", ""), ("blocks.", "encoder.layers."), (".norm", ".layer_norm"),
+               (".attn.proj.", ".self_attn.projection."), (".attn.", ".self_attn."), ("cls_token", "embeddings.class_embedding"),
+               ("pos_embed", "embeddings.position_embedding"), ("patch_embed.proj.", "embeddings.patch_embedding."))
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROUNDING = 2 ** -7  # relative; of bfloat16, the coarsest that a tower is kept in
+
+
+def join(tower, source, name, say=print, strict=True):
+    """Before the Q-Former of `source` goes behind `tower`: the ln_vision that was trained with it replaces the tower's own.
+
+    tower: the Blip2VisionModel of `name`; source: a folder in HuggingFace's format, a .pth or .bin file, a best.pt. One line says what
+    was found. -> {"weight": [W], "bias": [W]} as the source has them, {} where it has none.
+    DataError: the source holds, or names by its fingerprint, another tower; without `strict` it is said, and the tower stays as it is.
+    """
+    found = _tower_of(pathlib.Path(source))
+    own, norm = tower.post_layernorm, found["norm"]
+    before = {n: tensor.clone() for n, tensor in own.state_dict().items()}
+    checkpoints.load_strictly(own, norm or before, f"ln_vision of {source}")
+    other = differing(tower, found["held"], found["of_lavis"]) if found["held"] else []
+    if found["frozen"] not in (None, fingerprint(tower, found["precision"])):
+        other = ["its fingerprint"]
+    if other and not found["of_lavis"]:
+        told = f"its Q-Former was trained behind another vision tower than that of {name} ({len(other)} differ, first {other[0]})"
+        if strict:
+            raise DataError(f"{source}: {told}: give --blip2 with the tower of that training")
+        own.load_state_dict(before)
+        say(f"note: {source}: {told}; the tower and its ln_vision are those of {name}")
+        return {}
+    told = ["with its ln_vision" if norm else "without an ln_vision, that of the tower stays"]
+    if found["of_lavis"]:
+        told += [f"its visual_encoder is left out, {len(found['held'])} tensors, "
+                 + (f"though {len(other)} of them are other than those of {name} (fine-tuned?)" if other else f"the same as {name}")]
+    elif not found["held"] and found["frozen"] is None:
+        told += [f"which vision tower it was trained behind cannot be told, that of {name} is taken"]
+    say(f"Q-Former of {source}: {'; '.join(told)}")
+    return norm
+
+
+def fingerprint(tower, precision=None):
+    """checkpoints.fingerprint of a tower, which is frozen by this, as one that was loaded in this precision has it."""
+    return checkpoints.fingerprint(nn.ModuleDict({"vision_model": tower.requires_grad_(False)}), PRECISIONS.get(precision))["vision_model"]
+
+
+def sampled(tensor):
+    """(shape, about 64 values in float32) of a tensor: enough to tell a trained one from another."""
+    flat = tensor.detach().flatten()
+    return tuple(tensor.shape), flat[::max(1, flat.numel() // 64)].float().cpu()
+
+
+def differing(tower, held, common=False):
+    """Names of a tower's tensors that are other ones in `held`, {name: sampled}, ln_vision left out. common: those alone count that
+    both have. Two precisions of the same values do not differ."""
+    own = {n: sampled(tensor) for n, tensor in tower.state_dict().items() if not n.startswith(NORM)}
+    names = own.keys() & held.keys() if common else own.keys() | held.keys()
+    return sorted(n for n in names if n not in own or n not in held or own[n][0] != held[n][0]
+                  or not torch.allclose(own[n][1], held[n][1], rtol=ROUNDING, atol=1e-7))
+
+
+def _tower_of(path):
+    """What a source knows of its tower: held {name: sampled}, of_lavis: is it LAVIS's visual_encoder?, norm {name: tensor}, frozen and
+    precision: the fingerprint in a best.pt, and what the tower was loaded in."""
+    held, norm, loaded = {}, {}, {}
+    if path.is_dir():
+        tensors = _tensors_in(path)
+    else:
+        loaded = checkpoints.load_foreign(path, safe=True, advice="give a Q-Former's tensors alone, as a plain dict")
+        tensors = checkpoints.unwrap_state(loaded, path)[0].items()
+    of_lavis = False
+    for name, tensor in tensors:
+        inner = name.removeprefix("vision_model.").replace("ln_vision.", NORM)
+        if inner.startswith(NORM):
+            norm[inner.removeprefix(NORM)] = tensor.clone()
+        elif name.startswith("visual_encoder."):
+            of_lavis = True
+            for old, new in LAVIS_TOWER:
+                inner = inner.replace(old, new)
+            held[inner] = sampled(tensor)
+        elif inner != name:
+            held[inner] = sampled(tensor)
+    own = loaded if isinstance(loaded, dict) and isinstance(loaded.get("frozen"), dict) else {}  # one of this project's
+    return {"held": held, "of_lavis": of_lavis, "norm": norm or own.get("ln_vision", {}),
+            "frozen": own.get("frozen", {}).get("vision_model"), "precision": own.get("precision")}
+
+
+def _tensors_in(folder):
+    """(name, tensor) of the vision tower in a folder's .safetensors files, one at a time."""
+    from safetensors import safe_open
+    for file in sorted(folder.glob("*.safetensors")):
+        published.refuse_incomplete(file)
+        with safe_open(file, "pt") as tensors:
+            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys() if name.startswith("vision_model."))
