@@ -224,7 +224,8 @@ def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0
         if not splits["val"]:
             raise DataError(f"{place}: no style has a second picture: nothing can be held out for validation")
     else:
-        splits = {split: make_rows(entries, root) for split, entries in found.items()}
+        read = make_rows(found["train"] + found["val"], root)  # at once: one file cannot be the picture of two styles
+        splits = {"train": read[:len(found["train"])], "val": read[len(found["train"]):]}
     say(f"{place}: {layout}, pictures in {root}")
     return (add_photos(photos, classes, splits, say) if photos else classes), splits
 
