@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
 from dataclasses import dataclass
 
@@ -315,8 +316,9 @@ def print_table(table):
 
 
 def question_ids(questions):
-    """The table's question_id, as a number where it is one, else the number of the row from 0. DataError: one twice."""
-    ids = [int(r.question_id) if r.question_id.isdecimal() else r.question_id or i for i, r in enumerate(questions)]
+    """The table's question_id as it is written, else the number of the row from 0; the plain spelling of a whole number, such as 1827492
+    and not 01827492, is that number, as VQAv2's evaluator takes it. DataError: one twice."""
+    ids = [int(r.question_id) if re.fullmatch("0|[1-9][0-9]*", r.question_id) else r.question_id or i for i, r in enumerate(questions)]
     seen = {}
     for i, r in zip(ids, questions):
         if i in seen:

@@ -9,6 +9,7 @@
 Bad input raises DataError, whose text is one line that names the file, the row and what to do about it.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -188,33 +189,17 @@ def annotations(data, format, split, category="all"):
 
 # --- pictures ------------
 
-def find_image(root, relative, listings, nearest=False):
-    """The absolute path of a picture: as the split file has it, else with another suffix, else without its folders."""
-    stem, suffix = os.path.splitext(relative)
-    paths = [start + end for start in (stem, os.path.basename(stem)) for end in (suffix, *SUFFIXES)]
-    first = None  # what is wrong with the path as it is written
-    for path in dict.fromkeys(paths):
-        try:
-            return rows.resolve_image(root, path, listings, nearest and first is None)
-        except DataError as error:
-            first = first or error
-    raise first
-
-
-def find_images(gallery, root):
-    """({name: absolute path}, {name: why there is none}) of {name: relative path}."""
-    found, faults, listings = {}, {}, {}
-    for name, relative in gallery.items():
-        try:  # the search for the nearest name is slow in a big folder, and a few are shown
-            found[name] = find_image(root, relative, listings, nearest=len(faults) < 3)
-        except DataError as error:
-            faults[name] = str(error)
-    return found, faults
+def find_images(gallery, root, find=rows.find_picture):
+    """({name: absolute path}, {name: why there is none}) of {name: relative path}; with another suffix as well."""
+    found = rows.find_pictures(gallery.values(), root, SUFFIXES, find)
+    return ({name: found[relative][0] for name, relative in gallery.items() if found[relative][0]},
+            {name: found[relative][1] for name, relative in gallery.items() if found[relative][1]})
 
 
 def image_root(data, images, pools):
     """The folder that the split files' paths start from: `images`, else whichever of img_raw/, images/ and the folder itself,
-    in `data`, beside the annotations and one above, has most of fifty pictures. The last is SPRC's layout."""
+    in `data`, beside the annotations and one above, has most of fifty pictures, by their file names alone only where none has any
+    otherwise. The last is SPRC's layout."""
     if images:
         if not os.path.isdir(images):
             raise DataError(f"{images}: there is no such image folder: check --images")
@@ -225,7 +210,11 @@ def image_root(data, images, pools):
     roots = [root for root in dict.fromkeys(roots) if os.path.isdir(root)]
     names = list(pools[0].gallery)
     sample = {name: pools[0].gallery[name] for name in names[::max(1, len(names) // 50)]}
-    return max(roots, key=lambda root: len(find_images(sample, root)[0]))
+    for find in (functools.partial(rows.find_picture, anywhere=False), rows.find_picture):
+        count = {root: len(find_images(sample, root, find)[0]) for root in roots}
+        if any(count.values()):
+            break
+    return max(roots, key=count.get)
 
 
 def broken_images(gallery, workers):

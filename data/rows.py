@@ -5,7 +5,8 @@ What the training and evaluation scripts must agree on, as plain functions:
     read_split, describe_layout             a split in any of LAYOUTS -> rows; what it was understood as
     read_layout                             both of these from one reading; tables.py reads the files
     join_semart                             styles from a column of SemArt's table
-    resolve_image, load_image, image_tensor a name in a table -> a path -> RGB pixels -> [3, size, size]
+    find_pictures                           names in a list -> paths below a root, also where the folders differ
+    resolve_image, load_image, image_tensor a name as it is written -> a path -> RGB pixels -> [3, size, size]
     check_rows, usable_rows, verify_images  which rows cannot be used, and why
     hold_out                                a validation split of one table
     summary, shared_images                  what --check-data prints
@@ -157,14 +158,9 @@ def read_layout(folder_or_file, split, columns=None, images=None, encoding="utf-
     path = find_table(folder_or_file, split)
     layout, kind, table, lacking = read_cells(path, columns or {}, encoding, separator)
     root = image_root(path, images, layout, table[0][1]["image"])
-    found, listings, missed, rows = {}, {}, 0, []
+    found, rows = find_pictures((values["image"] for _, values in table), root), []
     for line, values in table:
         name = values.pop("image")
-        if name not in found:
-            try:  # the search for the nearest name is slow in a big folder, and five are shown
-                found[name] = resolve_image(root, name, listings, nearest=missed < 5), ""
-            except DataError as error:
-                found[name], missed = ("", str(error)), missed + 1
         image, fault = found[name]
         rows.append(Row(image=image, name=name, line=line, file=path, fault=fault, **values))
     without = "".join(f", no {name}" for name in lacking)
@@ -209,6 +205,10 @@ def join_semart(rows, path, fields=None, encoding="latin-1"):
 
 # --- paths ------------
 
+class NotThere(DataError):
+    """No picture has this path: it may have another one. Refused paths are plain DataErrors, and nothing else is tried for them."""
+
+
 def folded(name):
     """`name` without what differs between systems: letter case, Unicode form (NFC/NFD), outer spaces."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name.strip()).casefold())
@@ -228,13 +228,18 @@ def match_entry(folder, part, listings):
     return alike[0] if alike else None
 
 
+def parts_of(name):
+    """Folders and file of a path of any system."""
+    return [part for part in re.split(r"[\\/]", name) if part not in ("", ".")]
+
+
 def resolve_image(root, name, listings=None, nearest=True):
     """The absolute path of picture `name` under folder `root`, which it may not leave, not even by a symlink.
 
     `listings` is a dict that keeps folder listings between calls. DataError: a path that leaves the root, a URL, NUL,
-    no regular file, no match or several (names are also matched without case, Unicode form and outer spaces)."""
+    no regular file, no match (NotThere) or several (names are also matched without case, Unicode form and outer spaces)."""
     listings = {} if listings is None else listings
-    parts = [part for part in re.split(r"[\\/]", name) if part not in ("", ".")]
+    parts = parts_of(name)
     if not name.strip():
         raise DataError("empty image name")
     if "\0" in name or "://" in name or name.startswith("data:"):
@@ -248,7 +253,7 @@ def resolve_image(root, name, listings=None, nearest=True):
         if entry is None:
             close = difflib.get_close_matches(folded(part), listings[path], 1, 0.5) if nearest else []
             hint = f", nearest is {shown(listings[path][close[0]][0])}" if close else ""
-            raise DataError(f"image {shown(name)} is not there (no {shown(part)} in {path}{hint})")
+            raise NotThere(f"image {shown(name)} is not there (no {shown(part)} in {path}{hint})")
         path = os.path.join(path, entry)
     real = os.path.realpath(path)
     if os.path.commonpath([root, real]) != root:
@@ -256,6 +261,86 @@ def resolve_image(root, name, listings=None, nearest=True):
     if not os.path.isfile(real):
         raise DataError(f"image {shown(name)} is not a regular file in {root}: a folder, device or broken link")
     return real
+
+
+def files_below(root, listings):
+    """{file name, folded: its paths relative to root}, read once; links to folders are not followed."""
+    if ("below", root) not in listings:
+        known = listings["below", root] = {}
+        for folder, _, files in os.walk(root):
+            for file in files:
+                known.setdefault(folded(file), []).append(os.path.relpath(os.path.join(folder, file), root))
+    return listings["below", root]
+
+
+def is_folder(root, parts, listings):
+    """Is there a folder of this path, matched as names are?"""
+    for part in parts:
+        entry = match_entry(root, part, listings)
+        root = os.path.join(root, entry or "")
+        if entry is None or not os.path.isdir(root):
+            return False
+    return True
+
+
+def by_name(root, parts, spellings, listings):
+    """The path relative to root of the only picture below it that has one of these file names, None without any.
+
+    Of several the one whose own folder is named so as well counts. DataError: still several."""
+    known = files_below(root, listings)
+    found = [path for spelling in spellings for path in known.get(folded(spelling), [])]
+    found = [path for path in found if os.path.basename(path) == parts[-1]] or found
+    if len(found) > 1:
+        found = [path for path in found if path.split(os.sep)[-2:-1] == parts[-2:-1] != []] or found
+    if len(found) > 1:
+        raise DataError(f"image {shown('/'.join(parts))} is not there, and could be any of {shown(', '.join(sorted(found)), 200)} in "
+                        f"{root}: name its folder as it is, or point --images at the right one")
+    return found[0] if found else None
+
+
+def find_picture(root, name, listings, nearest=True, suffixes=(), anywhere=True):
+    """(absolute path, whether it lies where the name says) of a picture that may lie in other folders than its name says.
+
+    Looked for as it is written, then with leading folders dropped, then by its file name everywhere below the root. The last not
+    where its folder is there: what that lacks is missing, and another folder's picture of this name is another picture. suffixes:
+    others that the file may have. DataError: as resolve_image; in several folders."""
+    try:
+        return resolve_image(root, name, listings, False), True
+    except NotThere:
+        root, parts = os.path.realpath(root), parts_of(name)
+    spellings = list(dict.fromkeys([parts[-1], *(os.path.splitext(parts[-1])[0] + suffix for suffix in suffixes)]))
+    for dropped in range(len(parts)):
+        for spelling in spellings:
+            try:
+                return resolve_image(root, "/".join([*parts[dropped:-1], spelling]), listings, False), dropped == 0
+            except NotThere:
+                pass
+    homes = [parts[dropped:-1] for dropped in range(len(parts) - 1)]
+    elsewhere = anywhere and not any(is_folder(root, home, listings) for home in homes)
+    path = by_name(root, parts, spellings, listings) if elsewhere else None
+    return resolve_image(root, path or name, listings, nearest), False  # without a path: what is wrong with the name
+
+
+def find_pictures(names, root, suffixes=(), find=find_picture):
+    """{name: (absolute path, "") or ("", why there is none)} of the pictures that a list names, each as find_picture has it.
+
+    What is found elsewhere than its name says is refused where another name of the list stands for the same file: one of the two
+    pictures is missing then. find: a stage's own way, called like find_picture."""
+    found, listings, homes, moved, missed = {}, {}, {}, [], 0
+    for name in dict.fromkeys(names):
+        try:  # the search for the nearest name is slow in a big folder, and five are shown
+            path, as_written = find(root, name, listings, missed < 5, suffixes)
+            found[name] = path, ""
+            homes.setdefault(path, []).append(name)
+            moved += [] if as_written else [name]
+        except DataError as error:
+            found[name], missed = ("", str(error)), missed + 1
+    for name in moved:
+        others = [other for other in homes[found[name][0]] if other != name]
+        if others:
+            found[name] = "", (f"image {shown(name)} is not there, and {shown(found[name][0])} has its file name but stands for "
+                               f"{shown(others[0])} as well: name both as they lie")
+    return found
 
 
 # --- pixels ------------

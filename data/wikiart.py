@@ -8,6 +8,7 @@ Layouts: ArtGAN's lists (read_artgan), a classes.csv (read_subsets), STYLE/ fold
 (list_pictures). An entry is (name of the picture, style, file, line); make_rows looks for its picture and makes it a rows.Row.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -130,11 +131,12 @@ def spellings(name):
     return {re.sub(dropped, "", unicodedata.normalize(form, name).casefold()) for form in ("NFKD", "NFC")}
 
 
-def find_image(root, name, homes, listings, nearest):
-    """rows.resolve_image, and where that finds nothing once more in the folder of the style's other name and without accents."""
+def find_image(root, name, listings, nearest, suffixes=(), homes=None):
+    """rows.find_picture, but before other folders are searched, once more in the folder of the style's other name and without
+    accents. homes: {style_name: folder}."""
     try:
-        return rows.resolve_image(root, name, listings, nearest)
-    except DataError as error:
+        return rows.resolve_image(root, name, listings, nearest), True
+    except DataError:
         *folders, file = re.split(r"[\\/]", name)
         folders[:1] = [homes.get(style_name(first), first) for first in folders[:1]]
         place = os.path.join(root, *folders)
@@ -146,24 +148,22 @@ def find_image(root, name, homes, listings, nearest):
         close = set().union(*(listings["accents", place].get(s, ()) for s in spellings(file)))
         for entry in [file, *close] if len(close) < 2 else [file]:
             try:
-                return rows.resolve_image(root, "/".join([*folders, entry]), listings, False)
+                return rows.resolve_image(root, "/".join([*folders, entry]), listings, False), True
             except DataError:
                 pass
-        raise error
+        return rows.find_picture(root, name, listings, nearest, suffixes, anywhere=not (folders and os.path.isdir(place)))
 
 
 def make_rows(entries, root):
     """Entries (name, style, file, line) -> rows.Row whose style is the class; question and answer stay empty."""
-    homes, listings, missed, found = {style_name(entry): entry for entry in sorted(rows.entries(root))}, {}, 0, []
+    homes, made = {style_name(entry): entry for entry in sorted(rows.entries(root))}, []
+    found = rows.find_pictures((name for name, *_ in entries), root, find=functools.partial(find_image, homes=homes))
     for name, style, file, line in entries:
-        try:
-            image, fault = find_image(root, name, homes, listings, nearest=missed < 5), ""
-        except DataError as error:
-            image, fault, missed = "", str(error), missed + 1
+        image, fault = found[name]
         if image and not os.path.getsize(image):
             fault = f"image {tables.shown(name)} has 0 bytes"
-        found.append(rows.Row(image, name, "", "", "", style, line, file, fault))
-    return found
+        made.append(rows.Row(image, name, "", "", "", style, line, file, fault))
+    return made
 
 
 def hold_out(read, share, held):
@@ -224,7 +224,8 @@ def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0
         if not splits["val"]:
             raise DataError(f"{place}: no style has a second picture: nothing can be held out for validation")
     else:
-        splits = {split: make_rows(entries, root) for split, entries in found.items()}
+        read = make_rows(found["train"] + found["val"], root)  # at once: one file cannot be the picture of two styles
+        splits = {"train": read[:len(found["train"])], "val": read[len(found["train"]):]}
     say(f"{place}: {layout}, pictures in {root}")
     return (add_photos(photos, classes, splits, say) if photos else classes), splits
 

@@ -5,6 +5,7 @@ import csv
 import json
 import re
 import string
+from dataclasses import replace
 
 import pytest
 import torch
@@ -238,3 +239,10 @@ def test_a_question_id_that_stands_twice_is_refused(sample):
     with pytest.raises(rows.DataError, match=r"line 2 and line \d+ share question_id"):
         eval_gated.question_ids(found)
     assert eval_gated.question_ids(rows.read_split(sample, "val"))[:3] == [0, 1, 2]
+
+
+def test_question_ids_stay_as_they_are_written(sample):
+    """GQA's 01827492 and 1827492 are two questions; what is no plain spelling of a whole number is a text."""
+    written = ["01827492", "1827492", "0", "00", "-5", "1e5", "\u0663", "q7", " 8", ""]
+    found = [replace(row, question_id=text) for row, text in zip(rows.read_split(sample, "val"), written)]
+    assert eval_gated.question_ids(found) == ["01827492", 1827492, 0, "00", "-5", "1e5", "\u0663", "q7", " 8", 9]

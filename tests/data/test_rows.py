@@ -296,6 +296,53 @@ def test_nearest_name_is_searched_five_times_only(data, monkeypatch):
     assert len(calls) == 5
 
 
+# --- pictures in other folders ---
+
+def found_in(root, *names, **more):
+    """{name: its path relative to root, or why there is none}"""
+    return {name: os.path.relpath(path, os.path.realpath(root)) if path else fault
+            for name, (path, fault) in rows.find_pictures(names, root, **more).items()}
+
+
+def test_pictures_are_found_with_folders_dropped_and_by_name(tmp_path):
+    """COCO's val2014/ over a flat folder, CIRR's train/34/ where the download has train/, bare names over val2014/."""
+    for name in ("flat.jpg", "train/n1.png", "dev/n2.png", "b/c.jpg", "deep/er/Dürer.JPG"):
+        picture(tmp_path / name)
+    wanted = {"val2014/flat.jpg": "flat.jpg", "./train/34/n1.png": "train/n1.png", "dev/n2.png": "dev/n2.png", "a/b/c.jpg": "b/c.jpg",
+              "dürer.jpg": "deep/er/Dürer.JPG"}
+    assert found_in(tmp_path, *wanted) == wanted
+    assert found_in(tmp_path, "x/flat.png", suffixes=(".jpg",)) == {"x/flat.png": "flat.jpg"}
+    assert "is not there" in found_in(tmp_path, "x/flat.png")["x/flat.png"]
+
+
+def test_a_picture_in_two_folders_is_not_guessed(tmp_path):
+    picture(tmp_path / "train/n.png"), picture(tmp_path / "dev/n.png"), picture(tmp_path / "in/VG_100K/7.jpg")
+    picture(tmp_path / "in/VG_100K_2/7.jpg")
+    fault = found_in(tmp_path, "train/34/n.png")["train/34/n.png"]
+    assert "'dev/n.png, train/n.png'" in fault
+    assert found_in(tmp_path, "there/VG_100K_2/7.jpg") == {"there/VG_100K_2/7.jpg": "in/VG_100K_2/7.jpg"}
+    assert found_in(tmp_path, "train/n.png") == {"train/n.png": "train/n.png"}
+
+
+def test_another_folders_picture_of_that_name_is_another_picture(tmp_path):
+    """cat/ lacks its 1.jpg: dog/1.jpg is not it. One flat 1.jpg for two names: one of the two is missing, and none is guessed."""
+    picture(tmp_path / "dog/1.jpg"), picture(tmp_path / "cat/2.jpg"), picture(tmp_path / "flat/1.jpg")
+    assert "'cat/1.jpg' is not there" in found_in(tmp_path / "", "cat/1.jpg")["cat/1.jpg"]
+    faults = found_in(tmp_path / "flat", "cat/1.jpg", "dog/1.jpg")
+    assert "'dog/1.jpg' as well" in faults["cat/1.jpg"] and "'cat/1.jpg' as well" in faults["dog/1.jpg"]
+    faults = found_in(tmp_path / "flat", "cat/1.jpg", "1.jpg")
+    assert faults["1.jpg"] == "1.jpg" and "'1.jpg' as well" in faults["cat/1.jpg"]
+
+
+def test_a_search_by_name_does_not_leave_the_root(tmp_path):
+    picture(tmp_path / "secret.jpg"), picture(tmp_path / "images/a.jpg")
+    os.symlink("../secret.jpg", tmp_path / "images/out.jpg")
+    os.symlink("..", tmp_path / "images/outdir")
+    faults = found_in(tmp_path / "images", "gone/secret.jpg", "../gone/a.jpg", "/gone/a.jpg", "gone/out.jpg")
+    assert "not there" in faults["gone/secret.jpg"] and "leaves" in faults["gone/out.jpg"]
+    assert "'..'" in faults["../gone/a.jpg"] and "'..'" in faults["/gone/a.jpg"]
+
+
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
