@@ -93,10 +93,14 @@ class Run:
         self.disk = disk or sum(t.nbytes for t in checkpoints.trainable_state(model).values()) * (8 if save_last else 2)
         self.per_epoch = len(plan(0))
         self.last_epoch, self.total = epochs, epochs * self.per_epoch
-        self.lr = lambda step: lr(step, self.total)
+        self._lr = lr
         self.pace = loop.Pace(self, unit)
         self.marks = {"metric": metric, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
         self.step, self.log, self.stop, self.group = 0, None, loop.StopSignal(), ()
+
+    def lr(self, step):
+        """Learning rate of an optimizer step of this run."""
+        return self._lr(step, self.total)
 
     # -- the run folder
 
@@ -148,7 +152,9 @@ class Run:
         path = self.out / "last.pt"
         if last.get("stage", self.stage) != self.stage:
             raise DataError(f"{path}: a checkpoint of another stage ({last['stage']}) and not of this one")
-        runfolder.refuse_other_settings(self.settings, last["settings"], path)
+        was, now = (settings.get("--epochs") for settings in (last["settings"], self.settings))
+        longer = was is not None and now is not None and now > was
+        runfolder.refuse_other_settings(self.settings, {**last["settings"], **({"--epochs": now} if longer else {})}, path)
         others = checkpoints.other_parts(self.frozen, last["frozen"]) if self.frozen is not None else []
         if others:
             raise DataError(f"{path} was trained on another {self.base[0]} than the one given now (other: {', '.join(others)}): pass "
@@ -158,6 +164,12 @@ class Run:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(last["scaler"])
         self.step, self.marks = last["step"], {**self.marks, **last["marks"]}
+        if longer:
+            self.marks["longer"] = [*self.marks.get("longer", ()), {"after step": self.step, "epochs": now, "before": was}]
+            rate, short = self.lr(self.step), self._lr(min(self.step, was * self.per_epoch), was * self.per_epoch)
+            self.accelerator.print(f"{now} epochs where {path} was to have {was}: from here on the learning rate is that of step "
+                                   f"{self.step} of {self.total}, {rate:.3g} (it would have been {short:.3g}); a run of {now} epochs "
+                                   "from the start ends otherwise; best.pt says so under \"longer\"")
 
     def _trained(self):
         return {"state": checkpoints.trainable_state(self.model)}

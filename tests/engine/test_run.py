@@ -320,6 +320,20 @@ def test_resume_refuses_what_would_end_otherwise(make, change, message):
         pass
 
 
+def test_a_run_may_be_made_longer_and_says_what_changes(make, capsys):
+    """Two epochs were trained; --resume with three goes on along the longer schedule, and best.pt remembers it."""
+    def rate(step, total):
+        return 1 - step / total
+    train(make(epochs=2, lr=rate, save_last=True, settings={"--epochs": 2}), numbers=(3.0, 2.0))
+    seen, toy = [], make(epochs=3, lr=rate, save_last=True, settings={"--epochs": 3})
+    train(toy, resumed=True, on_step=lambda step: seen.append(toy.optimizer.param_groups[0]["lr"]))
+    assert seen == [pytest.approx(1 - step / 9) for step in (6, 7, 8)]
+    assert "3 epochs where" in (printed := capsys.readouterr().out) and "of 9, 0.333 (it would have been 0)" in printed
+    assert checkpoints.load_checkpoint(toy.out / "best.pt")["longer"] == [{"after step": 6, "epochs": 3, "before": 2}]
+    with pytest.raises(DataError, match="--epochs is 2, was 3"):
+        train(make(epochs=2, settings={"--epochs": 2}), resumed=True)
+
+
 def test_a_finished_run_is_not_overwritten(make, tmp_path):
     train(make())
     accelerator = SimpleNamespace(num_processes=1)
