@@ -166,7 +166,7 @@ class QFormerAttention(nn.Module):
         q, k, v = (self.attention[name](s).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,heads,R or N,H/heads]
                    for name, s in (("query", x), ("key", source), ("value", source)))
         if gate is not None:
-            k, v = k * gate.key, v * gate.value + gate.shift
+            k, v = (k * gate.key).to(k.dtype), (v * gate.value + gate.shift).to(v.dtype)  # the gate itself is in float32
         if mask is not None:
             mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)  # float32's lowest is -inf in half precision
         dropout = self.attention_dropout if self.training else 0.0
@@ -467,7 +467,11 @@ class Blip2Retrieval(nn.Module):
         """name: HuggingFace id or folder (image-text-retrieval format). qformer: another folder or a LAVIS .pth whose
         Q-Former, queries, heads and ln_vision are put in (see towers.join). dtype is that of the frozen vision tower."""
         from transformers import Blip2ForImageTextRetrieval
-        published, tokenizer = load_published(Blip2ForImageTextRetrieval, "BLIP-2", name, dtype)
+
+        class WithoutRounding(Blip2ForImageTextRetrieval):  # what is trained starts from the file's own values
+            _keep_in_fp32_modules_strict = ["query_tokens", "qformer", "word_embeddings", "position_embeddings", "vision_projection",
+                                             "text_projection", "itm_head"]
+        published, tokenizer = load_published(WithoutRounding, "BLIP-2", name, dtype)
         model = cls(published.vision_model, published.config, tokenizer, **settings)
         state = {n: p.float() for n, p in published.state_dict().items()} | stage1_extras(name)
         for source, tensors in ((name, state), *([(qformer, read_weights(qformer))] if qformer else [])):
@@ -733,7 +737,8 @@ class Blip2OPTGated(nn.Module):
         gates = None
         if gated and self.gates is not None:
             control = self.control(style_feature, input_ids, prompt_mask)
-            gates = [gate(control) for gate in self.gates]
+            with torch.autocast(control.device.type, enabled=False):  # in bf16 a gate of 1.003 is 1
+                gates = [gate(control.float()) for gate in self.gates]
         queries = self.query_tokens.expand(len(image_embeds), -1, -1)  # [B,Q,H]
         out = self.qformer(queries, image_embeds.to(self.query_tokens.dtype), gates=gates)
         return self.language_projection(out)

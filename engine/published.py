@@ -39,9 +39,12 @@ def load_blip2(name, dtype=torch.float32, lm_precision=None, tower=True):
     lm_dtype, options = LM_PRECISIONS.get(lm_precision) or dtype, {}
     if lm_precision in ("int8", "nf4"):
         options["quantization_config"] = quantization(lm_precision, dtype)
-    model_class = Blip2ForConditionalGeneration
+
+    class WithoutRounding(Blip2ForConditionalGeneration):
+        _keep_in_fp32_modules_strict = ["query_tokens", "qformer", "language_projection"]  # they are trained: from the file's own values
+    model_class = WithoutRounding
     if not tower:
-        class WithoutTower(Blip2ForConditionalGeneration):
+        class WithoutTower(WithoutRounding):
             _keys_to_ignore_on_load_unexpected = [r"^vision_model\."]  # else a table of every layer that is left out
         model_class, options["config"] = WithoutTower, load_config(name)
         options["config"].vision_config.num_hidden_layers = 0

@@ -218,6 +218,35 @@ def test_fresh_gated_model_equals_transformers_blip2(build, batch, tiny):
         assert model(**batch)["lm"][i].item() == pytest.approx(one.loss.item(), abs=1e-5)
 
 
+@torch.no_grad()
+def test_gates_of_1_003_act_under_autocast(build, batch):
+    """bf16 has 8 bits: the gate itself must be in float32, or a small one never opens."""
+    model, seen = build(), []
+    for gate in model.gates:
+        gate.key.bias.fill_(0.003)
+        gate.value.bias.fill_(0.003)
+        gate.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        opened, closed = all_logits(model, batch, True), all_logits(model, batch, False)
+    assert all(part.dtype == torch.float32 and torch.allclose(part, torch.tensor(1.003), atol=1e-6) for g in seen for part in g[:2])
+    assert seen and not torch.equal(opened, closed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_trained_starts_from_the_values_of_the_file(tiny, tmp_path, dtype):
+    """The towers may be in half precision; Q-Former, queries, projection and heads are those of the file to the bit."""
+    file = load_file(f"{tiny[0]}/model.safetensors")
+    model = core.Blip2OPTGated.build(*tiny, ["Cubism"], dtype=dtype, train_qformer=True)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and name in file}
+    assert len(trained) > 50 and all(torch.equal(p, file[name]) for name, p in trained.items())
+    assert {p.dtype for p in model.vision_model.parameters()} == {p.dtype for p in model.language_model.parameters()} == {dtype}
+    folder = make_tiny.save_random_retrieval(tmp_path)
+    file, model = load_file(f"{folder}/model.safetensors"), core.Blip2Retrieval.load(folder, dtype=dtype)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad and name in file}
+    assert len(trained) > 50 and all(torch.equal(p, file[name]) for name, p in trained.items())
+    assert {p.dtype for p in model.vision_model.parameters()} == {dtype}
+
+
 def test_gate_scale_zero_and_unknown_kinds_are_refused():
     with pytest.raises(ValueError, match="never opens"):
         core.FilmGate(8, 2, 4, scale=0)
