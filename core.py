@@ -43,6 +43,7 @@ from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_TEXT, PROMPT, answer_ids, a
                             encode_training, newline_id, pad_ids, prompt_ids, text_ids, text_lengths)
 from engine.published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
 from engine.saved import PLACES, places_of, read, refuse_other_base, refuse_other_dtypes
+from engine.text import texts_of
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
 
@@ -832,7 +833,7 @@ class Blip2OPTGated(nn.Module):
         ids = self.language_model.generate(
             **inputs, **self._with_cache(cache), **settings, do_sample=False, max_new_tokens=max_new_tokens, min_new_tokens=1,
             eos_token_id=newline_id(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id)
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)  # only new tokens: the prompt went in as embeddings
+        texts = texts_of(self.tokenizer, ids.tolist())  # only new tokens: the prompt went in as embeddings
         texts = [text.split("\n")[0].strip() for text in texts]
         return texts if best is None else [list(dict.fromkeys(texts[i:i + best])) for i in range(0, len(texts), best)]
 

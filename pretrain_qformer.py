@@ -33,6 +33,7 @@ from data.pairs import Captioned
 from engine import checkpoints, environment, errors, files, flags, loaders, loop, published, stage1, towers
 from engine.errors import DataError
 from engine.run import Run, resumes
+from engine.text import text_of
 
 DEFAULT, BERT = published.DEFAULTS["blip2-itm"], "bert-base-uncased"
 NEXT = "transformers' Blip2ForImageTextRetrieval, train_cir.py --blip2 and train_gated.py --qformer"  # what takes OUT/hf
@@ -575,7 +576,7 @@ def dry_run(args):
     run, parts = prepare(args, start(args))
     for pair in parts.train.rows[:3]:
         ids = core.text_ids(run.model.tokenizer, [pair.text])["input_ids"][0]
-        run.accelerator.print(f"{pair.name}: {run.model.tokenizer.decode(ids)!r}; picture {pair.image_id}")
+        run.accelerator.print(f"{pair.name}: {text_of(run.model.tokenizer, ids, special=True)!r}; picture {pair.image_id}")
     loop.dry_run(run, lambda run: rehearse(run, parts, args))
 
 

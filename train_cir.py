@@ -35,6 +35,7 @@ from data import cirr, rows
 from engine import cache, checkpoints, environment, errors, files, flags, loaders, loop, picture_index, published
 from engine.errors import DataError
 from engine.run import Run, resumes
+from engine.text import text_of
 from show import gallery, report
 
 DEFAULT = published.DEFAULTS["blip2-itm"]
@@ -628,7 +629,7 @@ def dry_run(args):
     run, parts = prepare(args, start(args))
     for query in parts.train.rows[:3]:
         ids = core.text_ids(run.model.tokenizer, [cirr.text_of(query)])["input_ids"][0]
-        run.accelerator.print(f"{query.reference} + {run.model.tokenizer.decode(ids)!r} -> {query.target}")
+        run.accelerator.print(f"{query.reference} + {text_of(run.model.tokenizer, ids, special=True)!r} -> {query.target}")
     loop.dry_run(run, lambda run: rehearse(run, parts, args))
 
 

@@ -31,6 +31,7 @@ from engine.features import cached_features, predicted_styles
 from engine.prompts import Collate, answer_length, say_cut
 from engine.run import Run, resumes
 from engine.runfolder import script_name
+from engine.text import text_of
 
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")
 # what the model returns and training_log.csv has of validation alone: a step has too few questions on style; a new term is logged
@@ -233,7 +234,7 @@ def show_rows(tokenizer, some, max_answer):
     for row in some:
         batch = core.encode_training(tokenizer, [row.question], [row.answer], max_answer, [row.context])
         ids, labels = batch["input_ids"][0], batch["labels"][0]
-        masked, target = (tokenizer.decode(ids[where]) for where in (labels == -100, labels != -100))
+        masked, target = (text_of(tokenizer, ids[where], special=True) for where in (labels == -100, labels != -100))
         print(f"{row.name} ({rows.locate(row.file, row.line)}): [{masked}] |{target!r}, "
               f"{(labels != -100).sum()} tokens are trained")
 

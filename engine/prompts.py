@@ -35,9 +35,8 @@ def prompt_ids(tokenizer, question, context="", max_tokens=64, max_context=128):
         return tokenizer(text, add_special_tokens=False).input_ids
 
     head, tail = PROMPT.split("{}")
-    before = ids(CONTEXT.format(context.strip())) if context.strip() else []
-    if len(before) > max_context:
-        before = before[:max_context - 1] + ids(" ")[-1:]
+    before = ids(CONTEXT.format(context.strip()).rstrip())[:max_context] if context.strip() else []
+    head = " " + head if before else head  # OPT's words hold the blank before them: alone it would be a token that no text has there
     asked = [tokenizer.bos_token_id, *ids(head + question.strip())][:max_tokens - len(ids(tail))]
     return asked[:1] + before + asked[1:] + ids(tail)
 

@@ -114,11 +114,20 @@ def test_context_stands_before_the_question_and_is_cut_by_itself(build):
     question, context = "Which style?", "A quiet picture. " * 100
     ids = core.prompt_ids(tokenizer, question, context, max_context=20)
     plain = core.prompt_ids(tokenizer, question)
-    assert len(ids) == len(plain) + 20 and ids[0] == plain[0] and ids[21:] == plain[1:]
+    assert ids[0] == plain[0] and ids[21:] == tokenizer(" " + core.PROMPT.format(question), add_special_tokens=False).input_ids
     assert re.match(r"Context: A quiet pic\S* Question: Which style\? Answer:$", tokenizer.decode(ids[1:]))
     assert core.prompt_ids(tokenizer, question, "  ") == plain
     batch = core.encode_training(tokenizer, [question, question], ["red", "red"], contexts=["", "A boat."])
     assert (batch["labels"] != -100).sum(1).tolist() == [len(core.answer_ids(tokenizer, "red"))] * 2  # never trained on the context
+
+
+def test_context_and_question_are_tokens_of_one_text(build):
+    """No blank stands alone before "Question": the whole prompt has the ids that the tokenizer gives it in one piece."""
+    tokenizer = build(gating="none").tokenizer
+    for context in ("A boat.", "  A quiet picture of two boats\n"):
+        whole = core.CONTEXT.format(context.strip()) + core.PROMPT.format("Which style?")
+        ids = core.prompt_ids(tokenizer, "Which style?", context)
+        assert ids == [tokenizer.bos_token_id] + tokenizer(whole, add_special_tokens=False).input_ids
 
 
 def test_context_reaches_the_answer_scores(build, batch):

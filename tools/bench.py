@@ -41,6 +41,7 @@ from data import rows
 from engine import errors, files, flags, loop
 from engine.evaluation import text_length
 from engine.run import CLIP, Run
+from engine.text import text_of
 from tools import make_tiny
 
 # BLIP-2 OPT-2.7B, and one in which vision tower, language model, Q-Former and word head have about the same shares of the work
@@ -232,7 +233,7 @@ class Plain:
             inputs = self.inputs([row])
             ids = self.model.generate(**inputs, **ANSWER, eos_token_id=newline, pad_token_id=self.tokenizer.pad_token_id)[0]
             new = ids[inputs["input_ids"].shape[1]:] if len(ids) > ANSWER["max_new_tokens"] + 1 else ids
-            self.answers.append(self.tokenizer.decode(new, skip_special_tokens=True).split("\n")[0].strip())
+            self.answers.append(text_of(self.tokenizer, new).split("\n")[0].strip())
 
 
 def lean_epoch(lean):

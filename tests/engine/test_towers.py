@@ -249,9 +249,8 @@ def test_a_word_without_a_row_is_refused_and_a_mark_is_not(with_image_token):
     tokenizer, words = published.load_tokenizer(with_image_token), len(published.load_tokenizer(with_image_token)) - 1
     published.refuse_other_tokenizer(tokenizer, words, "here")
     assert tokenizer(["a <image>"]).input_ids[0] == tokenizer("a < image >").input_ids
-    for fewer in (words - 1, words - 2):
-        with pytest.raises(DataError, match="do not belong together"):
-            published.refuse_other_tokenizer(published.load_tokenizer(with_image_token), fewer, "here")
+    with pytest.raises(DataError, match="do not belong together"):
+        published.refuse_other_tokenizer(published.load_tokenizer(with_image_token), words - 2, "here")
     more = published.load_tokenizer(with_image_token)
     more.add_tokens(["zebra"])
     with pytest.raises(DataError, match=f"{words + 2} tokens"):

@@ -1,0 +1,77 @@
+"""pytest tests/engine/test_text.py: ids back into text. The texts wanted here stand letter by letter: the same with every version of
+transformers. Behaviour-checked; the captions of ../shared/data, where they are, come back so that their scores are 1."""
+
+import json
+import os
+import pathlib
+
+import pytest
+import torch
+
+import metrics
+from conftest import ROOT
+from engine import published, text
+
+SHARED = pathlib.Path(os.environ.get("SHARED_DATA") or ROOT / "../shared/data")
+WRITTEN = ["a dog's bowl", "a man in a t-shirt", "black-and-white", "they don't, we're not", "the dogs' bowl", "a 'stop' sign", "3.5 m",
+           "1,000", "at 5:30", "in 23, 1555", "the u.s. flag", "st. john", 'he said "no"!', "what's (really) up...", "$5 or 50%", "and/or",
+           "o'clock", "trompe l'oeil of d'este", "ends in -", "- starts", "red; blue: green", "a & b", "", "狗和猫", "一只狗，在水。", "の猫"]
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """A BERT tokenizer that has letters, digits, marks, and a few words and characters."""
+    place = tmp_path_factory.mktemp("bert")
+    letters = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + c for c in letters if c.isalnum()),
+             *"狗和猫一只在水，。の", "##猫"]
+    (place / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    (place / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    return published.load_tokenizer(str(place))
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_word_pieces_are_joined_as_one_writes(pieces, written):
+    ids = pieces(written).input_ids
+    assert pieces.unk_token_id not in ids
+    assert text.text_of(pieces, ids) == written
+    assert text.texts_of(pieces, torch.tensor([ids + [pieces.pad_token_id] * 3] * 2)) == [written] * 2
+
+
+def test_special_tokens_are_shown_where_asked_and_unknown_ids_give_nothing(pieces):
+    ids = pieces("a dog's").input_ids
+    assert text.text_of(pieces, ids, special=True) == "[CLS] a dog's [SEP]"
+    assert text.text_of(pieces, pieces("狗").input_ids, special=True) == "[CLS] 狗 [SEP]"
+    assert text.text_of(pieces, [len(pieces), *ids[1:], len(pieces) + 1]) == "a dog's"  # [DEC] of BLIP
+
+
+@pytest.mark.parametrize("written", ["Poussin 's", "st . john", "a dog ' s bowl", " t - shirt , do n't", "naïve Café", "鹳鸟踟蹰",
+                                     "\t odd  spaces\n"])
+def test_byte_tokens_give_their_bytes(build, written):
+    tokenizer = build(gating="none").tokenizer
+    assert text.text_of(tokenizer, tokenizer(written).input_ids) == written
+
+
+def test_an_answer_is_read_as_its_tokens_say(build, batch, monkeypatch):
+    """The library's clean-up would join "Poussin 's"."""
+    model = build(gating="none")
+    ids = torch.tensor([model.tokenizer(" Poussin 's st . john\nmore", add_special_tokens=False).input_ids])
+    monkeypatch.setattr(type(model.language_model), "generate", lambda self, **settings: ids)
+    model.tokenizer.clean_up_tokenization_spaces = True
+    assert model.predict_answers(batch["images"][:1], ["Who?"]) == ["Poussin 's st . john"]
+
+
+@pytest.mark.parametrize("file", ["flickr8k_mini/references.json", "deepfashion_captions/test_captions.json"])
+def test_a_caption_said_word_for_word_scores_one(file, tmp_path):
+    if not (SHARED / file).is_file():
+        pytest.skip("no ../shared/data")
+    (tmp_path / "vocab.txt").write_bytes((SHARED / "tokenizers/bert_base_uncased/vocab.txt").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer", "do_lower_case": true}')
+    tokenizer = published.load_tokenizer(str(tmp_path))
+    table = json.loads((SHARED / file).read_text(encoding="utf-8")).values()
+    captions = [one for found in table for one in ([found] if isinstance(found, str) else found)]
+    said = text.texts_of(tokenizer, tokenizer(captions).input_ids)
+    wrong = [(caption, own) for caption, own in zip(captions, said)
+             if metrics.rouge_l(metrics.tokenize(own), [metrics.tokenize(caption)]) < 0.9999]
+    assert len(captions) > 2000 and not wrong, wrong[:5]
+    assert all(own == " ".join(own.split()) for own in said)
