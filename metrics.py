@@ -545,24 +545,40 @@ def retrieval_chance(texts, images):
 # --------------------------------------------------------------------------- command line
 
 
-def read_pair(references_path, predictions_path, encoding="utf-8"):
-    """({image: caption}, {image: [captions]}) of two files for read_captions, over the same images. Predictions that
-    go by the file names of COCO's annotations are understood. DataError: not one prediction for each image."""
-    from data.captions import read_captions  # not above: it needs torch
-    references, names = read_captions(references_path, encoding)
-    predictions, _ = read_captions(predictions_path, encoding)
+PLAIN_FORMS = ("captions by file name", "rows of image_id and caption", "COCO's annotations")  # that need no word
+
+
+def _by_keys(entries):
+    """The captions under each kind of key that tells the pictures apart: id, file with its folders, file, the number in COCO's names."""
+    kinds = (lambda e: e.ident, lambda e: e.name, lambda e: re.split(r"[\\/]", e.name)[-1],
+             lambda e: (re.findall(r"COCO_[a-z]+[0-9]+_0*([0-9]+)\.", e.name) or [""])[0])
+    tables = [{kind(entry): list(entry.captions) for entry in entries} for kind in kinds]
+    return [table for table in tables if len(table) == len(entries) and (table is tables[1] or "" not in table)]
+
+
+def read_pair(references_path, predictions_path, encoding="utf-8", subset=False):
+    """({image: caption}, {image: [captions]}, notes) of two files for data.captions.read_entries, over the same images; they may go
+    by ids in one and by file names in the other. subset: only the images of the predictions. DataError: not one prediction for each
+    image."""
+    from data.captions import grouped, read_entries  # not above: it needs torch
+    form, entries = read_entries(references_path, encoding)
+    references, predictions = _by_keys(grouped(entries)), _by_keys(grouped(read_entries(predictions_path, encoding)[1]))
+    pairs = [(ours, theirs) for ours in predictions for theirs in references]
+    predictions, references = next((pair for pair in pairs if pair[0].keys() & pair[1].keys()), pairs[0])
     for image, captions in predictions.items():
         if len(captions) != 1:
             raise DataError(f"{predictions_path}: {len(captions)} captions for image {shown(image)}: give exactly one")
     predictions = {image: captions[0] for image, captions in predictions.items()}
-    by_name = {names.get(image, image): captions for image, captions in references.items()}
-    if not predictions.keys() & references.keys() and len(by_name) == len(references):
-        references = by_name
+    notes = [] if form in PLAIN_FORMS else [f"references: {form}"]
+    if subset:
+        notes.append(f"--subset: {len(predictions)} of {len(references)} images of {references_path} are scored")
+        references = {image: references[image] for image in predictions if image in references}
     try:
         paired(predictions, references)
     except ValueError as error:
-        raise DataError(f"{predictions_path} against {references_path}: {error}") from None
-    return predictions, references
+        lacks = "; --subset scores those that the predictions have" if str(error).startswith("no caption for") else ""
+        raise DataError(f"{predictions_path} against {references_path}: {error}{lacks}") from None
+    return predictions, references, notes
 
 
 def _notes(corpus, references):
@@ -584,10 +600,12 @@ IN_CHARACTERS = "in scripts without blanks between words (Chinese, Japanese, Tha
 def get_args(argv=None):
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description="BLEU-1..4, METEOR (NLTK), ROUGE-L and CIDEr-D of captions.",
-        epilog="Both files are JSON: {image: [captions]}, {image: caption}, or COCO's annotation and result files. "
-               "Both must hold the same images, predictions one caption for each.")
+        epilog="Both files are JSON: {image: [captions]}, {image: caption}, or COCO's annotation and result files, or in another "
+               "layout of data/README.md. Both must hold the same images, predictions one caption for each.")
     parser.add_argument("--references", required=True, metavar="FILE", help="human captions")
     parser.add_argument("--predictions", required=True, metavar="FILE", help="captions to score")
+    parser.add_argument("--subset", action="store_true",
+                        help="score only the images of the predictions; without it one that they lack is an error")
     parser.add_argument("--encoding", default="utf-8", help="of both files (default: utf-8)")
     parser.add_argument("--json", action="store_true", help="print a JSON object, which also has the scores of every image")
     parser.add_argument("--coco-meteor", action="store_true",
@@ -597,9 +615,9 @@ def get_args(argv=None):
 
 def main(argv=None):
     args = get_args(argv)
-    predictions, references = read_pair(args.references, args.predictions, args.encoding)
+    predictions, references, notes = read_pair(args.references, args.predictions, args.encoding, args.subset)
     scores = score_captions(predictions, references, with_coco_meteor=args.coco_meteor)
-    corpus, notes = scores["corpus"], _notes(scores["corpus"], references)
+    corpus, notes = scores["corpus"], notes + _notes(scores["corpus"], references)
     if args.json:
         per_image = {image: dict(zip(scores["per_item"], values))
                      for image, values in zip(predictions, zip(*scores["per_item"].values()))}

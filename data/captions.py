@@ -6,9 +6,9 @@
     augmented      a picture mirrored, brightened, turned: a pure function of its arguments
     Captions       the data set that the Pictures become
     check_data     --check-data: what is there; check_tokens: what the decoder will read of it
-    read_captions  a JSON file in any of the forms that captions come in
+    read_entries   a file in any of the forms that captions come in -> what it was taken for, and its Entries; grouped by picture
 
-A split is DATA/SPLIT_captions.json, {file: caption or list of captions}, or COCO's annotations (read_captions).
+A split is DATA/SPLIT_captions.json, or another file of file_names and WHOLE.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import Dataset
 
 from data import rows
-from data.tables import cell, parse_json, read_text, shown
+from data.tables import cell, locate, parse_json, read_json, read_table, read_text, shown
 from engine.errors import DataError
 
 MAX_LENGTH = 60  # tokens of a caption, [DEC] among them, in training and in generation
@@ -33,43 +33,179 @@ LEFT_RIGHT = re.compile(r"\b(left|right)|左|右", re.IGNORECASE)  # also leftmo
 
 # --- files of captions ------------
 
-def _coco_rows(path, rows):
-    """COCO's rows of image_id and caption -> {image: [captions]}, ids as text."""
-    found = {}
-    for number, row in enumerate(rows, 1):
-        where = f"{path}, row {number}"
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a row of a file of captions says of a picture, or all of its rows in the forms that keep them together."""
+    line: int  # number of the row or line, from 1
+    name: str  # the picture's file as it is written there; its id where there is no file name
+    captions: tuple
+    ident: str = ""  # the picture's id, "" where it has none
+
+
+KARPATHY = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}  # BLIP's coco_karpathy_train.json has restval too
+TOKEN = re.compile(r"([^\t]*\S)#[0-9]+\t(.*)")  # name#0<TAB>caption
+IMAGE_COLUMNS, CAPTION_COLUMNS = ("image", "file_name", "filename", "image_id"), ("caption", "text")
+LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
+# one file for all splits, which it names itself, which LISTS beside it name, or of which a share of the pictures is held out
+WHOLE = ("dataset_coco.json", "dataset_flickr8k.json", "dataset_flickr30k.json", "captions.txt", "Flickr8k.token.txt",
+         "captions.csv", "captions.tsv")
+HELD_OUT = 0.1  # share of the pictures
+
+
+def file_names(split):
+    """Names that the file of captions of one split may have."""
+    return (f"coco_karpathy_{split}.json", *(["vg_caption.json"] if split == "train" else []), f"{split}_captions.json",
+            f"{split}_captions.csv", f"{split}_captions.tsv", f"captions_{split}2014.json", f"captions_{split}2017.json")
+
+
+def files_of(place, split):
+    """Files of a split in folder `place` and annotations/ in it: those of the split alone, else those of all splits."""
+    def there(names):
+        paths = [os.path.join(place, inner, name) for inner in ("", "annotations") for name in names]
+        return [path for path in paths if os.path.isfile(path)]
+
+    tables = [path for path in there((f"{split}.csv", f"{split}.tsv")) if caption_table(path)]
+    return there(file_names(split)) or tables or [path for path in there(WHOLE) if split != "test" or names_splits(path)]
+
+
+def caption_table(path):
+    """Has this table a caption in its header? Questions about pictures are kept in train.csv, too."""
+    with open(path, "rb") as file:
+        return b"caption" in file.readline(10_000).lower()
+
+
+def names_splits(path):
+    """Does a file that holds all splits say which picture is in which, as Karpathy's do, or lists beside it?"""
+    if path.lower().endswith(".json"):
+        with open(path, "rb") as file:
+            return re.match(rb'\s*\{.*"sentences"\s*:', file.read(10_000), re.DOTALL) is not None
+    return path.lower().endswith(".txt") and all(os.path.isfile(os.path.join(os.path.dirname(path), name)) for name in LISTS.values())
+
+
+def captions_in(where, cells, key="caption"):
+    """The caption of a row, or its list of them."""
+    texts = cells.get(key)
+    texts = [{key: text} for text in texts] if isinstance(texts, list) else [cells]
+    return tuple(cell(where, one, key, "caption") for one in texts)
+
+
+def read_rows(path, table):
+    """Rows of image and caption, a text or a list, as BLIP's authors write them; COCO's results have image_id alone."""
+    for number, row in table:
+        where = f"{path}, {locate(path, number)}"
         if not isinstance(row, dict):
             raise DataError(f"{where}: {shown(json.dumps(row))} where an object with image_id and caption belongs: mend it")
-        found.setdefault(cell(where, row, "image_id", "image"), []).append(cell(where, row, "caption", "caption"))
-    return found
+        ident = cell(where, row, "image_id", "image", needed="image" not in row)
+        name = cell(where, row, "image", "image") if "image" in row else ident
+        yield Entry(number, name, captions_in(where, row), ident)
 
 
-def _file_names(path, content):
-    """{image: file name} of a COCO annotation file, {} of any other."""
-    images = content.get("images") if isinstance(content, dict) and "annotations" in content else None
-    rows = [row for row in images if isinstance(row, dict)] if isinstance(images, list) else []
-    return {cell(path, row, "id", "image"): cell(path, row, "file_name", "file name") for row in rows if "file_name" in row}
+def read_annotations(path, content):
+    """COCO's annotations: the captions of each image id, with its file name where the file has one."""
+    images = content.get("images") if isinstance(content.get("images"), list) else []
+    images = [row for row in images if isinstance(row, dict) and "file_name" in row]
+    names = {cell(path, row, "id", "image"): cell(path, row, "file_name", "file name") for row in images}
+    found = grouped(read_rows(path, enumerate(content["annotations"], 1)))
+    return [Entry(number, names.get(one.name, one.name), one.captions, one.name) for number, one in enumerate(found, 1)]
 
 
-def read_captions(path, encoding="utf-8"):
-    """({image: [captions]}, {image: file name}) of a JSON file; the second is empty but for COCO's annotation files.
+def read_karpathy(path, images, split):
+    """Karpathy's dataset_coco.json, dataset_flickr8k.json: the pictures of a split, "" for all."""
+    for number, row in enumerate(images, 1):
+        where = f"{path}, image {number}"
+        if not isinstance(row, dict) or not isinstance(row.get("sentences"), list):
+            raise DataError(f"{where}: no list of sentences: download the file again")
+        own = cell(where, row, "split", "split")
+        if not split or own in KARPATHY[split]:
+            folder, name = cell(where, row, "filepath", "folder", needed=False), cell(where, row, "filename", "image")
+            texts = [one if isinstance(one, dict) else {} for one in row["sentences"]]
+            yield Entry(number, f"{folder}/{name}" if folder else name, tuple(cell(where, one, "raw", "caption") for one in texts),
+                        cell(where, row, "cocoid", "image", needed=False))
 
-    Forms: {image: [captions]}, {image: caption}, COCO's annotations {"images": .., "annotations": [rows]} and results
-    [rows], rows being {"image_id": .., "caption": ..}. DataError: unreadable, another form, no captions, a key twice.
-    """
-    content = parse_json(path, read_text(path, encoding))
-    rows = content.get("annotations", content) if isinstance(content, dict) else content
-    if isinstance(rows, list):
-        found = _coco_rows(path, rows)
-    elif isinstance(content, dict) and rows is content:
-        lists = {image: captions if isinstance(captions, list) else [captions] for image, captions in content.items()}
-        found = {image: [cell(f"{path}, {shown(image)}", {"caption": text}, "caption", "caption") for text in captions]
-                 for image, captions in lists.items()}
+
+def read_tokens(path, text):
+    """Flickr8k.token.txt: name#0<TAB>caption. Quotes mean nothing there."""
+    for number, line in enumerate(text.split("\n"), 1):
+        match = TOKEN.fullmatch(line.rstrip("\r"))
+        if match:
+            yield Entry(number, match[1], (match[2],))
+        elif line.strip():
+            raise DataError(f"{path}, line {number}: {shown(line)} is not name#number, a tab and a caption: mend the line")
+
+
+def read_columns(path, encoding):
+    """A table with a column for the picture and one for its caption; in captions.txt commas in captions may stand unquoted."""
+    table = read_table(path, encoding, joined=path.lower().endswith(".txt"))
+    known = {name.strip().lower(): name for name in reversed(table[0][1])}
+    columns = [next((known[name] for name in names if name in known), None) for names in (IMAGE_COLUMNS, CAPTION_COLUMNS)]
+    if None in columns:
+        wanted = [" or ".join(names) for names, column in zip((IMAGE_COLUMNS, CAPTION_COLUMNS), columns) if column is None]
+        raise DataError(f"{path}: no column {' and no column '.join(wanted)}; it has {shown(', '.join(table[0][1]), 300)}: rename")
+    return [Entry(line, cells[columns[0]], (cells[columns[1]],)) for line, cells in table]
+
+
+def listed(path, entries, split):
+    """The entries of the pictures that the list of a split beside the file names."""
+    wanted = {line.strip() for line in read_text(os.path.join(os.path.dirname(path), LISTS[split]), "utf-8").splitlines()}
+    return [one for one in entries if one.name in wanted]
+
+
+def read_entries(path, encoding="utf-8", split=""):
+    """(what the file was taken for, [Entry]) of a file of captions; split: of a file that says which picture is in which.
+
+    JSON: {image: caption or captions}; rows of image (or image_id) and caption or captions (BLIP's coco_karpathy_*.json, COCO's results);
+    COCO's annotations; Karpathy's dataset_*.json; also JSON Lines, CSV and TSV with image and caption, Flickr8k's captions.txt and
+    Flickr8k.token.txt. DataError: unreadable, another form, no captions, a key twice."""
+    path, kind = str(path), os.path.splitext(path)[1].lower()
+    if kind in (".csv", ".tsv", ".txt"):
+        text = read_text(path, encoding)
+        tokens = TOKEN.match(text.lstrip()) is not None
+        form, found = ("Flickr8k's tokens", read_tokens(path, text)) if tokens else (
+            "Flickr8k's captions.txt" if kind == ".txt" else kind[1:].upper(), read_columns(path, encoding))
+        found = list(found)
+        if split and kind == ".txt" and names_splits(path):
+            form, found = f"{form}, {LISTS[split]}", listed(path, found, split)
+    elif kind == ".jsonl":
+        form, found = "JSON Lines", list(read_rows(path, read_json(path, encoding)[1]))
     else:
-        raise DataError(f"{path}: neither {{image: captions}} nor COCO's annotations or results: see metrics.py --help")
+        form, found = read_content(path, parse_json(path, read_text(path, encoding)), split)
     if not found:
-        raise DataError(f"{path}: it holds no captions: nothing to score")
-    return found, _file_names(path, content)
+        raise DataError(f"{path}: it holds no captions{f' of the split {split}' if split else ''} (empty)")
+    return form, found
+
+
+def read_content(path, content, split):
+    """read_entries of a JSON file's content."""
+    if isinstance(content, list):
+        found = list(read_rows(path, enumerate(content, 1)))
+        karpathy = bool(found) and "image" in content[0]
+        return ("rows of image and caption, as coco_karpathy_*.json" if karpathy else "rows of image_id and caption"), found
+    images = content.get("images") if isinstance(content, dict) else None
+    if isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]:
+        return f"Karpathy's file, {' and '.join(KARPATHY[split]) if split else 'all splits'}", list(read_karpathy(path, images, split))
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list):
+        return "COCO's annotations", read_annotations(path, content)
+    if not isinstance(content, dict) or "annotations" in content:
+        raise DataError(f"{path}: neither {{image: captions}} nor COCO's annotations or results, nor Karpathy's: see data/README.md")
+    return "captions by file name", [Entry(number, image, captions_in(f"{path}, {shown(image)}", {"caption": texts}))
+                                     for number, (image, texts) in enumerate(content.items(), 1)]
+
+
+def grouped(entries):
+    """The entries with all captions of a picture in one, where it stands first; two ids of one file name are two pictures."""
+    found = {}
+    for one in entries:
+        found.setdefault((one.name, one.ident), [one, []])[1].extend(one.captions)
+    return [replace(first, captions=tuple(texts)) for first, texts in found.values()]
+
+
+def image_root(place, path, images, first):
+    """The folder that pictures are named from: `images`, else PLACE/images, else PLACE; a file is placed in its folder, or
+    above that where it is called annotations. first: a name, which may have images/ in it already."""
+    folder = place if os.path.isdir(place) else os.path.dirname(path) or "."
+    if folder != place and os.path.basename(os.path.abspath(folder)) == "annotations":
+        folder = os.path.dirname(os.path.abspath(folder))
+    return rows.image_root(os.path.join(folder, os.path.basename(path)), images, "", first)
 
 
 # --- reading ------------
@@ -86,7 +222,15 @@ class Picture:
 
 
 def split_file(data, split):
-    return pathlib.Path(data) / f"{split}_captions.json"
+    """The file of a split: `data` itself, or of files_of in it; DATA/SPLIT_captions.json goes before others, and where there is
+    none. DataError: several others."""
+    own = pathlib.Path(data) / f"{split}_captions.json"
+    if os.path.isfile(data):
+        return pathlib.Path(data) if split != "test" or names_splits(str(data)) else own
+    found = [own] if own.is_file() else files_of(data, split)
+    if len(found) > 1:
+        raise DataError(f"{data}: {' and '.join(found)} are there, and each could be the {split} split: move all but one away")
+    return pathlib.Path(found[0]) if found else own
 
 
 def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, skip_bad=0.0, shots=None, seed=0, workers=2,
@@ -94,22 +238,22 @@ def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, ski
     """Pictures of a split, bad ones refused, with skip_bad left out and listed; training captions cleaned if asked for."""
     path = str(split_file(data, split))
     if not os.path.isfile(path):
-        raise DataError(f"{path}: there is no such file: --data is a folder with train_captions.json and val_captions.json; "
-                        "python tools/make_sample.py draws one, data/artquest")
-    captions, names = read_captions(path, encoding)
-    named = [(names.get(key, key), texts) for key, texts in captions.items()]  # COCO's keys are numbers
-    root, listings, missed, found = rows.image_root(path, images, "", named[0][0]), {}, 0, []
-    for number, (name, texts) in enumerate(named, 1):
-        image, fault = "", ""
-        try:  # the search for the nearest name is slow in a big folder, and five are shown
-            image = rows.resolve_image(root, name, listings, nearest=missed < 5)
-            fault = "" if os.path.getsize(image) else f"image {rows.shown(name)} has 0 bytes"
-        except DataError as error:
-            fault, missed = str(error), missed + 1
-        found.append(Picture(image, name, tuple(" ".join(text.split()) for text in texts), number, path, fault))
+        raise DataError(f"{path}: there is no such file: --data is a folder with train_captions.json and val_captions.json, or in "
+                        "another layout of data/README.md; python tools/make_sample.py draws one, data/artquest")
+    form, entries = read_entries(path, encoding, split)
+    entries = grouped(entries)
+    root = image_root(str(data), path, images, entries[0].name)
+    found, pictures = [], rows.find_pictures((one.name for one in entries), root)
+    for one in entries:
+        image, fault = pictures[one.name]
+        fault = fault or ("" if os.path.getsize(image) else f"image {shown(one.name)} has 0 bytes")
+        found.append(Picture(image, one.name, tuple(" ".join(text.split()) for text in one.captions), one.line, path, fault))
+    if (os.path.samefile(path, data) or os.path.basename(path) in WHOLE) and not names_splits(path):
+        found = rows.hold_out(found, HELD_OUT, split == "val")
+        form = f"{form}, one file for both: {HELD_OUT:.0%} of the pictures are held out for validation"
     if split == "train" and texts_clean:
         found = clean(found, say)
-    say(f"{split}: {path}: {len(found)} pictures, {sum(len(p.captions) for p in found)} captions, images in {root}")
+    say(f"{split}: {path}: {form}, {len(found)} pictures, {sum(len(p.captions) for p in found)} captions, images in {root}")
     empty = "an empty caption (--train-texts-clean removes those of the training file)"
     found = [p if p.fault or (p.captions and all(p.captions)) else replace(p, fault=empty) for p in found]
     if skip_bad:

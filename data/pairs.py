@@ -7,9 +7,9 @@
     Captioned             the Pairs as a data set of pictures
     check                 what --check-data prints
 
-A PLACE is a folder with one file of FILES for each split, in it or in annotations/, or one JSON file, which is a training set.
-Layouts: COCO's Karpathy split and Visual Genome's captions as LAVIS distributes them, {file: caption or captions}, COCO's own
-annotations. Sets of tar files: shards.py. Bad input raises DataError, whose text is one line that says what to do about it.
+A PLACE is a folder with one file of captions for each split, in it or in annotations/ (captions.files_of), or one file, which is a
+training set unless it names its splits. Layouts: captions.read_entries. Sets of tar files: shards.py.
+Bad input raises DataError, whose text is one line that says what to do about it.
 """
 
 import hashlib
@@ -26,11 +26,10 @@ from torch.utils.data import Dataset
 from data import captions, rows
 from data.captions import LEFT_RIGHT
 from data.cirr import clean_text
-from data.tables import cell, locate, read_json, read_text, shown
+from data.tables import locate, shown
 from engine.errors import DataError
 
-FILES = {"train": ("coco_karpathy_train.json", "vg_caption.json", "train_captions.json"),
-         "val": ("coco_karpathy_val.json", "val_captions.json")}
+FILES = {split: captions.file_names(split) for split in ("train", "val")}
 LISTED = 20  # faults that --check-data and --skip-bad name one by one
 GREY = (128, 128, 128)  # what a turned picture leaves open
 # LAVIS's ten for Visual Genome, two at a time, each applied every second time, at magnitude 5 of 10: shear by 0.15, shift by 5
@@ -75,81 +74,36 @@ def named_places(specs):
 def split_file(place, split):
     """The file of a split, "" where a set has no validation file. DataError: no such place, no training file, several."""
     if os.path.isfile(place):
-        return place if split == "train" else ""
+        return place if split == "train" or captions.names_splits(place) else ""
     if not os.path.isdir(place):
         raise DataError(f"{place}: there is no such file or folder: check --data; python tools/make_sample.py draws a set for "
                         "--data drawn=data/artquest")
-    paths = [os.path.join(place, inner, name) for inner in ("", "annotations") for name in FILES[split]]
-    found = [path for path in paths if os.path.isfile(path)]
+    found = captions.files_of(place, split)
     if len(found) > 1:
         raise DataError(f"{place}: {' and '.join(found)} are both there: give each set a folder or pass the files themselves")
     if not found and split == "train":
         there = shown(", ".join(sorted(rows.entries(place))[:10]) or "nothing", 300)
-        raise DataError(f"{place}: none of {', '.join(FILES[split])} is there; it holds {there}: check --data")
-    return found[0] if found else ""
-
-
-def read_captions(path, encoding):
-    """[(row, picture's name, [captions])] of a file in any of the layouts. DataError: another, a value that is not text."""
-    if not path.lower().endswith(".jsonl") and read_text(path, encoding).lstrip().startswith("{"):
-        found, names = captions.read_captions(path, encoding)
-        return [(number, names.get(key, key), texts) for number, (key, texts) in enumerate(found.items(), 1)]
-    table = []
-    for line, cells in read_json(path, encoding)[1]:
-        where, texts = f"{path}, {locate(path, line)}", cells.get("caption")
-        texts = [cell(where, {"caption": text}, "caption", "caption") for text in texts] if isinstance(texts, list) else [
-            cell(where, cells, "caption", "caption")]
-        table.append((line, cell(where, cells, "image", "image"), texts))
-    return table
-
-
-def image_root(place, path, images, first):
-    """The folder that pictures are named from: `images`, else PLACE/images, else PLACE; a file is placed in its folder, or
-    above that where it is called annotations. first: a name, which may have images/ in it already."""
-    folder = place if os.path.isdir(place) else os.path.dirname(path) or "."
-    if folder != place and os.path.basename(os.path.abspath(folder)) == "annotations":
-        folder = os.path.dirname(os.path.abspath(folder))
-    return rows.image_root(os.path.join(folder, os.path.basename(path)), images, "", first)
-
-
-def files_under(root):
-    """{file name: [its paths relative to root]}"""
-    found = {}
-    for folder, _, files in os.walk(root):
-        for file in files:
-            found.setdefault(file, []).append(os.path.relpath(os.path.join(folder, file), root))
-    return found
+        raise DataError(f"{place}: none of {', '.join((*FILES[split], *captions.WHOLE))} is there; it holds {there}: check --data")
+    whole = found and os.path.basename(found[0]) in captions.WHOLE and not captions.names_splits(found[0])
+    return found[0] if found and not (whole and split == "val") else ""
 
 
 def is_absolute(name):
     return re.match(r"[\\/]|[A-Za-z]:[\\/]", name) is not None
 
 
-def remapped(name, index):
-    """The path under the root of a picture that is named by its place on another disk: where its file name is, and where that
-    is in several folders, in the one of the same name. DataError: nowhere, or still several."""
-    parts = re.split(r"[\\/]", name)
-    found = index.get(parts[-1], [])
-    if len(found) > 1:
-        found = [path for path in found if path.split(os.sep)[-2:] == parts[-2:]] or found
-    if len(found) != 1:
-        many = f"could be any of {shown(', '.join(sorted(found)))}" if found else "is not there"
-        raise DataError(f"image {shown(name)}, looked for as {shown(parts[-1])} in all folders of the image root, {many}")
-    return found[0]
+def find_image(root, name, listings, nearest, suffixes=()):
+    """rows.find_picture; a place on another disk is looked for under the root, its leading folders dropped."""
+    if not is_absolute(name):
+        return rows.find_picture(root, name, listings, nearest, suffixes)
+    return rows.find_picture(root, re.sub(r"^([A-Za-z]:)?[\\/]+", "", name), listings, nearest, suffixes)
 
 
 def find_images(names, root):
     """{name: (absolute path, "") or ("", why there is none)} of the pictures under `root`."""
-    found, listings, missed = {}, {}, 0
-    index = files_under(root) if any(map(is_absolute, names)) else {}
-    for name in names:
-        try:  # the search for the nearest name is slow in a big folder, and five are shown
-            relative = remapped(name, index) if is_absolute(name) else name
-            path = rows.resolve_image(root, relative, listings, nearest=missed < 5)
-            found[name] = (path, "") if os.path.getsize(path) else ("", f"image {shown(name)} has 0 bytes")
-        except DataError as error:
-            found[name], missed = ("", str(error)), missed + 1
-    return found
+    found = rows.find_pictures(names, root, find=find_image)
+    return {name: (path, fault) if fault or os.path.getsize(path) else ("", f"image {shown(name)} has 0 bytes")
+            for name, (path, fault) in found.items()}
 
 
 def image_number(text):
@@ -160,24 +114,23 @@ def image_number(text):
 def read_set(name, place, split, images=None, encoding="utf-8", say=print):
     """The Pairs of a split, those that cannot be used with their fault; [] where the set has no validation file.
 
-    DataError: as split_file and read_captions, no image root."""
+    DataError: as split_file and captions.read_entries, no image root."""
     path = split_file(place, split)
     if not path:
         return []
-    table = read_captions(path, encoding)
-    root = image_root(place, path, images, table[0][1])
-    names = dict.fromkeys(picture for _, picture, _ in table)
+    form, entries = captions.read_entries(path, encoding, split)
+    root = captions.image_root(place, path, images, entries[0].name)
+    names = dict.fromkeys(one.name for one in entries)
     found = find_images(names, root)
     numbers = {picture: image_number(image or picture) for picture, (image, _) in found.items()}
     pairs = []
-    for line, picture, texts in table:
-        image, fault = found[picture]
-        for text in texts:
-            text = clean_text(text)
+    for one in entries:
+        image, fault = found[one.name]
+        for text in map(clean_text, one.captions):
             empty = "" if text else "empty caption"
-            pairs.append(Pair(image, picture, text, numbers[picture], name, path, line, fault or empty))
+            pairs.append(Pair(image, one.name, text, numbers[one.name], name, path, one.line, fault or empty))
     elsewhere = ", found by their file names" if any(map(is_absolute, names)) else ""
-    say(f"{split}: {name}: {path}: {len(pairs)} captions of {len(names)} pictures, images in {root}{elsewhere}")
+    say(f"{split}: {name}: {path}: {form}, {len(pairs)} captions of {len(names)} pictures, images in {root}{elsewhere}")
     return pairs
 
 

@@ -301,23 +301,25 @@ def by_name(root, parts, spellings, listings):
 def find_picture(root, name, listings, nearest=True, suffixes=(), anywhere=True):
     """(absolute path, whether it lies where the name says) of a picture that may lie in other folders than its name says.
 
-    Looked for as it is written, then with leading folders dropped, then by its file name everywhere below the root. The last not
-    where its folder is there: what that lacks is missing, and another folder's picture of this name is another picture. suffixes:
-    others that the file may have. DataError: as resolve_image; in several folders."""
+    Looked for as it is written, then with leading folders dropped, then by its file name alone, which only one picture below the
+    root may have; in another folder not where its own is there: what that lacks is missing, and the other folder's picture of this
+    name is another picture. suffixes: others that the file may have; anywhere: whether all folders are searched. DataError: as
+    resolve_image; in several folders."""
     try:
         return resolve_image(root, name, listings, False), True
     except NotThere:
         root, parts = os.path.realpath(root), parts_of(name)
     spellings = list(dict.fromkeys([parts[-1], *(os.path.splitext(parts[-1])[0] + suffix for suffix in suffixes)]))
-    for dropped in range(len(parts)):
+    homes = [parts[dropped:-1] for dropped in range(len(parts) - 1)]
+    for home in [parts[:-1], *homes[1:]] + ([] if anywhere else [[]]):
         for spelling in spellings:
             try:
-                return resolve_image(root, "/".join([*parts[dropped:-1], spelling]), listings, False), dropped == 0
+                return resolve_image(root, "/".join([*home, spelling]), listings, False), home == parts[:-1]
             except NotThere:
                 pass
-    homes = [parts[dropped:-1] for dropped in range(len(parts) - 1)]
-    elsewhere = anywhere and not any(is_folder(root, home, listings) for home in homes)
-    path = by_name(root, parts, spellings, listings) if elsewhere else None
+    path = by_name(root, parts, spellings, listings) if anywhere else None
+    if path and os.sep in path and any(is_folder(root, home, listings) for home in homes):
+        path = None
     return resolve_image(root, path or name, listings, nearest), False  # without a path: what is wrong with the name
 
 

@@ -108,9 +108,10 @@ def swallowed_row(values, separator):
                for cells in inner)
 
 
-def read_table(path, encoding="utf-8", separator=None):
+def read_table(path, encoding="utf-8", separator=None, joined=False):
     """Read a CSV or TSV file with a header as a list of (line, {column: text}); no value is converted or dropped.
 
+    joined: further fields belong to the last column, whose text has the separator in it without quotes.
     DataError: unreadable, wrong encoding, NUL, empty, no rows, a column named twice, a row with too many or too few
     fields, an open quote."""
     path = str(path)
@@ -123,6 +124,8 @@ def read_table(path, encoding="utf-8", separator=None):
         raise DataError(f"{path}, line 1: column {shown(twice[0])} stands there twice: rename one of them")
     table = []
     for line, values in lines:
+        if joined and len(values) > len(header):
+            values[len(header) - 1:] = [separator.join(values[len(header) - 1:])]
         if len(values) != len(header):
             raise DataError(f"{path}, line {line}: expected {len(header)} fields as in the header, found {len(values)} "
                             f"(separator {separator!r}): quote values that hold the separator, or pass --separator")

@@ -1,0 +1,163 @@
+"""pytest tests/data/test_captions.py: files of captions as other people keep them, each in the hands of the three that read it:
+train_blip_caption.py (read_data), pretrain_qformer.py (pairs.read_sets) and metrics.py --references.
+"""
+
+import json
+import pathlib
+
+import pytest
+from PIL import Image
+
+import metrics
+from data import captions, pairs
+from engine import errors
+from engine.errors import DataError
+
+NAMES = [f"COCO_val2014_{n:012}.jpg" for n in range(1, 7)]
+TEXTS = {name: [f"a picture, number {n}", f'"{n}" dogs'] for n, name in enumerate(NAMES, 1)}
+SPLITS = dict(zip(NAMES, ("train", "restval", "train", "val", "val", "test")))
+
+
+def karpathy_rows(names):
+    return [{"caption": text, "image": f"val2014/{name}", "image_id": f"coco_{name}"} for name in names for text in TEXTS[name]]
+
+
+def karpathy_file(**folder):
+    return {"images": [{**folder, "filename": name, "split": SPLITS[name], "sentences": [{"raw": text, "tokens": []} for text in texts]}
+                       for name, texts in TEXTS.items()], "dataset": "coco"}
+
+
+def coco(names):
+    rows = [{"image_id": int(name[-8:-4]), "id": 7, "caption": text} for name in names for text in TEXTS[name]]
+    return {"images": [{"id": int(name[-8:-4]), "file_name": name} for name in names], "annotations": rows}
+
+
+def table(mark, head="image{}caption", quoted=True):
+    def cell(text):
+        return '"' + text.replace('"', '""') + '"' if quoted else text
+    return head.format(mark) + "\n" + "".join(f"{name}{mark}{cell(text)}\n" for name, texts in TEXTS.items() for text in texts)
+
+
+TOKENS = "".join(f"{name}#{n}\t{text}\n" for name, texts in TEXTS.items() for n, text in enumerate(texts))
+LISTS = {path: "".join(f"{name}\n" for name in NAMES if SPLITS[name] in captions.KARPATHY[split]) for split, path in captions.LISTS.items()}
+OWN = {"train": NAMES[:3], "val": NAMES[3:5], "test": NAMES[5:]}
+# files, what the first is called where it is read
+LAYOUTS = {
+    "BLIP's Karpathy rows": ({f"coco_karpathy_{s}.json": karpathy_rows(names) if s == "train" else [
+        {"image": f"val2014/{name}", "caption": TEXTS[name]} for name in names] for s, names in OWN.items()}, "rows of image and caption"),
+    "the same under another name": ({f"{s}_captions.json": karpathy_rows(names) for s, names in OWN.items()}, "rows of image and caption"),
+    "COCO": ({f"annotations/captions_{s}2014.json": coco(names) for s, names in OWN.items()}, "COCO's annotations"),
+    "dataset_coco": ({"dataset_coco.json": karpathy_file(filepath="val2014")}, "Karpathy's file, "),
+    "dataset_flickr8k": ({"dataset_flickr8k.json": karpathy_file()}, "Karpathy's file, "),
+    "Flickr8k's tokens with its lists": ({"Flickr8k.token.txt": TOKENS, **LISTS}, "Flickr8k's tokens, Flickr_8k."),
+    "captions.txt with the lists": ({"captions.txt": table(","), **LISTS}, "Flickr8k's captions.txt, Flickr_8k."),
+    "CSV": ({f"{s}.csv": "Image,x,Caption\n" + "".join(f'{n},1,"{t.replace(chr(34), chr(34) * 2)}"\n' for n in names for t in TEXTS[n])
+             for s, names in OWN.items()}, "CSV"),
+}
+WHOLE = {"captions.txt": table(","), "Flickr8k.token.txt": TOKENS, "captions.csv": table(","), "captions.tsv": table("\t")}
+
+
+def put(folder, files, images="images"):
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+    for n, name in enumerate(NAMES):
+        (folder / images).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6), (40 * n, 0, 0)).save(folder / images / name)
+    return folder
+
+
+def read(folder, split):
+    said = []
+    found = captions.read_data(folder, split, say=said.append)
+    return {pathlib.Path(p.image).name: list(p.captions) for p in found}, said[0]
+
+
+def read_pairs(place, split):
+    said, found = [], {}
+    for pair in pairs.read_sets({"x": str(place)}, split, say=said.append):
+        found.setdefault(pathlib.Path(pair.image).name, []).append(pair.text)
+    return found, said[0]
+
+
+@pytest.mark.parametrize("images", ["images", "images/val2014", "Images"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_is_read_by_both_trainings_and_it_is_said(tmp_path, name, images):
+    files, form = LAYOUTS[name]
+    folder = put(tmp_path, files, images)
+    for split, names in OWN.items():
+        found, said = read(folder, split)
+        assert found == {one: TEXTS[one] for one in names} and form in said
+    for split in ("train", "val"):
+        found, said = read_pairs(folder, split)
+        assert {one: len(texts) for one, texts in found.items()} == dict.fromkeys(OWN[split], 2) and form in said
+        assert found[OWN[split][0]][0] == TEXTS[OWN[split][0]][0]
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_one_file_without_splits_holds_pictures_out(tmp_path, name):
+    folder = put(tmp_path, {name: WHOLE[name]})
+    for place in (folder, folder / name):
+        (train, said), (val, _) = read(place, "train"), read(place, "val")
+        assert "held out" in said and not set(train) & set(val) and train | val == TEXTS
+        assert not captions.split_file(place, "test").is_file()
+        (train, _), (val, _) = read_pairs(place, "train"), read_pairs(place, "val")
+        assert not set(train) & set(val) and set(train) | set(val) == set(TEXTS)
+
+
+def test_commas_and_quotes_in_captions_txt_need_no_quotes(tmp_path):
+    lines = table(",", quoted=False).replace('"1" dogs', 'two BIG dogs, a cat').replace('"', "").replace("BIG", '"big"')
+    folder = put(tmp_path, {"captions.txt": lines})
+    (found, _), (val, _) = read(folder, "train"), read(folder, "val")
+    assert (found | val)[NAMES[0]] == ["a picture, number 1", 'two "big" dogs, a cat']
+
+
+REFERENCES = {"dataset.json": karpathy_file(filepath="val2014"), "rows.json": karpathy_rows(NAMES), "coco.json": coco(NAMES),
+              "captions.txt": table(","), "tokens.txt": TOKENS, "own.csv": table(","), "own.tsv": table("\t"),
+              "lists.json": [{"image": name, "caption": texts} for name, texts in TEXTS.items()]}
+
+
+@pytest.mark.parametrize("by", ["name", "folder", "number"])
+@pytest.mark.parametrize("name", REFERENCES)
+def test_metrics_scores_against_every_layout(tmp_path, capsys, name, by):
+    """Predictions by file name, with a folder, and by COCO's number give the same scores."""
+    put(tmp_path, {name: REFERENCES[name]})
+    told = {one: f"a picture, number {n}" for n, one in enumerate(NAMES, 1)}
+    keyed = {"name": told, "folder": {f"val2014/{one}": text for one, text in told.items()},
+             "number": [{"image_id": int(one[-8:-4]), "caption": text} for one, text in told.items()]}[by]
+    put(tmp_path, {"preds.json": keyed})
+    code = errors.exit_code(metrics.main, ["--references", str(tmp_path / name), "--predictions", str(tmp_path / "preds.json"), "--json"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    assert json.loads(out)["corpus"]["ROUGE-L"] == metrics.score_captions(told, TEXTS)["corpus"]["ROUGE-L"] == 1
+
+
+def test_a_subset_is_scored_only_when_asked(tmp_path, capsys):
+    put(tmp_path, {"refs.json": karpathy_file(), "preds.json": {NAMES[0]: TEXTS[NAMES[0]][0], NAMES[3]: "x"}})
+    flags = ["--references", str(tmp_path / "refs.json"), "--predictions", str(tmp_path / "preds.json")]
+    assert errors.exit_code(metrics.main, flags) == 2
+    assert "no caption for 4 of 6 images" in (err := capsys.readouterr().err) and "--subset" in err
+    assert not errors.exit_code(metrics.main, [*flags, "--subset"])
+    out = capsys.readouterr().out
+    assert "note: --subset: 2 of 6 images of" in out and "note: references: Karpathy's file, all splits" in out
+    put(tmp_path, {"preds.json": {NAMES[0]: "x", "stranger.jpg": "y"}})
+    assert errors.exit_code(metrics.main, [*flags, "--subset"]) == 2
+    assert "no references for 1 of 2 images, first 'stranger.jpg'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("Flickr8k.token.txt", TOKENS + "a.jpg no tab\n", "line 13: 'a.jpg no tab' is not name#number, a tab and a caption"),
+    ("captions.csv", "picture,caption\na.jpg,x\n", "no column image or file_name or filename or image_id; it has 'picture, caption'"),
+    ("captions.txt", "image,caption\na.jpg\n", "line 2: expected 2 fields"),
+    ("dataset_coco.json", {"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"tokens": []}]}]}, "image 1: no 'raw'"),
+    ("dataset_coco.json", {"images": [{"filename": "a.jpg", "split": "test", "sentences": []}]}, "no captions of the split train")])
+def test_a_damaged_file_is_named(tmp_path, name, content, message):
+    with pytest.raises(DataError) as caught:
+        read(put(tmp_path, {name: content}), "train")
+    assert message in str(caught.value) and name in str(caught.value)
+
+
+def test_questions_in_train_csv_are_no_captions(tmp_path):
+    with pytest.raises(DataError, match="train_captions.json: there is no such file"):
+        read(put(tmp_path, {"train.csv": "image,question,answer\na.jpg,Who?,x\n"}), "train")
