@@ -181,6 +181,9 @@ def shortest_way(args, absent):
 
 def read_data(args, split, say=print):
     """The rows of a split as the flags about data have it."""
+    if os.path.isfile(args.data) and not args.val_share:
+        raise DataError(f"{args.data} is one table: --val-share 0 would validate on the rows that are trained on: hold some out, or "
+                        "give --data a folder with train.csv and val.csv")
     return read_questions(args.data, split, args.columns, args.images, args.encoding, args.separator, args.style, args.semart,
                           args.context, args.val_share, args.skip_bad, args.workers, say)
 
@@ -274,7 +277,7 @@ def best_of(args, model, parts, frozen, command):
     read = parts.train.rows
     return {"state": checkpoints.trainable_state(model), "model_args": parts.built_from, "args": vars(args), "command": list(command),
             "loss_weights": parts.weights, "majority": majority_answers(read), "answers": sorted({r.answer.strip() for r in read}),
-            "frozen": frozen}
+            "frozen": frozen, "pictures": parts.pictures}
 
 
 def majority_answers(train_rows):
@@ -303,6 +306,7 @@ class Parts(NamedTuple):
     collate: Collate
     weights: dict  # of the style terms, see loss_weights
     built_from: dict  # see model_args
+    pictures: list  # rows.picture_digest of those that are trained on, sorted: evaluation can tell whether it meets them again
 
 
 def train_step(run, step, weights):
@@ -393,7 +397,8 @@ def prepare(args, accelerator, command=()):
     model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None)
     core.save_activations(model.language_model, args.activations)
     parts = Parts(Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features),
-                  Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from)
+                  Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from,
+                  sorted(set(rows.picture_digests(train_rows, args.workers).values())))
     return make_run(args, accelerator, model, parts, {**checkpoints.fingerprint(model), **towers}, command), parts
 
 
