@@ -24,13 +24,12 @@ import core
 import metrics
 from data import rows
 from data.questions import Questions, read_questions
-from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, published
+from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, published, runfolder
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary, text_length
 from engine.features import cached_features, predicted_styles
 from engine.prompts import Collate, answer_length, say_cut
 from engine.run import Run, resumes
-from engine.runfolder import script_name
 
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")
 # what the model returns and training_log.csv has of validation alone: a step has too few questions on style; a new term is logged
@@ -288,13 +287,14 @@ def majority_answers(train_rows):
     return {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
 
 
-def settings(args, parts, processes):
+def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
     free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "safe_load", "skip_bad",
             "semart", "cache", "activations")
-    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in free}
-    return {**given, "a cache of features": args.cache is not None, "training rows (hash)": rows.fingerprint(parts.train.rows),
-            "validation rows (hash)": rows.fingerprint(parts.val.rows), "processes": processes}
+    return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
+            "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
+            "a cache of features": args.cache is not None, "training rows (hash)": rows.fingerprint(parts.train.rows),
+            "validation rows (hash)": rows.fingerprint(parts.val.rows), "processes": accelerator.num_processes}
 
 
 # --- the loop ------------
@@ -417,7 +417,7 @@ def make_run(args, accelerator, model, parts, frozen, command=()):
     return Run("gated", args.out, accelerator, model, wrapped, optimizer, rows=read, plan=plan, epochs=args.epochs, seed=args.seed,
                batches=lambda epoch, left: loaders.load_batches(parts.train, parts.collate, loop.keys_of(left), args.workers),
                lr=lambda step, total: loop.cosine_lr(step, total, round(args.warmup * total), args.lr),
-               metric=args.select, lowest=args.select == "loss", settings=settings(args, parts, accelerator.num_processes),
+               metric=args.select, lowest=args.select == "loss", settings=settings(args, parts, accelerator),
                frozen=frozen, base=("BLIP-2 or style classifier", "--blip2 and --efficientnet"),
                best=lambda: best_of(args, model, parts, frozen, command), columns=LOG_COLUMNS, panels=PANELS,
                title=f"{pathlib.Path(args.out).name}: gating {args.gating}, per {args.per}", unit="questions", save_last=args.save_last)
@@ -440,7 +440,7 @@ def main(argv=None):
     with errors.batch_size_in_memory_errors(args.batch_size):
         if args.dry_run:
             return dry_run(args)
-        run = train(args, [script_name(__file__), *(sys.argv[1:] if argv is None else argv)])
+        run = train(args, [runfolder.script_name(__file__), *(sys.argv[1:] if argv is None else argv)])
     return run.result(args.select, __file__, argv)
 
 

@@ -8,7 +8,7 @@ What the training and evaluation scripts must agree on, as plain functions:
     resolve_image, load_image, image_tensor a name in a table -> a path -> RGB pixels -> [3, size, size]
     check_rows, usable_rows, verify_images  which rows cannot be used, and why
     hold_out                                a validation split of one table
-    picture_digests, pictures_hash          which pictures these are, whatever they are called
+    picture_digests, sizes_hash             which pictures these are, whatever they are called
     summary, shared_images                  what --check-data prints
 
 Bad input raises DataError, whose text is one line that names the file, the row and what to do about it.
@@ -449,6 +449,18 @@ def fingerprint(rows):
     digest = hashlib.sha256()
     for r in rows:
         digest.update("\0".join((r.name, r.question, r.answer, r.question_type, r.style, r.context, "\n")).encode())
+    return digest.hexdigest()[:16]
+
+
+def sizes_hash(paths):
+    """Short hash of the sizes of some pictures: tells, without reading any, whether others of the same names are taken now, be it by
+    another --images or because a folder has come that goes before. DataError: one is not there."""
+    digest = hashlib.sha256()
+    for path in dict.fromkeys(paths):
+        try:
+            digest.update(f"{os.path.getsize(path)} ".encode())
+        except OSError as error:
+            raise DataError(f"{shown(path, 300)}: cannot be read ({error.strerror}): replace it") from None
     return digest.hexdigest()[:16]
 
 
