@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import rows, wikiart
 from data.rows import IMAGENET_MEAN, IMAGENET_STD
-from engine import checkpoints, environment, errors, files, flags, loaders, loop
+from engine import checkpoints, environment, errors, files, flags, loaders, loop, runfolder
 from engine.errors import DataError
 from engine.run import Run, resumes
 
@@ -312,13 +312,14 @@ def best_of(args, parts):
             "std": list(IMAGENET_STD), "args": vars(args)}
 
 
-def settings(args, parts, processes):
+def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
     free = ("out", "resume", "save_last", "config", "workers", "images", "data", "photos", "check_data", "dry_run", "pretrained",
             "init")
-    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in free}
-    return {**given, "classes": parts.classes, "training rows (hash)": rows.fingerprint(parts.train.rows),
-            "validation rows (hash)": rows.fingerprint(parts.val.rows), "processes": processes}
+    return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
+            "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
+            "classes": parts.classes, "training rows (hash)": rows.fingerprint(parts.train.rows),
+            "validation rows (hash)": rows.fingerprint(parts.val.rows), "processes": accelerator.num_processes}
 
 
 # --- the loop ------------
@@ -435,7 +436,7 @@ def prepare(args, accelerator, resumed=False):
     return Run("efficientnet", args.out, accelerator, model, wrapped, optimizer, rows=parts.train.rows, plan=plan,
                batches=lambda epoch, left: loaders.load_batches(parts.train, collate, loop.keys_of(left), args.workers),
                epochs=args.epochs, lr=lambda step, total: loop.cosine_lr(step, total, round(args.warmup * total), args.lr),
-               seed=args.seed, metric="f1", settings=settings(args, parts, accelerator.num_processes),
+               seed=args.seed, metric="f1", settings=settings(args, parts, accelerator),
                best=lambda: best_of(args, parts), state=lambda: {"state": model.state_dict(), "ema": ema.module.state_dict()},
                load_state=load_state, clip=CLIP, columns=LOG_COLUMNS, panels=PANELS, unit="pictures", save_last=args.save_last,
                title=f"{pathlib.Path(args.out).name}: {args.arch}, {args.size} px",

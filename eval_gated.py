@@ -53,7 +53,8 @@ def get_args(argv=None):
     parser.add_argument("--data", metavar="DIR", help="folder with the CSV files (default: the one of training)")
     parser.add_argument("--images", metavar="DIR", help="image root (default: as in training, or DATA/images); with --ask "
                                                         "the folder of pictures")
-    parser.add_argument("--split", default="val", help="which CSV file: train, val or test (default: val)")
+    parser.add_argument("--split", default="val", help="which CSV file: train, val or test; of a training on one table: val, its "
+                                                                    "held-out pictures, or train (default: val)")
     parser.add_argument("--columns", nargs="+", metavar="NAME=COLUMN", help="names of your columns (default: as in training)")
     parser.add_argument("--encoding", help="of the CSV file (default: as in training)")
     parser.add_argument("--separator", help="of the CSV file (default: as in training)")
@@ -70,7 +71,8 @@ def get_args(argv=None):
     parser.add_argument("--beams", type=flags.positive, default=5, help="beams of generate (default: 5)")
     parser.add_argument("--max-new-tokens", type=flags.positive, metavar="N",
                         help="longest answer of generate (default: as long as the longest of training)")
-    parser.add_argument("--table", metavar="FILE.json", help="the table as a list of JSON objects")
+    parser.add_argument("--table", metavar="FILE.json", help="the table as a list of JSON objects; seen: of how many of the n rows "
+                                                             "training saw the picture")
     parser.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves, confusion of "
                                                               "styles, how well confidence is calibrated, and samples")
     parser.add_argument("--abstain-below", type=flags.share, metavar="X",
@@ -157,12 +159,36 @@ def data_args(args, trained_with):
     args.val_share = 0.0  # of a table given here, all rows
     if args.data is None:
         args.data, args.images = trained_with["data"], args.images or trained_with["images"]
+    if is_same_table(args.data, trained_with["data"]):
         args.val_share = trained_with["val_share"]
+        if not args.val_share and args.split != "train":
+            raise DataError(f"{args.data}: all of this table was trained on (--val-share 0): nothing in it was held out: give --data "
+                            "with rows of their own, or --split train")
     args.columns = trained_with["columns"] if args.columns is None else args.columns
     args.encoding = args.encoding or trained_with["encoding"]
     args.separator = args.separator or trained_with["separator"]
     args.semart = args.semart or trained_with["semart"]
     args.style, args.context = trained_with["style"], trained_with["context"]
+
+
+def is_same_table(one, other):
+    """Are both the same table, and no folder with several?"""
+    return os.path.isfile(one) and os.path.isfile(other) and os.path.samefile(one, other)
+
+
+def seen_in_training(checkpoint, questions, workers):
+    """Of each row: did training see its picture? None where the checkpoint, of an earlier version, does not say."""
+    if "pictures" not in checkpoint:
+        return None
+    pictures, digests = set(checkpoint["pictures"]), rows.picture_digests(questions, workers)
+    return [digests[row.image] in pictures for row in questions]
+
+
+def told_seen(seen):
+    """seen_in_training in words."""
+    if seen is None:
+        return "unknown, since this checkpoint of an earlier version does not say which pictures were trained on"
+    return f"{sum(seen)} of {len(seen)} rows" + (": these scores are not of held-out pictures" if any(seen) else "")
 
 
 class OtherStyle(Questions):
@@ -287,10 +313,11 @@ def score(predictions, answers):
     return {name: 100 * value / len(pairs) for name, value in sums.items()}
 
 
-def score_table(questions, systems):
-    """questions: list of Row; systems: {name: what evaluate returns, at least [{"prediction"}]}.
+def score_table(questions, systems, seen=None):
+    """questions: list of Row; systems: {name: what evaluate returns, at least [{"prediction"}]}; seen: see seen_in_training.
 
-    -> rows {type, system, n, loss, hit, kl (those that the system has), EM, ...}; types sorted, "all" last.
+    -> rows {type, system, n, seen (how many of n, where that is known), loss, hit, kl (those that the system has), EM, ...}; types
+    sorted, "all" last.
     """
     kinds = sorted({r.question_type for r in questions if r.question_type})
     table = []
@@ -299,7 +326,8 @@ def score_table(questions, systems):
         for system, found in systems.items():
             here = [found[i] for i in chosen]
             scores = score([one["prediction"] for one in here], [questions[i].answer.strip() for i in chosen])
-            table.append({"type": kind, "system": system, "n": len(chosen), **loss_summary(here), **scores})
+            met = {} if seen is None else {"seen": sum(seen[i] for i in chosen)}
+            table.append({"type": kind, "system": system, "n": len(chosen), **met, **loss_summary(here), **scores})
     return table
 
 
@@ -354,6 +382,7 @@ class Evaluation:
     model: core.Blip2OPTGated
     questions: list  # of Row
     ids: list  # question_id of each
+    seen: list | None  # see seen_in_training
     data: Questions
     collate: Collate
     places: dict  # see built_as
@@ -378,7 +407,8 @@ def prepare(args, checkpoint, accelerator):
     data_args(args, {**BEFORE, **checkpoint["args"]})
     questions = read_questions(args.data, args.split, args.columns, args.images, args.encoding, args.separator, args.style,
                                args.semart, args.context, args.val_share, args.skip_bad, args.workers, accelerator.print)
-    ids = question_ids(questions)
+    ids, seen = question_ids(questions), seen_in_training(checkpoint, questions, args.workers)
+    accelerator.print(f"{args.split}: pictures that training saw: {told_seen(seen)}")
     places, dtype = built_as(args, checkpoint), core.DTYPES[accelerator.mixed_precision]
 
     def load_style():
@@ -394,7 +424,7 @@ def prepare(args, checkpoint, accelerator):
     if args.style == "efficientnet":
         questions, = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
                                       places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print)
-    return Evaluation(args, checkpoint, accelerator, model, questions, ids,
+    return Evaluation(args, checkpoint, accelerator, model, questions, ids, seen,
                       Questions(questions, model.image_size, features),
                       Collate(model.tokenizer, model.styles, model.max_answer), places, dtype)
 
@@ -422,7 +452,7 @@ def deliver(run, systems, command):
     if args.predictions:  # before the scores: what cost an hour is safe first
         readable = write_predictions(args.predictions, run.ids, questions, trained)
         print(f"predictions: {args.predictions} and {readable}")
-    table = score_table(questions, systems)
+    table = score_table(questions, systems, run.seen)
     print_table(table)
     if args.abstain_below is not None:
         print(coverage(questions, trained, args.abstain_below))
@@ -430,7 +460,8 @@ def deliver(run, systems, command):
         with files.whole_file(args.table) as file:
             json.dump(table, file, indent=1)
     if args.report:
-        made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, {args.split}", seed=run.checkpoint["args"]["seed"])
+        made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, {args.split}", seed=run.checkpoint["args"]["seed"],
+                            **{"pictures that training saw": told_seen(run.seen)})
         log = pathlib.Path(args.checkpoint).with_name("training_log.csv")
         report.write(args.report, f"{args.checkpoint}: {args.split}",
                      report.gated(questions, systems, table, log, PANELS, run.model.styles, [made]))

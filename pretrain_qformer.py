@@ -30,7 +30,7 @@ import core
 import metrics
 from data import pairs, rows, shards
 from data.pairs import Captioned
-from engine import checkpoints, environment, errors, files, flags, loaders, loop, published, stage1, towers
+from engine import checkpoints, environment, errors, files, flags, loaders, loop, published, runfolder, stage1, towers
 from engine.errors import DataError
 from engine.run import Run, resumes
 from engine.text import text_of
@@ -443,13 +443,14 @@ def best_of(args, model, frozen, precision):
             "frozen": frozen, "precision": precision, "ln_vision": model.ln_vision}
 
 
-def settings(args, parts):
+def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
     free = ["out", "resume", "save_last", "config", "images", "data", "check_data", "dry_run", "skip_bad", "skip_broken", "convert"]
     if not parts.stream.shards:
         free.append("workers")  # which of them reads what of a tar file decides the order
-    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in free}
-    return {**given, "training pairs (hash)": pairs.fingerprint(parts.train.rows),
+    return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
+            "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
+            "training pairs (hash)": pairs.fingerprint(parts.train.rows),
             "validation pairs (hash)": pairs.fingerprint(parts.val.rows),
             "tar files": [[pathlib.Path(shard.path).name, shard.samples] for shard in parts.stream.shards],
             "processes": parts.stream.processes}
@@ -563,7 +564,7 @@ def make_run(args, accelerator, model, parts):
                rows=[*parts.train.rows, SimpleNamespace(name="the tar files", line=0)], plan=lambda epoch: epoch_plan(args, parts, epoch),
                batches=lambda epoch, left: load_epoch(args, parts, epoch, left, accelerator.print),
                lr=lambda step, total: loop.cosine_lr(step, total, min(args.warmup, total // 10), args.lr, min(args.min_lr, args.lr)),
-               settings=settings(args, parts), frozen=frozen, base=("vision tower", "--blip2"),
+               settings=settings(args, parts, accelerator), frozen=frozen, base=("vision tower", "--blip2"),
                best=lambda: best_of(args, model, frozen, accelerator.mixed_precision),
                # AdamW keeps twice the weights; old and new file; at the end OUT/hf
                disk=trained * (9 if args.save_last else 3) + tower, save_last=args.save_last, unit="pairs",

@@ -25,7 +25,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 import metrics
 from data import captions, rows
 from data.captions import LONGEST, MAX_LENGTH, Captions, fingerprint, pictures_in
-from engine import checkpoints, environment, errors, files, flags, folders, loaders, loop, published
+from engine import checkpoints, environment, errors, files, flags, folders, loaders, loop, published, runfolder
 from engine.captioning import Collate, captions_of, describe, evaluate, summarize, write_captions
 from engine.errors import DataError
 from engine.run import Run, first_decides, resumes
@@ -242,13 +242,15 @@ def load_trained(name, best, path):
     return model, tokenizer
 
 
-def settings(args, parts, processes):
+def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
     free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "cases",
             "json", "val_batch", "checkpoint", "caption", "captions", "report", "zero_shot")
-    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in free}
-    return {**given, "training pictures (hash)": fingerprint(parts.train.rows), "validation pictures (hash)": fingerprint(parts.val.rows),
-            "METEOR": metrics.meteor_name(), "processes": processes}
+    return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
+            "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
+            "training pictures (hash)": fingerprint(parts.train.rows),
+            "validation pictures (hash)": fingerprint(parts.val.rows),
+            "METEOR": metrics.meteor_name(), "processes": accelerator.num_processes}
 
 
 # --- the loop ------------
@@ -385,7 +387,7 @@ def make_run(args, accelerator, model, parts):
                epochs=args.epochs, seed=args.seed, clip=CLIP, metric="score",
                weigh=lambda numbers: sum(len(parts.train.ids[n]) - 1 for n in numbers),  # a step's loss is the mean over its tokens
                lr=lambda step, total: loop.cosine_lr(step, total, min(args.warmup, total // 10), args.lr),
-               settings=settings(args, parts, accelerator.num_processes), state=lambda: trained_of(model),
+               settings=settings(args, parts, accelerator), state=lambda: trained_of(model),
                load_state=lambda last: put_back(model, last, pathlib.Path(args.out) / "last.pt"),
                best=lambda: best_of(args, model, accelerator.mixed_precision), columns=LOG_COLUMNS, panels=PANELS,
                title=f"{pathlib.Path(args.out).name}: {args.blip}, {args.recipe}", unit="pictures", tell=format_metrics,

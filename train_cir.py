@@ -32,7 +32,7 @@ from tqdm import tqdm
 import core
 import metrics
 from data import cirr, rows
-from engine import cache, checkpoints, environment, errors, files, flags, loaders, loop, picture_index, published
+from engine import cache, checkpoints, environment, errors, files, flags, loaders, loop, picture_index, published, runfolder
 from engine.errors import DataError
 from engine.run import Run, resumes
 from engine.text import text_of
@@ -480,12 +480,13 @@ def best_of(args, model, frozen, precision):
             "args": vars(args), "frozen": frozen, "precision": precision, "ln_vision": model.ln_vision}
 
 
-def settings(args, parts, processes):
+def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in FREE}
-    return {**given, "a cache of features": args.cache is not None, "training queries (hash)": cirr.fingerprint(parts.train.rows),
+    paths = [*parts.train.paths.values(), *(path for pool in parts.val for path in pool.gallery.values())]
+    return {**runfolder.settings_of(vars(args), FREE, precision=accelerator.mixed_precision), "pictures (sizes)": rows.sizes_hash(paths),
+            "a cache of features": args.cache is not None, "training queries (hash)": cirr.fingerprint(parts.train.rows),
             "validation queries (hash)": cirr.fingerprint([query for pool in parts.val for query in pool.queries]),
-            "processes": processes}
+            "processes": accelerator.num_processes}
 
 
 def load_best(args):
@@ -617,7 +618,7 @@ def prepare(args, accelerator):
                plan=lambda epoch: loop.epoch_plan(len(parts.train), args.batch_size, 1, args.seed, epoch,
                                                   accelerator.process_index, accelerator.num_processes),
                epochs=args.epochs, lr=lambda step, total: loop.cosine_lr(step, total, round(args.warmup * total), args.lr),
-               seed=args.seed, metric="mean", settings=settings(args, parts, accelerator.num_processes),
+               seed=args.seed, metric="mean", settings=settings(args, parts, accelerator),
                best=lambda: best_of(args, model, frozen, accelerator.mixed_precision), frozen=frozen,
                base=("vision tower", "--blip2"), columns=LOG_COLUMNS, panels=PANELS, unit="queries", tell=format_metrics,
                title=f"{pathlib.Path(args.out).name}: {'without gate' if args.no_gate else 'gated'}, {args.blip2 or DEFAULT}",

@@ -24,13 +24,12 @@ import core
 import metrics
 from data import rows
 from data.questions import Questions, read_questions
-from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, published
+from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, published, runfolder
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary, text_length
 from engine.features import cached_features, predicted_styles
 from engine.prompts import Collate, answer_length, say_cut
 from engine.run import Run, resumes
-from engine.runfolder import script_name
 from engine.text import text_of
 
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")
@@ -182,6 +181,9 @@ def shortest_way(args, absent):
 
 def read_data(args, split, say=print):
     """The rows of a split as the flags about data have it."""
+    if os.path.isfile(args.data) and not args.val_share:
+        raise DataError(f"{args.data} is one table: --val-share 0 would validate on the rows that are trained on: hold some out, or "
+                        "give --data a folder with train.csv and val.csv")
     return read_questions(args.data, split, args.columns, args.images, args.encoding, args.separator, args.style, args.semart,
                           args.context, args.val_share, args.skip_bad, args.workers, say)
 
@@ -275,7 +277,7 @@ def best_of(args, model, parts, frozen, command):
     read = parts.train.rows
     return {"state": checkpoints.trainable_state(model), "model_args": parts.built_from, "args": vars(args), "command": list(command),
             "loss_weights": parts.weights, "majority": majority_answers(read), "answers": sorted({r.answer.strip() for r in read}),
-            "frozen": frozen}
+            "frozen": frozen, "pictures": parts.pictures}
 
 
 def majority_answers(train_rows):
@@ -286,13 +288,14 @@ def majority_answers(train_rows):
     return {kind: counts.most_common(1)[0][0] for kind, counts in answers.items()}
 
 
-def settings(args, parts, processes):
+def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
     free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "safe_load", "skip_bad",
             "semart", "cache", "activations")
-    given = {f"--{name.replace('_', '-')}": value for name, value in vars(args).items() if name not in free}
-    return {**given, "a cache of features": args.cache is not None, "training rows (hash)": rows.fingerprint(parts.train.rows),
-            "validation rows (hash)": rows.fingerprint(parts.val.rows), "processes": processes}
+    return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
+            "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
+            "a cache of features": args.cache is not None, "training rows (hash)": rows.fingerprint(parts.train.rows),
+            "validation rows (hash)": rows.fingerprint(parts.val.rows), "processes": accelerator.num_processes}
 
 
 # --- the loop ------------
@@ -304,6 +307,7 @@ class Parts(NamedTuple):
     collate: Collate
     weights: dict  # of the style terms, see loss_weights
     built_from: dict  # see model_args
+    pictures: list  # rows.picture_digest of those that are trained on, sorted: evaluation can tell whether it meets them again
 
 
 def train_step(run, step, weights):
@@ -394,7 +398,8 @@ def prepare(args, accelerator, command=()):
     model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None, say=accelerator.print)
     core.save_activations(model.language_model, args.activations)
     parts = Parts(Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features),
-                  Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from)
+                  Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from,
+                  sorted(set(rows.picture_digests(train_rows, args.workers).values())))
     return make_run(args, accelerator, model, parts, {**checkpoints.fingerprint(model), **towers}, command), parts
 
 
@@ -413,7 +418,7 @@ def make_run(args, accelerator, model, parts, frozen, command=()):
     return Run("gated", args.out, accelerator, model, wrapped, optimizer, rows=read, plan=plan, epochs=args.epochs, seed=args.seed,
                batches=lambda epoch, left: loaders.load_batches(parts.train, parts.collate, loop.keys_of(left), args.workers),
                lr=lambda step, total: loop.cosine_lr(step, total, round(args.warmup * total), args.lr),
-               metric=args.select, lowest=args.select == "loss", settings=settings(args, parts, accelerator.num_processes),
+               metric=args.select, lowest=args.select == "loss", settings=settings(args, parts, accelerator),
                frozen=frozen, base=("BLIP-2 or style classifier", "--blip2 and --efficientnet"),
                best=lambda: best_of(args, model, parts, frozen, command), columns=LOG_COLUMNS, panels=PANELS,
                title=f"{pathlib.Path(args.out).name}: gating {args.gating}, per {args.per}", unit="questions", save_last=args.save_last)
@@ -436,7 +441,7 @@ def main(argv=None):
     with errors.batch_size_in_memory_errors(args.batch_size):
         if args.dry_run:
             return dry_run(args)
-        run = train(args, [script_name(__file__), *(sys.argv[1:] if argv is None else argv)])
+        run = train(args, [runfolder.script_name(__file__), *(sys.argv[1:] if argv is None else argv)])
     return run.result(args.select, __file__, argv)
 
 

@@ -9,6 +9,7 @@ What the training and evaluation scripts must agree on, as plain functions:
     resolve_image, load_image, image_tensor a name as it is written -> a path -> RGB pixels -> [3, size, size]
     check_rows, usable_rows, verify_images  which rows cannot be used, and why
     hold_out                                a validation split of one table
+    picture_digests, sizes_hash             which pictures these are, whatever they are called
     summary, shared_images                  what --check-data prints
 
 Bad input raises DataError, whose text is one line that names the file, the row and what to do about it.
@@ -487,15 +488,47 @@ def verify_images(rows, workers=2):
 
 
 def hold_out(rows, share, held):
-    """The rows of the pictures that are held out (held), or of the others: a picture never stands on both sides.
+    """The rows of the pictures that are held out (held), or of the others: a picture never stands on both sides, however often and
+    by whichever names (a.jpg, ./a.jpg) the table has it.
 
-    The first `share` (0..1, at least one) of the pictures in the order of their names' hashes: no seed, no dependence on the
-    order of the rows. DataError: fewer than two pictures."""
-    names = sorted({row.name for row in rows}, key=lambda name: hashlib.sha256(name.encode()).digest())
+    The first `share` (0..1, at least one) of the pictures in the order of the hashes of their first names: no seed, no dependence
+    on the order of the rows. DataError: fewer than two pictures."""
+    firsts = {}  # picture: the first of its names
+    for row in rows:
+        picture = row.image or row.name
+        firsts[picture] = min(row.name, firsts.get(picture, row.name))
+    names = sorted(set(firsts.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(names) < 2:
         raise DataError(f"{rows[0].file}: all rows are about one picture: nothing can be held out for validation")
     out = set(names[:min(len(names) - 1, max(1, round(share * len(names))))])
-    return [row for row in rows if (row.name in out) is held]
+    return [row for row in rows if (firsts[row.image or row.name] in out) is held]
+
+
+ENDS = 2**16  # bytes; see picture_digest
+
+
+def picture_digest(path):
+    """16 hex digits of a picture's file: its size, first and last 64 KiB. DataError: unreadable.
+
+    Bytes and not names, since a name says little in another folder: 0001.jpg is there in every data set, and a picture may be
+    called otherwise in a second table. The two ends and not the whole, since a training shall not read a hundred GB before its
+    first step; what is compressed differs there as soon as anything does. A picture that was saved anew is another one."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            found = hashlib.sha256(f"{size} ".encode() + file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            found.update(file.read(ENDS))
+    except OSError as error:
+        raise DataError(f"{shown(path, 300)}: cannot be read ({error.strerror}): replace it") from None
+    return found.hexdigest()[:16]
+
+
+def picture_digests(rows, workers=2):
+    """{path: picture_digest} of the distinct pictures of the rows."""
+    paths = list(dict.fromkeys(row.image for row in rows))
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        return dict(zip(paths, pool.map(picture_digest, paths)))
 
 
 def fingerprint(rows):
@@ -503,6 +536,18 @@ def fingerprint(rows):
     digest = hashlib.sha256()
     for r in rows:
         digest.update("\0".join((r.name, r.question, r.answer, r.question_type, r.style, r.context, "\n")).encode())
+    return digest.hexdigest()[:16]
+
+
+def sizes_hash(paths):
+    """Short hash of the sizes of some pictures: tells, without reading any, whether others of the same names are taken now, be it by
+    another --images or because a folder has come that goes before. DataError: one is not there."""
+    digest = hashlib.sha256()
+    for path in dict.fromkeys(paths):
+        try:
+            digest.update(f"{os.path.getsize(path)} ".encode())
+        except OSError as error:
+            raise DataError(f"{shown(path, 300)}: cannot be read ({error.strerror}): replace it") from None
     return digest.hexdigest()[:16]
 
 

@@ -22,6 +22,7 @@ from data.captions import token_ids
 from engine import errors, files, loaders
 from engine.errors import DataError
 from engine.prompts import pad_ids
+from engine.text import texts_of
 
 
 # --- texts as the decoder reads them ------------
@@ -68,8 +69,7 @@ class Collate:
 def describe(model, tokenizer, pixels, settings):
     """Pixels [B,3,s,s] -> B captions. The one way from a picture to a caption. settings: of generate()."""
     ids = model.generate(pixel_values=pixels, **settings)  # [B,up to max_length]
-    texts = tokenizer.batch_decode(ids[:, 1:], skip_special_tokens=True)  # [DEC] is no token of the tokenizer
-    return [" ".join(text.split()) for text in texts]
+    return texts_of(tokenizer, ids[:, 1:])  # without [DEC], which is no token of the tokenizer
 
 
 def token_losses(model, pixels, inputs, smoothing=0.0):

@@ -53,9 +53,17 @@ def refuse_overwrite(out, resume):
                         + (", or --resume" if "last.pt" in held else " (there is no last.pt to resume from)"))
 
 
+def settings_of(flags, free, **became):
+    """{--name: value} of the flags that must be the same on --resume. flags: {name: value} as typed; free: names of those that may
+    differ; became: what a flag came to mean in this run, as "auto" does, which means something else on another machine."""
+    return {f"--{name.replace('_', '-')}": value for name, value in {**flags, **became}.items() if name not in free}
+
+
 def refuse_other_settings(now, was, path):
-    """DataError that lists what would make a resumed run end otherwise. now, was: {name: value}, of this run and of last.pt."""
-    other = [f"{name} is {now.get(name)!r}, was {value!r}" for name, value in was.items() if now.get(name) != value]
+    """DataError that lists what would make a resumed run end otherwise. now, was: {name: value}, of this run and of last.pt.
+
+    An earlier version kept the word "auto": what it came to mean then cannot be told, and is not compared."""
+    other = [f"{name} is {now.get(name)!r}, was {value!r}" for name, value in was.items() if now.get(name) != value and value != "auto"]
     if other:
         raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}: give the former ones, or another --out")
 

@@ -2,8 +2,10 @@
 --check-data says. Behaviour-checked; the VQA score of the predictions against an evaluator of its own in this file."""
 
 import csv
+import hashlib
 import json
 import re
+import shutil
 import string
 from dataclasses import replace
 
@@ -15,7 +17,8 @@ import eval_gated
 import metrics
 import train_gated
 from data import rows, wikiart
-from engine import checkpoints
+from engine import checkpoints, errors
+from tools import compare_gated
 
 
 @pytest.fixture
@@ -157,6 +160,71 @@ def test_one_table_trains_and_evaluates_on_different_pictures(few, flags, tmp_pa
     train_gated.main(flags(*more))
     eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1"])
     assert f"all gated {5 * len(sides[1])}" in re.sub(" +", " ", capsys.readouterr().out)
+
+
+def test_a_picture_under_two_names_stays_on_one_side(sample):
+    found = rows.read_split(sample, "train")
+    again = [replace(row, name=f"./{row.name}") for row in found]
+    for share in (0.1, 0.5):
+        held, kept = (rows.hold_out(found + again, share, side) for side in (True, False))
+        assert not {r.image for r in held} & {r.image for r in kept} and len(held) + len(kept) == 2 * len(found)
+    names = sorted({row.name for row in found}, key=lambda name: hashlib.sha256(name.encode()).digest())  # as it has always been
+    assert {row.name for row in rows.hold_out(found, 0.25, True)} == set(names[:round(0.25 * len(names))])
+
+
+@pytest.fixture
+def one_table(few, flags, tmp_path, capsys):
+    """(function: flags -> what eval_gated prints, its table) of a run on one table, of which some pictures were held out."""
+    train_gated.main(flags("--data", str(few / "train.csv"), "--val-share", "0.2", "--epochs", "1"))
+    capsys.readouterr()
+
+    def score(*more):
+        eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1", "--table",
+                         str(tmp_path / "table.json"), *more])
+        return capsys.readouterr().out, json.loads((tmp_path / "table.json").read_text())
+    return score
+
+
+def test_training_rows_are_never_scored_as_held_out_ones(few, one_table, tmp_path):
+    with pytest.raises(errors.DataError, match="no test in it"):
+        one_table("--split", "test")
+    for more in ((), ("--data", str(few / "train.csv"))):  # the table of the training, named or not
+        said, table = one_table(*more)
+        assert "pictures that training saw: 0 of 10 rows\n" in said and {r["seen"] for r in table} == {0} and table[-1]["n"] == 10
+    said, table = one_table("--split", "train")
+    assert "saw: 50 of 50 rows: these scores are not of held-out" in said and all(r["seen"] == r["n"] for r in table)
+    (tmp_path / "copy/images").mkdir(parents=True)  # another table elsewhere, with other names of the same pictures
+    read = rows.read_split(few, "train")[:10]
+    for row in read:
+        shutil.copy(row.image, tmp_path / "copy/images" / f"x{row.name}")
+    (tmp_path / "copy/some.csv").write_text("image,question,answer\n" + "".join(f"x{r.name},What?,two\n" for r in read))
+    seen = {r.image for r in rows.hold_out(rows.read_split(few, "train"), 0.2, False)}
+    count = sum(row.image in seen for row in read)
+    said, table = one_table("--data", str(tmp_path / "copy/some.csv"), "--report", str(tmp_path / "page.html"))
+    assert 0 < count and f"saw: {count} of 10 rows" in said and table[-1]["seen"] == count
+    assert f"{count} of 10 rows" in (tmp_path / "page.html").read_text()
+
+
+def test_a_checkpoint_that_does_not_know_its_pictures_says_so(one_table, tmp_path):
+    best = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    del best["pictures"]
+    checkpoints.save_checkpoint(tmp_path / "run/best.pt", best)
+    said, table = one_table()
+    assert "training saw: unknown" in said and "seen" not in table[-1]
+    checkpoints.save_checkpoint(tmp_path / "run/best.pt", {**best, "args": {**best["args"], "val_share": 0.0}})
+    with pytest.raises(errors.DataError, match="nothing in it was held out"):
+        one_table()
+
+
+def test_no_training_on_its_own_validation_rows(few, flags):
+    with pytest.raises(errors.DataError, match="--val-share 0 would validate on the rows that are trained on"):
+        train_gated.main(flags("--data", str(few / "train.csv"), "--val-share", "0"))
+
+
+def test_compare_gated_refuses_a_split_that_is_not_there_before_it_trains(few, flags, tmp_path):
+    with pytest.raises(errors.DataError, match="no test in it"):
+        compare_gated.main(flags("--data", str(few / "train.csv"), "--out", str(tmp_path / "compare")))
+    assert not (tmp_path / "compare").exists()
 
 
 # --- --check-data ------------

@@ -3,15 +3,20 @@
 import csv
 import pathlib
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
 from conftest import ROOT
+import efficientnet_pretrain
 import eval_gated
+import pretrain_qformer
+import train_blip_caption
+import train_cir
 import train_gated
-from engine import checkpoints, errors
+from engine import checkpoints, errors, runfolder
 
 OLD = ROOT / "tests/old"
 
@@ -34,15 +39,53 @@ def data(tmp_path):
 def test_an_old_last_pt_is_resumed_to_the_same_end(data, tmp_path, no_curves):
     """To the bit on the machine that made it; elsewhere to the rounding of another processor."""
     shutil.copytree(OLD, tmp_path / "run")
-    arguments = ["--data", data, "--blip2", "tiny", "--gating", "none", "--epochs", "2", "--batch-size", "4", "--accumulation", "1", "--lr",
-                 "1e-2", "--workers", "0", "--precision", "no", "--save-last", "--out", str(tmp_path / "run"), "--resume"]
-    train_gated.main(arguments)
+    train_gated.main([*resume_arguments(data, tmp_path / "run"), "--precision", "no"])
     now, then = (checkpoints.load_checkpoint(path) for path in (tmp_path / "run/best.pt", OLD / "whole.pt"))
     assert now["epoch"] == then["epoch"] == 2 and now["value"] == pytest.approx(then["value"], rel=1e-4)
     before = checkpoints.load_checkpoint(OLD / "last.pt")["state"]
     for name, tensor in then["state"].items():
         moved = (tensor - before[name]).abs().max()  # in the step that is resumed
         assert (now["state"][name] - tensor).abs().max() < 0.01 * moved, name
+
+
+@pytest.mark.parametrize("script", [efficientnet_pretrain, pretrain_qformer, train_blip_caption, train_cir, train_gated])
+def test_what_a_resumed_run_is_compared_by_is_what_auto_became(script):
+    """Typed alike on two machines, or without and with a new accelerate config, the runs would end differently."""
+    nothing = SimpleNamespace(rows=[], paths={})
+    parts = SimpleNamespace(train=nothing, val=[] if script is train_cir else nothing, classes=[],
+                            stream=SimpleNamespace(shards=[], processes=1))
+    args = script.get_args(["--data", "a=b", "--precision", "auto"])
+    kept = {became: script.settings(args, parts, SimpleNamespace(mixed_precision=became, num_processes=1)) for became in ("no", "bf16")}
+    with pytest.raises(errors.DataError, match="--precision is 'bf16', was 'no'"):
+        runfolder.refuse_other_settings(kept["bf16"], kept["no"], "last.pt")
+    runfolder.refuse_other_settings(kept["no"], {**kept["no"], "--precision": "auto"}, "last.pt")  # of an earlier version
+
+
+def resume_arguments(data, out):
+    return ["--data", data, "--blip2", "tiny", "--gating", "none", "--epochs", "2", "--batch-size", "4", "--accumulation", "1", "--lr",
+            "1e-2", "--workers", "0", "--save-last", "--out", str(out), "--resume"]
+
+
+def test_an_old_last_pt_with_the_word_auto_is_resumed(data, tmp_path, no_curves):
+    shutil.copytree(OLD, tmp_path / "run")
+    last = torch.load(OLD / "last.pt", weights_only=True)
+    checkpoints.save_checkpoint(tmp_path / "run/last.pt", {**last, "settings": {**last["settings"], "--precision": "auto"}})
+    assert train_gated.main(resume_arguments(data, tmp_path / "run")) is None
+    now = checkpoints.load_checkpoint(tmp_path / "run/last.pt")["settings"]
+    assert now["--precision"] == ("no" if not torch.cuda.is_available() else now["--precision"]) != "auto"
+
+
+def test_a_run_is_not_resumed_on_other_pictures_of_the_same_names(data, tmp_path, no_curves, capsys):
+    """--images may differ, since data moves; what lies there may not."""
+    arguments = resume_arguments(data, tmp_path / "run")
+    assert train_gated.main([*arguments, "--epochs", "1"]) is None
+    shutil.copytree(tmp_path / "data", tmp_path / "moved")
+    Image.new("RGB", (64, 8), "white").save(tmp_path / "moved/images/train3.png")
+    elsewhere = [*arguments, "--epochs", "1", "--images", str(tmp_path / "moved/images")]
+    assert errors.exit_code(train_gated.main, elsewhere) == 2
+    assert "pictures (sizes)" in capsys.readouterr().err
+    shutil.copy(tmp_path / "data/images/train3.png", tmp_path / "moved/images")
+    assert train_gated.main(elsewhere) is None
 
 
 def test_an_old_best_pt_is_evaluated_and_an_unknown_one_refused(data, tmp_path, capsys):

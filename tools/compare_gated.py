@@ -114,6 +114,7 @@ def spread(values):
 
 def main(argv=None):
     args, others = get_args(argv)
+    train_gated.read_data(train_gated.get_args(others), args.split, lambda line: None)  # a split that is not there shows now
     others += ["--workers", "0", "--cache", str(pathlib.Path(args.out) / "cache")]
     rates = {}
     for system in SYSTEMS:
