@@ -29,6 +29,7 @@ from engine import checkpoints, environment, errors, files, flags, folders, load
 from engine.captioning import Collate, captions_of, describe, evaluate, summarize, write_captions
 from engine.errors import DataError
 from engine.run import Run, first_decides, resumes
+from engine.text import text_of
 from show import report
 from show.report import write_cases
 
@@ -399,8 +400,8 @@ def dry_run(args):
     run, parts = prepare(args, start(args))
     for number in range(min(3, len(parts.train))):
         first, *others = parts.train.ids[number]
-        run.accelerator.print(f"{parts.train.rows[number].name}: [{parts.tokenizer.decode([first])}] |"
-                              f"{parts.tokenizer.decode(others)!r}, {len(others)} tokens are trained")
+        run.accelerator.print(f"{parts.train.rows[number].name}: [{text_of(parts.tokenizer, [first], special=True)}] |"
+                              f"{text_of(parts.tokenizer, others, special=True)!r}, {len(others)} tokens are trained")
     loop.dry_run(run, lambda run: rehearse(run, parts, args))
 
 
