@@ -809,21 +809,23 @@ class Blip2OPTGated(nn.Module):
                         answers=None, beams=5, max_new_tokens=None, length_penalty=0.0, gated=True, blind=False, best=None):
         """Answers as strings, one a question; prompt never repeated, cut at the newline.
 
-        images [B,3,h,w], or None with image_embeds [B,P,W] and style_feature [B,F] computed before. method "generate": beam search
-        (BLIP-2's VQA settings as defaults) up to max_new_tokens (None: max_answer of the model); with best=N a list for each
+        images [B,3,h,w] as Processor makes them, or None with image_embeds [B,P,W] and style_feature [B,F] computed before. A single
+        picture, question or context stands for all others. ValueError: anything else that does not go together. method "generate":
+        beam search (BLIP-2's VQA settings as defaults) up to max_new_tokens (None: max_answer of the model); with best=N a list for each
         question, the N best of the beams, equal ones once. method "rank": the likeliest of the given list `answers`.
         """
         if self.training:
             raise RuntimeError("call model.eval() before predict_answers: dropout would change the answers")
         features = {"image_embeds": image_embeds, "style_feature": style_feature}
         if image_embeds is None:
-            features = self.image_features(images)
+            features = self.image_features(_pixels(images))
         if method == "rank":
             scores = self.score_answers(questions, answers, contexts=contexts, **features, gated=gated, blind=blind)
             return [answers[i] for i in scores.argmax(-1).tolist()]
         if method != "generate":
             raise ValueError(f"method must be generate or rank, got {method!r}")
-        inputs, _ = self._prompt_inputs(questions, contexts, **features, gated=gated, blind=blind)
+        asked = self._asked(questions, contexts, **features, gated=gated and not blind)
+        inputs, _ = self._prompt_inputs(*asked, gated, blind)
         max_new_tokens = max_new_tokens or self.max_answer
         # the prompt goes through here once: generate would repeat it for every beam before it has a cache to share; it wants the
         # whole inputs all the same, and runs what the cache lacks
@@ -844,8 +846,9 @@ class Blip2OPTGated(nn.Module):
 
         image_embeds [B,P,W], style_feature [B,F]. Candidates are scored in chunks of `chunk` question-answer pairs.
         """
-        prompt = self._prompt_inputs(questions, contexts, image_embeds, style_feature, gated, blind)
-        targets = [answer_ids(self.tokenizer, answer) for answer in answers]
+        asked = questions, *_ = self._asked(questions, contexts, image_embeds, style_feature, gated and not blind)
+        prompt = self._prompt_inputs(*asked, gated, blind)
+        targets = [answer_ids(self.tokenizer, answer) for answer in _texts(answers, "answers")]
         pairs = [(b, target) for b in range(len(questions)) for target in targets]
         return self._log_likelihoods(*prompt, pairs, chunk).view(len(questions), len(answers))
 
@@ -856,10 +859,32 @@ class Blip2OPTGated(nn.Module):
         image_embeds [B,P,W], style_feature [B,F]. The mean and not the sum, so that long answers do not count as doubtful. An
         empty answer is what answer_ids makes of it: a space and the newline, which generation may well give.
         """
-        prompt = self._prompt_inputs(questions, contexts, image_embeds, style_feature, gated, blind)
+        asked = questions, *_ = self._asked(questions, contexts, image_embeds, style_feature, gated and not blind)
+        if len(_texts(answers, "answers")) != len(questions):
+            raise ValueError(f"{len(answers)} answers to {len(questions)} questions: one of each is wanted")
+        prompt = self._prompt_inputs(*asked, gated, blind)
         pairs = list(enumerate(answer_ids(self.tokenizer, answer) for answer in answers))
         lengths = torch.tensor([len(target) for _, target in pairs], device=image_embeds.device)
         return self._log_likelihoods(*prompt, pairs, chunk) / lengths
+
+    def _asked(self, questions, contexts, image_embeds, style_feature, gated):
+        """-> (B questions, B contexts or None, image_embeds [B,P,W], style_feature [B,F] or None): what was given once stands for all.
+
+        gated: are gates asked for? ValueError: numbers that do not go together, a thing of another kind."""
+        questions = [questions] if isinstance(questions, str) else _texts(questions, "questions")
+        if contexts is not None:
+            contexts = [contexts] if isinstance(contexts, str) else _texts(contexts, "contexts")
+        if not isinstance(image_embeds, torch.Tensor) or image_embeds.ndim != 3:
+            raise ValueError(f"image_embeds must be [B,P,W], as image_features gives them, got {_kind(image_embeds)}")
+        if gated and self.gates is not None and style_feature is None:
+            raise ValueError("the gates need style_feature [B,F] too: image_features gives it beside image_embeds")
+        counts = {"pictures": len(image_embeds), "questions": len(questions), "contexts": len(contexts or [""])}
+        B = max(counts.values())
+        if set(counts.values()) - {1, B} or (style_feature is not None and len(style_feature) != len(image_embeds)):
+            told = ", ".join(f"{count} {what}" for what, count in counts.items() if what != "contexts" or contexts)
+            raise ValueError(f"{told}: as many of each are wanted, or a single one for all others (of style features as of pictures)")
+        return tuple(x * B if isinstance(x, list) and len(x) == 1 else x.expand(B, *x.shape[1:]) if isinstance(x, torch.Tensor) else x
+                     for x in (questions, contexts, image_embeds, style_feature))
 
     def _prompt_inputs(self, questions, contexts, image_embeds, style_feature, gated, blind):
         """-> lm_inputs of the left-padded prompts, [B,Q+L], and the last token of each, [B,1], never a pad."""
@@ -899,6 +924,24 @@ class Blip2OPTGated(nn.Module):
             nll = F.cross_entropy(self.language_model.lm_head(states).float(), targets[real], reduction="none")  # [M]
             sums[part] = -torch.zeros(targets.shape, device=last.device).masked_scatter(real, nll).sum(1)  # [N]
         return sums
+
+
+def _kind(thing):
+    return f"a tensor {list(thing.shape)}" if isinstance(thing, torch.Tensor) else type(thing).__name__
+
+
+def _texts(texts, name):
+    """A list of texts, at least one, checked. A text alone would be taken letter by letter."""
+    if isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts):
+        return list(texts)
+    raise ValueError(f"{name} must be a list of texts, at least one, got {texts!r:.60}")
+
+
+def _pixels(images):
+    """images, checked: [B,3,h,w]."""
+    if isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3 and len(images):
+        return images
+    raise ValueError(f"images must be pixels [B,3,h,w], which load_gated's processor makes of paths and pictures, got {_kind(images)}")
 
 
 def beam_cache(cache, beams, new_tokens):

@@ -286,3 +286,45 @@ def test_refusals(model, features, build):
         model.predict_answers(None, QUESTIONS, **features, method="beam")
     with pytest.raises(RuntimeError, match="eval"):
         build().train().predict_answers(None, QUESTIONS, **features)
+
+
+# --- what the functions are given ------------
+
+@pytest.mark.parametrize("method", ["generate", "rank"])
+def test_a_single_question_context_or_picture_stands_for_all_others(build, batch, method):
+    model, images, more = decisive(build()), batch["images"], {"method": method, "answers": ANSWERS}
+
+    def answers(*asked, **also):
+        return model.predict_answers(*asked, **more, **also)
+
+    one = answers(images[:1], ["How many?"])
+    assert answers(images[:1], "How many?") == one and len(one) == 1
+    assert answers(images[:2], "How many?") == answers(images[:2], ["How many?"]) == answers(images[:2], ["How many?"] * 2)
+    two = ["How many?", "Which style?"]
+    assert answers(images[:1], two) == answers(images[:1].expand(2, -1, -1, -1), two)
+    assert answers(images[:2], two, "A boat.") == answers(images[:2], two, ["A boat."] * 2)
+
+
+def test_what_does_not_go_together_is_one_clear_error(build, batch):
+    model, images = build(), batch["images"]
+    features = model.image_features(images)
+    for asked, wanted in (((images, ["a", "b"]), "3 pictures, 2 questions"), ((images[:2], ["a", "b"], ["c"] * 3), "3 contexts"),
+                          (("painting.jpg", "a"), r"processor.*got str"), ((["painting.jpg"], ["a"]), "processor.*got list"),
+                          ((images[0], "a"), r"B,3,h,w.*got a tensor \[3, "), ((None, "a"), "got NoneType"),
+                          ((images, []), "questions.*at least one"),
+                          ((images, None), "questions must be a list"), ((images, [1, 2, 3]), "questions must be a list")):
+        with pytest.raises(ValueError, match=wanted):
+            model.predict_answers(*asked)
+    for answers in ("red", None, [], [3]):
+        with pytest.raises(ValueError, match="answers must be a list"):
+            model.predict_answers(images, "a", method="rank", answers=answers)
+        with pytest.raises(ValueError, match="answers must be a list"):
+            model.score_answers(["a"], answers, **features)
+    with pytest.raises(ValueError, match="2 answers to 3 questions"):
+        model.confidence(["a"], ["x", "y"], **features)
+    with pytest.raises(ValueError, match="style_feature"):
+        model.predict_answers(None, "a", image_embeds=features["image_embeds"])
+    with pytest.raises(ValueError, match="as many of each"):
+        model.predict_answers(None, "a", image_embeds=features["image_embeds"], style_feature=features["style_feature"][:2])
+    with pytest.raises(ValueError, match="image_embeds must be"):
+        model.score_answers(["a"], ["x"], images)

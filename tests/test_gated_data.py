@@ -18,7 +18,7 @@ import metrics
 import train_gated
 from data import rows, wikiart
 from engine import checkpoints, errors
-from tools import compare_gated
+from tools import compare_gated, make_tiny
 
 
 @pytest.fixture
@@ -124,9 +124,10 @@ def test_context_stands_before_the_question_and_is_cut_by_itself(build):
     assert (batch["labels"] != -100).sum(1).tolist() == [len(core.answer_ids(tokenizer, "red"))] * 2  # never trained on the context
 
 
-def test_context_and_question_are_tokens_of_one_text(build):
+def test_context_and_question_are_tokens_of_one_text(tmp_path):
     """No blank stands alone before "Question": the whole prompt has the ids that the tokenizer gives it in one piece."""
-    tokenizer = build(gating="none").tokenizer
+    tokenizer = make_tiny.make_tokenizer([core.CONTEXT.format("A boat.") + core.PROMPT.format("Which style?")] * 9, tmp_path)
+    assert len(tokenizer(" Question", add_special_tokens=False).input_ids) == 1  # as in OPT's own
     for context in ("A boat.", "  A quiet picture of two boats\n"):
         whole = core.CONTEXT.format(context.strip()) + core.PROMPT.format("Which style?")
         ids = core.prompt_ids(tokenizer, "Which style?", context)

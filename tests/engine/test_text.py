@@ -16,7 +16,7 @@ SHARED = pathlib.Path(os.environ.get("SHARED_DATA") or ROOT / "../shared/data")
 WRITTEN = ["a dog's bowl", "a man in a t-shirt", "black-and-white", "they don't, we're not", "the dogs' bowl", "a 'stop' sign", "3.5 m",
            "1,000", "at 5:30", "in 23, 1555", "the u.s. flag", "st. john", 'he said "no"!', "what's (really) up...", "$5 or 50%", "and/or",
            "o'clock", "trompe l'oeil of d'este", "ends in -", "- starts", "red; blue: green", "a & b", "", "狗和猫",
-             "一只狗，在水。", "の猫"]
+           "一只狗，在水。", "の猫"]
 
 
 @pytest.fixture(scope="module")
