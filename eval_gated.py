@@ -302,11 +302,13 @@ def answer_pictures(model, images, keys, args, candidates):
 
 # --- scores: one row of the table is (question type, system) ------------
 
-def score(predictions, answers):
-    """Mean EM, VQA accuracy, sentence BLEU (prediction as hypothesis; AQ: answer as hypothesis) and ROUGE-L, in percent."""
+def score(predictions, answers, people=None):
+    """Mean EM, VQA accuracy, sentence BLEU (prediction as hypothesis; AQ: answer as hypothesis) and ROUGE-L, in percent.
+
+    people: of each question the answers of all people who were asked, for VQA accuracy; None: the one answer."""
     pairs = list(zip(predictions, answers))
     sums = {"EM": sum(metrics.exact_match(p, a) for p, a in pairs),
-            "VQA": sum(metrics.vqa_accuracy(p, [a]) for p, a in pairs),
+            "VQA": sum(map(metrics.vqa_accuracy, predictions, people or [[a] for a in answers])),
             "BLEU": sum(metrics.sentence_bleu(p, a) for p, a in pairs),
             "BLEU-AQ": sum(metrics.sentence_bleu(a, p) for p, a in pairs),
             "ROUGE-L": sum(metrics.rouge_l(metrics.tokenize(p), [metrics.tokenize(a)]) for p, a in pairs)}
@@ -325,7 +327,8 @@ def score_table(questions, systems, seen=None):
         chosen = [i for i, r in enumerate(questions) if kind in (r.question_type, "all")]
         for system, found in systems.items():
             here = [found[i] for i in chosen]
-            scores = score([one["prediction"] for one in here], [questions[i].answer.strip() for i in chosen])
+            scores = score([one["prediction"] for one in here], [questions[i].answer.strip() for i in chosen],
+                           [questions[i].people for i in chosen])
             met = {} if seen is None else {"seen": sum(seen[i] for i in chosen)}
             table.append({"type": kind, "system": system, "n": len(chosen), **met, **loss_summary(here), **scores})
     return table

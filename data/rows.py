@@ -30,7 +30,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data.tables import cell, locate, read_json, read_table, shown, unfold
+from data import vqa
+from data.tables import SHEETS, cell, locate, read_json, read_sheet, read_table, read_text, shown, unfold
 from engine.errors import DataError
 
 BLIP_MEAN, BLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -62,6 +63,12 @@ class Row:
     fault: str = ""
     question_id: str = ""  # as VQA evaluators know it; "" = the row's number
     context: str = ""  # text that goes before the question
+    answers: tuple = ()  # of all people who were asked, where there are several; `answer` is the commonest
+
+    @property
+    def people(self):
+        """The answers of all people who were asked, or the one there is: for metrics.vqa_accuracy."""
+        return self.answers or (self.answer.strip(),)
 
 
 # --- splits ------------
@@ -79,7 +86,7 @@ def table_names(split):
 
     A metadata file in the folder itself holds the training split, as Hugging Face's ImageFolder has it."""
     names = [f"{split}.csv", f"{split}.tsv", f"artquest_{split}.csv", f"{split}.json", f"{split}.jsonl", f"{split}/metadata.csv",
-             f"{split}/metadata.jsonl"]
+             f"{split}/metadata.jsonl", *(split + ending for ending in SHEETS), *vqa.table_names(split)]
     return names + (["metadata.csv", "metadata.jsonl"] if split == "train" else [])
 
 
@@ -101,20 +108,33 @@ def find_table(folder_or_file, split):
     raise DataError(f"{place}: none of {', '.join(wanted)} is there; it holds {listed or 'nothing'}: check --data")
 
 
+def plain_name(column):
+    return re.sub(r"[\s-]+", "_", column.strip().casefold())
+
+
+def alike(path, column, there):
+    """The file's column of this name: exactly, else the only one that differs in case and blanks alone (Excel's Question Type), else
+    None. DataError: several."""
+    found = [one for one in there if plain_name(one) == plain_name(column)]
+    if column not in there and len(found) > 1:
+        raise DataError(f"{path}: {shown(column)} could be any of the columns {shown(', '.join(found))}: rename all but one")
+    return column if column in there else found[0] if found else None
+
+
 def map_columns(path, there, columns):
-    """Our column names -> the file's, None for an optional column that the file lacks."""
+    """Our column names -> the file's, None for an optional column that the file lacks. DataError: names all that must be there."""
     mapped = {**COLUMNS, **columns}
     unknown = sorted(set(mapped) - {*COLUMNS, *OPTIONAL})
     if unknown:
         raise DataError(f"{path}: --columns {unknown[0]}=... is unknown: the names are {', '.join(COLUMNS)}")
-    for name, column in mapped.items():
-        if column not in there:
-            if name not in OPTIONAL or name in columns:  # an optional column must exist only where it was asked for
-                columns_there = shown(", ".join(there), 300)
-                raise DataError(f"{path}: no column {shown(column)} for the {name}: pass --columns {name}=NAME, "
-                                f"NAME being one of {columns_there}")
-            mapped[name] = None
-    return mapped
+    found = {name: alike(path, column, there) for name, column in mapped.items()}
+    # an optional column must exist only where it was asked for
+    lacking = [name for name, column in found.items() if column is None and (name not in OPTIONAL or name in columns)]
+    if lacking:
+        told = " and ".join(f"no column {shown(mapped[name])} for the {name}" for name in lacking)
+        raise DataError(f"{path}: {told}: pass --columns {' '.join(f'{name}=NAME' for name in lacking)}, NAME being one of "
+                        f"{shown(', '.join(there), 300)}")
+    return found
 
 
 def recognise(there):
@@ -129,43 +149,69 @@ def image_root(path, images, layout, first):
     folder = os.path.dirname(path) or "."
     inner = os.path.join(folder, "images")
     named_so = first.startswith("images/") and not os.path.isdir(os.path.join(inner, "images"))
-    beside = layout == "ImageFolder" or named_so or not os.path.isdir(inner)
+    beside = layout.startswith("ImageFolder") or named_so or not os.path.isdir(inner)
     root = str(images) if images else folder if beside else inner
     if not os.path.isdir(root):
         raise DataError(f"{root}: there is no such image folder: check --images")
     return root
 
 
+def read_file(path, encoding, separator):
+    """(the kind of file, [(line, {column: value})])."""
+    kind = path.rpartition(".")[2].lower()
+    if kind == "json":
+        text = read_text(path, encoding)
+        if vqa.is_questions(text):
+            other, table = vqa.read_pair(path, text, encoding)
+            return f"VQAv2 with {os.path.basename(other)}", table
+    if kind in ("json", "jsonl"):
+        return read_json(path, encoding)
+    if f".{kind}" in SHEETS:
+        return read_sheet(path)
+    return "TSV" if kind == "tsv" else "CSV", read_table(path, encoding, separator)
+
+
 def read_cells(path, columns, encoding, separator):
-    """(layout, the kind of file, [(line, {our name: text})], [optional names that the file lacks])."""
-    if path.lower().endswith((".json", ".jsonl")):
-        kind, table = read_json(path, encoding)
-    else:
-        kind, table = "TSV" if path.lower().endswith(".tsv") else "CSV", read_table(path, encoding, separator)
+    """(layout and kind of file, what else is to be said, [(line, {our name: text}, and under "answers" those of several people)])."""
+    kind, table = read_file(path, encoding, separator)
     table = [(f"{path}, {locate(path, line)}", line, cells) for line, cells in table]
     layout = recognise([*columns, *table[0][2]])
     if layout in TURNS_IN:
         table = [(where, line, flat) for where, line, cells in table for flat in unfold(where, cells, TURNS_IN[layout])]
     if layout == "ImageFolder":
         columns = {"image": "file_name", **columns}
+    answer = columns.get("answer", "answer")
+    key, people = vqa.answers_key(table[0][2], answer), [()] * len(table)
+    if key:
+        people = [vqa.answers_of(where, cells, key) for where, _, cells in table]
+        table = [(where, line, vqa.single(cells, answers, answer)) for (where, line, cells), answers in zip(table, people)]
+        if "answer_type" in table[0][2]:  # yes/no, number, other: by which VQAv2's tables are divided
+            columns = {"question_type": "answer_type", **columns}
     mapped = map_columns(path, dict.fromkeys(key for _, _, cells in table for key in cells), columns)
     filled = [(line, {name: cell(where, cells, column, name, needed=name not in OPTIONAL)
-                      for name, column in mapped.items()}) for where, line, cells in table]
-    return layout, kind, filled, [name for name in ("question_type", "style") if mapped[name] is None]
+                      for name, column in mapped.items()} | {"answers": answers})
+              for (where, line, cells), answers in zip(table, people)]
+    said = "".join(f", no {name}" for name in ("question_type", "style") if mapped[name] is None)
+    taken = [f"{column} for the {name}" for name, column in mapped.items() if column and column != {**COLUMNS, **columns}[name]]
+    said += f", column {', '.join(taken)}" if taken else ""
+    if key:
+        counts = sorted({len(answers) for answers in people})
+        said += (f", {'-'.join(dict.fromkeys(map(str, (counts[0], counts[-1]))))} answers a question: the commonest is trained on, VQA "
+                 "accuracy is over all")
+    return f"{layout} {kind}", said, filled
 
 
 def read_layout(folder_or_file, split, columns=None, images=None, encoding="utf-8", separator=None):
     """(read_split's rows, describe_layout's line) from one reading."""
     path = find_table(folder_or_file, split)
-    layout, kind, table, lacking = read_cells(path, columns or {}, encoding, separator)
-    root = image_root(path, images, layout, table[0][1]["image"])
+    kind, said, table = read_cells(path, columns or {}, encoding, separator)
+    root = image_root(path, images, kind, table[0][1]["image"])
     found, rows = find_pictures((values["image"] for _, values in table), root), []
     for line, values in table:
         name = values.pop("image")
         image, fault = found[name]
         rows.append(Row(image=image, name=name, line=line, file=path, fault=fault, **values))
-    without = "".join(f", no {name}" for name in lacking)
-    return rows, f"{path}: {layout} {kind}, {len(rows)} rows{without}, images in {root}"
+    return rows, f"{path}: {kind}, {len(rows)} rows{said}, images in {root}"
 
 
 def read_split(folder_or_file, split, columns=None, images=None, encoding="utf-8", separator=None):
@@ -535,7 +581,7 @@ def fingerprint(rows):
     """Short hash of everything in the rows but where they stand: tells whether a run is resumed on other data."""
     digest = hashlib.sha256()
     for r in rows:
-        digest.update("\0".join((r.name, r.question, r.answer, r.question_type, r.style, r.context, "\n")).encode())
+        digest.update("\0".join((r.name, r.question, r.answer, r.question_type, r.style, r.context, *r.answers, "\n")).encode())
     return digest.hexdigest()[:16]
 
 

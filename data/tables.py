@@ -1,6 +1,7 @@
 """Files of rows as people keep them: CSV, TSV, a JSON list, JSON Lines, talks about a picture.
 
     read_table            a CSV or TSV file -> [(line, {column: text})], no value converted or dropped
+    read_sheet            an Excel or Parquet table, by pandas -> the same
     read_json             a JSON list or JSON Lines file -> [(row or line, object)], numbers as they are written
     unfold                an object with LLaVA's conversations, or messages and images -> flat rows
 
@@ -16,6 +17,7 @@ from collections import Counter
 
 from engine.errors import DataError
 
+SHEETS = {".xlsx": "openpyxl", ".parquet": "pyarrow"}  # ending: what pandas needs to read it
 SEPARATORS = {"tab": "\t", "\\t": "\t"}  # a real tab is hard to type in a shell
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": ""}
 
@@ -137,11 +139,60 @@ def read_table(path, encoding="utf-8", separator=None, joined=False):
     return table
 
 
+# --- Excel and Parquet ------------
+
+def plain(value):
+    """A cell as text: a whole number as it is written, an empty cell as ""; lists and objects keep their form."""
+    if isinstance(value, list) or hasattr(value, "tolist"):  # Arrow's lists come as arrays
+        return [plain(one) for one in value]
+    if isinstance(value, dict):
+        return {key: plain(one) for key, one in value.items()}
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return "" if value is None or value != value else value if isinstance(value, bool) else str(value)
+
+
+def read_sheet(path):
+    """The first sheet of an .xlsx file, or a .parquet file -> (its kind, [(row as Excel counts, or from 1, {column: text})]).
+
+    DataError: unreadable, a package missing, no rows, a column twice."""
+    ending = os.path.splitext(path)[1].lower()
+    if not os.path.isfile(path):
+        raise DataError(f"{path}: there is no such file: check --data")
+    try:
+        import pandas
+        __import__(SHEETS[ending])
+    except ImportError as error:
+        raise DataError(f"{path}: {ending} needs pandas and {SHEETS[ending]} ({error}): pip install pandas {SHEETS[ending]}, or save the "
+                        "table as CSV in UTF-8") from None
+    try:
+        if ending == ".parquet":
+            frame = pandas.read_parquet(path, dtype_backend="pyarrow")
+            kind, header, cells = "Parquet", [str(name) for name in frame.columns], frame.astype(object).values.tolist()
+            numbered = list(enumerate(cells, 1))
+        else:
+            book = pandas.ExcelFile(path, engine="openpyxl")
+            kind = f"Excel, sheet {book.sheet_names[0]}" + (f" of {len(book.sheet_names)}" if len(book.sheet_names) > 1 else "")
+            # as objects and not dtype=str: whole numbers stay whole, and nothing becomes NaN
+            cells = pandas.read_excel(book, header=None, dtype=object, na_filter=False).values.tolist()
+            numbered = [(row, values) for row, values in enumerate(cells, 1) if any(plain(value).strip() for value in values)]
+            header = [plain(name).strip() for name in numbered.pop(0)[1]] if numbered else []
+    except Exception as error:  # of zip, XML and Arrow readers, each with its own
+        raise DataError(f"{path}: cannot be read ({shown(error)}): save it again, or as CSV in UTF-8") from error
+    twice = [name for name, count in Counter(filter(None, header)).items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: column {shown(twice[0])} stands there twice: rename one of them")
+    if not numbered:
+        raise DataError(f"{path}: a header but no rows, or nothing at all: nothing to read")
+    return kind, [(row, {name: "" if value is pandas.NA else plain(value) for name, value in zip(header, values) if name})
+                  for row, values in numbered]
+
+
 # --- JSON ------------
 
 def locate(path, number):
-    """Where a row stands, for messages: 'line 7'; in a .json file, often one long line, 'row 7', counted from 1."""
-    return f"{'row' if path.lower().endswith('.json') else 'line'} {number}"
+    """Where a row stands, for messages: 'line 7'; in a .json file, often one long line, and in SHEETS 'row 7', from 1."""
+    return f"{'row' if path.lower().endswith(('.json', *SHEETS)) else 'line'} {number}"
 
 
 def parse_json(path, text, line=1):

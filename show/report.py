@@ -392,9 +392,9 @@ def picture_of(row):
 
 def answer_scores(questions, found):
     """SCORES of every answer in percent: [N,4]."""
-    pairs = [(one["prediction"], r.answer.strip()) for r, one in zip(questions, found)]
-    return 100 * np.array([(metrics.exact_match(p, a), metrics.vqa_accuracy(p, [a]), metrics.sentence_bleu(p, a),
-                            metrics.rouge_l(metrics.tokenize(p), [metrics.tokenize(a)])) for p, a in pairs])
+    told = [(one["prediction"], r.answer.strip(), r.people) for r, one in zip(questions, found)]
+    return 100 * np.array([(metrics.exact_match(p, a), metrics.vqa_accuracy(p, people), metrics.sentence_bleu(p, a),
+                            metrics.rouge_l(metrics.tokenize(p), [metrics.tokenize(a)])) for p, a, people in told])
 
 
 def headline(values, names, units, unit, digits=1):
