@@ -45,7 +45,7 @@ def cached_features(folder, blip2, load_style, questions, accelerator, dtype, wo
     size, kept = tower.config.image_size, {}
     with accelerator.main_process_first():  # the others find everything there
         kept["image_embeds"] = cache.vision_features(folder, tower, paths, partial(rows.picture_tensor, size=size),
-                                                     rows.PREPROCESSING, workers, accelerator.device, accelerator.print)
+                                                     rows.preprocessing(size), workers, accelerator.device, accelerator.print)
         towers = fingerprint(torch.nn.ModuleDict({"vision_model": tower}))
         del tower
         if load_style is not None:
@@ -55,8 +55,7 @@ def cached_features(folder, blip2, load_style, questions, accelerator, dtype, wo
 
 def style_features(folder, net, paths, size, accelerator, workers):
     """cache.Store of the style classifier's pooled feature [F], in float32."""
-    store = cache.Store(folder, "style", {"weights": cache.weights_digest(net), "size": size, "pixels": rows.PREPROCESSING},
-                        (net.width,), torch.float32)
+    store = cache.Store(folder, "style", cache.made_from(net, rows.preprocessing(size)), (net.width,), torch.float32)
     store.fill(paths, partial(rows.picture_tensor, size=size), net, cache.BATCH, workers, accelerator.print,
                accelerator.device)
     return store
