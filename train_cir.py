@@ -12,6 +12,7 @@ Collate -> Sprc.forward -> losses; validation, --submit, --gate-maps and --searc
 
 import argparse
 import hashlib
+import json
 import math
 import os
 import pathlib
@@ -196,6 +197,10 @@ class Opener:
     def __call__(self, path):
         return cirr.prepare(rows.load_image(path), self.size, self.transform, self.ratio)
 
+    def preprocessing(self):
+        """What the pixels depend on, for a cache's key."""
+        return rows.preprocessing(self.size, f"{self.transform}, {self.ratio}")
+
 
 class Collate:
     """Samples of Triplets -> batch: images [B,2+N,3,s,s], input_ids, attention_mask [B,L], target_ids [B]."""
@@ -369,7 +374,7 @@ def picture_source(args, model, pools, accelerator):
         return opener
     paths = list(dict.fromkeys(path for pool in pools for path in pool.gallery.values()))
     with accelerator.main_process_first():  # the others find everything there
-        store = cache.vision_features(args.cache, model.vision_model, paths, opener, f"{args.transform}, {args.target_ratio}",
+        store = cache.vision_features(args.cache, model.vision_model, paths, opener, opener.preprocessing(),
                                       args.workers, accelerator.device, accelerator.print)
     model.vision_model = None
     return store.__getitem__
@@ -695,8 +700,9 @@ def draw_maps(args, model, pool, scores, opener, say):
 
 def indexed(args, best, model, accelerator, opener):
     """The index of --gallery, made once beside the checkpoint -> (names, features [G,Q,E])."""
-    # everything that a feature depends on: a stale one can never be read
-    key = f"{digest(best['state'])} {best['frozen']} {accelerator.mixed_precision} {args.transform} {args.target_ratio}"
+    weights = f"{digest(best['state'])} {best['frozen']} {accelerator.mixed_precision}"
+    about = json.dumps(cache.made_from(model, opener.preprocessing(), weights))  # a stale feature can never be read
+    key = hashlib.sha256(about.encode()).hexdigest()
     place = hashlib.sha256(os.path.realpath(args.gallery).encode()).hexdigest()[:16]
     store = pathlib.Path(args.checkpoint).parent / "galleries" / place
     width = model.query_tokens.shape[1], model.vision_projection.out_features  # (Q, E)

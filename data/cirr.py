@@ -348,7 +348,7 @@ def prepare(image, size, transform="targetpad", ratio=1.25):
     short = min(image.size)
     width, height = (int(size * side / short) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = image.resize((width, height), rows.RESAMPLING)
     return rows.image_tensor(image.crop((left, top, left + size, top + size)), size)
 
 

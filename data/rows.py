@@ -451,8 +451,14 @@ def load_image(path, max_pixels=178_956_970, file=None):
         raise DataError(f"{path}: cannot be read ({reason}): replace it") from error
 
 
-# of picture_tensor; in a cache's key
-PREPROCESSING = f"upright RGB on white, squashed, bicubic, BLIP mean and std, Pillow {PIL.__version__}"
+PIXELS = 1  # raise it wherever load_image, image_tensor or cirr.prepare begin to give other pixels for the same file
+RESAMPLING = Image.Resampling.BICUBIC
+
+
+def preprocessing(size, fit="squashed"):
+    """All that the pixels of a picture depend on beside its file, as plain values for a cache's key. fit: how it becomes a square."""
+    return {"code": PIXELS, "size": size, "fit": fit, "resampling": RESAMPLING.name, "mean": BLIP_MEAN, "std": BLIP_STD,
+            "Pillow": PIL.__version__}
 
 
 def picture_tensor(path, size):
@@ -463,7 +469,7 @@ def picture_tensor(path, size):
 def image_tensor(image, size, mean=BLIP_MEAN, std=BLIP_STD):
     """RGB image -> float32 [3, size, size]: squashed to a square (bicubic, no crop), 0..1, normalised."""
     assert image.mode == "RGB", f"image_tensor wants RGB, got {image.mode}: use load_image"
-    squashed = image.resize((size, size), Image.Resampling.BICUBIC)
+    squashed = image.resize((size, size), RESAMPLING)
     pixels = torch.from_numpy(np.asarray(squashed, dtype=np.float32) / 255)  # [size, size, 3]
     pixels = (pixels - torch.tensor(mean)) / torch.tensor(std)
     return pixels.permute(2, 0, 1).contiguous()  # [3, size, size]

@@ -3,7 +3,8 @@
     Store            rows of one shape and dtype, one for each distinct picture: fill makes those that lack, store[path] reads
     Features         several of them as path -> {name: feature}
     vision_features  the Store of a BLIP-2 vision tower
-    weights_digest   sha256 of a module's weights, for `made_from`
+    made_from        all that a tower's features depend on: what the key of every store and of every gallery's index is made of
+    weights_digest   sha256 of a module's weights, a part of it
 
 A store is three files <kind>-<hash of what the features depend on>, so that other weights, preprocessing, shape or dtype are
 another store; .json says in words what is hashed. .rows is the bare rows one after another. .index holds a record of 40 bytes
@@ -19,6 +20,7 @@ half of a sha256; a row is checked whenever it is read, and what does not fit is
 import collections.abc
 import contextlib
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -45,13 +47,33 @@ SETTLED = 2 * 10**9  # ns; a file changed twice within a clock tick looks unchan
 
 
 def weights_digest(module):
-    """sha256 (hex) over names, dtypes, shapes and all bytes of a module's state dict. Settings are not in it: head counts,
-    epsilons and the like belong into `made_from` beside it."""
+    """sha256 (hex) over names, dtypes, shapes and all bytes of a module's state dict. Settings are not in it, see made_from."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+# of a transformers config: what changes the output and is neither a weight nor always seen in a module's repr
+SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "image_size", "patch_size", "qkv_bias", "cross_attention_frequency",
+            "num_query_tokens")
+
+
+def made_from(tower, pixels, weights=None):
+    """All that a tower's features depend on beside the picture's file, as plain values: the one place that says so.
+
+    Weights are not enough: two EfficientNets may share them all and differ in padding or in a norm's epsilon (tf_efficientnet_lite0
+    and efficientnet_lite0), and a config may give other heads. tower: any module, also one of an edited script; pixels:
+    rows.preprocessing; weights: text that stands for the tower's and its precision, where a digest of them is known already."""
+    config = getattr(tower, "config", None)
+    parts = [part for part in (config, *(getattr(config, f"{name}_config", None) for name in ("vision", "qformer"))) if part is not None]
+    saved = tower.state_dict()
+    return {"weights": weights or weights_digest(tower),
+            "layers": hashlib.sha256(repr(tower).encode()).hexdigest(),  # their kinds, sizes, epsilons, paddings
+            "forward": hashlib.sha256(inspect.getsource(type(tower).forward).encode()).hexdigest(),
+            "constants": {name: buffer.tolist() for name, buffer in tower.named_buffers() if name not in saved},
+            "settings": [{name: getattr(part, name, None) for name in SETTINGS} for part in parts], "pixels": pixels}
 
 
 # --- content of pictures ------------
@@ -168,9 +190,9 @@ def record_of(picture, row, number):
 class Store:
     """Features of one frozen tower, on disk in `folder`, which several stores and data sets may share.
 
-    kind: begin of the files' names; made_from: plain values, all that the features depend on (weights_digest, settings of the
-    tower, preprocessing, precision, batch size where the last bit matters); shape, dtype: of one feature. A store goes to
-    loader processes, forked or spawned, without its data, and only what is asked for is ever read into memory.
+    kind: begin of the files' names; made_from: plain values, all that the features depend on (the function of that name); shape,
+    dtype: of one feature. A store goes to loader processes, forked or spawned, without its data, and only what is asked for is
+    ever read into memory.
     """
 
     def __init__(self, folder, kind, made_from, shape, dtype):
@@ -324,11 +346,10 @@ def vision_features(folder, tower, paths, open_picture, pixels, workers, device,
     """The Store of a frozen vision tower's [P,W] for these pictures, in the tower's own dtype; made where they are missing.
 
     tower: a transformers Blip2VisionModel, moved to `device` only where something is to be made; open_picture: path -> [3,h,w];
-    pixels: in words, all that this depends on. DataError: as Store.fill."""
+    pixels: rows.preprocessing of that. DataError: as Store.fill."""
     config, dtype = tower.config, tower.post_layernorm.weight.dtype
-    about = {"weights": weights_digest(tower), "heads": config.num_attention_heads, "size": config.image_size, "pixels": pixels}
     shape = (config.image_size // config.patch_size) ** 2 + 1, config.hidden_size  # [P,W]
-    store = Store(folder, "vision", about, shape, dtype)
+    store = Store(folder, "vision", made_from(tower, pixels), shape, dtype)
     if store.missing(paths):
         tower.eval().to(device)
     store.fill(paths, open_picture, lambda images: tower(pixel_values=images).last_hidden_state, BATCH, workers, say, device)

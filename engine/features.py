@@ -47,7 +47,7 @@ def cached_features(folder, blip2, qformer, load_style, questions, accelerator, 
     size, kept = tower.config.image_size, {}
     with accelerator.main_process_first():  # the others find everything there
         kept["image_embeds"] = cache.vision_features(folder, tower, paths, partial(rows.picture_tensor, size=size),
-                                                     rows.PREPROCESSING, workers, accelerator.device, accelerator.print)
+                                                     rows.preprocessing(size), workers, accelerator.device, accelerator.print)
         frozen = {"vision_model": towers.fingerprint(tower)}
         del tower
         if load_style is not None:
@@ -57,8 +57,7 @@ def cached_features(folder, blip2, qformer, load_style, questions, accelerator, 
 
 def style_features(folder, net, paths, size, accelerator, workers):
     """cache.Store of the style classifier's pooled feature [F], in float32."""
-    store = cache.Store(folder, "style", {"weights": cache.weights_digest(net), "size": size, "pixels": rows.PREPROCESSING},
-                        (net.width,), torch.float32)
+    store = cache.Store(folder, "style", cache.made_from(net, rows.preprocessing(size)), (net.width,), torch.float32)
     store.fill(paths, partial(rows.picture_tensor, size=size), net, cache.BATCH, workers, accelerator.print,
                accelerator.device)
     return store

@@ -18,11 +18,14 @@ import time
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 
+import core
 from data import rows
 from engine import cache, loaders, published
 from engine.errors import DataError
+from engine.features import style_features
 
 SHAPE, BATCH, SIZE = (5, 8), 3, 16
 
@@ -270,6 +273,68 @@ def test_weights_digest():
     others = [Weights(a=value, b=torch.tensor(1.0)) for value in values]
     others += [Weights(a=base, c=torch.tensor(1.0)), Weights(a=base, b=torch.tensor([1.0])), Weights(a=base)]
     assert len({one, *map(cache.weights_digest, others)}) == len(others) + 1
+
+
+# --- what a key is made of ------------
+
+def vision_tower(dtype=torch.float32, **settings):
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 56}
+    return Blip2VisionModel(Blip2VisionConfig(**{**small, **settings})).eval().to(dtype)
+
+
+def vision_key(tmp_path, fit="squashed", **settings):
+    tower = vision_tower(**settings)
+    pixels = rows.preprocessing(tower.config.image_size, fit)
+    return cache.vision_features(tmp_path, tower, [], None, pixels, 0, "cpu", lambda line: None).rows.name
+
+
+def style_key(tmp_path, arch, size=56, tower=core.EfficientNet28):
+    torch.manual_seed(0)
+    net = tower(3, arch).eval()
+    return style_features(tmp_path, net, [], size, Accelerator(cpu=True), 0).rows.name
+
+
+def test_whatever_changes_a_vision_feature_changes_its_key(tmp_path):
+    one = vision_key(tmp_path)
+    others = [vision_key(tmp_path, **other) for other in (
+        {"layer_norm_eps": 1e-2}, {"hidden_act": "relu"}, {"num_attention_heads": 8}, {"qkv_bias": False},
+        {"image_size": 28, "patch_size": 7}, {"dtype": torch.bfloat16}, {"fit": "targetpad, 1.25"}, {"fit": "targetpad, 1.5"})]
+    assert one == vision_key(tmp_path) and len({one, *others}) == len(others) + 1
+    pixels = [torch.randn(1, 3, 56, 56)] * 2
+    with torch.no_grad():  # the weights are the same, and the features are not
+        towers = vision_tower(), vision_tower(layer_norm_eps=1e-2)
+        features_seen = [tower(image).last_hidden_state for tower, image in zip(towers, pixels)]
+    assert cache.weights_digest(towers[0]) == cache.weights_digest(towers[1]) and not torch.allclose(*features_seen, rtol=1e-3)
+
+
+@pytest.mark.parametrize("change", [(rows, "BLIP_MEAN", (0.5, 0.5, 0.5)), (rows, "BLIP_STD", (0.5, 0.5, 0.5)), (rows, "PIXELS", 99),
+                                    (rows, "RESAMPLING", Image.Resampling.BILINEAR), (rows.PIL, "__version__", "99.0")])
+def test_other_pixels_are_another_key(tmp_path, monkeypatch, change):
+    def keys():
+        return vision_key(tmp_path), vision_key(tmp_path, "plain, 1"), style_key(tmp_path, "test_efficientnet")
+
+    before = keys()
+    monkeypatch.setattr(*change)
+    assert not {*before} & {*keys()}
+
+
+def test_the_key_of_a_style_feature_knows_the_architecture(tmp_path):
+    """With the same weights the two lite0 differ by half: padding and the norms' epsilon."""
+    class Other(core.EfficientNet28):
+        def forward(self, images):
+            return super().forward(images) * 2
+
+    class OtherConstants(core.EfficientNet28):
+        def __init__(self, *settings):
+            super().__init__(*settings)
+            self.net_mean += 0.1
+
+    lite = "efficientnet_lite0"
+    keys = [style_key(tmp_path, lite), style_key(tmp_path, f"tf_{lite}"), style_key(tmp_path, lite, 112),
+            style_key(tmp_path, lite, tower=Other), style_key(tmp_path, lite, tower=OtherConstants)]
+    assert len(set(keys)) == len(keys) and keys[0] == style_key(tmp_path, lite)
 
 
 def test_features(case):
