@@ -193,7 +193,7 @@ def test_training_rows_are_never_scored_as_held_out_ones(few, one_table, tmp_pat
         said, table = one_table(*more)
         assert "pictures that training saw: 0 of 10 rows\n" in said and {r["seen"] for r in table} == {0} and table[-1]["n"] == 10
     said, table = one_table("--split", "train")
-    assert "saw: 50 of 50 rows: these scores are not of held-out" in said and all(r["seen"] == r["n"] for r in table)
+    assert re.search(r"saw: (\d+) of \1 rows: these scores are not of held-out", said) and all(r["seen"] == r["n"] for r in table)
     (tmp_path / "copy/images").mkdir(parents=True)  # another table elsewhere, with other names of the same pictures
     read = rows.read_split(few, "train")[:10]
     for row in read:
