@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 import yaml
 from accelerate import Accelerator
 
@@ -200,8 +201,8 @@ def test_terms_that_cannot_be_are_said_to_be_off(flags, capsys, tmp_path):
 
 def test_non_finite_loss_stops_with_the_rows(flags, tmp_path, capsys):
     assert errors.exit_code(train_gated.main, flags("--hit-weight", "nan")) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") <= 2 and "loss is nan at step 0" in error and re.search(r"\.jpg \(line \d+\)", error)
+    error = the_error(capsys.readouterr().err)
+    assert "\n" not in error and "loss is nan at step 0" in error and re.search(r"\.jpg \(line \d+\)", error)
     assert not (tmp_path / "run/best.pt").exists()
 
 
@@ -768,13 +769,15 @@ def test_compare_gated_adds_style_and_content_up():
 # --- a curve that must come out again ------------
 
 def test_golden_loss_curve(flags, sample, tmp_path, monkeypatch):
-    """20 steps of the random tiny model, kept in golden_curve.json. Write it anew (delete it, run this) after a change that is
-    meant to change the training, and say so in the commit."""
+    """20 steps of the random tiny model, kept in golden_curve.json (golden_curve_4.json: transformers 4). Write them anew (delete
+    them, run this) after a change that is meant to change the training, and say so in the commit."""
     monkeypatch.setattr(run, "LOG_EVERY", 1)
     train_gated.main(flags("--data", str(sample), "--batch-size", "12", "--accumulation", "1", "--epochs", "1", "--lr", "1e-4"))
     log = runfolder.read_log(tmp_path / "run/training_log.csv")
     curve = [float(row["loss"]) for row in log if row["kind"] == "step"]
-    kept = pathlib.Path(__file__).with_name("golden_curve.json")
+    # before transformers 5 loading takes other random numbers, and what is trained starts from others
+    before_5 = int(transformers.__version__.split(".")[0]) < 5
+    kept = pathlib.Path(__file__).with_name("golden_curve_4.json" if before_5 else "golden_curve.json")
     if not kept.exists():
         kept.write_text(json.dumps(curve))
         pytest.fail(f"{kept.name} was not there and has been written")
