@@ -423,7 +423,7 @@ def style_hit(logits, rows, pieces):
     ids = pieces.any(0).nonzero()[:, 0]  # [U] tokens of any style
     mass = logits.float().softmax(-1)[:, ids].sum(-1)  # [M]
     hard = torch.isin(logits.argmax(-1), ids).float()  # [M]
-    return rows @ mass, rows @ hard
+    return _weighed(rows, mass), _weighed(rows, hard)
 
 
 def style_kl(image_logits, logits, rows, pieces):
@@ -433,8 +433,8 @@ def style_kl(image_logits, logits, rows, pieces):
     sample's answer positions, then a softmax over styles. logits [M,V], rows [B,M], pieces [S,V].
     """
     ids = pieces.any(0).nonzero()[:, 0]  # [U]
-    word = rows @ logits.float().log_softmax(-1)[:, ids]  # [B,U]
-    log_q = (word @ pieces[:, ids].T).log_softmax(-1)  # [B,S]
+    word = _weighed(rows, logits.float().log_softmax(-1)[:, ids])  # [B,U]
+    log_q = _weighed(word, pieces[:, ids].T).log_softmax(-1)  # [B,S]
     log_p = image_logits.float().log_softmax(-1)
     return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1)
 
@@ -542,8 +542,13 @@ def itc_loss(i2t, t2i, targets):
 
 def max_similarity(vectors, images):
     """vectors [A,E], images [B,Q,E], all of unit length -> cosines [A,B], the largest over the Q queries of an image."""
-    with torch.autocast(vectors.device.type, enabled=False):  # rounded to bf16, near scores would tie
-        return torch.einsum("ae,bqe->abq", vectors.float(), images.float()).amax(-1)
+    return cosines("ae,bqe->abq", vectors, images).amax(-1)
+
+
+def cosines(equation, *vectors):
+    """torch.einsum of unit vectors in float32, under autocast too: rounded to bf16, near scores would tie."""
+    with torch.autocast(vectors[0].device.type, enabled=False):
+        return torch.einsum(equation, *(x.float() for x in vectors))
 
 
 # --- activations of the frozen language model ------------
@@ -773,7 +778,7 @@ class Blip2OPTGated(nn.Module):
         logits, targets, owner = self._answer_logits(visual, input_ids, attention_mask, labels)
         rows = F.one_hot(owner, len(labels)).T.float()  # [B,M]
         nll = F.cross_entropy(logits.float(), targets, reduction="none")  # [M]
-        parts = {"lm": _row_mean(rows) @ nll}
+        parts = {"lm": _weighed(_row_mean(rows), nll)}
         total = parts["lm"]
         if hit_weight or kl_weight:
             words = _row_mean(rows * (targets != newline_id(self.tokenizer)))  # without the newline: no style ends in one
@@ -986,6 +991,12 @@ def _cache_rows(cache, rows):
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(rows)
     return chosen
+
+
+def _weighed(rows, values):
+    """rows [B,M] @ values [M] or [M,N], in float32: a mean is a product too, which autocast would round to three digits."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows @ values
 
 
 def _row_mean(rows):

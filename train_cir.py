@@ -327,12 +327,12 @@ def similarities(query, images, own=None):
     scores = core.max_similarity(query, images)
     if own is None:
         return scores
-    return torch.cat([scores, torch.einsum("be,bnqe->bnq", query, own).amax(-1)], 1)
+    return torch.cat([scores, core.cosines("be,bnqe->bnq", query, own).amax(-1)], 1)
 
 
 def late_interaction(tokens, images):
     """Each query token's best target token, averaged (as in ColBERT, FILIP): tokens, images [B,Q,E] -> [B,B]."""
-    return torch.einsum("ike,jle->ijkl", tokens, images).amax(-1).mean(-1)
+    return core.cosines("ike,jle->ijkl", tokens, images).amax(-1).mean(-1)
 
 
 def contrastive_loss(similarity, temp, same, hard_batch=0.0):

@@ -115,7 +115,11 @@ def get_args(argv=None):
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
-    return flags.parse_args(parser, argv)
+    args = flags.parse_args(parser, argv)
+    if os.path.isfile(args.data) and not args.val_share:
+        parser.error(f"--val-share 0 would validate on the rows that are trained on, since {args.data} is one table: hold some out, or "
+                     "give --data a folder with train.csv and val.csv")
+    return args
 
 
 # --- what is missing ------------
@@ -181,9 +185,6 @@ def shortest_way(args, absent):
 
 def read_data(args, split, say=print):
     """The rows of a split as the flags about data have it."""
-    if os.path.isfile(args.data) and not args.val_share:
-        raise DataError(f"{args.data} is one table: --val-share 0 would validate on the rows that are trained on: hold some out, or "
-                        "give --data a folder with train.csv and val.csv")
     return read_questions(args.data, split, args.columns, args.images, args.encoding, args.separator, args.style, args.semart,
                           args.context, args.val_share, args.skip_bad, args.workers, say)
 

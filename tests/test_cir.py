@@ -257,6 +257,21 @@ def test_late_interaction_by_hand():
     assert torch.allclose(train_cir.late_interaction(tokens, images), torch.tensor(wanted, dtype=torch.float32), atol=1e-5)
 
 
+def test_similarities_are_in_float32_under_autocast():
+    """Near scores would tie in bf16: a cosine near 1 has steps of 0.004 there."""
+    torch.manual_seed(0)
+    query, tokens, images, own = (F.normalize(torch.randn(shape), dim=-1).bfloat16() for shape in
+                                  ((4, 64), (4, 5, 64), (4, 5, 64), (4, 2, 5, 64)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [core.max_similarity(query, images), train_cir.similarities(query, images, own), train_cir.late_interaction(tokens, images)]
+    q, t, i, o = (x.double() for x in (query, tokens, images, own))
+    alone = torch.einsum("ae,bqe->abq", q, i).amax(-1)  # [A,B]
+    wanted = [alone, torch.cat([alone, torch.einsum("be,bnqe->bnq", q, o).amax(-1)], 1),
+              torch.einsum("ike,jle->ijkl", t, i).amax(-1).mean(-1)]
+    for one, other in zip(found, wanted):
+        assert one.dtype == torch.float32 and torch.allclose(one.double(), other, atol=1e-6)
+
+
 def test_negatives_are_wrong_for_their_own_query_alone(build):
     model = build()
     batch = make_batch(model, negatives=2)

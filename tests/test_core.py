@@ -628,3 +628,16 @@ def test_lora_merges_to_the_same_function(build, batch):
     assert torch.allclose(model(**batch)["lm"], before, atol=1e-4)
     names = {name for name, p in model.named_parameters() if p.requires_grad and name.startswith("qformer.")}
     assert names == {name for name, p in build(own_kv=True).named_parameters() if p.requires_grad and name.startswith("qformer.")}
+
+
+def test_the_losses_are_means_in_float32_under_autocast(build, batch):
+    """As the log has them: a mean over tokens that is taken in bf16 has three digits."""
+    model = build()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        seen = model.visual_prompt(**model.image_features(batch["images"]), input_ids=batch["input_ids"], prompt_mask=batch["prompt_mask"])
+        logits, targets, owner = model._answer_logits(seen, *(batch[name] for name in ("input_ids", "attention_mask", "labels")))
+        parts = model(**batch, hit_weight=0.1, kl_weight=0.05)
+    assert {part.dtype for part in parts.values()} == {torch.float32}
+    nll = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")  # [M]
+    for row, loss in enumerate(parts["lm"]):
+        assert loss.item() == pytest.approx(nll[owner == row].mean().item(), rel=1e-5)
