@@ -281,22 +281,21 @@ def places(args):
     return name, init, published.load_config(init).model_type if init != "random" and not pathlib.Path(init).is_file() else None
 
 
-def load_tower(args, dtype, say=print):
-    """--blip2's vision tower in this dtype (None: as it is kept) -> (tower, config, {} or the ln_vision of --init: see towers.join).
+def join_tower(args, vision, say=print):
+    """The ln_vision of --init goes into --blip2's tower -> what it was, {} where there is none: see towers.join.
 
     A Q-Former that is trained on may start behind another tower than its own, which is said; one that is converted may not."""
     name, init, kind = places(args)
-    vision, config = published.load_vision(name, dtype)
     if init == "random" or kind == "bert":
-        return vision, config, {}
-    return vision, config, towers.join(vision, published.local_folder(init) if kind else init, name, say, strict=bool(args.convert))
+        return {}
+    return towers.join(vision, published.local_folder(init) if kind else init, name, say, strict=bool(args.convert))
 
 
 def load_model(args, dtype, say=print):
     """--blip2 (vision tower) and --init (Q-Former, tokenizer) -> Stage1. A hub's ID is looked for in models/ first. Says what
     starts fresh."""
     name, init, kind = places(args)
-    vision, config, ln_vision = load_tower(args, dtype, say)
+    vision, config = published.load_vision(name, dtype)  # dtype None: as it is kept
     if kind == "bert":
         config, tokenizer = stage1.bert_config(config, published.load_config(init)), published.load_tokenizer(init)
     else:
@@ -309,7 +308,7 @@ def load_model(args, dtype, say=print):
         config = own
     published.refuse_other_tokenizer(tokenizer, config.qformer_config.vocab_size, init if kind else name)
     model = Stage1(vision, config, tokenizer)
-    model.ln_vision = ln_vision
+    model.ln_vision = join_tower(args, vision, say)
     if kind == "bert":
         absent = stage1.start_from_bert(model, published.load_bert(init), init)
     elif init == "random":
@@ -461,12 +460,12 @@ def export_best(run, args):
     if run.accelerator.is_main_process and run.marks["value"] is not None:
         path = run.out / "best.pt"
         checkpoints.load_trainable(run.model, checkpoints.load_checkpoint(path)["state"], path)
-        tower, _, ln_vision = load_tower(args, None, lambda line: None)
+        tower, _ = published.load_vision(places(args)[0], None)
         other = towers.differing(tower, {n: towers.sampled(t) for n, t in run.model.vision_model.state_dict().items()})
         if other:
             raise DataError(f"{args.blip2}: its vision tower is another one than when this training began ({other[0]}): give back "
                             f"that one, and --convert {path} writes {run.out / 'hf'}")
-        stage1.export(run.model, run.out / "hf", tower, ln_vision)
+        stage1.export(run.model, run.out / "hf", tower, run.model.ln_vision)
         print(f"{run.out / 'hf'}: for {NEXT}")
 
 

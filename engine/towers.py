@@ -70,6 +70,7 @@ def differing(tower, held, common=False):
     """Names of a tower's tensors that are other ones in `held`, {name: sampled}, ln_vision left out. common: those alone count that
     both have. Two precisions of the same values do not differ."""
     own = {n: sampled(tensor) for n, tensor in tower.state_dict().items() if not n.startswith(NORM)}
+    held = {n: values for n, values in held.items() if not n.startswith(NORM)}
     names = own.keys() & held.keys() if common else own.keys() | held.keys()
     return sorted(n for n in names if n not in own or n not in held or own[n][0] != held[n][0]
                   or not torch.allclose(own[n][1], held[n][1], rtol=ROUNDING, atol=1e-7))
