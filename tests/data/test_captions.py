@@ -133,6 +133,14 @@ def test_metrics_scores_against_every_layout(tmp_path, capsys, name, by):
     assert json.loads(out)["corpus"]["ROUGE-L"] == metrics.score_captions(told, TEXTS)["corpus"]["ROUGE-L"] == 1
 
 
+def test_metrics_matches_file_names_whose_folders_differ(tmp_path, capsys):
+    put(tmp_path, {"refs.json": {"Images/a.jpg": ["a cat"], "Images/b.jpg": ["a dog"]}, "preds.json": {"b.jpg": "a dog", "a.jpg": "a cat"}})
+    flags = ["--references", str(tmp_path / "refs.json"), "--predictions", str(tmp_path / "preds.json")]
+    assert not errors.exit_code(metrics.main, flags) and "ROUGE-L               1.0000" in capsys.readouterr().out
+    put(tmp_path, {"refs.json": {"train/a.jpg": ["a cat"], "val/a.jpg": ["a dog"]}, "preds.json": {"a.jpg": "a dog"}})
+    assert errors.exit_code(metrics.main, flags) == 2  # which of the two?
+
+
 def test_a_subset_is_scored_only_when_asked(tmp_path, capsys):
     put(tmp_path, {"refs.json": karpathy_file(), "preds.json": {NAMES[0]: TEXTS[NAMES[0]][0], NAMES[3]: "x"}})
     flags = ["--references", str(tmp_path / "refs.json"), "--predictions", str(tmp_path / "preds.json")]

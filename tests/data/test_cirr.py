@@ -292,6 +292,19 @@ def test_layouts_in_circulation(copy, tmp_path):
         found(sprc, images=str(tmp_path / "nowhere"))
 
 
+def test_numbered_folders_that_the_download_lacks(copy, tmp_path):
+    """split.rc2.train.json says train/34/NAME, NLVR2's download has train/NAME; in SPRC's folder, above the annotations."""
+    path = copy / "image_splits/split.rc2.val.json"
+    write(path, {name: place.replace("dev/", "dev/34/") for name, place in read(path).items()})
+    for name in ("captions", "image_splits"):
+        shutil.move(copy / name, tmp_path / "sprc/cirr" / name)
+    for place in (copy / "img_raw").iterdir():
+        shutil.move(place, tmp_path / "sprc" / place.name)
+    found = read_val(tmp_path / "sprc/cirr").gallery
+    assert len(found) == 18 and all(pathlib.Path(place).parent.name == "dev" and pathlib.Path(place).stem == name
+                                    for name, place in found.items())
+
+
 def test_a_path_cannot_leave_the_root(copy, tmp_path):
     path = copy / "image_splits/split.rc2.val.json"
     content = read(path)

@@ -326,8 +326,8 @@ def test_a_picture_in_two_folders_is_not_guessed(tmp_path):
 
 def test_another_folders_picture_of_that_name_is_another_picture(tmp_path):
     """cat/ lacks its 1.jpg: dog/1.jpg is not it. One flat 1.jpg for two names: one of the two is missing, and none is guessed."""
-    picture(tmp_path / "dog/1.jpg"), picture(tmp_path / "cat/2.jpg"), picture(tmp_path / "flat/1.jpg")
-    assert "'cat/1.jpg' is not there" in found_in(tmp_path / "", "cat/1.jpg")["cat/1.jpg"]
+    picture(tmp_path / "pets/dog/1.jpg"), picture(tmp_path / "pets/cat/2.jpg"), picture(tmp_path / "flat/1.jpg")
+    assert "'cat/1.jpg' is not there (no '1.jpg' in" in found_in(tmp_path / "pets", "cat/1.jpg")["cat/1.jpg"]
     faults = found_in(tmp_path / "flat", "cat/1.jpg", "dog/1.jpg")
     assert "'dog/1.jpg' as well" in faults["cat/1.jpg"] and "'cat/1.jpg' as well" in faults["dog/1.jpg"]
     faults = found_in(tmp_path / "flat", "cat/1.jpg", "1.jpg")

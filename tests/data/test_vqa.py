@@ -136,11 +136,12 @@ def test_an_excel_table_is_read_as_it_is_written(tmp_path):
 
 
 def test_a_parquet_table_is_read_as_it_is_written(tmp_path):
-    pytest.importorskip("pyarrow")
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
     import pandas
     put(tmp_path, {}, ["a.jpg"])
-    pandas.DataFrame({"image": ["a.jpg"] * 3, "question": ["q"] * 3, "answer": ["007", "None", "x"],
-                      "question_id": pandas.array([7, None, 2**53 + 1], "Int64")}).to_parquet(tmp_path / "train.parquet")
+    whole = arrow.table({"image": ["a.jpg"] * 3, "question": ["q"] * 3, "answer": ["007", "None", "x"],
+                         "question_id": [7, None, 2**53 + 1]})
+    parquet.write_table(whole, tmp_path / "train.parquet")
     found, said = rows.read_layout(tmp_path, "train")
     assert [(r.answer, r.question_id) for r in found] == [("007", "7"), ("None", ""), ("x", str(2**53 + 1))] and "Parquet, 3 rows" in said
     pandas.DataFrame({"image": ["a.jpg"], "question": ["q"], "answer": [["x", "y", "y"]]}).to_parquet(tmp_path / "train.parquet")
