@@ -427,6 +427,7 @@ def prepare(args, checkpoint, accelerator):
     if args.style == "efficientnet":
         questions, = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
                                       places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print)
+    questions = rows.spelled_alike(questions, model.styles, accelerator.print)
     return Evaluation(args, checkpoint, accelerator, model, questions, ids, seen,
                       Questions(questions, model.image_size, features),
                       Collate(model.tokenizer, model.styles, model.max_answer), places, dtype)

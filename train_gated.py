@@ -389,6 +389,7 @@ def prepare(args, accelerator, command=()):
         splits = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
                                   places["efficientnet"], splits, args.workers, accelerator.device, accelerator.print)
     train_rows, val_rows = splits
+    val_rows = rows.spelled_alike(val_rows, {r.style.strip() for r in train_rows}, accelerator.print)  # as they are trained
     tokenizer = published.load_tokenizer(places["blip2"])
     built_from = model_args(args, train_rows, answer_length(tokenizer, train_rows, args.max_answer))
     say_cut(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)

@@ -6,6 +6,7 @@ What the training and evaluation scripts must agree on, as plain functions:
     read_layout                             both of these from one reading; tables.py reads the files
     join_semart                             styles from a column of SemArt's table
     find_pictures                           names in a list -> paths below a root, also where the folders differ
+    spelled_alike, one_spelling             Cubism and cubism are one style
     resolve_image, load_image, image_tensor a name as it is written -> a path -> RGB pixels -> [3, size, size]
     check_rows, usable_rows, verify_images  which rows cannot be used, and why
     hold_out                                a validation split of one table
@@ -248,6 +249,28 @@ def join_semart(rows, path, fields=None, encoding="latin-1"):
                         f"({shown(', '.join(theirs), 200)} ...): give SemArt's table of the same split")
     return [replace(row, **{name: cells[column].strip() if cells else "" for name, column in fields.items()})
             for row, cells in zip(rows, found)], matches
+
+
+# --- styles ------------
+
+def one_spelling(styles, known=(), say=print):
+    """{spelling: the one that stands for it}, for those that change, among styles that differ by letter case alone.
+
+    styles: of every row; the spelling in `known`, else the commonest stands for all (ties: the first in the alphabet)."""
+    spelled, known = {}, {folded(name): name for name in known}
+    for style, count in Counter(style.strip() for style in styles).items():
+        spelled.setdefault(folded(style), {})[style] = count
+    chosen = {key: known.get(key) or min(counts, key=lambda style: (-counts[style], style)) for key, counts in spelled.items()}
+    others = {style: chosen[key] for key, counts in spelled.items() for style in counts if style != chosen[key]}
+    if others:
+        say("styles that differ by case only are one: " + ", ".join(f"{style} is {others[style]}" for style in sorted(others)))
+    return others
+
+
+def spelled_alike(rows, known=(), say=print):
+    """The rows with one_spelling of each style."""
+    others = one_spelling([row.style for row in rows], known, say)
+    return [replace(row, style=others[row.style.strip()]) if row.style.strip() in others else row for row in rows] if others else rows
 
 
 # --- paths ------------

@@ -213,6 +213,9 @@ def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0
         layout, table = "a folder per style", None
         found = {split: list_pictures(place, folder) for split, folder in folders.items()}
         classes = sorted({style for entries in found.values() for _, style, _, _ in entries})
+    others = rows.one_spelling([style for entries in found.values() for _, style, _, _ in entries], say=say)
+    classes = [name for name in classes if name not in others]
+    found = {split: [(name, others.get(style, style), *where) for name, style, *where in entries] for split, entries in found.items()}
     if not found["train"] or not found["val"]:
         raise DataError(f"{place}: no training or no validation rows")
     if images and table is None:

@@ -17,6 +17,7 @@ import eval_gated
 import metrics
 import train_gated
 from data import rows, wikiart
+from conftest import prepared
 from engine import checkpoints, errors
 from tools import compare_gated, make_tiny
 
@@ -139,6 +140,42 @@ def test_context_reaches_the_answer_scores(build, batch):
     features = model.image_features(batch["images"][:1])
     with_text, without = (model.score_answers(["Which style?"], ["red", "two"], **features, contexts=c) for c in (["A boat."], None))
     assert not torch.allclose(with_text, without)
+
+
+# --- styles ------------
+
+def test_styles_that_differ_by_case_are_one(few, flags, tmp_path, capsys):
+    """The commonest spelling of training stands for all, in validation too."""
+    (tmp_path / "data").mkdir()
+    found = rows.read_split(few, "train")
+    names = sorted({row.style for row in found})
+    for split, spell in (("train", lambda n, style: style.lower() if n % 3 == 0 else style), ("val", lambda n, style: style.upper())):
+        with (tmp_path / "data" / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("image", "question", "answer", "style"))
+            writer.writerows((r.name, r.question, r.answer, spell(n, r.style)) for n, r in enumerate(rows.read_split(few, split)))
+    run, parts = prepared(train_gated.get_args(flags("--data", str(tmp_path / "data"), "--images", str(few / "images"))))
+    assert run.model.styles == names and {r.style for r in parts.train.rows} == set(names) >= {r.style for r in parts.val.rows}
+    told = [line for line in capsys.readouterr().out.splitlines() if "differ by case" in line]
+    assert [line.split(":")[0] for line in told] == ["train", "styles that differ by case only are one"]
+    assert "cubism is Cubism" in told[0] and "CUBISM is Cubism" in told[1]
+    assert rows.one_spelling(["Pop Art", "pop art", " Pop Art", "b", "B"], say=lambda line: None) == {"pop art": "Pop Art", "b": "B"}
+
+
+def test_wikiart_styles_that_differ_by_case_are_one(few, tmp_path, capsys):
+    """In folders and in a table of subsets; WikiArt's own names are one in any spelling."""
+    pictures = [row.image for row in rows.read_split(few, "train")][::5][:6]
+    for number, (path, style) in enumerate(zip(pictures, ("My Style", "My Style", "my style", "Other", "Other", "Other"))):
+        (tmp_path / "folders" / style).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, tmp_path / "folders" / style / f"{number}.jpg")
+    names = sorted(str(path.relative_to(tmp_path / "folders")) for path in (tmp_path / "folders").rglob("*.jpg"))
+    subsets = "".join(f"{name},{'val' if n % 2 else 'train'}\n" for n, name in enumerate(names))
+    for where, more in (("folders", {}), ("folders/classes.csv", {"images": str(tmp_path / "folders")})):
+        if more:
+            (tmp_path / where).write_text("filename,subset\n" + subsets)
+        classes, splits = wikiart.read_data(str(tmp_path / where), **more)
+        assert classes == ["My Style", "Other"] and sum(len(read) for read in splits.values()) == 6
+        assert "my style is My Style" in capsys.readouterr().out
 
 
 # --- one table for both splits ------------
