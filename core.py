@@ -42,7 +42,7 @@ from engine.errors import DataError
 from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_TEXT, PROMPT, answer_ids, answer_lengths, encode_prompts,  # noqa: F401
                             encode_training, newline_id, pad_ids, prompt_ids, text_ids, text_lengths)
 from engine.published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
-from engine.saved import PLACES, places_of, read, refuse_other_base, refuse_other_dtypes
+from engine.saved import PLACES, part_paths, read, refuse_other_base, refuse_other_dtypes
 from engine.text import texts_of
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
@@ -1054,7 +1054,7 @@ def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.
     """
     saved = read(folder, _known_settings())
     moved = {"blip2": blip2, "efficientnet": efficientnet, "qformer": qformer, "lm_precision": lm_precision}
-    places = places_of(saved, {name: str(value) for name, value in moved.items() if value is not None})
+    places = part_paths(saved, {name: str(value) for name, value in moved.items() if value is not None})
     if places["lm_precision"] not in (None, *published.LM_PRECISIONS):
         raise DataError(f"lm_precision {places['lm_precision']!r} is none of {', '.join(published.LM_PRECISIONS)}")
     try:

@@ -131,7 +131,7 @@ def prototype(net, style, paths, own, size):
     return row / row.norm() * own.norm(dim=-1).mean()
 
 
-def mixed(own, other, share):
+def mix_features(own, other, share):
     """Style features [1,F]: own where share is 0, other where it is 1, both to the bit."""
     return (1 - share) * own + share * other
 
@@ -149,7 +149,7 @@ def style_feature(asked, features, style, mix):
         found = prototype(model.efficientnet, style, paths, own, model.image_size)
         if paths:  # one of weights is scaled to the picture at hand
             asked.prototypes[style] = found
-    return mixed(own, found, mix)
+    return mix_features(own, found, mix)
 
 
 @torch.no_grad()
@@ -232,7 +232,7 @@ def load_finder(checkpoint, folder):
     best, model, accelerator = train_cir.load_best(args)
     opener = train_cir.Opener(model.image_size, args.transform, args.target_ratio)
     with torch.no_grad():
-        names, features = train_cir.indexed(args, best, model, accelerator, opener)
+        names, features = train_cir.index_gallery(args, best, model, accelerator, opener)
 
     def find(image, text):
         vector = train_cir.query_vector(model, accelerator, opener(image), text)

@@ -112,7 +112,7 @@ def read_data(args, say=print):
     return wikiart.read_data(args.data, say, **reading(args))
 
 
-def balanced(labels, power, seed, epoch):
+def balance_classes(labels, power, seed, epoch):
     """Row numbers of an epoch [N] from labels [N]: class c, of n_c rows, has n_c^(1-power) / sum_k n_k^(1-power) of the N places.
 
     power 0: the data as it is; 1: every class equally often. Within a class the rows take turns, so that each comes up equally
@@ -167,7 +167,7 @@ def collate(samples):
     """Samples -> {"images": [B,3,s,s], "labels": [B]}, or {"fault": message}."""
     for pixels, _, row in samples:
         if isinstance(pixels, DataError):
-            return {"fault": f"{row.file}, {loaders.named([row])}: {pixels}: --check-data lists such files, and training leaves "
+            return {"fault": f"{row.file}, {loaders.list_rows([row])}: {pixels}: --check-data lists such files, and training leaves "
                              "them out"}
     pixels, labels, _ = zip(*samples)
     return {"images": torch.stack(pixels), "labels": torch.tensor(labels)}
@@ -292,7 +292,7 @@ def start_from(net, path, say):
     checkpoints.load_strictly(net, state, f"--init {path} ({where})")
 
 
-def mixed(images, labels, classes, cutmix, mixup):
+def mix_batch(images, labels, classes, cutmix, mixup):
     """images [B,3,s,s], labels [B] -> (images, targets [B,K]); CutMix (alpha 1), MixUp (alpha 0.2) in their share of batches."""
     from torchvision.transforms import v2
     draw = random.random()
@@ -346,7 +346,7 @@ def train_mode(run, freeze_bn):
 def train_step(run, step, args):
     """Forward and backward of one optimizer step, micro-batch by micro-batch."""
     for batch in step:
-        images, targets = mixed(channels_last(batch["images"]), batch["labels"], run.model.num_classes, args.cutmix, args.mixup)
+        images, targets = mix_batch(channels_last(batch["images"]), batch["labels"], run.model.num_classes, args.cutmix, args.mixup)
         with step.forward():
             loss = F.cross_entropy(run.wrapped(images).float(), targets, label_smoothing=args.smoothing)  # logits, targets [B,K]
         step.backward(loss)
@@ -421,7 +421,7 @@ def prepare(args, accelerator, resumed=False):
 
     def plan(epoch):
         """The steps of loop.epoch_plan, with Paintings' keys as the numbers."""
-        drawn = balanced(parts.train.labels, args.balance, args.seed, epoch).tolist()
+        drawn = balance_classes(parts.train.labels, args.balance, args.seed, epoch).tolist()
         steps = loop.epoch_plan(len(drawn), args.batch_size, args.accumulation, args.seed, epoch, accelerator.process_index,
                                 accelerator.num_processes)
 

@@ -130,7 +130,7 @@ def flags_at_odds(args):
 def built_as(args, checkpoint):
     """model_args of a checkpoint with what lies elsewhere now, or is asked for in another precision."""
     moved = {name: getattr(args, name) for name in ("blip2", "efficientnet", "lm_precision") if getattr(args, name)}
-    return published.resolved({**checkpoint["model_args"], **moved})
+    return published.resolve_paths({**checkpoint["model_args"], **moved})
 
 
 def model_class(script):
@@ -228,22 +228,22 @@ def write_merged(model, checkpoint, path):
 
 # --- answers ------------
 
-def answers_to(model, questions, contexts, features, args, candidates, sure=True, **seeing):
+def answers_to(model, questions, contexts, features, args, candidates, with_confidence=True, **ablation):
     """Answers of a batch: {"prediction": texts}, where `sure` also "confidence", mean log-probability of the answer's tokens, and
     with --method rank "margin", by how much its log-likelihood is above that of the runner-up (nats; not where there is no other).
 
-    features: image_embeds [B,P,W], style_feature [B,F]; candidates: of rank; seeing: gated=False or blind=True."""
-    asked = {"questions": questions, "contexts": contexts, **features, **seeing}
+    features: image_embeds [B,P,W], style_feature [B,F]; candidates: of rank; ablation: gated=False or blind=True."""
+    asked = {"questions": questions, "contexts": contexts, **features, **ablation}
     found = {}
     if args.method == "rank":
         scores = model.score_answers(answers=candidates, **asked)  # [B,A]
         found["prediction"] = [candidates[i] for i in scores.argmax(-1).tolist()]
-        if sure and len(candidates) > 1:
+        if with_confidence and len(candidates) > 1:
             first, second = scores.topk(2).values.unbind(-1)  # [B]
             found["margin"] = (first - second).tolist()
     else:
         found["prediction"] = model.predict_answers(None, beams=args.beams, max_new_tokens=args.max_new_tokens, **asked)
-    if sure:
+    if with_confidence:
         found["confidence"] = model.confidence(answers=found["prediction"], **asked).tolist()
         for question, value in zip(questions, found["confidence"]):
             if not math.isfinite(value):
@@ -391,17 +391,17 @@ class Evaluation:
     places: dict  # see built_as
     dtype: torch.dtype
 
-    def answer(self, data=None, trained=True, sure=False, **seeing):
+    def answer(self, data=None, trained=True, with_confidence=False, **ablation):
         """What evaluate returns of one system, with "prediction" and, where `sure`, "confidence"."""
         args, weights, candidates = self.args, self.checkpoint["loss_weights"], sorted(self.checkpoint["answers"])
         weights = weights if trained else {"hit_weight": weights["hit_weight"]}  # no KL: its head is untrained
 
         def answer(model, group, features):
             questions, contexts = [r.question for r in group], [r.context for r in group]
-            return answers_to(model, questions, contexts, features, args, candidates, sure or bool(args.report), **seeing)
+            return answers_to(model, questions, contexts, features, args, candidates, with_confidence or bool(args.report), **ablation)
         with errors.batch_size_in_memory_errors(args.batch_size):
             found = evaluate(self.model, data or self.data, self.collate, self.accelerator, args.batch_size, args.workers, weights,
-                             answer, **seeing)
+                             answer, **ablation)
         return found if trained else [{k: v for k, v in one.items() if k != "total"} for one in found]  # a part of it is left out
 
 
@@ -446,11 +446,11 @@ def answers_of_systems(run):
     if args.shuffle_style and model.gates is not None:
         systems["another's style"] = run.answer(OtherStyle(run.questions, model.image_size, run.data.features))
     name = "gated" if model.gates is not None else "trained, no gates"
-    systems[name] = run.answer(sure=bool(args.predictions or args.abstain_below is not None))
+    systems[name] = run.answer(with_confidence=bool(args.predictions or args.abstain_below is not None))
     return systems
 
 
-def deliver(run, systems, command):
+def write_outputs(run, systems, command):
     """Print the table and write what the flags ask for. command: what was typed, for the model card."""
     args, questions, trained = run.args, run.questions, list(systems.values())[-1]
     if args.predictions:  # before the scores: what cost an hour is safe first
@@ -519,7 +519,7 @@ def main(argv=None):
     run = prepare(args, checkpoint, accelerator)
     systems = answers_of_systems(run)
     if accelerator.is_main_process:
-        deliver(run, systems, ["eval_gated.py", *(sys.argv[1:] if argv is None else argv)])
+        write_outputs(run, systems, ["eval_gated.py", *(sys.argv[1:] if argv is None else argv)])
 
 
 if __name__ == "__main__":

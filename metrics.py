@@ -31,7 +31,7 @@ from collections import Counter
 
 import numpy as np
 
-from data.tables import shown
+from data.tables import excerpt
 from engine import errors
 from engine.errors import DataError
 
@@ -400,7 +400,7 @@ def coco_meteor(hypotheses, references):
     try:
         corpus, per_item = Meteor().compute_score(dict(enumerate(references)), {i: [h] for i, h in enumerate(hypotheses)})
     except (OSError, ValueError, AssertionError) as error:
-        raise DataError(f"--coco-meteor: the Java program failed ({shown(error)}): try `java -version`, which must work, "
+        raise DataError(f"--coco-meteor: the Java program failed ({excerpt(error)}): try `java -version`, which must work, "
                         "and see that 2 GB of memory are free") from error
     return float(corpus), list(map(float, per_item))
 
@@ -416,10 +416,10 @@ def paired(hypotheses, references):
         for ours, theirs, problem in ((references, hypotheses, "no caption for"), (hypotheses, references, "no references for")):
             lacking = [key for key in ours if key not in theirs]
             if lacking:
-                raise ValueError(f"{problem} {len(lacking)} of {len(ours)} images, first {shown(lacking[0])}: "
+                raise ValueError(f"{problem} {len(lacking)} of {len(ours)} images, first {excerpt(lacking[0])}: "
                                  "both sides must hold the same images")
         for key, refs in references.items():
-            _need_list(refs, f"the list of references of {shown(key)}")
+            _need_list(refs, f"the list of references of {excerpt(key)}")
         hypotheses, references = list(hypotheses.values()), [references[key] for key in hypotheses]
     _need_pairs(hypotheses, references)
     return hypotheses, references
@@ -567,7 +567,7 @@ def read_pair(references_path, predictions_path, encoding="utf-8", subset=False)
     predictions, references = next((pair for pair in pairs if pair[0].keys() & pair[1].keys()), pairs[0])
     for image, captions in predictions.items():
         if len(captions) != 1:
-            raise DataError(f"{predictions_path}: {len(captions)} captions for image {shown(image)}: give exactly one")
+            raise DataError(f"{predictions_path}: {len(captions)} captions for image {excerpt(image)}: give exactly one")
     predictions = {image: captions[0] for image, captions in predictions.items()}
     notes = [] if form in PLAIN_FORMS else [f"references: {form}"]
     if subset:

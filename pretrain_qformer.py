@@ -107,7 +107,7 @@ def get_args(argv=None):
 
 # --- data: your own data set goes here ------------
 
-def places_of(args):
+def data_places(args):
     """--data -> ({name: place} of caption files, {name: place} of tar files)."""
     places = pairs.named_places(args.data)
     tars = {name: place for name, place in places.items() if shards.is_shards(place)}
@@ -120,7 +120,7 @@ def places_of(args):
 
 def read_data(args, say=print):
     """--data -> (training Pairs, validation Pairs of --max-val pictures, [Shard]); bad ones refused, with --skip-bad left out."""
-    files, tars = places_of(args)
+    files, tars = data_places(args)
     train, val = (pairs.read_sets(files, split, args.images, args.skip_bad, args.val_share, args.encoding, args.workers, say)
                   for split in ("train", "val"))
     shown = sorted({pair.image_id for pair in val})[:args.max_val]  # by their hash
@@ -134,7 +134,7 @@ def read_data(args, say=print):
 
 def check_data(args):
     """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
-    files, tars = places_of(args)
+    files, tars = data_places(args)
     failed = pairs.check(files, args.images, args.skip_bad, args.val_share, args.encoding, args.workers)
     if shards.check(tars, args.skip_broken):
         print("training would fail at the tar files")

@@ -146,7 +146,7 @@ def read_data(args, split, say=print):
 
 def read_scored(args, split, say=print):
     """The Pictures of a split that are scored: all of them, or --max-val."""
-    return captions.limited(read_data(args, split, say), args.max_val, split, say)
+    return captions.limit(read_data(args, split, say), args.max_val, split, say)
 
 
 # --- model ------------

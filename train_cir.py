@@ -429,7 +429,7 @@ def patch_change(model, image_embeds, text):
     return (fused - image_embeds).norm(dim=-1) / image_embeds.norm(dim=-1).clamp(min=1e-6)
 
 
-def scored(vectors, features, chunk=256):
+def score_gallery(vectors, features, chunk=256):
     """query vectors [N,E], gallery features [G,Q,E] -> cosines [N,G], the largest over Q; `chunk` queries at a time."""
     return torch.cat([core.max_similarity(part, features) for part in vectors.split(chunk)]).numpy()
 
@@ -452,7 +452,7 @@ def evaluate(model, pools, opener, accelerator, layout, batch_size, workers):
     """Every pool -> (recalls and the change by the gate, scores [N,G])."""
     for pool in pools:
         features, vectors, change = encode(model, pool, opener, accelerator, batch_size, workers)
-        scores = scored(vectors, features)
+        scores = score_gallery(vectors, features)
         yield {**recalls(scores, pool, layout), "change": change}, scores
 
 
@@ -668,7 +668,7 @@ def score(args):
     for pool in unseen:
         features, vectors, _ = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
         if accelerator.is_main_process:
-            paths = cirr.write_submission(args.submit, pool.queries, pool.gallery, scored(vectors, features))
+            paths = cirr.write_submission(args.submit, pool.queries, pool.gallery, score_gallery(vectors, features))
             say(f"for CIRR's test server: {', '.join(map(str, paths))}")
 
 
@@ -698,7 +698,7 @@ def draw_maps(args, model, pool, scores, opener, say):
     say(f"{folder}: gate maps of {min(MAPS, len(pool.queries))} queries")
 
 
-def indexed(args, best, model, accelerator, opener):
+def index_gallery(args, best, model, accelerator, opener):
     """The index of --gallery, made once beside the checkpoint -> (names, features [G,Q,E])."""
     weights = f"{digest(best['state'])} {best['frozen']} {accelerator.mixed_precision}"
     about = json.dumps(cache.made_from(model, opener.preprocessing(), weights))  # a stale feature can never be read
@@ -731,7 +731,7 @@ def search(args):
     opener = Opener(model.image_size, args.transform, args.target_ratio)
     reference, page = opener(args.image), pathlib.Path(args.out) / "search.html"
     files.refuse_unwritable(page)
-    names, features = indexed(args, best, model, accelerator, opener)
+    names, features = index_gallery(args, best, model, accelerator, opener)
     vector = query_vector(model, accelerator, reference, args.search)
     paths = [os.path.join(args.gallery, name) for name in names]
     itself = [number for number, path in enumerate(paths) if os.path.samefile(path, args.image)]

@@ -212,14 +212,14 @@ def check_data(args):
     if "BLIP-2" not in absent:
         check_tokens(args, splits)
     if absent:
-        print(f"error: {published.told_missing(absent, shortest_way(args, absent))}")
+        print(f"error: {published.format_missing(absent, shortest_way(args, absent))}")
     print("training would fail" if failed else "training can start")
     return int(failed)
 
 
 def check_tokens(args, splits):
     """What the language model will read: answers that are cut, and three rows with the masked tokens in brackets."""
-    places = published.resolved({"blip2": args.blip2, "efficientnet": args.efficientnet})
+    places = published.resolve_paths({"blip2": args.blip2, "efficientnet": args.efficientnet})
     try:
         tokenizer = published.load_tokenizer(places["blip2"])
     except DataError as error:
@@ -380,7 +380,7 @@ def start(args):
 def prepare(args, accelerator, command=()):
     """Flags -> (Run at its first step, Parts): rows, features, model, optimizer."""
     splits = [read_data(args, split, accelerator.print) for split in ("train", "val")]
-    places = published.resolved({"blip2": args.blip2, "efficientnet": args.efficientnet, "qformer": args.qformer})
+    places = published.resolve_paths({"blip2": args.blip2, "efficientnet": args.efficientnet, "qformer": args.qformer})
 
     def load_style():
         return Model.style_tower.from_checkpoint(places["efficientnet"], args.safe_load).eval()

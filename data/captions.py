@@ -23,7 +23,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import Dataset
 
 from data import rows
-from data.tables import cell, locate, parse_json, read_json, read_table, read_text, shown
+from data.tables import cell, locate, parse_json, read_json, read_table, read_text, excerpt
 from engine.errors import DataError
 
 MAX_LENGTH = 60  # tokens of a caption, [DEC] among them, in training and in generation
@@ -94,7 +94,7 @@ def read_rows(path, table):
     for number, row in table:
         where = f"{path}, {locate(path, number)}"
         if not isinstance(row, dict):
-            raise DataError(f"{where}: {shown(json.dumps(row))} where an object with image_id and caption belongs: mend it")
+            raise DataError(f"{where}: {excerpt(json.dumps(row))} where an object with image_id and caption belongs: mend it")
         ident = cell(where, row, "image_id", "image", needed="image" not in row)
         name = cell(where, row, "image", "image") if "image" in row else ident
         yield Entry(number, name, captions_in(where, row), ident)
@@ -130,7 +130,7 @@ def read_tokens(path, text):
         if match:
             yield Entry(number, match[1], (match[2],))
         elif line.strip():
-            raise DataError(f"{path}, line {number}: {shown(line)} is not name#number, a tab and a caption: mend the line")
+            raise DataError(f"{path}, line {number}: {excerpt(line)} is not name#number, a tab and a caption: mend the line")
 
 
 def read_columns(path, encoding):
@@ -140,7 +140,7 @@ def read_columns(path, encoding):
     columns = [next((known[name] for name in names if name in known), None) for names in (IMAGE_COLUMNS, CAPTION_COLUMNS)]
     if None in columns:
         wanted = [" or ".join(names) for names, column in zip((IMAGE_COLUMNS, CAPTION_COLUMNS), columns) if column is None]
-        raise DataError(f"{path}: no column {' and no column '.join(wanted)}; it has {shown(', '.join(table[0][1]), 300)}: rename")
+        raise DataError(f"{path}: no column {' and no column '.join(wanted)}; it has {excerpt(', '.join(table[0][1]), 300)}: rename")
     return [Entry(line, cells[columns[0]], (cells[columns[1]],)) for line, cells in table]
 
 
@@ -187,7 +187,7 @@ def read_content(path, content, split):
         return "COCO's annotations", read_annotations(path, content)
     if not isinstance(content, dict) or "annotations" in content:
         raise DataError(f"{path}: neither {{image: captions}} nor COCO's annotations or results, nor Karpathy's: see data/README.md")
-    return "captions by file name", [Entry(number, image, captions_in(f"{path}, {shown(image)}", {"caption": texts}))
+    return "captions by file name", [Entry(number, image, captions_in(f"{path}, {excerpt(image)}", {"caption": texts}))
                                      for number, (image, texts) in enumerate(content.items(), 1)]
 
 
@@ -246,7 +246,7 @@ def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, ski
     found, pictures = [], rows.find_pictures((one.name for one in entries), root)
     for one in entries:
         image, fault = pictures[one.name]
-        fault = fault or ("" if os.path.getsize(image) else f"image {shown(one.name)} has 0 bytes")
+        fault = fault or ("" if os.path.getsize(image) else f"image {excerpt(one.name)} has 0 bytes")
         found.append(Picture(image, one.name, tuple(" ".join(text.split()) for text in one.captions), one.line, path, fault))
     if (os.path.samefile(path, data) or os.path.basename(path) in WHOLE) and not names_splits(path):
         found = rows.hold_out(found, HELD_OUT, split == "val")
@@ -260,7 +260,7 @@ def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, ski
         broken = dict(rows.verify_images([p for p in found if not p.fault], max(1, workers)))
         found = [replace(p, fault=broken.get(p.image, p.fault)) for p in found]
     good = usable(found, skip_bad, say)
-    return chosen(good, shots, seed, path) if split == "train" and shots else good
+    return choose(good, shots, seed, path) if split == "train" and shots else good
 
 
 def usable(found, skip_bad, say):
@@ -296,7 +296,7 @@ def clean(found, say):
     return kept
 
 
-def chosen(pictures, count, seed, path):
+def choose(pictures, count, seed, path):
     """`count` of the pictures, in their order: a pure function of their names and the seed."""
     if count > len(pictures):
         raise DataError(f"{path}: --shots {count} of {len(pictures)} pictures: ask for fewer")
@@ -305,12 +305,12 @@ def chosen(pictures, count, seed, path):
     return [p for p in pictures if p.name in picked]
 
 
-def limited(pictures, max_val, split, say=print):
+def limit(pictures, max_val, split, say=print):
     """The pictures that are scored: all, or with --max-val so many, which is said."""
     if not max_val or max_val >= len(pictures):
         return pictures
     say(f"{split}: {max_val} of {len(pictures)} pictures are scored (--max-val): not comparable with the whole split")
-    return chosen(pictures, max_val, 0, "")
+    return choose(pictures, max_val, 0, "")
 
 
 def fingerprint(pictures):
@@ -339,7 +339,7 @@ def token_ids(tokenizer, texts):
     return [ids[:MAX_LENGTH] for ids in tokenizer(list(texts), verbose=False).input_ids] if len(texts) else []
 
 
-def augmented(image, caption, rng):
+def augment(image, caption, rng):
     """Mirrored, brighter or darker, more or less contrast, turned by up to 10 degrees: a pure function of its arguments."""
     mirror, bright, contrast, turn = rng.random(), *rng.uniform(0.8, 1.2, 2), rng.uniform(-10, 10)
     if mirror < 0.5 and not LEFT_RIGHT.search(caption):
@@ -373,7 +373,7 @@ class Captions(Dataset):
         except DataError as error:
             return error, picture
         if self.augment is not None and epoch is not None:
-            image = augmented(image, self.texts[number], np.random.default_rng([self.augment, epoch, number]))
+            image = augment(image, self.texts[number], np.random.default_rng([self.augment, epoch, number]))
         sample = {"pixel_values": rows.image_tensor(image, self.image_size)}  # [3,s,s]
         return ({**sample, "ids": self.ids[number]} if self.ids else sample), picture
 

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from data import rows
-from data.tables import cell, locate, parse_json, read_json, read_text, shown
+from data.tables import cell, locate, parse_json, read_json, read_text, excerpt
 from engine import files
 from engine.errors import DataError
 
@@ -49,7 +49,7 @@ class Query:
 
     @property
     def name(self):
-        return f"{self.reference} + {shown(' / '.join(self.captions))}"
+        return f"{self.reference} + {excerpt(' / '.join(self.captions))}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def needed_file(folder, inner, name):
     path = os.path.join(folder, inner, name)
     if not os.path.isfile(path):
         there = sorted(entry for entry in rows.entries(os.path.dirname(path)) if entry.endswith(".json"))
-        listed = shown(", ".join(there), 300) if there else "no JSON"
+        listed = excerpt(", ".join(there), 300) if there else "no JSON"
         raise DataError(f"{path}: there is no such file; {inner}/ holds {listed}: check --data")
     try:
         pathlib.Path(path).read_text(encoding="utf-8")
@@ -113,7 +113,7 @@ def read_names(path):
         raise DataError(f"{path}: no object {{name: path}} (CIRR) and no list of names (FashionIQ): download it again")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path}: picture {shown(twice)} stands there twice: remove one")
+        raise DataError(f"{path}: picture {excerpt(twice)} stands there twice: remove one")
     return dict(found) if isinstance(found, dict) else {name: f"{name}.jpg" for name in names}
 
 
@@ -121,7 +121,7 @@ def texts_in(where, cells, key, what):
     """The list of texts under `key`. DataError: absent, no list, something else in it."""
     values = cells.get(key)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise DataError(f"{where}: {shown(key)} is {shown(json.dumps(values))} and no list of {what}: mend the row")
+        raise DataError(f"{where}: {excerpt(key)} is {excerpt(json.dumps(values))} and no list of {what}: mend the row")
     return tuple(values)
 
 
@@ -129,7 +129,7 @@ def cirr_query(where, line, cells, path, split):
     """A Query of a row of cap.rc2.*.json. target_soft is not read: the standard evaluation has one target."""
     image_set = cells.get("img_set")
     if not isinstance(image_set, dict):
-        raise DataError(f"{where}: 'img_set' is {shown(json.dumps(image_set))} and no object with members: mend the row")
+        raise DataError(f"{where}: 'img_set' is {excerpt(json.dumps(image_set))} and no object with members: mend the row")
     query = Query(cell(where, cells, "pairid", "pair id"), cell(where, cells, "reference", "reference picture"),
                   cell(where, cells, "target_hard", "target picture", needed=not split.startswith("test")),
                   (clean_text(cell(where, cells, "caption", "caption")),),
@@ -139,9 +139,9 @@ def cirr_query(where, line, cells, path, split):
                         "mend the row")
     for what, name in (("reference", query.reference), ("target", query.target)):
         if name and name not in query.members:
-            raise DataError(f"{where}: the {what} {shown(name)} is no member of the image set: mend the row")
+            raise DataError(f"{where}: the {what} {excerpt(name)} is no member of the image set: mend the row")
     if query.target == query.reference:
-        raise DataError(f"{where}: {shown(query.target)} is reference and target, so it is never found: leave the row out")
+        raise DataError(f"{where}: {excerpt(query.target)} is reference and target, so it is never found: leave the row out")
     return query
 
 
@@ -164,13 +164,13 @@ def read_pool(folder, name, label, split, query_of):
         where = f"{path}, {locate(path, line)}"
         query = query_of(where, line, cells, path, split)
         if query.pairid in seen:
-            raise DataError(f"{where}: pair id {shown(query.pairid)} is that of row {seen[query.pairid]} as well: remove one")
+            raise DataError(f"{where}: pair id {excerpt(query.pairid)} is that of row {seen[query.pairid]} as well: remove one")
         if not query.pairid.isdigit():  # it becomes a key beside "version" and "metric" in a submission
-            raise DataError(f"{where}: pair id {shown(query.pairid)} is no number: mend the row")
+            raise DataError(f"{where}: pair id {excerpt(query.pairid)} is no number: mend the row")
         named = [("reference", query.reference), ("target", query.target), *(("member", name) for name in query.members)]
         for what, picture in named:
             if picture not in gallery and (picture or what != "target" or not split.startswith("test")):
-                raise DataError(f"{where}: the {what} {shown(picture)} is not in {split_file}: take both files from one "
+                raise DataError(f"{where}: the {what} {excerpt(picture)} is not in {split_file}: take both files from one "
                                 "release")
         seen[query.pairid] = line
         queries.append(query)
@@ -380,7 +380,7 @@ def check_submission(content, queries, gallery):
     """DataError where CIRR's server would refuse the content, or would score less than was ranked."""
     metric = content.get("metric")
     if content.get("version") != "rc2" or metric not in LISTED:
-        raise DataError(f"submission: version {shown(content.get('version'))}, metric {shown(metric)}: rc2 and one of "
+        raise DataError(f"submission: version {excerpt(content.get('version'))}, metric {excerpt(metric)}: rc2 and one of "
                         f"{', '.join(LISTED)} belong there")
     wrong = {query.pairid for query in queries} ^ (content.keys() - {"version", "metric"})
     if wrong:
@@ -393,7 +393,7 @@ def check_submission(content, queries, gallery):
             raise DataError(f"submission: {where}: {len(set(names))} different names in {len(names)}, {count} belong there")
         if not pool.issuperset(names):
             stray = next(name for name in names if name not in pool)
-            raise DataError(f"submission: {where}: {shown(stray)} is the reference or none of the pictures to rank")
+            raise DataError(f"submission: {where}: {excerpt(stray)} is the reference or none of the pictures to rank")
     size = len(as_json(content).encode())
     if size > MAX_BYTES:
         raise DataError(f"submission: {size:,} bytes are over the server's {MAX_BYTES:,}")

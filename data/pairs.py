@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from data import captions, rows
 from data.captions import LEFT_RIGHT
 from data.cirr import clean_text
-from data.tables import locate, shown
+from data.tables import locate, excerpt
 from engine.errors import DataError
 
 FILES = {split: captions.file_names(split) for split in ("train", "val")}
@@ -82,7 +82,7 @@ def split_file(place, split):
     if len(found) > 1:
         raise DataError(f"{place}: {' and '.join(found)} are both there: give each set a folder or pass the files themselves")
     if not found and split == "train":
-        there = shown(", ".join(sorted(rows.entries(place))[:10]) or "nothing", 300)
+        there = excerpt(", ".join(sorted(rows.entries(place))[:10]) or "nothing", 300)
         raise DataError(f"{place}: none of {', '.join((*FILES[split], *captions.WHOLE))} is there; it holds {there}: check --data")
     whole = found and os.path.basename(found[0]) in captions.WHOLE and not captions.names_splits(found[0])
     return found[0] if found and not (whole and split == "val") else ""
@@ -102,7 +102,7 @@ def find_image(root, name, listings, nearest, suffixes=()):
 def find_images(names, root):
     """{name: (absolute path, "") or ("", why there is none)} of the pictures under `root`."""
     found = rows.find_pictures(names, root, find=find_image)
-    return {name: (path, fault) if fault or os.path.getsize(path) else ("", f"image {shown(name)} has 0 bytes")
+    return {name: (path, fault) if fault or os.path.getsize(path) else ("", f"image {excerpt(name)} has 0 bytes")
             for name, (path, fault) in found.items()}
 
 

@@ -27,7 +27,7 @@ def read_questions(place, split, columns=(), images=None, encoding="utf-8", sepa
     if os.path.isfile(place) and val_share:
         read = rows.hold_out(read, val_share, split == "val")
         say(f"{split}: one table for both: {len(read)} rows, {val_share:.0%} of the pictures are held out for validation")
-    read = rows.spelled_alike(joined(read, split, style, semart, context, say), say=lambda line: say(f"{split}: {line}"))
+    read = rows.spelled_alike(add_style_and_context(read, split, style, semart, context, say), say=lambda line: say(f"{split}: {line}"))
     broken = rows.verify_images(read, max(1, workers)) if skip_bad else []
     good, bad = rows.usable_rows(read, skip_bad, broken)
     for row, reason in bad:
@@ -37,7 +37,7 @@ def read_questions(place, split, columns=(), images=None, encoding="utf-8", sepa
     return good
 
 
-def joined(read, split, style, semart, context, say):
+def add_style_and_context(read, split, style, semart, context, say):
     """The rows with style and context from where --style and --context say."""
     if style == "none":
         read = [replace(row, style="") for row in read]

@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import vqa
-from data.tables import SHEETS, cell, locate, read_json, read_sheet, read_table, read_text, shown, unfold
+from data.tables import SHEETS, cell, locate, read_json, read_sheet, read_table, read_text, excerpt, unfold
 from engine.errors import DataError
 
 BLIP_MEAN, BLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -118,7 +118,7 @@ def alike(path, column, there):
     None. DataError: several."""
     found = [one for one in there if plain_name(one) == plain_name(column)]
     if column not in there and len(found) > 1:
-        raise DataError(f"{path}: {shown(column)} could be any of the columns {shown(', '.join(found))}: rename all but one")
+        raise DataError(f"{path}: {excerpt(column)} could be any of the columns {excerpt(', '.join(found))}: rename all but one")
     return column if column in there else found[0] if found else None
 
 
@@ -132,9 +132,9 @@ def map_columns(path, there, columns):
     # an optional column must exist only where it was asked for
     lacking = [name for name, column in found.items() if column is None and (name not in OPTIONAL or name in columns)]
     if lacking:
-        told = " and ".join(f"no column {shown(mapped[name])} for the {name}" for name in lacking)
+        told = " and ".join(f"no column {excerpt(mapped[name])} for the {name}" for name in lacking)
         raise DataError(f"{path}: {told}: pass --columns {' '.join(f'{name}=NAME' for name in lacking)}, NAME being one of "
-                        f"{shown(', '.join(there), 300)}")
+                        f"{excerpt(', '.join(there), 300)}")
     return found
 
 
@@ -236,17 +236,17 @@ def join_semart(rows, path, fields=None, encoding="latin-1"):
     catalogue = read_table(path, encoding)
     for name, column in [("image", "IMAGE_FILE"), *fields.items()]:
         if name not in ("image", *OPTIONAL):
-            raise DataError(f"{path}: {shown(name)} cannot be filled from it: choose from {', '.join(OPTIONAL)}")
+            raise DataError(f"{path}: {excerpt(name)} cannot be filled from it: choose from {', '.join(OPTIONAL)}")
         if column not in catalogue[0][1]:
-            raise DataError(f"{path}: no column {shown(column)} for the {name}: choose from "
-                            f"{shown(', '.join(catalogue[0][1]), 300)}")
+            raise DataError(f"{path}: no column {excerpt(column)} for the {name}: choose from "
+                            f"{excerpt(', '.join(catalogue[0][1]), 300)}")
     known = {folded(cells["IMAGE_FILE"]): cells for _, cells in catalogue}
     found = [known.get(folded(re.split(r"[\\/]", row.name)[-1])) for row in rows]
     matches = sum(cells is not None for cells in found)
     if not matches:
         ours, theirs = [row.name for row in rows[:3]], [cells["IMAGE_FILE"] for _, cells in catalogue[:3]]
-        raise DataError(f"{path}: no picture of the rows ({shown(', '.join(ours), 200)} ...) is in its IMAGE_FILE "
-                        f"({shown(', '.join(theirs), 200)} ...): give SemArt's table of the same split")
+        raise DataError(f"{path}: no picture of the rows ({excerpt(', '.join(ours), 200)} ...) is in its IMAGE_FILE "
+                        f"({excerpt(', '.join(theirs), 200)} ...): give SemArt's table of the same split")
     return [replace(row, **{name: cells[column].strip() if cells else "" for name, column in fields.items()})
             for row, cells in zip(rows, found)], matches
 
@@ -294,7 +294,7 @@ def match_entry(folder, part, listings):
             listings[folder].setdefault(folded(entry), []).append(entry)
     alike = listings[folder].get(folded(part), [])
     if len(alike) > 1:
-        raise DataError(f"{shown(part)} could be any of {shown(sorted(alike))} in {folder}: name it exactly")
+        raise DataError(f"{excerpt(part)} could be any of {excerpt(sorted(alike))} in {folder}: name it exactly")
     return alike[0] if alike else None
 
 
@@ -313,23 +313,23 @@ def resolve_image(root, name, listings=None, nearest=True):
     if not name.strip():
         raise DataError("empty image name")
     if "\0" in name or "://" in name or name.startswith("data:"):
-        raise DataError(f"image {shown(name)} is a URL or holds a NUL: give a file name relative to --images")
+        raise DataError(f"image {excerpt(name)} is a URL or holds a NUL: give a file name relative to --images")
     if re.match(r"\s*([\\/]|[A-Za-z]:[\\/])", name) or ".." in [part.strip() for part in parts]:
-        raise DataError(f"image {shown(name)} is absolute or holds '..': give a file name relative to --images")
+        raise DataError(f"image {excerpt(name)} is absolute or holds '..': give a file name relative to --images")
     root = os.path.realpath(root)
     path = root
     for part in parts:
         entry = match_entry(path, part, listings)
         if entry is None:
             close = difflib.get_close_matches(folded(part), listings[path], 1, 0.5) if nearest else []
-            hint = f", nearest is {shown(listings[path][close[0]][0])}" if close else ""
-            raise NotThere(f"image {shown(name)} is not there (no {shown(part)} in {path}{hint})")
+            hint = f", nearest is {excerpt(listings[path][close[0]][0])}" if close else ""
+            raise NotThere(f"image {excerpt(name)} is not there (no {excerpt(part)} in {path}{hint})")
         path = os.path.join(path, entry)
     real = os.path.realpath(path)
     if os.path.commonpath([root, real]) != root:
-        raise DataError(f"image {shown(name)} is a link that leaves {root}: copy the file or point --images elsewhere")
+        raise DataError(f"image {excerpt(name)} is a link that leaves {root}: copy the file or point --images elsewhere")
     if not os.path.isfile(real):
-        raise DataError(f"image {shown(name)} is not a regular file in {root}: a folder, device or broken link")
+        raise DataError(f"image {excerpt(name)} is not a regular file in {root}: a folder, device or broken link")
     return real
 
 
@@ -363,7 +363,7 @@ def by_name(root, parts, spellings, listings):
     if len(found) > 1:
         found = [path for path in found if path.split(os.sep)[-2:-1] == parts[-2:-1] != []] or found
     if len(found) > 1:
-        raise DataError(f"image {shown('/'.join(parts))} is not there, and could be any of {shown(', '.join(sorted(found)), 200)} in "
+        raise DataError(f"image {excerpt('/'.join(parts))} is not there, and could be any of {excerpt(', '.join(sorted(found)), 200)} in "
                         f"{root}: name its folder as it is, or point --images at the right one")
     return found[0] if found else None
 
@@ -410,8 +410,8 @@ def find_pictures(names, root, suffixes=(), find=find_picture):
     for name in moved:
         others = [other for other in homes[found[name][0]] if other != name]
         if others:
-            found[name] = "", (f"image {shown(name)} is not there, and {shown(found[name][0])} has its file name but stands for "
-                               f"{shown(others[0])} as well: name both as they lie")
+            found[name] = "", (f"image {excerpt(name)} is not there, and {excerpt(found[name][0])} has its file name but stands for "
+                               f"{excerpt(others[0])} as well: name both as they lie")
     return found
 
 
@@ -467,7 +467,7 @@ def load_image(path, max_pixels=178_956_970, file=None):
     except Image.UnidentifiedImageError as error:
         with file or open(path, "rb") as opened:
             opened.seek(0)
-            start = shown(opened.read(24))
+            start = excerpt(opened.read(24))
         raise DataError(f"{path}: no picture in {', '.join(FORMATS)} (it starts with {start}): replace it") from error
     except Exception as error:  # on damaged files Pillow raises OSError, SyntaxError, ValueError, struct.error and more
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -520,7 +520,7 @@ def check_rows(rows):
         if row.fault:
             reasons.append(row.fault)
         elif size[row.image] is None or size[row.image] <= 0:
-            reasons.append(f"image {shown(row.name)} is missing or has 0 bytes")
+            reasons.append(f"image {excerpt(row.name)} is missing or has 0 bytes")
         if reasons:
             bad.append((row, "; ".join(reasons)))
     return bad
@@ -595,7 +595,7 @@ def picture_digest(path):
             file.seek(max(0, size - ENDS))
             found.update(file.read(ENDS))
     except OSError as error:
-        raise DataError(f"{shown(path, 300)}: cannot be read ({error.strerror}): replace it") from None
+        raise DataError(f"{excerpt(path, 300)}: cannot be read ({error.strerror}): replace it") from None
     return found.hexdigest()[:16]
 
 
@@ -622,7 +622,7 @@ def sizes_hash(paths):
         try:
             digest.update(f"{os.path.getsize(path)} ".encode())
         except OSError as error:
-            raise DataError(f"{shown(path, 300)}: cannot be read ({error.strerror}): replace it") from None
+            raise DataError(f"{excerpt(path, 300)}: cannot be read ({error.strerror}): replace it") from None
     return digest.hexdigest()[:16]
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data import pairs, rows
 from data.cirr import clean_text
 from data.pairs import Pair
-from data.tables import cell, parse_json, shown
+from data.tables import cell, parse_json, excerpt
 from engine import files
 from engine.errors import DataError
 
@@ -98,7 +98,7 @@ def headers(tar):
         tar.members = []  # it would keep all of them
         if member.isreg() and wanted(member.name):
             if member.size > MAX_BYTES:
-                raise ValueError(f"{shown(member.name)} has {member.size:,} bytes, over {MAX_BYTES:,}")
+                raise ValueError(f"{excerpt(member.name)} has {member.size:,} bytes, over {MAX_BYTES:,}")
             yield {"fname": member.name, "data": b""}
 
 
@@ -258,7 +258,7 @@ class ShardStream(IterableDataset):
         if isinstance(sample, DataError):
             return sample, Pair("", os.path.basename(shard.path), "", 0, shard.source, shard.path, 0, str(sample))
         key = sample["__key__"]
-        where = f"{shard.path}, sample {shown(key)}"
+        where = f"{shard.path}, sample {excerpt(key)}"
         pair = Pair("", key, "", pairs.image_number(f"{shard.path}\0{key}"), shard.source, shard.path, 0)
         try:
             suffix = next((suffix for suffix in PICTURES if suffix in sample), None)

@@ -22,7 +22,7 @@ SEPARATORS = {"tab": "\t", "\\t": "\t"}  # a real tab is hard to type in a shell
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": ""}
 
 
-def shown(text, limit=100):
+def excerpt(text, limit=100):
     """`text` quoted for a one-line message: line breaks, NUL and the like escaped, a long one cut in the middle."""
     quoted = repr(str(text))
     return quoted if len(quoted) <= limit else f"{quoted[:limit - 20]}...{quoted[-17:]}"
@@ -56,7 +56,7 @@ def read_text(path, encoding):
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check its rights") from error
     except LookupError as error:
-        raise DataError(f"{path}: unknown encoding {shown(encoding)}: try utf-8, cp1252, latin-1 or utf-16") from error
+        raise DataError(f"{path}: unknown encoding {excerpt(encoding)}: try utf-8, cp1252, latin-1 or utf-16") from error
     except UnicodeDecodeError as error:
         place = error.start
     if place >= 0:
@@ -81,7 +81,7 @@ def pick_separator(path, text, separator):
         cuts = {mark: len(next(csv.reader([header], delimiter=mark))) for mark in ",;\t"}
         return "\t" if path.lower().endswith(".tsv") else max(cuts, key=cuts.get)
     if len(separator) != 1 or separator in '"\r\n':
-        raise DataError(f"{path}: --separator {shown(separator)} is not one character: pass , ; | or tab")
+        raise DataError(f"{path}: --separator {excerpt(separator)} is not one character: pass , ; | or tab")
     return separator
 
 
@@ -123,7 +123,7 @@ def read_table(path, encoding="utf-8", separator=None, joined=False):
     header = [name.strip() for name in next(lines)[1]]
     twice = [name for name, count in Counter(header).items() if count > 1]
     if twice:
-        raise DataError(f"{path}, line 1: column {shown(twice[0])} stands there twice: rename one of them")
+        raise DataError(f"{path}, line 1: column {excerpt(twice[0])} stands there twice: rename one of them")
     table = []
     for line, values in lines:
         if joined and len(values) > len(header):
@@ -178,10 +178,10 @@ def read_sheet(path):
             numbered = [(row, values) for row, values in enumerate(cells, 1) if any(plain(value).strip() for value in values)]
             header = [plain(name).strip() for name in numbered.pop(0)[1]] if numbered else []
     except Exception as error:  # of zip, XML and Arrow readers, each with its own
-        raise DataError(f"{path}: cannot be read ({shown(error)}): save it again, or as CSV in UTF-8") from error
+        raise DataError(f"{path}: cannot be read ({excerpt(error)}): save it again, or as CSV in UTF-8") from error
     twice = [name for name, count in Counter(filter(None, header)).items() if count > 1]
     if twice:
-        raise DataError(f"{path}: column {shown(twice[0])} stands there twice: rename one of them")
+        raise DataError(f"{path}: column {excerpt(twice[0])} stands there twice: rename one of them")
     if not numbered:
         raise DataError(f"{path}: a header but no rows, or nothing at all: nothing to read")
     return kind, [(row, {name: "" if value is pandas.NA else plain(value) for name, value in zip(header, values) if name})
@@ -200,7 +200,7 @@ def parse_json(path, text, line=1):
     def without_twins(pairs):
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         if twice:
-            raise DataError(f"{path}: key {shown(twice[0])} stands twice in {shown(pairs)}: rename one of them")
+            raise DataError(f"{path}: key {excerpt(twice[0])} stands twice in {excerpt(pairs)}: rename one of them")
         return dict(pairs)
 
     try:
@@ -216,7 +216,7 @@ def parse_list(path, text):
     """The values of a JSON list."""
     found = parse_json(path, text)
     if not isinstance(found, list):
-        keys = f" but an object with {shown(', '.join(found))}" if isinstance(found, dict) else ""
+        keys = f" but an object with {excerpt(', '.join(found))}" if isinstance(found, dict) else ""
         raise DataError(f"{path}: the top level is no list{keys}: save the list of rows by itself")
     if not found:
         raise DataError(f"{path}: the list is empty: it needs rows")
@@ -238,7 +238,7 @@ def read_json(path, encoding="utf-8"):
     table = table if by_line else [(count, value) for count, (_, value) in enumerate(table, 1)]
     for number, value in table:
         if not isinstance(value, dict):
-            raise DataError(f"{path}, {locate(path, number)}: {shown(json.dumps(value))} where an object {{...}} "
+            raise DataError(f"{path}, {locate(path, number)}: {excerpt(json.dumps(value))} where an object {{...}} "
                             "belongs: mend the row")
     return kind, table
 
@@ -248,20 +248,20 @@ def cell(where, cells, column, name, needed=True):
     if column not in cells and not needed:
         return ""
     if column not in cells:
-        raise DataError(f"{where}: no {shown(column)} for the {name}: add it or leave the row out")
+        raise DataError(f"{where}: no {excerpt(column)} for the {name}: add it or leave the row out")
     value = cells[column]
     if isinstance(value, bool):
         return "true" if value else "false"
     if not isinstance(value, str):
-        raise DataError(f"{where}: {shown(column)} is {shown(json.dumps(value))} and not text: give the {name} as text")
+        raise DataError(f"{where}: {excerpt(column)} is {excerpt(json.dumps(value))} and not text: give the {name} as text")
     if re.search("[\0\ud800-\udfff]", value):  # JSON can write \u0000 and halves of a character
-        raise DataError(f"{where}: {shown(column)} holds a NUL or half a character: mend {shown(value)}")
+        raise DataError(f"{where}: {excerpt(column)} holds a NUL or half a character: mend {excerpt(value)}")
     return value
 
 
 # --- talks ------------
 
-def spoken(where, turn):
+def turn_text(where, turn):
     """(what SPEAKERS says, text without <image>) of one turn in LLaVA's form or that of messages."""
     keys = turn if isinstance(turn, dict) else {}
     speaker, text = str(keys.get("from", keys.get("role"))), keys.get("value", keys.get("content"))
@@ -269,7 +269,7 @@ def spoken(where, turn):
         parts = [part.get("text", "") if isinstance(part, dict) else None for part in text]
         text = "".join(parts) if all(isinstance(part, str) for part in parts) else None
     if speaker not in SPEAKERS or not isinstance(text, str):
-        raise DataError(f"{where}: {shown(json.dumps(turn))} is no turn: it needs from and value, or role and content, "
+        raise DataError(f"{where}: {excerpt(json.dumps(turn))} is no turn: it needs from and value, or role and content, "
                         f"as text, the speaker being one of {', '.join(SPEAKERS)}")
     return SPEAKERS[speaker], text.replace("<image>", "").strip()
 
@@ -277,13 +277,13 @@ def spoken(where, turn):
 def unfold(where, cells, key):
     """A talk about one picture, its turns under `key` -> one flat row for every question with its answer."""
     if not isinstance(cells.get(key), list):
-        raise DataError(f"{where}: no list of turns for {shown(key)}: add it or leave the row out")
+        raise DataError(f"{where}: no list of turns for {excerpt(key)}: add it or leave the row out")
     if "image" not in cells and "images" in cells:
         images = cells["images"] if isinstance(cells["images"], list) else [cells["images"]]
         if len(images) != 1:
             raise DataError(f"{where}: {len(images)} images where one belongs: leave the row out")
         cells = {**cells, "image": images[0]}
-    turns = [(role, text) for role, text in (spoken(where, turn) for turn in cells[key]) if role]
+    turns = [(role, text) for role, text in (turn_text(where, turn) for turn in cells[key]) if role]
     if not turns or [role for role, _ in turns] != ["question", "answer"] * (len(turns) // 2):
-        raise DataError(f"{where}: {shown(key)} is not question, answer, question, answer ...: mend the row")
+        raise DataError(f"{where}: {excerpt(key)} is not question, answer, question, answer ...: mend the row")
     return [{**cells, "question": asked, "answer": told} for (_, asked), (_, told) in zip(turns[::2], turns[1::2])]

@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter
 
-from data.tables import cell, parse_json, read_text, shown
+from data.tables import cell, parse_json, read_text, excerpt
 from engine.errors import DataError
 
 KEYS = ("direct_answers", "answers", "answer")  # of a list of answers; the first is A-OKVQA's, the last LAVIS's
@@ -43,7 +43,7 @@ def objects(path, content, key):
     """[(number from 1, object)] of the list under `key` of a file's content."""
     found = content.get(key) if isinstance(content, dict) else None
     if not isinstance(found, list) or not found or not all(isinstance(one, dict) for one in found):
-        raise DataError(f"{path}: no list of objects under {shown(key)}: download the file again")
+        raise DataError(f"{path}: no list of objects under {excerpt(key)}: download the file again")
     return list(enumerate(found, 1))
 
 
@@ -53,7 +53,7 @@ def by_question(path, numbered):
     for number, one in numbered:
         ident = cell(f"{path}, row {number}", one, "question_id", "question_id")
         if ident in found:
-            raise DataError(f"{path}, row {number}: question_id {shown(ident)} stands there twice: remove one")
+            raise DataError(f"{path}, row {number}: question_id {excerpt(ident)} stands there twice: remove one")
         found[ident] = one
     return found
 
@@ -68,8 +68,8 @@ def read_pair(path, text, encoding="utf-8"):
     asked = by_question(path, numbered)
     lacking = [ident for ident in asked if ident not in told]
     if lacking:
-        raise DataError(f"{path}: {len(lacking)} of {len(asked)} questions have no annotation in {other}, first {shown(lacking[0])}: take "
-                        "both files of one split")
+        raise DataError(f"{path}: {len(lacking)} of {len(asked)} questions have no annotation in {other}, first {excerpt(lacking[0])}: "
+                        "take both files of one split")
     year = re.search(r"(train|val|test)20\d\d", os.path.basename(path))
     subset = cell(path, content, "data_subtype", "split", needed=False) or (year[0] if year else "")
     rows = []
@@ -90,7 +90,7 @@ def answers_of(where, cells, key):
     """The texts of a row's list of answers: texts, or VQAv2's objects with "answer". DataError: no list, none, not text."""
     values = cells.get(key)
     if not isinstance(values, list) or not values:
-        raise DataError(f"{where}: {shown(key)} is {shown(values)} and no list of answers: mend the row or leave it out")
+        raise DataError(f"{where}: {excerpt(key)} is {excerpt(values)} and no list of answers: mend the row or leave it out")
     return tuple(cell(where, one if isinstance(one, dict) else {"answer": one}, "answer", "answer") for one in values)
 
 

@@ -54,7 +54,7 @@ def read_artgan(data, encoding="utf-8", separator=None):
     for number, text in enumerate(tables.read_text(path, encoding).splitlines(), 1):
         match = re.fullmatch(r"\s*([0-9]+)[\s,]+(\S.*)", text)
         if match is None and text.strip() or match and int(match[1]) in names:
-            raise DataError(f"{path}, line {number}: {tables.shown(text)} is not 'index name' with an index of its own")
+            raise DataError(f"{path}, line {number}: {tables.excerpt(text)} is not 'index name' with an index of its own")
         if match:
             names[int(match[1])] = style_name(match[2])
     if sorted(names) != list(range(len(names))) or len(set(names.values())) < len(names):
@@ -66,7 +66,7 @@ def read_artgan(data, encoding="utf-8", separator=None):
         for line, values in tables.split_lines(path, text, tables.pick_separator(path, text, separator)):
             index = values[-1].strip()
             if len(values) != 2 or not re.fullmatch("[0-9]+", index):
-                raise DataError(f"{path}, line {line}: {tables.shown(values)} is not 'path,index of the class'")
+                raise DataError(f"{path}, line {line}: {tables.excerpt(values)} is not 'path,index of the class'")
             if int(index) >= len(classes):
                 raise DataError(f"{path}, line {line}: class {index}, but style_class.txt ends at {len(classes) - 1}")
             found[split].append((values[0].strip(), classes[int(index)], path, line))
@@ -78,16 +78,16 @@ def read_subsets(path, encoding, separator, say):
     table, found = rows.read_table(path, encoding, separator), {}
     for column in ("filename", "subset"):
         if column not in table[0][1]:
-            raise DataError(f"{path}: no column {column!r}; it has {tables.shown(', '.join(table[0][1]), 300)}: check --data")
+            raise DataError(f"{path}: no column {column!r}; it has {tables.excerpt(', '.join(table[0][1]), 300)}: check --data")
     count = Counter(cells["subset"].strip() for _, cells in table)
     for split, wanted in SPLITS.items():
         subset = next((name for name in wanted if count[name]), None)
         if subset is None:
-            raise DataError(f"{path}: no row of the subset {' or '.join(wanted)}; it has {tables.shown(', '.join(count), 300)}")
+            raise DataError(f"{path}: no row of the subset {' or '.join(wanted)}; it has {tables.excerpt(', '.join(count), 300)}")
         chosen = [(line, cells["filename"].strip()) for line, cells in table if cells["subset"].strip() == subset]
         for line, name in chosen:
             if not re.search(r"[^\\/][\\/]", name):
-                raise DataError(f"{path}, line {line}: {tables.shown(name)} has no folder, which names the style")
+                raise DataError(f"{path}, line {line}: {tables.excerpt(name)} has no folder, which names the style")
         found[split] = [(name, style_name(re.split(r"[\\/]", name)[0]), path, line) for line, name in chosen]
         del count[subset]
     if count:
@@ -101,7 +101,7 @@ def is_picture(place, name):
         return False
     path = os.path.join(place, name)
     if re.search("[\ud800-\udfff]", path):
-        raise DataError(f"{tables.shown(path, 300)}: this name is not UTF-8: rename it")
+        raise DataError(f"{tables.excerpt(path, 300)}: this name is not UTF-8: rename it")
     return True
 
 
@@ -161,7 +161,7 @@ def make_rows(entries, root):
     for name, style, file, line in entries:
         image, fault = found[name]
         if image and not os.path.getsize(image):
-            fault = f"image {tables.shown(name)} has 0 bytes"
+            fault = f"image {tables.excerpt(name)} has 0 bytes"
         made.append(rows.Row(image, name, "", "", "", style, line, file, fault))
     return made
 

@@ -34,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from tqdm import tqdm
 
-from data.tables import shown
+from data.tables import excerpt
 from engine import files, loaders
 from engine.errors import DataError
 
@@ -107,7 +107,7 @@ def hash_picture(path, known):
                 digest.update(buffer[:count])
         return stamp, digest.digest(), stamp[2] < now - SETTLED
     except OSError as error:
-        raise DataError(f"{shown(path, 300)}: cannot be read ({error.strerror}): replace it") from None
+        raise DataError(f"{excerpt(path, 300)}: cannot be read ({error.strerror}): replace it") from None
 
 
 def hash_pictures(folder, paths):
@@ -148,12 +148,12 @@ class Pictures(torch.utils.data.Dataset):
         try:
             pixels = self.tensor_of(path)
             if stamp_of(os.stat(path)) != self.stamps[index]:  # else the new picture's feature would go by the old one's hash
-                raise DataError(f"{shown(path, 300)}: was changed meanwhile: start again")
+                raise DataError(f"{excerpt(path, 300)}: was changed meanwhile: start again")
             return pixels
         except DataError as error:
             return error
         except OSError as error:
-            return DataError(f"{shown(path, 300)}: cannot be read ({error.strerror}): replace it")
+            return DataError(f"{excerpt(path, 300)}: cannot be read ({error.strerror}): replace it")
 
 
 def stacked(samples):
@@ -219,10 +219,10 @@ class Store:
             # fit; not seek and read: forked processes share the file's position
             os.preadv(self.file.fileno(), [row.numpy()], number * self.size)
         except OSError as error:
-            raise DataError(f"{self.rows}: the feature of {shown(path, 300)} cannot be read ({error.strerror}): start "
+            raise DataError(f"{self.rows}: the feature of {excerpt(path, 300)} cannot be read ({error.strerror}): start "
                             "again") from None
         if zlib.crc32(row.numpy()) != checksum:
-            raise DataError(f"{self.rows}: the feature of {shown(path, 300)} has changed since it was written: delete this "
+            raise DataError(f"{self.rows}: the feature of {excerpt(path, 300)} has changed since it was written: delete this "
                             f"file and {self.index.name} beside it, and start again")
         return row.view(self.dtype).reshape(self.shape)  # [*shape]
 
@@ -241,7 +241,7 @@ class Store:
             self._announce(pictures, 0, say)
             return 0
         files.refuse_unwritable(self.rows)
-        with files.held(self.lock, f"{self.lock}: another process is making these features; waiting for it", say):
+        with files.file_lock(self.lock, f"{self.lock}: another process is making these features; waiting for it", say):
             todo = self._locate(pictures)  # another process may have made some
             self._announce(pictures, len(todo), say)
             if todo:
@@ -314,7 +314,7 @@ class Store:
                 rows_file.seek(start * self.size)
                 for group in groups:
                     paths = [data.paths[i] for i in group]
-                    with loaders.dead_loaders_named([types.SimpleNamespace(name=shown(path), line=0) for path in paths]):
+                    with loaders.dead_loaders_named([types.SimpleNamespace(name=excerpt(path), line=0) for path in paths]):
                         batch = next(batches)
                     if "fault" in batch:
                         raise DataError(batch["fault"])
@@ -337,7 +337,7 @@ class Store:
         ends = torch.stack((features.amax(1), features.amin(1)))  # [2,B]; NaN shows in them; a tenth of the time of isfinite
         finite = torch.isfinite(ends).all(0).tolist()
         if not all(finite):
-            raise DataError(f"{shown(paths[finite.index(False)], 300)}: its {self.kind} features are not finite: use "
+            raise DataError(f"{excerpt(paths[finite.index(False)], 300)}: its {self.kind} features are not finite: use "
                             "--precision no")
         return features.cpu().contiguous().view(torch.uint8).numpy()
 

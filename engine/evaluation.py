@@ -15,10 +15,10 @@ OWN = ("total", "lm", "hit", "hard_hit", "hit_rows", "kl", "style_ce", "confiden
 
 
 @torch.no_grad()
-def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weights, answer=None, gates=False, **seeing):
+def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weights, answer=None, gates=False, **ablation):
     """Score every row exactly once, on however many processes.
 
-    answer: None, or a function (model, rows, features) -> {column: a value for each row}, "prediction" among them. seeing:
+    answer: None, or a function (model, rows, features) -> {column: a value for each row}, "prediction" among them. ablation:
     gated=False or blind=True, see Blip2OPTGated.forward. Returns on every process a list of dicts in row order: row, total, lm,
     hit, hard_hit, hit_rows, kl (those that are switched on), the columns of `answer`, and with gates=True the gates of a model that has any
     (gate_frames.gate_rows).
@@ -36,7 +36,7 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, loss_weight
         features = {name: batch.pop(name) for name in ("image_embeds", "style_feature") if name in batch}
         features = features or model.image_features(batch.pop("images"), batch.pop("style_images", None))
         with accelerator.autocast():
-            parts = model(**batch, **features, **loss_weights, **seeing)
+            parts = model(**batch, **features, **loss_weights, **ablation)
         parts.pop("loss")
         table = {name: values.float().expand(len(numbers)).tolist() for name, values in parts.items()}  # a scalar: of each row
         if answer:

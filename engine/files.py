@@ -55,7 +55,7 @@ def refuse_unwritable(path):
 
 
 @contextlib.contextmanager
-def held(path, waiting, say=print):
+def file_lock(path, waiting, say=print):
     """Hold a lock file; a second process says `waiting` and waits until the first has ended, however that ends."""
     from filelock import FileLock, Timeout
     lock = FileLock(path)

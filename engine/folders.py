@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data import rows
-from data.tables import shown
+from data.tables import excerpt
 from engine import cache, files, loaders
 from engine.errors import DataError
 
@@ -158,7 +158,7 @@ def pictures_in(folder, say=print):
                 names.append(os.path.relpath(path, root).replace(os.sep, "/"))
     if left_out:
         say(f"note: {folder}: {len(left_out)} links that leave it or folders that cannot be listed are left out, first "
-            f"{shown(os.path.relpath(left_out[0], root))}")
+            f"{excerpt(os.path.relpath(left_out[0], root))}")
     if not names:
         raise DataError(f"{folder}: no picture in it ({', '.join(rows.FORMATS)})")
     return sorted(names)
@@ -201,13 +201,13 @@ def fill(table, folder, todo, tell, image_size, batch_size, workers, device):
     batches = iter(loaders.load_batches(Pictures(folder, names, image_size), collate, groups, workers))
     with tqdm(total=len(names), desc="pictures", unit="image", mininterval=1, disable=None) as bar:
         for group in groups:
-            with loaders.dead_loaders_named([types.SimpleNamespace(name=shown(names[n]), line=0) for n in group]):
+            with loaders.dead_loaders_named([types.SimpleNamespace(name=excerpt(names[n]), line=0) for n in group]):
                 batch = loaders.next_batch(batches, device)
             bad |= batch["bad"]
             if batch["names"]:
                 table.append(*tell(batch["images"], [todo[name] for name in batch["names"]]))
             bar.update(len(group))
     for name, reason in bad.items():
-        print(f"left out: {shown(name, 200)}: {reason}")
+        print(f"left out: {excerpt(name, 200)}: {reason}")
     print(f"{table.path}: {len(table.done)} rows, {len(table.done) - before} of them new; {len(bad)} of {len(names)} pictures "
           "could not be read" + (": the same command tries them again" if bad else ""))

@@ -2,7 +2,7 @@
 
     load_batches   over given row numbers; load_stream: over tar files
     next_batch     on its device; LoaderError where a picture is broken
-    dead_loaders_named, named    which rows a loader died at
+    dead_loaders_named, list_rows    which rows a loader died at
 """
 
 import contextlib
@@ -49,10 +49,10 @@ def dead_loaders_named(group):
     except RuntimeError as error:
         if not re.search(DEAD_LOADER, str(error)):
             raise
-        raise LoaderError(f"{dead_loader(error)}; it was at {named(group)}") from None
+        raise LoaderError(f"{dead_loader(error)}; it was at {list_rows(group)}") from None
 
 
-def named(group):
+def list_rows(group):
     """Rows for a message: picture and place of the first few."""
     listed = [r.name + (f" ({locate(r.file, r.line)})" if r.line else "") for r in group]  # a folder has no lines
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")

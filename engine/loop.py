@@ -3,7 +3,7 @@
     epoch_plan, seed_everything, cosine_lr  who sees which row when, and with which dropout: pure functions of whole numbers
     is_better, bad_loss                     whether best.pt is to be written; a loss that is no number, with its rows
     dry_run, kept_bytes, Pace               memory before a run, time to its end
-    StopSignal, stopped                     Ctrl-C, SIGTERM
+    StopSignal, stop_requested                     Ctrl-C, SIGTERM
 """
 
 import math
@@ -23,7 +23,7 @@ from engine.errors import DataError
 def bad_loss(what, step, group):
     """The message for a loss or gradient that is not finite."""
     return (f"{what} at step {step}; best.pt and last.pt are as they were; look at these rows, lower --lr, or use --precision "
-            f"bf16 or no: {loaders.named(group)}")
+            f"bf16 or no: {loaders.list_rows(group)}")
 
 
 # --- stopping ------------
@@ -49,7 +49,7 @@ class StopSignal:
             signal.signal(number, handler)
 
 
-def stopped(accelerator, stop):
+def stop_requested(accelerator, stop):
     """Has any process been told to stop? All of them must agree, or the others would wait for ever; each then has the number."""
     if accelerator.num_processes > 1:
         numbers = accelerator.gather(torch.tensor([stop.number], device=accelerator.device))  # [processes]
@@ -130,11 +130,11 @@ class Pace:
         if done == PACE:
             each = (now - self.first[0]) / done
             left = (self.run.total - self.run.step) * each
-            self.run.accelerator.print(f"{self.seen / (now - self.first[0]):.1f} {self.unit}/s; about {spoken(left)} to the end, "
+            self.run.accelerator.print(f"{self.seen / (now - self.first[0]):.1f} {self.unit}/s; about {format_duration(left)} to the end, "
                                        "validation not counted")
 
 
-def spoken(seconds):
+def format_duration(seconds):
     """1 h 05 min, 12 min, 40 s."""
     minutes, hours = round(seconds / 60), round(seconds / 60) // 60
     return f"{seconds:.0f} s" if seconds < 100 else f"{hours} h {minutes % 60:02} min" if hours else f"{minutes} min"

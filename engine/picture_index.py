@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from tqdm import tqdm
 
-from data.tables import shown
+from data.tables import excerpt
 from engine import files, folders
 from engine.errors import DataError
 
@@ -35,9 +35,9 @@ PROBES = 0.05  # share of the lists of the faiss index that a query looks into: 
 
 # --- the index ------------
 
-def held(store, say):
+def index_lock(store, say):
     """Hold the store; a second process waits until the first has ended, and finds its work done."""
-    return files.held(store / ".lock", f"{store}: another process is at work on this index; waiting for it", say)
+    return files.file_lock(store / ".lock", f"{store}: another process is at work on this index; waiting for it", say)
 
 
 def refuse_small_disk(store, needed, what):
@@ -98,7 +98,7 @@ def opened(paths, load, workers, batch_size):
             yield list(now)
 
 
-def encoded(folder, names, width, load, encode, workers, batch_size):
+def encode_folder(folder, names, width, load, encode, workers, batch_size):
     """Batch by batch ({name: fault, "" for a good picture}, float16 [good pictures,Q,E])."""
     batches = opened([os.path.join(folder, name) for name in names], load, workers, batch_size)
     for start, found in zip(range(0, len(names), batch_size), batches):
@@ -108,7 +108,7 @@ def encoded(folder, names, width, load, encode, workers, batch_size):
         block = encode(good).float().cpu().numpy() if good else np.empty((0, *width))
         assert block.shape == (len(good), *width), f"encode gave {block.shape} for {len(good)} pictures of {width}"
         if not np.isfinite(block).all():
-            raise DataError(f"{folder}: features that are not finite, at {shown(list(faults))}: use --precision no")
+            raise DataError(f"{folder}: features that are not finite, at {excerpt(list(faults))}: use --precision no")
         yield faults, block.astype(np.float16)
 
 
@@ -152,7 +152,7 @@ def open_index(folder, store, key, width, load, encode, workers=2, batch_size=32
     store, row = pathlib.Path(store), math.prod(width) * 2
     files.refuse_unwritable(store / INDEX)
     names = folders.pictures_in(folder, say)
-    with held(store, say):
+    with index_lock(store, say):
         file, known = read_index(store, key, width)
         stamps = {name: (stat.st_size, stat.st_mtime_ns) for name in names for stat in [os.stat(os.path.join(folder, name))]}
         entries = {name: entry for name, entry in known.items() if stamps.get(name) == entry[:2]}
@@ -174,7 +174,7 @@ def open_index(folder, store, key, width, load, encode, workers=2, batch_size=32
             for path in old:
                 if not path.name.startswith(file.name):
                     path.unlink()
-            batches = encoded(folder, list(new), width, load, encode, workers, batch_size)
+            batches = encode_folder(folder, list(new), width, load, encode, workers, batch_size)
             entries |= append(store, file, len(rows_kept) * row, batches, new)
         faults = [fault for *_, fault in entries.values() if fault]
         names = [name for name, entry in entries.items() if not entry[2]]
@@ -212,7 +212,7 @@ def faiss_index(features, say=print):
     import faiss
     (count, queries, size), features_file = features.shape, pathlib.Path(features.filename)
     path = features_file.with_name(f"{features_file.name}.{count}.faiss")  # rows never change within a features file
-    with held(path.parent, say):
+    with index_lock(path.parent, say):
         if not path.exists():
             lists, vectors = math.isqrt(count * queries), features.reshape(-1, size)
             needed = count * queries * (size + 8)

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from data.tables import locate
 from engine.errors import DataError
-from engine.loaders import named
+from engine.loaders import list_rows
 
 PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
 CONTEXT = "Context: {} "  # before it, where a data set has text about the picture
@@ -133,5 +133,5 @@ def say_cut(tokenizer, splits, longest, say=print):
     """Say of every split {name: rows} how many answers have more than `longest` tokens; only those are not trained or scored whole."""
     for split, read in splits.items():
         cut = [r for r, n in zip(read, answer_lengths(tokenizer, [r.answer for r in read])) if n > longest]
-        first = f", first {named(cut[:1])}: {cut[0].answer!r}" if cut else ""
+        first = f", first {list_rows(cut[:1])}: {cut[0].answer!r}" if cut else ""
         say(f"{split}: {len(cut)} of {len(read)} answers are cut at {longest} tokens{first}")

@@ -18,7 +18,7 @@ import urllib.request
 
 import torch
 
-from data.tables import shown
+from data.tables import excerpt
 from engine.checkpoints import load_foreign, load_strictly, unwrap_state
 from engine.errors import DataError
 from engine.files import PROJECT, located
@@ -170,7 +170,7 @@ def in_models(name, tiny_part=None):
     return kept if os.path.isdir(kept) and not os.path.exists(given) else given
 
 
-def resolved(built_from):
+def resolve_paths(built_from):
     """model_args with names made into places: tiny's own files; a hub's ID is looked for in models/ first. Relative paths are
     looked for as files.located does."""
     places = {**built_from, "blip2": in_models(built_from["blip2"], "blip2"),
@@ -372,8 +372,8 @@ def hub_fault(name):
     from huggingface_hub import constants, file_exists
     from huggingface_hub.errors import HfHubHTTPError
     if not may_be_hub_id(name):
-        return f"no such folder: {shown(name, 60)}" if "/" in name else (
-            f"{shown(name, 60)} is no folder here and no name on the hub (OWNER/NAME)")
+        return f"no such folder: {excerpt(name, 60)}" if "/" in name else (
+            f"{excerpt(name, 60)} is no folder here and no name on the hub (OWNER/NAME)")
     absent = f"{name} is not on this machine"
     if constants.HF_HUB_OFFLINE:
         return f"{absent}, and HF_HUB_OFFLINE forbids to fetch it"
@@ -402,7 +402,7 @@ def folders_in_models(part):
     return sorted({f"models/{config.parent.name}" for config in configs if not folder_fault(config.parent, part)})
 
 
-def told_missing(missing, shortest=""):
+def format_missing(missing, shortest=""):
     """{thing: lines, see missing_model} as one text, "" where no thing has lines. shortest: a last line of it."""
     told = [[f"{thing}: {lines[0]}", *(f"  {way}" for way in lines[1:])] for thing, lines in missing.items() if lines]
     if len(told) > 1:
@@ -412,7 +412,7 @@ def told_missing(missing, shortest=""):
 
 def refuse_missing(missing, shortest=""):
     """DataError with told_missing, unless nothing is."""
-    told = told_missing(missing, shortest)
+    told = format_missing(missing, shortest)
     if told:
         raise DataError(told)
 

@@ -111,7 +111,7 @@ class Run:
         say = self.accelerator.print
         with contextlib.ExitStack() as stack, self.stop:
             def take():
-                stack.enter_context(runfolder.locked(self.out))
+                stack.enter_context(runfolder.folder_lock(self.out))
                 runfolder.refuse_overwrite(self.out, resumed)  # once more: another run may have ended meanwhile
             first_decides(self.accelerator, take)
             self._begin(resumed, flags, script)
@@ -127,7 +127,7 @@ class Run:
                 if not re.search(DEAD_LOADER, str(error)):  # torch reports a dead one in the midst of anything
                     raise
                 self._save_what_is_done()
-                raise loaders.LoaderError(f"{dead_loader(error)}; it was at {loaders.named(self.rows_of(self.group))}") from None
+                raise loaders.LoaderError(f"{dead_loader(error)}; it was at {loaders.list_rows(self.rows_of(self.group))}") from None
             finally:
                 if self.log:
                     self.log.close()
@@ -213,7 +213,7 @@ class Run:
             raise DataError(f"the validation {what} was never finite: there is no best.pt; lower --lr")
         result = f"best {what} {self.marks['value']:.4g} in epoch {self.marks['epoch']}"
         self.accelerator.print(f"{result}: {self.out}/best.pt")
-        self.accelerator.print(runfolder.cited(script, argv, self.seed, result))
+        self.accelerator.print(runfolder.citation(script, argv, self.seed, result))
         return None
 
     # -- the loop
@@ -226,7 +226,7 @@ class Run:
                 self.accelerator.print(f"no better {self.metric} for {patience} epochs: stopping")
                 return
             yield epoch
-            if loop.stopped(self.accelerator, self.stop):  # a signal in the validation
+            if loop.stop_requested(self.accelerator, self.stop):  # a signal in the validation
                 raise Stopped
 
     def steps(self, epoch):
@@ -241,7 +241,7 @@ class Run:
             step = Step(self, epoch, group, share, batches)
             yield step
             bar.set_postfix(**{name: f"{value:.3f}" for name, value in step.means().items()}, lr=f"{rate:.1e}")
-            if loop.stopped(self.accelerator, self.stop):
+            if loop.stop_requested(self.accelerator, self.stop):
                 raise Stopped
 
     def rows_of(self, keys):

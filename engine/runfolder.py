@@ -40,7 +40,7 @@ def script_name(script):
     return str(path)
 
 
-def cited(script, argv, seed, result):
+def citation(script, argv, seed, result):
     """One line about a finished run for a paper's appendix: result, seed, version, command."""
     return f"to cite: {result}; seed {seed}; commit {environment.project_version()}; {command_line(script, argv)}"
 
@@ -69,7 +69,7 @@ def refuse_other_settings(now, was, path):
 
 
 @contextlib.contextmanager
-def locked(out):
+def folder_lock(out):
     """Make the run folder and hold it: two runs in one folder would overwrite each other's files.
 
     The lock is the operating system's, so it ends with the process, however that ends (with filelock before 3.31 not before

@@ -1,7 +1,7 @@
 """saved.py: what a training of gates left, as it is read again: a best.pt, or a folder that eval_gated.py --export wrote.
 
     read                                       either -> Saved
-    places_of, refuse_other_base, refuse_other_dtypes    what must be there, and fit, before the tensors go into a model
+    part_paths, refuse_other_base, refuse_other_dtypes    what must be there, and fit, before the tensors go into a model
     to_peft, from_peft, sizes_of, revision_of   what writing such a folder needs as well
 
 Files from elsewhere are data: safetensors, JSON, and torch.load with weights_only=True. Any tensor that is missing, unknown or of
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import safetensors
 import safetensors.torch
 
-from data.tables import shown
+from data.tables import excerpt
 from engine import checkpoints, published
 from engine.errors import DataError
 from engine.files import located
@@ -90,7 +90,7 @@ def _read_config(path, known):
         if name not in config:
             raise DataError(f"{path}: no {name!r} in it: export once more")
         if not isinstance(config[name], kind) or (isinstance(config[name], bool) and kind is not bool):
-            raise DataError(f"{path}: {name}: {shown(config[name])} will not do")
+            raise DataError(f"{path}: {name}: {excerpt(config[name])} will not do")
     if not isinstance(config["base_model"].get("name"), str):
         raise DataError(f"{path}: base_model: no name in it")
     return config
@@ -132,13 +132,13 @@ def from_peft(name):
 
 # --- fitting ------------
 
-def places_of(saved, moved):
+def part_paths(saved, moved):
     """The settings with names made into places, those in `moved` first. DataError: a local one that is not there."""
     is_local = saved.config.get("base_model", {}).get("kind") == "folder"
     if is_local and "blip2" not in moved and not os.path.exists(located(saved.settings["blip2"])):
         raise DataError(f"{saved.source}: its base model was a folder called {saved.settings['blip2']!r} where it was trained: "
                         "pass blip2= (--blip2) with where it lies here")
-    places = {"lm_precision": None, "qformer": None, **published.resolved({**saved.settings, **moved})}
+    places = {"lm_precision": None, "qformer": None, **published.resolve_paths({**saved.settings, **moved})}
     if places["gating"] != "none" and not pathlib.Path(places["efficientnet"]).is_file():
         raise DataError(f"{saved.source}: no style classifier at {places['efficientnet']}: pass efficientnet= (--efficientnet) "
                         "with the one of the training")

@@ -1,7 +1,7 @@
 """text.py: token ids back into text, the one way for all stages and the same with every version of transformers.
 
     text_of, texts_of    ids -> text
-    joined               words and marks as BERT's tokenizer parts them -> text as one writes it
+    join_words           words and marks as BERT's tokenizer parts them -> text as one writes it
 
 The library's own decode() parts or joins marks differently from version to version, and a best.pt is chosen by such texts.
 """
@@ -38,10 +38,10 @@ def text_of(tokenizer, ids, special=False):
             words[-1] += token[2:]
         else:
             words.append(token)
-    return joined(words)
+    return join_words(words)
 
 
-def joined(words):
+def join_words(words):
     """Words and marks, each mark a word of its own -> the text as one writes it: a dog's bowl, t-shirt, "no", 3.5, u.s.
 
     What the tokenizer has forgotten is guessed by what captions have most: a hyphen between words stands without blanks."""

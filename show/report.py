@@ -521,8 +521,8 @@ class Answers:
         what = "Gate" if name == "gated" else "Training"
         helped, hurt = groups.get((True, False), []), groups.get((False, True), [])
         return [Table(f"{name} beside {base}", ["", f"{base}: right", f"{base}: wrong"], rows, "Questions by exact match."),
-                listed(f"{what} helped", helped, self.card, f"Exact match: {name} is right and {base} is wrong."),
-                listed(f"{what} hurt", hurt, self.card, f"Exact match: {name} is wrong and {base} is right.")]
+                card_list(f"{what} helped", helped, self.card, f"Exact match: {name} is right and {base} is wrong."),
+                card_list(f"{what} hurt", hurt, self.card, f"Exact match: {name} is wrong and {base} is right.")]
 
     def style_and_thing(self):
         """The lists "right style, wrong thing" and "right thing, wrong style", by picture."""
@@ -535,9 +535,9 @@ class Answers:
             groups.setdefault(tuple(right), []).append(sorted(style + thing))
         rule = ("A style question is one whose answer is the name of a style; every other question is about the thing. "
                 f"{len(both):,} of {len(pictures):,} pictures have both kinds. Here: ")
-        return [listed("Right style, wrong thing", groups.get((True, False), []), self.picture_card,
+        return [card_list("Right style, wrong thing", groups.get((True, False), []), self.picture_card,
                        rule + "all style questions of the picture are right, and at least one other is wrong."),
-                listed("Right thing, wrong style", groups.get((False, True), []), self.picture_card,
+                card_list("Right thing, wrong style", groups.get((False, True), []), self.picture_card,
                        rule + "all other questions of the picture are right, and at least one style question is wrong.")]
 
     def calibration(self):
@@ -557,7 +557,7 @@ class Answers:
         return Charts("Confidence", charts, note)
 
 
-def listed(heading, members, card, note):
+def card_list(heading, members, card, note):
     """Cards of the first LISTED members."""
     few = f"{min(LISTED, len(members))} of {len(members):,}" if len(members) > LISTED else f"{len(members):,}"
     return Cards(f"{heading} ({few})", [card(one) for one in members[:LISTED]], note)

@@ -212,8 +212,8 @@ def model_card(name, config, checkpoint, table, samples, command):
                          "change.",
         "",
         *markdown_table(("system", "question type", "questions", *report.SCORES), metrics), "",
-        "## Commands", "", "    " + told_command(training_command(data, checkpoint.get("command"))),
-        "    " + told_command(["python", *command]), "",
+        "## Commands", "", "    " + format_command(training_command(data, checkpoint.get("command"))),
+        "    " + format_command(["python", *command]), "",
         "Of paths outside the working folder only the last part is told.", "",
         "## Versions", "", *_versions(config), "", LIMITS, "",
         "## Sample answers", "", "Drawn by a hash of picture and question, not chosen.", "",
@@ -299,6 +299,6 @@ def training_command(settings, typed=None):
     return words
 
 
-def told_command(words):
+def format_command(words):
     """A command line in one line, masked."""
     return " ".join(shlex.join([environment.masked(word) for word in words]).split())

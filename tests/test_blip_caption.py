@@ -467,7 +467,7 @@ def half(caption, seed):
     """Which half of a picture with a white left half is the brighter after augmentation."""
     image = Image.new("RGB", (40, 40))
     image.paste("white", (0, 0, 20, 40))
-    grey = np.asarray(captions.augmented(image, caption, np.random.default_rng(seed)).convert("L"), float)
+    grey = np.asarray(captions.augment(image, caption, np.random.default_rng(seed)).convert("L"), float)
     return "left" if grey[10:30, 5:15].mean() > grey[10:30, 25:35].mean() else "right"
 
 
@@ -492,7 +492,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row(flags):
 
 def test_training_is_augmented_and_validation_is_not(flags, monkeypatch):
     drawn = []
-    monkeypatch.setattr(captions, "augmented", lambda image, caption, rng: drawn.append(rng.random()) or image)
+    monkeypatch.setattr(captions, "augment", lambda image, caption, rng: drawn.append(rng.random()) or image)
     blip.main(flags("--augment", "--batch-size", "5"))
     assert len(drawn) == len(set(drawn)) == 2 * 10  # epochs, rows
 
@@ -793,7 +793,7 @@ def test_other_folders_and_checkpoints_are_refused(flags, folder, data, tiny, tm
     assert "last.pt was trained on another BLIP" in error(*flags("--epochs", "1", "--save-last", "--resume"))
     checkpoints.save_checkpoint(tmp_path / "x.pt", {**checkpoints.load_checkpoint(best), "stage": "gated"})
     assert "another stage (gated)" in error("--caption", str(data / "images"), "--checkpoint", str(tmp_path / "x.pt"))
-    with runfolder.locked(tmp_path / "held"):
+    with runfolder.folder_lock(tmp_path / "held"):
         assert "is in use by" in error(*flags(out="held"))
 
 

@@ -628,7 +628,7 @@ def test_gate_maps_show_the_change_of_each_patch_and_what_was_found(checkpoint, 
     pool, = cirr.read_split(drawn, "cirr", "val", say=lambda *words: None)
     model, opener = loaded(checkpoint)
     features, vectors, _ = train_cir.encode(model, pool, opener, Accelerator(cpu=True), 8, 0)
-    scores, names = train_cir.scored(vectors, features), list(pool.gallery)
+    scores, names = train_cir.score_gallery(vectors, features), list(pool.gallery)
     assert len(drawings) == train_cir.MAPS and drawings[0][0].name == f"{pool.queries[0].pairid}.png"
     for (_, reference, heat, text, target, found), number in ((drawings[0], 0), (drawings[-1], len(pool.queries) - 1)):
         query = pool.queries[number]

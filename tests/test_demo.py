@@ -142,7 +142,7 @@ def test_the_share_0_is_the_own_style_and_1_the_other_to_the_bit(opened, picture
     other = demo.prototype(net, "Baroque", [], own, opened.model.image_size)
     assert not torch.equal(own, other)
     assert demo.style_feature(opened, features, "", 1.0) is own and demo.style_feature(opened, features, "Baroque", 0.0) is own
-    assert torch.equal(demo.mixed(own, other, 0.0), own)
+    assert torch.equal(demo.mix_features(own, other, 0.0), own)
     assert torch.equal(demo.style_feature(opened, features, "Baroque", 1.0), other)
     half = demo.style_feature(opened, features, "Baroque", 0.25)
     assert torch.allclose(half, own + 0.25 * (other - own), atol=1e-5)

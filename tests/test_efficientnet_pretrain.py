@@ -231,7 +231,7 @@ def test_balanced_sampling():
     labels = [0] * 132 + [2] * 66 + [3] * 2  # no row of class 1
     for power, wanted in ((0.0, [132, 0, 66, 2]), (1.0, [67, 0, 66, 67]), (0.5, [104, 0, 73, 13])):
         # 0.5: 200 * (11.489, 8.124, 1.414) / 21.027 = 109.28, 77.27, 13.45, filled in below
-        drawn = pretrain.balanced(labels, power, 7, 3)
+        drawn = pretrain.balance_classes(labels, power, 7, 3)
         if power == 0.5:
             wanted = [109, 0, 78, 13]
         assert np.bincount(np.array(labels)[drawn], minlength=4).tolist() == pytest.approx(wanted, abs=1) and len(drawn) == 200
@@ -239,9 +239,9 @@ def test_balanced_sampling():
         for label in (0, 2, 3):  # within a class each row as often as any other, but for one
             of_class = times[np.array(labels) == label]
             assert of_class.max() - of_class.min() <= 1
-    assert sorted(pretrain.balanced(labels, 0.0, 7, 3)) == list(range(200))
-    same, other, seed = (pretrain.balanced(labels, 1.0, *numbers).tolist() for numbers in ((7, 3), (7, 4), (8, 3)))
-    assert same == pretrain.balanced(labels, 1.0, 7, 3).tolist() and same != other and same != seed
+    assert sorted(pretrain.balance_classes(labels, 0.0, 7, 3)) == list(range(200))
+    same, other, seed = (pretrain.balance_classes(labels, 1.0, *numbers).tolist() for numbers in ((7, 3), (7, 4), (8, 3)))
+    assert same == pretrain.balance_classes(labels, 1.0, 7, 3).tolist() and same != other and same != seed
 
 
 def test_an_epoch_shows_every_style_equally_often(finished):
@@ -249,7 +249,7 @@ def test_an_epoch_shows_every_style_equally_often(finished):
     for epoch in range(2):
         keys = [key for group, _ in run.plan(epoch) for key in group]
         assert all(when == epoch for _, when, _ in keys) and len({place for _, _, place in keys}) == len(keys)
-    drawn = pretrain.balanced(parts.train.labels, 1.0, 42, 0)
+    drawn = pretrain.balance_classes(parts.train.labels, 1.0, 42, 0)
     assert sorted(Counter(parts.train.labels[n] for n in drawn).values()) == [4, 5, 5]
     group, share = run.plan(0)[0]
     assert [key for _, keys in share for key in keys] == group and all(drawn[place] == n for n, _, place in group)
@@ -282,18 +282,18 @@ def test_training_pixels_are_in_imagenets_normalisation(tmp_path):
 
 def test_mixing():
     images, labels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 3, 16, 16).contiguous(), torch.tensor([0, 1, 2, 1])
-    same, targets = pretrain.mixed(images, labels, 4, 0.0, 0.0)
+    same, targets = pretrain.mix_batch(images, labels, 4, 0.0, 0.0)
     assert torch.equal(same, images) and torch.equal(targets, F.one_hot(labels, 4).float())
     for cutmix, mixup in ((1.0, 0.0), (0.0, 1.0)):
         loop.seed_everything(1)
-        pixels, targets = pretrain.mixed(images, labels, 4, cutmix, mixup)
+        pixels, targets = pretrain.mix_batch(images, labels, 4, cutmix, mixup)
         assert torch.allclose(targets.sum(1), torch.ones(4)) and not torch.equal(pixels, images)
         own = targets[0, 0].item()  # the share that picture 0 keeps; the rest is picture 3's
         assert 0 < own < 1 and pixels[0].mean().item() == pytest.approx(3 * (1 - own), abs=1e-4)
         whole = set(pixels[0].unique().tolist()) <= {0.0, 3.0}
         assert whole if cutmix else not whole
     loop.seed_everything(1)
-    kinds = [torch.equal(pretrain.mixed(images, labels, 4, 0.25, 0.25)[0], images) for _ in range(200)]
+    kinds = [torch.equal(pretrain.mix_batch(images, labels, 4, 0.25, 0.25)[0], images) for _ in range(200)]
     assert 70 < sum(kinds) < 130
 
 

@@ -343,7 +343,7 @@ def semart(name):
 
 def in_use(world):
     """Another process is at work in the run folder."""
-    world.cleanup.enter_context(runfolder.locked(world.run))
+    world.cleanup.enter_context(runfolder.folder_lock(world.run))
 
 
 @dataclass
@@ -796,11 +796,11 @@ def test_lock_of_a_killed_process_does_not_block(tmp_path):
     """42B."""
     child = os.fork()
     if child == 0:
-        with runfolder.locked(tmp_path / "run"):
+        with runfolder.folder_lock(tmp_path / "run"):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert (tmp_path / "run/.owner").exists()
-    with runfolder.locked(tmp_path / "run"):
+    with runfolder.folder_lock(tmp_path / "run"):
         assert str(os.getpid()) in (tmp_path / "run/.owner").read_text()
     assert not (tmp_path / "run").exists()  # nothing was written in it
 
@@ -817,10 +817,10 @@ def test_end_of_a_run_does_not_unlock_the_next(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(filelock.FileLock, "release", release_to_following)
-        with runfolder.locked(tmp_path):
+        with runfolder.folder_lock(tmp_path):
             pass
     with contextlib.closing(SimpleNamespace(close=following.release)), pytest.raises(errors.DataError, match="in use"):
-        with runfolder.locked(tmp_path):
+        with runfolder.folder_lock(tmp_path):
             pass
 
 

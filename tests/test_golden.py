@@ -41,17 +41,17 @@ def cases(kind):
     return [p.name.removesuffix("_inputs.json.gz") for p in found] if kind == "caption_metrics" else [p.parent for p in found]
 
 
-def absent(kind):
+def missing_reason(kind):
     """The reason for skipping what needs this kind."""
     others = "" if any(map(cases, CASES)) else ", nor any other golden values"
     return f"no {kind} in {GOLDEN}{others} (set GOLDEN)"
 
 
 def needs(kind):
-    return pytest.mark.skipif(not cases(kind), reason=absent(kind))
+    return pytest.mark.skipif(not cases(kind), reason=missing_reason(kind))
 
 
-def named(kind):
+def each_case(kind):
     """Parametrise a test over a kind's cases; without any, the test is skipped and says so."""
     found = cases(kind) or [pytest.param(None, marks=needs(kind))]
     return pytest.mark.parametrize("case", found, ids=lambda case: f"{kind}-{getattr(case, 'name', case)}")
@@ -60,7 +60,7 @@ def named(kind):
 @pytest.mark.parametrize("kind", CASES)
 def test_a_kind_that_is_there_holds_cases(kind):
     if not (GOLDEN / kind).is_dir():
-        pytest.skip(absent(kind))
+        pytest.skip(missing_reason(kind))
     assert len(cases(kind)) >= (2 if kind == "cirr_metrics" else 1), f"cases are missing in {GOLDEN / kind}"
 
 
@@ -145,7 +145,7 @@ def test_close_sees_one_percent(size):
 
 
 @pytest.mark.parametrize("source", ["lavis", "hf"])
-@named("qformer_stage1")
+@each_case("qformer_stage1")
 @torch.no_grad()
 def test_stage1_passes(case, source):
     model, x, expected = Stage1(case, source), load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors")
@@ -171,7 +171,7 @@ def test_stage1_passes(case, source):
 
 @pytest.mark.parametrize("name", ["query_output", "text_output", "image_feats", "text_feat", "itm_query_hidden", "itm_logits",
                                   "lm_hidden"])
-@named("qformer_stage1")
+@each_case("qformer_stage1")
 def test_stage1_passes_see_one_percent(case, name, monkeypatch):
     def spoilt(path):
         return {n: t * 1.01 if n == name else t for n, t in safetensors.torch.load_file(path).items()}
@@ -180,7 +180,7 @@ def test_stage1_passes_see_one_percent(case, name, monkeypatch):
         test_stage1_passes(case, "hf")
 
 
-@named("qformer_stage1")
+@each_case("qformer_stage1")
 def test_unilm_mask_is_the_stored_one(case):
     x, expected = load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors")
     Q = json.loads((case / "config.json").read_text())["num_query_tokens"]
@@ -199,7 +199,7 @@ def stage1_model(case):
 
 
 @pytest.mark.parametrize("ids", ["", "imageid_"])
-@named("qformer_stage1")
+@each_case("qformer_stage1")
 def test_stage1_losses_and_gradients(case, ids):
     model, x, expected = stage1_model(case), load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors")
     values = read(case / "expected.json")
@@ -220,7 +220,7 @@ def test_stage1_losses_and_gradients(case, ids):
 
 
 @pytest.mark.parametrize("ids", ["", "imageid_"])
-@named("qformer_stage1")
+@each_case("qformer_stage1")
 def test_stage1_negatives_are_drawn_with_those_weights(case, ids, monkeypatch):
     expected, x = load_file(case / "expected.safetensors"), load_file(case / "inputs.safetensors")
     image_ids = x["image_id"] if ids else torch.arange(len(x["image_embeds"]))
@@ -233,7 +233,7 @@ def test_stage1_negatives_are_drawn_with_those_weights(case, ids, monkeypatch):
 
 
 @needs("qformer_stage1")  # whose weights are used
-@named("qformer_tasks")
+@each_case("qformer_tasks")
 @torch.no_grad()
 def test_score_matrices(case):
     model = stage1_model(GOLDEN / "qformer_stage1" / case.name)
@@ -251,7 +251,7 @@ def test_score_matrices(case):
 
 
 @needs("qformer_stage1")  # whose weights are used
-@named("qformer_tasks")
+@each_case("qformer_tasks")
 @torch.no_grad()
 def test_tasks(case):
     model = Stage1(GOLDEN / "qformer_stage1" / case.name, "hf")
@@ -273,7 +273,7 @@ def test_tasks(case):
 
 
 @pytest.mark.parametrize("source", ["lavis", "hf"])
-@named("sprc")
+@each_case("sprc")
 @torch.no_grad()
 def test_sprc_passes(case, source):
     model, x, expected = Stage1(case, source), load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors")
@@ -310,7 +310,7 @@ def sprc_case(case):
     return model, load_file(case / "inputs.safetensors"), load_file(case / "expected.safetensors"), read(case / "expected.json")
 
 
-@named("sprc")
+@each_case("sprc")
 def test_sprc_losses_and_gradients(case):
     model, x, expected, values = sprc_case(case)
     images = {name: x[f"{name}_embeds"].requires_grad_() for name in ("reference", "target")}
@@ -328,7 +328,7 @@ def test_sprc_losses_and_gradients(case):
     assert checked >= 10
 
 
-@named("sprc")
+@each_case("sprc")
 @torch.no_grad()
 def test_sprc_inference(case):
     model, x, expected, _ = sprc_case(case)
@@ -339,7 +339,7 @@ def test_sprc_inference(case):
     close(query, expected["fusion_feats"])
     close(model.prompted(**text), expected["text_only_feat"])
     close(features, expected["gallery_feats"])
-    close(torch.from_numpy(train_cir.scored(query, features, chunk=4)), expected["inference_sim"])
+    close(torch.from_numpy(train_cir.score_gallery(query, features, chunk=4)), expected["inference_sim"])
 
 
 # --- answers ------------
@@ -404,7 +404,7 @@ def test_artquest_per_type():
 
 # --- captions ------------
 
-@named("caption_metrics")
+@each_case("caption_metrics")
 def test_bleu_rouge_l_and_cider_d(case):
     items = read(CAPTIONS / f"{case}_inputs.json.gz")
     hypotheses, references = [i["hypothesis"] for i in items], [i["references"] for i in items]
@@ -437,7 +437,7 @@ def wordnet():
     metrics._meteor_helpers.cache_clear()
 
 
-@named("caption_metrics")
+@each_case("caption_metrics")
 def test_meteor_of_nltk(case, wordnet):
     expected = np.load(CAPTIONS / f"{case}_per_item.npz")["METEOR_nltk"]  # of the first 500
     items = read(CAPTIONS / f"{case}_inputs.json.gz")[:len(expected)]
@@ -508,7 +508,7 @@ def blip_case(case):
     return model, load_file(case / "inputs.safetensors"), read(case / "expected.json"), load_file(case / "expected.safetensors")
 
 
-@named("blip_captioning")
+@each_case("blip_captioning")
 @torch.no_grad()
 def test_blip_losses_of_three_recipes(case):
     import train_blip_caption
@@ -529,7 +529,7 @@ def test_blip_losses_of_three_recipes(case):
     assert ours == near(expected["original_salesforce_blip"]["loss"])
 
 
-@named("blip_captioning")
+@each_case("blip_captioning")
 def test_blip_collate_gives_those_inputs(case):
     model, x, _, _ = blip_case(case)
     text, samples = model.config.text_config, []
@@ -543,7 +543,7 @@ def test_blip_collate_gives_those_inputs(case):
 
 # --- composed image retrieval ------------
 
-@named("cirr_metrics")
+@each_case("cirr_metrics")
 def test_cirr_recalls(case):
     names, expected = read(case / "names.json"), read(case / "expected.json")
     scores = np.load(case / "inputs.npz")["similarity"]
@@ -562,7 +562,7 @@ def test_cirr_recalls(case):
         assert metrics.recall_at(kept, int(name.removeprefix("recall_at"))) == pytest.approx(recall, abs=1e-4)
 
 
-@named("cirr_metrics")
+@each_case("cirr_metrics")
 def test_cirr_submission_files(case, tmp_path):
     from data import cirr
     names = read(case / "test_names.json")

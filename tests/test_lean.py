@@ -346,7 +346,7 @@ def test_pace_is_said_once_and_without_the_first_step(monkeypatch):
         pace.step(32)
     # 20 steps after the first, from second 100 to 130, 32 questions each; 3,979 are left of 1.5 s each
     assert said == ["21.3 questions/s; about 1 h 39 min to the end, validation not counted"]
-    assert [loop.spoken(s) for s in (40, 99.4, 720, 3600, 3900)] == ["40 s", "99 s", "12 min", "1 h 00 min", "1 h 05 min"]
+    assert [loop.format_duration(s) for s in (40, 99.4, 720, 3600, 3900)] == ["40 s", "99 s", "12 min", "1 h 00 min", "1 h 05 min"]
 
 
 def test_the_last_line_can_be_cited(flags, capsys):

@@ -171,7 +171,7 @@ def test_fashioniq_is_ranked_by_category(tmp_path):
     with pytest.raises(DataError, match="split.toptee.val.json: 1 of 3 pictures are missing .*'B00toptee0.jpg' is not there"):
         cirr.read_split(str(tmp_path), "fashioniq", "val", say=lambda line: None)
     one, = cirr.annotations(str(tmp_path), "fashioniq", "val", "shirt")
-    assert one.name == "shirt" and loaders.named(one.queries).startswith("B00shirt0 + 'is red / has longer sleeves' (row 1)")
+    assert one.name == "shirt" and loaders.list_rows(one.queries).startswith("B00shirt0 + 'is red / has longer sleeves' (row 1)")
 
 
 def test_text_of_fashioniq_has_four_variants(tmp_path):

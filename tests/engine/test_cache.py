@@ -145,7 +145,7 @@ def test_round_trip(case, dtype, workers):
 def test_where_all_is_there_nothing_is_locked_or_written(case, monkeypatch):
     """Another process may be busy with other pictures, the folder may be read-only."""
     case.fill(case.store())
-    monkeypatch.setattr(cache.files, "held", None)
+    monkeypatch.setattr(cache.files, "file_lock", None)
     monkeypatch.setattr(cache, "write_all", None)
     assert case.fill(case.store()) == (0, 0)
 

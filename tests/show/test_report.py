@@ -337,8 +337,8 @@ def test_lists_are_cut_at_forty_and_say_of_how_many(tmp_path):
 
 def test_a_list_says_of_how_many_only_where_it_is_cut():
     card = report.Card([], "", [], "")
-    assert report.listed("x", list(range(41)), lambda i: card, "").heading == "x (40 of 41)"
-    assert report.listed("x", list(range(40)), lambda i: card, "").heading == "x (40)"
+    assert report.card_list("x", list(range(41)), lambda i: card, "").heading == "x (40 of 41)"
+    assert report.card_list("x", list(range(40)), lambda i: card, "").heading == "x (40)"
 
 
 def test_right_but_for_an_article_is_better_than_right_but_for_a_mark(tmp_path):

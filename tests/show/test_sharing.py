@@ -601,7 +601,7 @@ def test_samples_do_not_depend_on_the_order():
 
 
 def test_a_command_is_one_line():
-    assert sharing.told_command(["a.py", "--x", "one\n\n## two"]) == "a.py --x 'one ## two'"
+    assert sharing.format_command(["a.py", "--x", "one\n\n## two"]) == "a.py --x 'one ## two'"
 
 
 def test_training_command_of_older_checkpoints_gives_the_settings_again():
