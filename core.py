@@ -7,7 +7,6 @@ Reading order (building blocks first, the whole last):
   gates            KVGate with its kinds, PromptMapper, GatedFusionModule
   style terms      style_vocabulary, style_hit, style_kl
   stage 1          Blip2Retrieval, itc_targets, itc_loss, max_similarity
-  memory           PackedReLU, save_activations
   the system       Blip2OPTGated
   loading          load_gated
 What stands below: engine/prompts.py (texts as the models read them), published.py (models of others), checkpoints.py, saved.py
@@ -19,10 +18,8 @@ space in which images and texts are compared.
 """
 
 import argparse
-import copy
 import inspect
 import os
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,7 +27,6 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from data import rows
 from data.rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD
@@ -38,6 +34,7 @@ from data.wikiart import WIKIART
 from engine import environment, published, towers
 from engine.checkpoints import load_foreign, load_strictly, load_trainable, unwrap_state
 from engine.errors import DataError
+from engine.memory import beam_cache, cache_rows
 # all of them: README, and whoever copies a script, has them as core.encode_training and so on
 from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_TEXT, PROMPT, answer_ids, answer_lengths, encode_prompts,  # noqa: F401
                             encode_training, newline_id, pad_ids, prompt_ids, text_ids, text_lengths)
@@ -551,52 +548,6 @@ def cosines(equation, *vectors):
         return torch.einsum(equation, *(x.float() for x in vectors))
 
 
-# --- activations of the frozen language model ------------
-
-class PackedReLU(torch.autograd.Function):
-    """ReLU that keeps one bit a number for the backward pass, not its output: the same values and gradients to the bit.
-
-    Of a frozen OPT the ReLU outputs are the largest thing that training keeps: the linear layer behind them, whose weight gets no
-    gradient, needs no input."""
-
-    @staticmethod
-    def forward(ctx, x):
-        """x of any shape with a multiple of 8 numbers."""
-        out = F.relu(x)
-        bits = (out > 0).view(-1, 8) * _powers(x.device)  # [N/8,8]
-        ctx.save_for_backward(bits.sum(-1, dtype=torch.uint8))  # [N/8]
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        packed, = ctx.saved_tensors
-        positive = packed[:, None].bitwise_and(_powers(packed.device)).ne(0)  # [N/8,8]
-        return gradient * positive.view_as(gradient)
-
-
-def _powers(device):
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
-
-
-class BitReLU(nn.Module):
-    """PackedReLU as a module."""
-
-    def forward(self, x):
-        return PackedReLU.apply(x)
-
-
-def save_activations(language_model, how):
-    """How training keeps the activations of a frozen OPT: "keep" as they are; "bits": PackedReLU; "recompute": each layer's input
-    alone, the rest is computed again in the backward pass (Chen et al. 2016). Gradients are the same."""
-    for layer in language_model.model.decoder.layers:
-        if how == "bits":
-            if not isinstance(layer.activation_fn, nn.ReLU):
-                raise DataError(f"--activations bits is for ReLU; this language model has {type(layer.activation_fn).__name__}")
-            layer.activation_fn = BitReLU()
-        elif how == "recompute":
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-
 # --- the system ------------
 
 class Blip2OPTGated(nn.Module):
@@ -924,7 +875,7 @@ class Blip2OPTGated(nn.Module):
             real, before = targets != -100, targets[:, :-1]  # the last token of an answer predicts nothing
             ids = torch.cat([last[rows], before.clamp(min=0)], 1)  # [N,A], right-padded
             mask = torch.cat([inputs["attention_mask"][rows], real[:, :-1]], 1)  # [N,Q+L-1+A]; a pad takes no position
-            out = self.language_model.model(input_ids=ids, attention_mask=mask, **self._with_cache(_cache_rows(cache, rows)))
+            out = self.language_model.model(input_ids=ids, attention_mask=mask, **self._with_cache(cache_rows(cache, rows)))
             states = out.last_hidden_state[real]  # [N,A,D] -> [M,D]
             nll = F.cross_entropy(self.language_model.lm_head(states).float(), targets[real], reduction="none")  # [M]
             sums[part] = -torch.zeros(targets.shape, device=last.device).masked_scatter(real, nll).sum(1)  # [N]
@@ -947,50 +898,6 @@ def _pixels(images):
     if isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3 and len(images):
         return images
     raise ValueError(f"images must be pixels [B,3,h,w], which load_gated's processor makes of paths and pictures, got {_kind(images)}")
-
-
-def beam_cache(cache, beams, new_tokens):
-    """DynamicCache of B prompts, each [B,heads,P,D/heads] -> one of B*beams beams with room for new_tokens.
-
-    A step writes its keys and values in place, and choosing among the beams moves only what was generated: they share the prompt.
-    transformers' own layer copies everything in both, which takes longer than the step itself.
-    """
-    from transformers.cache_utils import DynamicLayer
-
-    class BeamLayer(DynamicLayer):
-        def __init__(self, prompt):
-            super().__init__()
-            B, heads, self.prompt, width = prompt.keys.shape
-            self.room = [x.new_empty(B * beams, heads, self.prompt + new_tokens, width) for x in (prompt.keys, prompt.values)]
-            for room, x in zip(self.room, (prompt.keys, prompt.values)):
-                room[:, :, :self.prompt] = x.repeat_interleave(beams, 0)
-            self.dtype, self.device, self.is_initialized = prompt.keys.dtype, prompt.keys.device, True
-            self._show(self.prompt)
-
-        def _show(self, length):
-            self.keys, self.values = (room[:, :, :length] for room in self.room)  # [B*beams,heads,length,D/heads]
-
-        def update(self, key_states, value_states, *args, **kwargs):
-            start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-            for room, x in zip(self.room, (key_states, value_states)):
-                room[:, :, start:end] = x
-            self._show(end)
-            return self.keys, self.values
-
-        def reorder_cache(self, beam_idx):
-            for shown in (self.keys, self.values):
-                shown[:, :, self.prompt:] = shown[:, :, self.prompt:].index_select(0, beam_idx)
-
-    cache.layers = [BeamLayer(layer) for layer in cache.layers]  # none where a prompt has one token: generate makes its own
-    return cache
-
-
-def _cache_rows(cache, rows):
-    """Rows of a DynamicCache as a new one; the cache itself stays, since only its layers' tensors are ever replaced."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
-    return chosen
 
 
 def _weighed(rows, values):

@@ -24,7 +24,7 @@ import core
 import metrics
 from data import rows
 from data.questions import Questions, read_questions
-from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, published, runfolder
+from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, memory, published, runfolder
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary, text_length
 from engine.features import cached_features, predicted_styles
@@ -398,7 +398,7 @@ def prepare(args, accelerator, command=()):
                                        train_rows + val_rows, accelerator, dtype, args.workers)
     loop.seed_everything(args.seed)
     model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None, say=accelerator.print)
-    core.save_activations(model.language_model, args.activations)
+    memory.save_activations(model.language_model, args.activations)
     parts = Parts(Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features),
                   Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from,
                   sorted(set(rows.picture_digests(train_rows, args.workers).values())))

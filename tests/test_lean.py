@@ -18,7 +18,7 @@ import core
 import eval_gated
 import train_gated
 from conftest import prepared
-from engine import checkpoints, errors, loop, published
+from engine import checkpoints, errors, loop, memory, published
 from engine.errors import DataError
 
 WEIGHTS = {"hit_weight": 0.1, "kl_weight": 0.05}
@@ -81,7 +81,7 @@ def test_activations_are_smaller_and_gradients_the_same_to_the_bit(build, batch,
         return sum(size for place, size in seen.items() if place not in weights)
 
     plain, lean = opened(build), opened(build)
-    core.save_activations(lean.language_model, how)
+    memory.save_activations(lean.language_model, how)
     (loss, expected), (other, found) = gradients(plain, batch), gradients(lean, batch)
     assert torch.equal(loss, other) and expected.keys() == found.keys()
     for name in expected:
@@ -97,16 +97,16 @@ def test_packed_relu_in_every_dtype_and_shape():
         x[0, 0, :3] = torch.tensor([0.0, -0.0, float("inf")])
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
         upstream = torch.randn(3, 5, 16).to(dtype)
-        core.PackedReLU.apply(ours).backward(upstream)
+        memory.PackedReLU.apply(ours).backward(upstream)
         torch.relu(theirs).backward(upstream)
-        assert torch.equal(ours.grad, theirs.grad) and torch.equal(core.PackedReLU.apply(x), torch.relu(x))
+        assert torch.equal(ours.grad, theirs.grad) and torch.equal(memory.PackedReLU.apply(x), torch.relu(x))
 
 
 def test_bits_are_refused_where_there_is_no_relu(build):
     model = build(gating="none")
     model.language_model.model.decoder.layers[0].activation_fn = torch.nn.GELU()
     with pytest.raises(DataError, match="GELU"):
-        core.save_activations(model.language_model, "bits")
+        memory.save_activations(model.language_model, "bits")
 
 
 def test_no_graph_below_the_first_trained_part(build, batch):

@@ -38,7 +38,7 @@ import train_blip_caption
 import train_cir
 import train_gated
 from data import rows
-from engine import errors, files, flags, loop
+from engine import errors, files, flags, loop, memory
 from engine.evaluation import text_length
 from engine.run import CLIP, Run
 from engine.text import text_of
@@ -515,7 +515,7 @@ def plan_table(sizes=FULL, batches=(2, 8, 64)):
     found = []
     for train_qformer, how in itertools.product((True, False), ("keep", "bits", "recompute")):
         model = random_model(sizes, "meta", torch.bfloat16, train_qformer=train_qformer)
-        core.save_activations(model.language_model, how)
+        memory.save_activations(model.language_model, how)
         sample = loop.kept_bytes(model, lambda: shapes_of_a_step(model.train(), random_batch(model, sizes, 2))) / 2
         for lm in ("bf16", "nf4"):
             weights, trained = planned_weights(model, lm)

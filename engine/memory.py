@@ -1,0 +1,109 @@
+"""memory.py: what the frozen language model keeps in memory: activations in training, keys and values while it answers.
+
+    save_activations, PackedReLU    training keeps a bit a number, or nothing, in place of OPT's ReLU outputs
+    beam_cache, cache_rows          keys and values of a prompt, once for all its beams
+
+Capitals in shape comments: B prompts, P tokens of a prompt, D width, N numbers.
+"""
+
+import copy
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from engine.errors import DataError
+
+
+# --- activations, in training ------------
+
+class PackedReLU(torch.autograd.Function):
+    """ReLU that keeps one bit a number for the backward pass, not its output: the same values and gradients to the bit.
+
+    Of a frozen OPT the ReLU outputs are the largest thing that training keeps: the linear layer behind them, whose weight gets no
+    gradient, needs no input."""
+
+    @staticmethod
+    def forward(ctx, x):
+        """x of any shape with a multiple of 8 numbers."""
+        out = F.relu(x)
+        bits = (out > 0).view(-1, 8) * _powers(x.device)  # [N/8,8]
+        ctx.save_for_backward(bits.sum(-1, dtype=torch.uint8))  # [N/8]
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        packed, = ctx.saved_tensors
+        positive = packed[:, None].bitwise_and(_powers(packed.device)).ne(0)  # [N/8,8]
+        return gradient * positive.view_as(gradient)
+
+
+def _powers(device):
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+
+
+class BitReLU(nn.Module):
+    """PackedReLU as a module."""
+
+    def forward(self, x):
+        return PackedReLU.apply(x)
+
+
+def save_activations(language_model, how):
+    """How training keeps the activations of a frozen OPT: "keep" as they are; "bits": PackedReLU; "recompute": each layer's input
+    alone, the rest is computed again in the backward pass (Chen et al. 2016). Gradients are the same."""
+    for layer in language_model.model.decoder.layers:
+        if how == "bits":
+            if not isinstance(layer.activation_fn, nn.ReLU):
+                raise DataError(f"--activations bits is for ReLU; this language model has {type(layer.activation_fn).__name__}")
+            layer.activation_fn = BitReLU()
+        elif how == "recompute":
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+# --- keys and values, while it answers ------------
+
+def beam_cache(cache, beams, new_tokens):
+    """DynamicCache of B prompts, each [B,heads,P,D/heads] -> one of B*beams beams with room for new_tokens.
+
+    A step writes its keys and values in place, and choosing among the beams moves only what was generated: they share the prompt.
+    transformers' own layer copies everything in both, which takes longer than the step itself.
+    """
+    from transformers.cache_utils import DynamicLayer
+
+    class BeamLayer(DynamicLayer):
+        def __init__(self, prompt):
+            super().__init__()
+            B, heads, self.prompt, width = prompt.keys.shape
+            self.room = [x.new_empty(B * beams, heads, self.prompt + new_tokens, width) for x in (prompt.keys, prompt.values)]
+            for room, x in zip(self.room, (prompt.keys, prompt.values)):
+                room[:, :, :self.prompt] = x.repeat_interleave(beams, 0)
+            self.dtype, self.device, self.is_initialized = prompt.keys.dtype, prompt.keys.device, True
+            self._show(self.prompt)
+
+        def _show(self, length):
+            self.keys, self.values = (room[:, :, :length] for room in self.room)  # [B*beams,heads,length,D/heads]
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+            for room, x in zip(self.room, (key_states, value_states)):
+                room[:, :, start:end] = x
+            self._show(end)
+            return self.keys, self.values
+
+        def reorder_cache(self, beam_idx):
+            for shown in (self.keys, self.values):
+                shown[:, :, self.prompt:] = shown[:, :, self.prompt:].index_select(0, beam_idx)
+
+    cache.layers = [BeamLayer(layer) for layer in cache.layers]  # none where a prompt has one token: generate makes its own
+    return cache
+
+
+def cache_rows(cache, rows):
+    """Rows of a DynamicCache as a new one; the cache itself stays, since only its layers' tensors are ever replaced."""
+    chosen = copy.copy(cache)
+    chosen.layers = [copy.copy(layer) for layer in cache.layers]
+    chosen.batch_select_indices(rows)
+    return chosen
