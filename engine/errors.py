@@ -6,7 +6,9 @@
 """
 
 import contextlib
+import multiprocessing
 import re
+import signal
 import sys
 
 
@@ -36,8 +38,23 @@ def exit_code(main, argv=None):
             message, code = dead_loader(error), 2
         else:
             raise
+    end_loaders()
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def end_loaders():
+    """End the loader processes that an error has left. Otherwise Python does it at exit with SIGTERM, which they outlive for 30 s, and
+    torch, which watches them by SIGCHLD, tells of each after the error that was the reason."""
+    left = [child for child in multiprocessing.active_children() if child.daemon]
+    if not left:
+        return
+    watching = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in left:
+        child.kill()
+    for child in left:
+        child.join()
+    signal.signal(signal.SIGCHLD, watching)
 
 
 def ran_out_of_memory(error):

@@ -600,6 +600,7 @@ def test_loader_processes_do_not_keep_a_failed_run_from_ending(few, flags, tmp_p
     (data / "images" / name).write_bytes(b"no picture")
     done, = forker.run([ROOT / "train_gated.py", *flags("--data", str(data), "--workers", "2", "--epochs", "1")])
     assert done.returncode == 2 and "Traceback" not in done.stderr and name in done.stderr.splitlines()[-1]
+    assert done.stderr.count("error: ") == 1 and "killed by signal" not in done.stderr
 
 
 def test_semicolons_by_flag_and_eval_takes_them_from_the_training(few, flags, tmp_path):
@@ -738,10 +739,18 @@ def test_two_processes_equal_one(few, tiny, tmp_path, forker):
 def test_compare_gated(few, tiny, tmp_path, capsys, monkeypatch):
     command = ["--data", str(few), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "1", "--batch-size", "8",
                "--accumulation", "4", "--precision", "no", "--lrs", "1e-3", "--seeds", "1", "--split", "val", "--out", str(tmp_path / "c")]
-    monkeypatch.setattr(compare_gated, "step_seconds", lambda *a: dict.fromkeys(compare_gated.SYSTEMS, 0.5))
+    measured = []
+
+    def step_seconds(others, system):
+        written = json.loads((tmp_path / "c/compare.json").read_text())  # nothing is lost where memory runs out here
+        assert list(written["seconds_per_step"]) == measured[len(measured) // 4 * 4:] and len(written["results"]) == 4
+        measured.append(system)
+        return 0.5
+    monkeypatch.setattr(compare_gated, "step_seconds", step_seconds)
     compare_gated.main(command)
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "c/compare.json").read_text())
+    assert result["seconds_per_step"] == dict.fromkeys(compare_gated.SYSTEMS, 0.5) and measured == list(compare_gated.SYSTEMS)
     assert list(result["results"]) == list(compare_gated.SYSTEMS) and all(system in printed for system in compare_gated.SYSTEMS)
     trained = {system: found[0]["trained"] for system, found in result["results"].items()}
     assert trained["ungated, Q-Former frozen"] < trained["ungated, Q-Former trained"] < trained["gated, Q-Former trained"]
