@@ -613,8 +613,8 @@ class Blip2OPTGated(nn.Module):
         if efficientnet is None:
             raise DataError("gating needs an EfficientNet style checkpoint (--efficientnet), or use --gating none")
         if gating not in GATES:
-            raise DataError(f"gates of the kind {gating!r} are not known here, only {', '.join(GATES)}; where a script of your own "
-                            "adds it: eval_gated.py --script FILE")
+            raise DataError(f"gating {gating!r} is not known here, only {', '.join(GATES)}; where a script of your own adds it: "
+                            "eval_gated.py --script FILE")
         H, heads = qconfig.hidden_size, qconfig.num_attention_heads
         text_width = self.language_model.get_input_embeddings().embedding_dim
         with torch.device(self.query_tokens.device):

@@ -68,7 +68,7 @@ def test_a_new_kind_of_gate(edited, flags, tmp_path, capsys):
     assert (tmp_path / "run/maps/001.png").stat().st_size > 1000
     del core.GATES["additive"]
     assert errors.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "run"), "--workers", "0"]) == 2
-    assert "'additive' are not known here" in (told := capsys.readouterr().err) and "--script" in told
+    assert "gating 'additive' is not known here" in (told := capsys.readouterr().err) and "--script" in told
 
 
 def test_a_new_loss_term(edited, flags, tmp_path, capsys, no_curves, monkeypatch):

@@ -278,7 +278,7 @@ def test_a_changed_base_model_is_refused(exported, load, tiny, tmp_path, start, 
 def test_a_changed_style_classifier_is_refused(exported, load, tiny, tmp_path):
     folder, _ = exported()
     content = torch.load(tiny[1], weights_only=True)
-    state, _ = checkpoints.unwrap_state(content)
+    state, _ = checkpoints.unwrap_state(content, "best.pt")
     state["conv_stem.weight"] += 0.5
     torch.save(content, tmp_path / "other.pt")
     assert "(other: efficientnet)" in refused(load, folder, efficientnet=tmp_path / "other.pt")
