@@ -18,6 +18,7 @@ space in which images and texts are compared.
 """
 
 import argparse
+import contextlib
 import inspect
 import os
 from typing import NamedTuple
@@ -542,9 +543,14 @@ def max_similarity(vectors, images):
     return cosines("ae,bqe->abq", vectors, images).amax(-1)
 
 
+def no_rounding(device):
+    """Context in which autocast is off. On the meta device, where nothing is computed, there is none."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 def cosines(equation, *vectors):
     """torch.einsum of unit vectors in float32, under autocast too: rounded to bf16, near scores would tie."""
-    with torch.autocast(vectors[0].device.type, enabled=False):
+    with no_rounding(vectors[0].device):
         return torch.einsum(equation, *(x.float() for x in vectors))
 
 
@@ -694,7 +700,7 @@ class Blip2OPTGated(nn.Module):
         gates = None
         if gated and self.gates is not None:
             control = self.control(style_feature, input_ids, prompt_mask)
-            with torch.autocast(control.device.type, enabled=False):  # in bf16 a gate of 1.003 is 1
+            with no_rounding(control.device):  # in bf16 a gate of 1.003 is 1
                 gates = [gate(control.float()) for gate in self.gates]
         queries = self.query_tokens.expand(len(image_embeds), -1, -1)  # [B,Q,H]
         out = self.qformer(queries, image_embeds.to(self.query_tokens.dtype), gates=gates)
@@ -902,7 +908,7 @@ def _pixels(images):
 
 def _weighed(rows, values):
     """rows [B,M] @ values [M] or [M,N], in float32: a mean is a product too, which autocast would round to three digits."""
-    with torch.autocast(rows.device.type, enabled=False):
+    with no_rounding(rows.device):
         return rows @ values
 
 

@@ -616,7 +616,7 @@ def test_gradients_are_clipped_at_one_and_only_matrices_decay(prepare, monkeypat
         return math.sqrt(sum(p.grad.square().sum().item() for p in run.model.parameters() if p.grad is not None))
     monkeypatch.setattr(run.accelerator, "clip_grad_norm_", lambda *given: norms.append(length()) or clip(*given))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: ways.append(length()) or step(*given))
-    with run.opened(False, {}):
+    with run.opened(False, {}, __file__):
         run.wrapped.train()
         for one in run.steps(0):
             pretrain_qformer.train_step(run, one)
@@ -716,7 +716,7 @@ def test_a_loss_that_is_no_number_names_what_came_from_a_tar_file(prepare, sets,
             losses["loss"].data.fill_(math.nan)
         return losses
     monkeypatch.setattr(pretrain_qformer.Stage1, "forward", poisoned)
-    with pytest.raises(DataError, match=r"loss is nan at step \d.*: 000\d\d, 000\d\d"), run.opened(False, {}):
+    with pytest.raises(DataError, match=r"loss is nan at step \d.*: 000\d\d, 000\d\d"), run.opened(False, {}, __file__):
         for step in run.steps(0):
             pretrain_qformer.train_step(run, step)
             step.update()

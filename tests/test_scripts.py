@@ -293,7 +293,7 @@ def test_majority_answers():
 
 
 def test_score_table_by_hand():
-    row = lambda kind, answer: type("Row", (), {"question_type": kind, "answer": answer})()  # noqa: E731
+    row = lambda kind, answer: type("Row", (), {"question_type": kind, "answer": answer, "people": (answer,)})()  # noqa: E731
     table = eval_gated.score_table([row("a", "Red"), row("a", "two"), row("b", "dog")],
                                    {"x": [{"prediction": p} for p in ("red", "2", "cat")]})
     assert [(r["type"], r["n"], r["EM"], r["VQA"]) for r in table] == [

@@ -87,7 +87,7 @@ def test_the_length_follows_from_the_training_answers_and_travels(few, flags, tm
     tokenizer = published.load_tokenizer(command[command.index("--blip2") + 1])
     longest = len(core.answer_ids(tokenizer, "one " * 20))
     printed = capsys.readouterr().out
-    assert longest > 16 and f"train: 0 of 60 answers are cut at {longest} tokens" in printed
+    assert longest > 16 and f"train: 0 of 40 answers are cut at {longest} tokens" in printed
     assert f"val: 1 of 15 answers are cut at {longest} tokens, first" in printed
     best = tmp_path / "run/best.pt"
     assert checkpoints.load_checkpoint(best)["model_args"]["max_answer"] == longest
@@ -102,7 +102,7 @@ def test_the_length_follows_from_the_training_answers_and_travels(few, flags, tm
 def test_what_the_limit_cuts_is_said(few, flags, tmp_path, capsys):
     data = with_long_answers(few, tmp_path / "data", "one " * 90, "red")
     assert train_gated.main(flags("--data", str(data), "--check-data")) == 0
-    assert f"train: 1 of 60 answers are cut at {core.MAX_ANSWER} tokens, first" in capsys.readouterr().out
+    assert f"train: 1 of 40 answers are cut at {core.MAX_ANSWER} tokens, first" in capsys.readouterr().out
 
 
 def test_generation_goes_to_the_length_of_the_model(build, batch, monkeypatch):
