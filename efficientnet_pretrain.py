@@ -27,7 +27,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -354,7 +353,7 @@ def train_step(run, step, args):
 
 def train(args):
     """The whole training -> its Run."""
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    accelerator = loop.make_accelerator(args.precision)
     resumed = resumes(accelerator, args.out, args.resume)
     run, parts = prepare(args, accelerator, resumed)
     with run.opened(resumed, vars(args), __file__):
@@ -458,7 +457,7 @@ def report(run, parts):
 
 def dry_run(args):
     """--dry-run: three rows, the table of parts, memory; nothing is written."""
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    accelerator = loop.make_accelerator(args.precision)
     run, parts = prepare(args, accelerator)
     for number in range(min(3, len(parts.train))):
         row = parts.train.rows[number]

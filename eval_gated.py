@@ -509,7 +509,7 @@ def main(argv=None):
     refuse_places(args)
     checkpoint = checkpoints.load_checkpoint(
         args.checkpoint, ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen"))
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    accelerator = loop.make_accelerator(args.precision)
     if args.merge_lora:
         model = load_model(args, checkpoint, torch.float32)
         checkpoints.load_trainable(model, checkpoint["state"], args.checkpoint)

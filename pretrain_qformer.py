@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import broadcast, send_to_device
 from torch import nn
 from tqdm import tqdm
@@ -535,7 +534,7 @@ def print_start(run, parts, args, by_chance):
 def start(args):
     """Refuse what cannot be trained -> Accelerator."""
     published.refuse_missing({"BLIP-2": published.missing_model(args.blip2, "blip2-itm")})
-    return Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    return loop.make_accelerator(args.precision)
 
 
 def prepare(args, accelerator):

@@ -20,7 +20,7 @@ import sys
 from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import DistributedDataParallelKwargs
 
 import metrics
 from data import captions, rows
@@ -353,8 +353,7 @@ def start(args):
     published.refuse_missing({"BLIP": published.missing_model(args.blip, "blip")})
     # with a schedule DDP meets parameters that are still frozen
     scattered = [DistributedDataParallelKwargs(find_unused_parameters=True)] if args.unfreeze_schedule else []
-    return Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available(),
-                       kwargs_handlers=scattered)
+    return loop.make_accelerator(args.precision, kwargs_handlers=scattered)
 
 
 def prepare(args, accelerator):
@@ -419,7 +418,7 @@ def ready(args):
     published.refuse_missing({"BLIP": published.missing_model(name, "blip")})
     if args.checkpoint and args.precision == "auto" and torch.cuda.is_available():
         args.precision = best["precision"]  # as in training: rounding can change a caption
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    accelerator = loop.make_accelerator(args.precision)
     with accelerator.main_process_first():
         model, tokenizer = load_trained(name, best, args.checkpoint) if args.checkpoint else load_blip(name)
     return model.eval().to(accelerator.device), tokenizer, accelerator, best["generation"]

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.utils.data import Dataset
@@ -506,7 +505,7 @@ def load_best(args):
     refuse_missing_model(args)
     if args.precision == "auto" and torch.cuda.is_available():
         args.precision = best["precision"]
-    accelerator = Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    accelerator = loop.make_accelerator(args.precision)
     with accelerator.main_process_first():
         model = load_model(args, core.DTYPES[accelerator.mixed_precision])
     if best.get("ln_vision"):  # of --qformer
@@ -600,7 +599,7 @@ def rehearse(run, parts, args):
 def start(args):
     """Refuse what cannot be trained -> Accelerator."""
     refuse_missing_model(args)
-    return Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    return loop.make_accelerator(args.precision)
 
 
 def prepare(args, accelerator):

@@ -17,9 +17,6 @@ import sys
 from collections import Counter
 from typing import NamedTuple
 
-import torch
-from accelerate import Accelerator
-
 import core
 import metrics
 from data import rows
@@ -374,7 +371,7 @@ def start(args):
     """Refuse what cannot be trained -> Accelerator."""
     absent = missing(args)
     published.refuse_missing(absent, shortest_way(args, absent))
-    return Accelerator(mixed_precision=loop.precision_of(args.precision), cpu=not torch.cuda.is_available())
+    return loop.make_accelerator(args.precision)
 
 
 def prepare(args, accelerator, command=()):

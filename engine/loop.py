@@ -15,6 +15,7 @@ import time
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from engine import loaders
 from engine.errors import DataError
@@ -221,6 +222,11 @@ def is_better(value, marks, lowest=False):
     """Is this number above (lowest: below) the best so far, marks["value"] (None: there is none yet)? Never true of NaN."""
     best = marks["value"]
     return math.isfinite(value) and (best is None or (value < best if lowest else value > best))
+
+
+def make_accelerator(precision, **more):
+    """accelerate's Accelerator of a --precision, on the CPU where there is no GPU. more: its other arguments."""
+    return Accelerator(mixed_precision=precision_of(precision), cpu=not torch.cuda.is_available(), **more)
 
 
 def precision_of(precision):

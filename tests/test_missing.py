@@ -7,8 +7,10 @@ a model that is loaded from another working directory.
 import os
 import pathlib
 import shutil
+import types
 
 import huggingface_hub
+
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
@@ -20,7 +22,7 @@ import pretrain_qformer
 import train_blip_caption
 import train_cir
 import train_gated
-from engine import checkpoints, errors, files, published
+from engine import checkpoints, errors, files, loop, published
 from engine.errors import DataError
 from show import sharing
 from tools import faithfulness, make_tiny
@@ -42,7 +44,7 @@ def clone(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(published, "hub_answers", lambda: False)
     monkeypatch.setattr(core.Blip2OPTGated, "build", heavy)
-    monkeypatch.setattr(train_gated, "Accelerator", heavy)
+    monkeypatch.setattr(train_gated, "loop", types.SimpleNamespace(**{**vars(loop), "make_accelerator": heavy}))  # of this stage alone
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
