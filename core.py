@@ -34,11 +34,11 @@ from data.rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from data.wikiart import WIKIART
 from engine import environment, published, towers
 from engine.checkpoints import load_foreign, load_strictly, load_trainable, unwrap_state
+from engine.decoders import decoder_of, refuse_decoder
 from engine.errors import DataError
-from engine.memory import beam_cache, cache_rows
 # all of them: README, and whoever copies a script, has them as core.encode_training and so on
 from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_TEXT, PROMPT, answer_ids, answer_lengths, encode_prompts,  # noqa: F401
-                            encode_training, newline_id, pad_ids, prompt_ids, text_ids, text_lengths)
+                            encode_training, end_id, inner_ids, newline_id, pad_ids, prompt_ids, stop_ids, text_ids, text_lengths)
 from engine.published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
 from engine.saved import PLACES, part_paths, read, refuse_other_base, refuse_other_dtypes
 from engine.text import texts_of
@@ -408,7 +408,7 @@ def style_vocabulary(styles, tokenizer):
     names = sorted({s.strip() for s in styles if s.strip()})
     pieces = torch.zeros(len(names), len(tokenizer))
     for row, name in enumerate(names):
-        ids = sorted(set(tokenizer(" " + name, add_special_tokens=False).input_ids))
+        ids = sorted(set(inner_ids(tokenizer, " " + name)))
         pieces[row, ids] = 1 / len(ids)
     return names, pieces
 
@@ -575,8 +575,7 @@ class Blip2OPTGated(nn.Module):
                  style_head=True, max_answer=16):
         super().__init__()
         config = blip2.config
-        if config.text_config.model_type != "opt":
-            raise DataError(f"this BLIP-2 answers with {config.text_config.model_type}; only OPT is built in here")
+        refuse_decoder(config.text_config, "this BLIP-2")
         self.tokenizer, self.image_size, self.max_answer = tokenizer, config.vision_config.image_size, max_answer
         self.vision_model, self.language_model = blip2.vision_model, blip2.language_model
         self.query_tokens = nn.Parameter(blip2.query_tokens.detach().float())
@@ -706,15 +705,10 @@ class Blip2OPTGated(nn.Module):
         out = self.qformer(queries, image_embeds.to(self.query_tokens.dtype), gates=gates)
         return self.language_projection(out)
 
-    def lm_inputs(self, visual, input_ids, attention_mask):
-        """[visual | tokens] as the language model takes them: the one place where dtype and device are settled.
-
-        visual [B,Q,D], input_ids and attention_mask [B,L] -> inputs_embeds [B,Q+L,D], attention_mask [B,Q+L].
-        """
-        words = self.language_model.get_input_embeddings()(input_ids)  # [B,L,D]
-        embeds = torch.cat([visual.to(words.dtype), words], 1)
-        ones = attention_mask.new_ones(visual.shape[:2])
-        return {"inputs_embeds": embeds, "attention_mask": torch.cat([ones, attention_mask], 1)}
+    @property
+    def decoder(self):
+        """What the frozen language model is asked through: see engine/decoders.py."""
+        return decoder_of(self.language_model, self.tokenizer)
 
     def forward(self, input_ids, attention_mask, prompt_mask, labels, images=None, image_embeds=None, style_feature=None,
                 style=None, hit_rows=None, hit_weight=0.0, kl_weight=0.0, gated=True, blind=False):
@@ -732,13 +726,13 @@ class Blip2OPTGated(nn.Module):
         if image_embeds is None:
             features = self.image_features(images)
         visual = self.visual_prompt(**features, input_ids=input_ids, prompt_mask=prompt_mask, gated=gated, blind=blind)
-        logits, targets, owner = self._answer_logits(visual, input_ids, attention_mask, labels)
+        logits, targets, owner = self.decoder.answer_logits(visual, input_ids, attention_mask, labels)
         rows = F.one_hot(owner, len(labels)).T.float()  # [B,M]
         nll = F.cross_entropy(logits.float(), targets, reduction="none")  # [M]
         parts = {"lm": _weighed(_row_mean(rows), nll)}
         total = parts["lm"]
         if hit_weight or kl_weight:
-            words = _row_mean(rows * (targets != newline_id(self.tokenizer)))  # without the newline: no style ends in one
+            words = _row_mean(rows * (targets != end_id(self.tokenizer)))  # without what ends an answer: no style word
         if hit_weight:
             parts["hit"], parts["hard_hit"] = style_hit(logits, words, self.style_pieces)
             parts["hit_rows"] = hit_rows.float()
@@ -751,18 +745,6 @@ class Blip2OPTGated(nn.Module):
             total = total + kl_weight * (parts["kl"] + parts["style_ce"])
         parts["total"] = total
         return {"loss": total.mean(), **{name: part.detach() for name, part in parts.items()}}
-
-    def _answer_logits(self, visual, input_ids, attention_mask, labels):
-        """Logits at answer positions only: the vocabulary is wide and all other rows would be thrown away.
-
-        -> logits [M,V], targets [M], owner [M] (row of the batch).
-        """
-        inputs = self.lm_inputs(visual, input_ids, attention_mask)
-        inputs["attention_mask"] = None  # pads are on the right, where no word looks; without a mask the flash kernel may run
-        states = self.language_model.model(**inputs, use_cache=False).last_hidden_state
-        owner, position = (labels != -100).nonzero(as_tuple=True)
-        before = visual.shape[1] + position - 1  # the state before each token predicts it
-        return self.language_model.lm_head(states[owner, before]), labels[owner, position], owner
 
     # -- answering
 
@@ -787,17 +769,9 @@ class Blip2OPTGated(nn.Module):
         if method != "generate":
             raise ValueError(f"method must be generate or rank, got {method!r}")
         asked = self._asked(questions, contexts, **features, gated=gated and not blind)
-        inputs, _ = self._prompt_inputs(*asked, gated, blind)
-        max_new_tokens = max_new_tokens or self.max_answer
-        # the prompt goes through here once: generate would repeat it for every beam before it has a cache to share; it wants the
-        # whole inputs all the same, and runs what the cache lacks
-        cache = beam_cache(self._prefill(inputs), beams, max_new_tokens)
-        settings = {"num_beams": beams, "num_return_sequences": best or 1,
-                    **({"length_penalty": length_penalty} if beams > 1 else {})}
-        ids = self.language_model.generate(
-            **inputs, **self._with_cache(cache), **settings, do_sample=False, max_new_tokens=max_new_tokens, min_new_tokens=1,
-            eos_token_id=newline_id(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id)
-        texts = texts_of(self.tokenizer, ids.tolist())  # only new tokens: the prompt went in as embeddings
+        ids = self.decoder.generate(*self._prompts(*asked, gated, blind), beams, max_new_tokens or self.max_answer, length_penalty,
+                                    best or 1)
+        texts = texts_of(self.tokenizer, ids.tolist())
         texts = [text.split("\n")[0].strip() for text in texts]
         return texts if best is None else [list(dict.fromkeys(texts[i:i + best])) for i in range(0, len(texts), best)]
 
@@ -809,10 +783,10 @@ class Blip2OPTGated(nn.Module):
         image_embeds [B,P,W], style_feature [B,F]. Candidates are scored in chunks of `chunk` question-answer pairs.
         """
         asked = questions, *_ = self._asked(questions, contexts, image_embeds, style_feature, gated and not blind)
-        prompt = self._prompt_inputs(*asked, gated, blind)
+        prompts = self._prompts(*asked, gated, blind)
         targets = [answer_ids(self.tokenizer, answer) for answer in _texts(answers, "answers")]
         pairs = [(b, target) for b in range(len(questions)) for target in targets]
-        return self._log_likelihoods(*prompt, pairs, chunk).view(len(questions), len(answers))
+        return self.decoder.log_likelihoods(*prompts, pairs, chunk).view(len(questions), len(answers))
 
     @torch.no_grad()
     def confidence(self, questions, answers, image_embeds, style_feature=None, contexts=None, gated=True, blind=False, chunk=64):
@@ -824,10 +798,10 @@ class Blip2OPTGated(nn.Module):
         asked = questions, *_ = self._asked(questions, contexts, image_embeds, style_feature, gated and not blind)
         if len(_texts(answers, "answers")) != len(questions):
             raise ValueError(f"{len(answers)} answers to {len(questions)} questions: one of each is wanted")
-        prompt = self._prompt_inputs(*asked, gated, blind)
+        prompts = self._prompts(*asked, gated, blind)
         pairs = list(enumerate(answer_ids(self.tokenizer, answer) for answer in answers))
         lengths = torch.tensor([len(target) for _, target in pairs], device=image_embeds.device)
-        return self._log_likelihoods(*prompt, pairs, chunk) / lengths
+        return self.decoder.log_likelihoods(*prompts, pairs, chunk) / lengths
 
     def _asked(self, questions, contexts, image_embeds, style_feature, gated):
         """-> (B questions, B contexts or None, image_embeds [B,P,W], style_feature [B,F] or None): what was given once stands for all.
@@ -848,44 +822,11 @@ class Blip2OPTGated(nn.Module):
         return tuple(x * B if isinstance(x, list) and len(x) == 1 else x.expand(B, *x.shape[1:]) if isinstance(x, torch.Tensor) else x
                      for x in (questions, contexts, image_embeds, style_feature))
 
-    def _prompt_inputs(self, questions, contexts, image_embeds, style_feature, gated, blind):
-        """-> lm_inputs of the left-padded prompts, [B,Q+L], and the last token of each, [B,1], never a pad."""
-        batch = send_to_device(encode_prompts(self.tokenizer, questions, contexts), image_embeds.device, non_blocking=True)
-        visual = self.visual_prompt(image_embeds, style_feature, batch["input_ids"], batch["attention_mask"], gated, blind)
-        return self.lm_inputs(visual, **batch), batch["input_ids"][:, -1:]
-
-    def _with_cache(self, cache):
-        """The cache as the language model and its generate() take it: past_key_values before transformers 5.24, cache since."""
-        names = inspect.signature(type(self.language_model).forward).parameters
-        return {"cache" if "cache" in names else "past_key_values": cache}
-
-    def _prefill(self, inputs):
-        """lm_inputs -> DynamicCache of all positions but the last, [B,heads,Q+L-1,D/heads] a layer; the last one's state is the
-        first that predicts an answer token."""
-        from transformers import DynamicCache
-        cache = DynamicCache()
-        if inputs["inputs_embeds"].shape[1] > 1:  # else nothing stands before it
-            self.language_model.model(**{name: x[:, :-1] for name, x in inputs.items()}, **self._with_cache(cache))
-        return cache
-
-    def _log_likelihoods(self, inputs, last, pairs, chunk):
-        """Sum of the log-probabilities of the tokens of each pair (row of the batch, token ids) -> float [pairs].
-
-        The prompts run once; a chunk holds a copy of the cache for each of its pairs, and runs the last token and the answer.
-        """
-        cache, sums = self._prefill(inputs), torch.empty(len(pairs), device=last.device)
-        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][1]))  # like lengths together: next to no pads
-        for part in (order[start:start + chunk] for start in range(0, len(order), chunk)):
-            rows = torch.tensor([pairs[i][0] for i in part], device=last.device)
-            targets = pad_ids([pairs[i][1] for i in part], -100).to(last.device)  # [N,A]
-            real, before = targets != -100, targets[:, :-1]  # the last token of an answer predicts nothing
-            ids = torch.cat([last[rows], before.clamp(min=0)], 1)  # [N,A], right-padded
-            mask = torch.cat([inputs["attention_mask"][rows], real[:, :-1]], 1)  # [N,Q+L-1+A]; a pad takes no position
-            out = self.language_model.model(input_ids=ids, attention_mask=mask, **self._with_cache(cache_rows(cache, rows)))
-            states = out.last_hidden_state[real]  # [N,A,D] -> [M,D]
-            nll = F.cross_entropy(self.language_model.lm_head(states).float(), targets[real], reduction="none")  # [M]
-            sums[part] = -torch.zeros(targets.shape, device=last.device).masked_scatter(real, nll).sum(1)  # [N]
-        return sums
+    def _prompts(self, questions, contexts, image_embeds, style_feature, gated, blind):
+        """-> what the language model sees of the pictures, [B,Q,D], and the batch of encode_prompts."""
+        batch = send_to_device(encode_prompts(self.tokenizer, questions, contexts, self.decoder.left), image_embeds.device,
+                               non_blocking=True)
+        return self.visual_prompt(image_embeds, style_feature, batch["input_ids"], batch["attention_mask"], gated, blind), batch
 
 
 def _kind(thing):

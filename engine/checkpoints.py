@@ -144,7 +144,7 @@ def fingerprint(model, dtype=None):
     The linear layers of the language model are a part of their own, absent where their weights are packed (int8, nf4)."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     linear = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-              and name.startswith("language_model.") and ".layers." in name}
+              and name.startswith("language_model.") and (".layers." in name or ".block." in name)}  # T5's layers are blocks
     packed = any(not module.weight.is_floating_point() for module in linear.values())
     digests = {}
     for name, tensor in sorted(model.state_dict().items()):

@@ -52,13 +52,18 @@ class BitReLU(nn.Module):
 
 
 def save_activations(language_model, how):
-    """How training keeps the activations of a frozen OPT: "keep" as they are; "bits": PackedReLU; "recompute": each layer's input
-    alone, the rest is computed again in the backward pass (Chen et al. 2016). Gradients are the same."""
-    for layer in language_model.model.decoder.layers:
+    """How training keeps the activations of a frozen language model: "keep" as they are; "bits": PackedReLU for OPT's; "recompute":
+    each layer's input alone, the rest is computed again in the backward pass (Chen et al. 2016). Gradients are the same."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    layers = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers if how != "keep" else ():
         if how == "bits":
-            if not isinstance(layer.activation_fn, nn.ReLU):
-                raise DataError(f"--activations bits is for ReLU; this language model has {type(layer.activation_fn).__name__}")
-            layer.activation_fn = BitReLU()
+            found = [(parent, name) for parent in layer.modules() for name, child in parent.named_children() if type(child) is nn.ReLU]
+            if not found:
+                raise DataError(f"--activations bits is for ReLU, which OPT has; this language model ({language_model.config.model_type}) "
+                                "has none: take recompute")
+            for parent, name in found:
+                setattr(parent, name, BitReLU())
         elif how == "recompute":
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 

@@ -1,12 +1,16 @@
 """prompts.py: texts as the models read them: what training, evaluation and every page must agree on.
 
     prompt_ids, answer_ids, encode_training, encode_prompts   questions and answers of the language model
+    habits_of, end_id, stop_ids                               what its tokenizer puts around a text, and what ends an answer
     answer_length, say_cut                                    how long answers may be, and which are cut
     Collate                                                   samples of questions.Questions -> a batch
     text_ids                                                  texts of the Q-Former
 
 Capitals in shape comments as in core.py: B batch, L text tokens, P image patches, W vision width.
 """
+
+import functools
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import default_collate
@@ -21,30 +25,62 @@ MAX_TEXT = 32  # tokens of a text in the Q-Former, [CLS] and [SEP] among them
 MAX_ANSWER = 64  # tokens of an answer with its end of line, at most: more than short answers ever have, so that none is cut
 
 
+class Habits(NamedTuple):
+    """What a tokenizer does with a text, and with the pieces that a prompt is made of."""
+    before: list  # ids that stand before a text: [BOS] of OPT and Llama, none of Qwen, SmolLM2 and T5
+    after: list  # ids behind it: [EOS] of T5's encoder
+    own_blank: bool  # SentencePiece puts the blank before a word itself, byte-level tokenizers have it written
+
+
+@functools.lru_cache(maxsize=16)
+def habits_of(tokenizer):
+    """Tokenizer -> Habits. A token that begins or ends texts is taken for one where the tokenizer puts it: many name one that their
+    model was never trained with. OPT's (</s>) is always put, since its tokenizer is often saved without that rule."""
+    whole, bare = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    begins = whole[0] == tokenizer.bos_token_id or tokenizer.bos_token == "</s>"
+    ends = whole[-1] == tokenizer.eos_token_id
+    return Habits([tokenizer.bos_token_id] * begins, [tokenizer.eos_token_id] * ends,
+                  tokenizer.convert_ids_to_tokens(bare)[0].startswith("\u2581"))
+
+
+def inner_ids(tokenizer, text):
+    """Ids of a text as it stands within a longer one; the blank before its first word is written: inner_ids(t, " word")."""
+    return tokenizer(text.removeprefix(" ") if habits_of(tokenizer).own_blank else text, add_special_tokens=False).input_ids
+
+
 def newline_id(tokenizer):
-    """The token that ends an answer (BLIP-2's stage 2 trains "text + newline")."""
+    """The token of a line's end."""
     return tokenizer("\n", add_special_tokens=False).input_ids[-1]
 
 
+def end_id(tokenizer):
+    """The token that is trained to end an answer: the newline (BLIP-2's stage 2 trains "text + newline"), or T5's end of text."""
+    return (habits_of(tokenizer).after or [newline_id(tokenizer)])[0]
+
+
+def stop_ids(tokenizer):
+    """The tokens that end a generated answer: end_id, and the end of text where that is not also its beginning, as OPT's </s>."""
+    return list(dict.fromkeys([end_id(tokenizer)] + [i for i in [tokenizer.eos_token_id] if i not in (None, tokenizer.bos_token_id)]))
+
+
 def prompt_ids(tokenizer, question, context="", max_tokens=64, max_context=128):
-    """Token ids of BOS, the context where there is one, and the prompt.
+    """Token ids of the context where there is one and the prompt, with what the tokenizer puts before and behind a text.
 
     A long question is cut so that "Answer:" always stands at the end; a context is cut to max_context tokens of its own.
     """
-    def ids(text):
-        return tokenizer(text, add_special_tokens=False).input_ids
-
+    before, after, _ = habits_of(tokenizer)
     head, tail = PROMPT.split("{}")
-    before = ids(CONTEXT.format(context.strip()).rstrip())[:max_context] if context.strip() else []
-    head = " " + head if before else head  # OPT's words hold the blank before them: alone it would be a token that no text has there
-    asked = [tokenizer.bos_token_id, *ids(head + question.strip())][:max_tokens - len(ids(tail))]
-    return asked[:1] + before + asked[1:] + ids(tail)
+    told = inner_ids(tokenizer, CONTEXT.format(context.strip()).rstrip())[:max_context] if context.strip() else []
+    head = " " + head if told else head  # OPT's words hold the blank before them: alone it would be a token that no text has there
+    tail = inner_ids(tokenizer, tail) + after
+    asked = inner_ids(tokenizer, head + question.strip())[:max_tokens - len(before) - len(tail)]
+    return before + told + asked + tail
 
 
 def answer_ids(tokenizer, answer, max_tokens=None):
-    """Token ids of " answer" and the newline; with max_tokens cut to as many, the newline stays."""
-    ids = tokenizer(" " + answer.strip(), add_special_tokens=False).input_ids
-    return (ids if max_tokens is None else ids[:max_tokens - 1]) + [newline_id(tokenizer)]
+    """Token ids of " answer" and end_id; with max_tokens cut to as many, the end stays."""
+    ids = inner_ids(tokenizer, " " + answer.strip())
+    return (ids if max_tokens is None else ids[:max_tokens - 1]) + [end_id(tokenizer)]
 
 
 def answer_lengths(tokenizer, answers):
@@ -84,11 +120,12 @@ def encode_training(tokenizer, questions, answers, max_answer=None, contexts=Non
             "labels": padded([[-100] * len(p) + t for p, t in pairs], -100)}
 
 
-def encode_prompts(tokenizer, questions, contexts=None):
-    """Questions -> dict of [B,L] tensors for generation: input_ids, attention_mask; left-padded, as OPT needs it."""
+def encode_prompts(tokenizer, questions, contexts=None, left=True):
+    """Questions -> dict of [B,L] tensors for generation: input_ids, attention_mask; padded on the left, as a decoder needs it that
+    goes on where the prompt ends, or on the right for an encoder."""
     prompts = [prompt_ids(tokenizer, q, c) for q, c in zip(questions, contexts or [""] * len(questions))]
-    return {"input_ids": pad_ids(prompts, tokenizer.pad_token_id, left=True),
-            "attention_mask": pad_ids([[1] * len(p) for p in prompts], 0, left=True)}
+    return {"input_ids": pad_ids(prompts, tokenizer.pad_token_id, left),
+            "attention_mask": pad_ids([[1] * len(p) for p in prompts], 0, left)}
 
 
 def text_ids(tokenizer, texts, max_length=MAX_TEXT):

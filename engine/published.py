@@ -20,6 +20,7 @@ import torch
 
 from data.tables import excerpt
 from engine.checkpoints import load_foreign, load_strictly, unwrap_state
+from engine.decoders import refuse_decoder
 from engine.errors import DataError
 from engine.files import PROJECT, located
 
@@ -42,6 +43,10 @@ def load_blip2(name, dtype=torch.float32, lm_precision=None, tower=True):
 
     class WithoutRounding(Blip2ForConditionalGeneration):
         _keep_in_fp32_modules_strict = ["query_tokens", "qformer", "language_projection"]  # they are trained: from the file's own values
+
+        def __init__(self, config):
+            refuse_decoder(config.text_config, name, dtype, lm_dtype)  # before a weight is read
+            super().__init__(config)
     model_class = WithoutRounding
     if not tower:
         class WithoutTower(WithoutRounding):
@@ -97,7 +102,7 @@ def load_published(model_class, kind, name, dtype=torch.float32, **options):
             model, found = model_class.from_pretrained(name, dtype=dtype, local_files_only=local, output_loading_info=True,
                                                        ignore_mismatched_sizes=True, **options)
             break
-        except (MemoryError, torch.OutOfMemoryError):
+        except (MemoryError, torch.OutOfMemoryError, DataError):
             raise
         except Exception as error:  # a damaged folder raises anything, from four libraries
             errors.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
@@ -255,6 +260,8 @@ def load_tokenizer(name):
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except Exception as error:  # as above
         raise DataError(f"{name}: its tokenizer cannot be read ({' '.join(str(error).split())[:120]})") from None
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:  # Llama's have none; pads are masked
+        tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one without a word where the files are missing
         raise DataError(f"{name}: no tokenizer files there: give the folder that save_pretrained of model and tokenizer wrote "
                         "(tokenizer.json; or vocab.json and merges.txt, or vocab.txt)")

@@ -62,7 +62,7 @@ def logits(model, batch):
         features = {name: batch[name] for name in ("image_embeds", "style_feature") if name in batch}
         features = {"style_feature": None, **(features or model.image_features(batch["images"]))}
         visual = model.visual_prompt(**features, input_ids=batch["input_ids"], prompt_mask=batch["prompt_mask"])  # [B,Q,D]
-        return model._answer_logits(visual, batch["input_ids"], batch["attention_mask"], batch["labels"])[0].float()
+        return model.decoder.answer_logits(visual, batch["input_ids"], batch["attention_mask"], batch["labels"])[0].float()
     finally:
         model.train(training)
 

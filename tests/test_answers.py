@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import core
-from engine import published
+from engine import decoders, prompts, published
 from tools import make_tiny
 
 QUESTIONS = ["Which style is this painting?", "How many?", "What colour are the very many boats on the water of this lake?", "Colour?"]
@@ -68,7 +68,7 @@ def pictures(model):
 def lm_inputs(model, questions, features, contexts=None, gated=True, blind=False):
     batch = core.encode_prompts(model.tokenizer, questions, contexts)
     visual = model.visual_prompt(**features, input_ids=batch["input_ids"], prompt_mask=batch["attention_mask"], gated=gated, blind=blind)
-    return model.lm_inputs(visual, **batch)
+    return model.decoder.inputs(visual, **batch)
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def test_positions_count_real_tokens_only(model, features, watch):
 
 
 def test_prompt_of_one_token(model, features, monkeypatch, watch):
-    monkeypatch.setattr(core, "prompt_ids", lambda tokenizer, *args: [tokenizer.bos_token_id])
+    monkeypatch.setattr(prompts, "prompt_ids", lambda tokenizer, *args: [tokenizer.bos_token_id])
     calls = watch(model.language_model.model.decoder, shape)
     for beams in (1, 3):
         found = model.predict_answers(None, QUESTIONS, **features, blind=True, beams=beams)
@@ -217,14 +217,14 @@ def test_pads_of_an_answer_take_no_position(model, features, watch):
 
 
 def test_kept_cache_stays_as_it_was(model, features, monkeypatch):
-    kept, prefill = [], model._prefill
+    kept, cached = [], decoders.Causal._cached
 
-    def keep(inputs):
-        cache = prefill(inputs)
+    def keep(decoder, inputs):
+        cache = cached(decoder, inputs)
         kept.append((cache, [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]))
         return cache
 
-    monkeypatch.setattr(model, "_prefill", keep)
+    monkeypatch.setattr(decoders.Causal, "_cached", keep)
     model.score_answers(QUESTIONS, ANSWERS, **features, chunk=4)
     (cache, before), = kept
     assert len(before) == 4

@@ -190,7 +190,7 @@ def all_logits(model, batch, gated):
     """Logits at every text position [B,L,V]."""
     features = model.image_features(batch["images"])
     visual = model.visual_prompt(**features, input_ids=batch["input_ids"], prompt_mask=batch["prompt_mask"], gated=gated)
-    out = model.language_model(**model.lm_inputs(visual, batch["input_ids"], batch["attention_mask"]))
+    out = model.language_model(**model.decoder.inputs(visual, batch["input_ids"], batch["attention_mask"]))
     return out.logits[:, visual.shape[1]:]
 
 
@@ -415,6 +415,10 @@ def test_the_loss_sees_the_answer_and_only_the_answer(build, batch):
 
 class Words:
     """A tokenizer of single letters, for arithmetic by hand: id of "a" is 0; spaces vanish."""
+    bos_token = bos_token_id = eos_token_id = None
+
+    def convert_ids_to_tokens(self, ids):
+        return [chr(ord("a") + i) for i in ids]
 
     def __len__(self):
         return 6
@@ -635,7 +639,7 @@ def test_the_losses_are_means_in_float32_under_autocast(build, batch):
     model = build()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         seen = model.visual_prompt(**model.image_features(batch["images"]), input_ids=batch["input_ids"], prompt_mask=batch["prompt_mask"])
-        logits, targets, owner = model._answer_logits(seen, *(batch[name] for name in ("input_ids", "attention_mask", "labels")))
+        logits, targets, owner = model.decoder.answer_logits(seen, *(batch[name] for name in ("input_ids", "attention_mask", "labels")))
         parts = model(**batch, hit_weight=0.1, kl_weight=0.05)
     assert {part.dtype for part in parts.values()} == {torch.float32}
     nll = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")  # [M]

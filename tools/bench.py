@@ -534,7 +534,7 @@ def plan_table(sizes=FULL, batches=(2, 8, 64)):
 def shapes_of_a_step(model, batch, labels=4):
     """Blip2OPTGated.forward where no label can be looked at: the answer is the last `labels` tokens of every row."""
     visual = model.visual_prompt(batch["image_embeds"], batch["style_feature"], batch["input_ids"], batch["prompt_mask"])
-    inputs = model.lm_inputs(visual, batch["input_ids"], batch["attention_mask"])["inputs_embeds"]  # [B,Q+L,D]
+    inputs = model.decoder.inputs(visual, batch["input_ids"], batch["attention_mask"])["inputs_embeds"]  # [B,Q+L,D]
     model_inputs, (B, S, _) = {"inputs_embeds": inputs}, inputs.shape
     if hasattr(model.language_model.model.decoder, "_update_causal_mask"):  # before transformers 5 OPT makes a mask and looks at its
         # values: of one on the CPU it can; the positions are then given too, where it would compute them from the mask

@@ -298,7 +298,7 @@ def words_loss(gated, texts, states, rng):
         visual = gated.visual_prompt(states, None, None, None, gated=False)  # [16,Q,D]
         loudness = torch.from_numpy(rng.uniform(0.3, 1.0, (len(ids), QUERIES, 1))).float() * visual.std() / embeds.std()
     batch = core.encode_training(gated.tokenizer, questions, answers)
-    inputs = gated.lm_inputs(visual + loudness * embeds, batch["input_ids"], batch["attention_mask"])
+    inputs = gated.decoder.inputs(visual + loudness * embeds, batch["input_ids"], batch["attention_mask"])
     logits = gated.language_model(**inputs).logits[:, QUERIES - 1:-1]  # [16,L,V]
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
 

@@ -1,0 +1,291 @@
+"""pytest tests/test_decoders.py: every kind of language model behind the Q-Former, see decoder_kinds.py.
+
+Reference-checked: logits, loss and answers against transformers' own Blip2ForConditionalGeneration on the same weights; scores
+against one forward for each pair. Behaviour-checked: pads and batches, gates, precisions, and the whole way from training to export.
+"""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from transformers import Blip2ForConditionalGeneration
+
+import core
+import eval_gated
+import train_gated
+from engine import checkpoints, decoders, errors, memory, prompts, published
+from engine.errors import DataError
+from tests import decoder_kinds
+from tests.decoder_kinds import CAUSAL, KINDS, SIZE, Q
+from tests.test_lean import gradients
+
+QUESTIONS = ["What style is this painting?", "How many?", "What colour are the very many boats on the water?"]
+ANSWERS = ["Pop Art", "three", "red"]
+STYLES = ["Cubism", "Pointillism", "Pop Art"]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """{kind: BLIP-2 folder}."""
+    place = tmp_path_factory.mktemp("decoders")
+    return {kind: decoder_kinds.make_folder(kind, place / kind) for kind in KINDS}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def built(folders, tiny):
+    """Function: kind, settings -> Blip2Gated in eval mode."""
+    def build(kind, gating="film", opened=False, **settings):
+        torch.manual_seed(1)
+        model = core.Blip2OPTGated.build(folders[kind], tiny[1], STYLES, gating, **settings).eval()
+        for gate in model.gates if opened else ():
+            nn.init.normal_(gate.value.weight, std=0.3)
+        return model
+    return build
+
+
+def training_batch(model):
+    images = torch.randn(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(3))
+    return {**core.encode_training(model.tokenizer, QUESTIONS, ANSWERS, multiple=4), "images": images,
+            "style": torch.tensor([2, 0, -1]), "hit_rows": torch.tensor([True, False, False])}
+
+
+def answer_logits(model, batch, gated):
+    visual = model.visual_prompt(**model.image_features(batch["images"]), input_ids=batch["input_ids"], prompt_mask=batch["prompt_mask"],
+                                 gated=gated)
+    return model.decoder.answer_logits(visual, *(batch[name] for name in ("input_ids", "attention_mask", "labels")))
+
+
+def one_pair(model, theirs, question, answer, image):
+    """transformers' output for one picture, question and answer without a pad, and the answer's ids."""
+    asked, wanted = core.prompt_ids(model.tokenizer, question), core.answer_ids(model.tokenizer, answer)
+    seen = [theirs.config.image_token_index] * Q + asked
+    if model.decoder.left:
+        ids, labels = seen + wanted, [-100] * len(seen) + wanted
+    else:
+        ids, labels = seen, wanted
+    return theirs(image, torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long), labels=torch.tensor([labels])), wanted
+
+
+# --- texts ------------
+
+def test_prompt_and_answer_are_the_tokens_of_the_whole_text(folders, kind):
+    tokenizer = published.load_tokenizer(folders[kind])
+    before, after, _ = prompts.habits_of(tokenizer)
+    for context, told in (("", ""), ("A boat.", "Context: A boat. ")):
+        asked = core.prompt_ids(tokenizer, " How many boats? ", context)
+        whole = tokenizer(f"{told}Question: How many boats? Answer: Pop Art" + "\n" * (not after)).input_ids
+        assert asked[:len(asked) - len(after)] + core.answer_ids(tokenizer, " Pop Art") == before * (whole[:1] != before) + whole
+    long = core.prompt_ids(tokenizer, "boat " * 500)
+    assert len(long) == 64 and tokenizer.decode(long, skip_special_tokens=True).endswith("Answer:") and long[:len(before)] == before
+
+
+def test_what_ends_an_answer(folders):
+    def ends(kind):
+        tokenizer = published.load_tokenizer(folders[kind])
+        ids = core.stop_ids(tokenizer)
+        assert core.answer_ids(tokenizer, "red")[-1] == core.answer_ids(tokenizer, "red " * 50, 8)[-1] == ids[0]
+        assert tokenizer.pad_token_id is not None
+        return [tokenizer.decode([i]) for i in ids]
+    assert {kind: ends(kind) for kind in KINDS} == {
+        "opt": ["\n"], "pythia": ["\n"], "smollm": ["\n", "<|im_end|>"], "qwen": ["\n", "<|im_end|>"], "llama": ["\n", "</s>"],
+        "flan-t5": ["</s>"]}
+
+
+# --- against transformers, and against itself ------------
+
+@torch.no_grad()
+def test_loss_and_logits_equal_transformers(built, folders, kind):
+    model, theirs = built(kind), Blip2ForConditionalGeneration.from_pretrained(folders[kind]).eval()
+    batch = training_batch(model)
+    logits, targets, owner = answer_logits(model, batch, gated=True)
+    lm = model(**batch)["lm"]
+    for b, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
+        out, wanted = one_pair(model, theirs, question, answer, batch["images"][b:b + 1])
+        n = len(wanted)
+        expected = out.logits[0, -n - 1:-1] if model.decoder.left else out.logits[0]
+        assert targets[owner == b].tolist() == wanted
+        assert torch.allclose(logits[owner == b], expected, atol=1e-5, rtol=1e-5)
+        assert lm[b].item() == pytest.approx(out.loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@torch.no_grad()
+def test_answers_equal_transformers_generate(built, folders, kind, beams):
+    model, theirs = built(kind), Blip2ForConditionalGeneration.from_pretrained(folders[kind]).eval()
+    images = training_batch(model)["images"]
+    found, expected = model.predict_answers(images, QUESTIONS, beams=beams, max_new_tokens=8), []
+    for b, question in enumerate(QUESTIONS):
+        ids = torch.tensor([[theirs.config.image_token_index] * Q + core.prompt_ids(model.tokenizer, question)])
+        out = theirs.generate(images[b:b + 1], ids, num_beams=beams, do_sample=False, max_new_tokens=8, min_new_tokens=1,
+                              eos_token_id=core.stop_ids(model.tokenizer), pad_token_id=model.tokenizer.pad_token_id,
+                              **({"length_penalty": 0.0} if beams > 1 else {}))[0]
+        new = out[ids.shape[1]:] if len(out) > ids.shape[1] and torch.equal(out[:ids.shape[1]], ids[0]) else out
+        expected.append(model.tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False).split("\n")[0].strip())
+    assert found == expected and len(set(found)) > 1
+
+
+@torch.no_grad()
+def test_fresh_gates_are_the_identity_to_the_bit(built, kind):
+    model = built(kind)
+    batch = training_batch(model)
+    assert torch.equal(answer_logits(model, batch, True)[0], answer_logits(model, batch, False)[0])
+    nn.init.normal_(model.gates[0].value.weight, std=0.3)  # and an open gate is not
+    assert not torch.equal(answer_logits(model, batch, True)[0], answer_logits(model, batch, False)[0])
+
+
+@torch.no_grad()
+def test_pads_and_batch_change_nothing(built, kind):
+    model = built(kind, opened=True)
+    batch = training_batch(model)
+    together, features = model(**batch)["lm"], model.image_features(batch["images"])
+    answers = model.predict_answers(None, QUESTIONS, **features, max_new_tokens=8)
+    for b, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
+        own = {name: x[b:b + 1] for name, x in features.items()}
+        alone = model(**core.encode_training(model.tokenizer, [question], [answer]), **own)["lm"]
+        assert together[b].item() == pytest.approx(alone.item(), rel=1e-5)
+        assert model.predict_answers(None, [question], **own, max_new_tokens=8) == [answers[b]]
+
+
+@torch.no_grad()
+def test_scores_are_the_likelihoods_of_training(built, kind):
+    model = built(kind, opened=True)
+    images, candidates = training_batch(model)["images"], ["red", "Pop Art", "three hundred and one"]
+    features = model.image_features(images)
+    scores = model.score_answers(QUESTIONS, candidates, **features, chunk=4)  # [3,3]
+    for b, question in enumerate(QUESTIONS):
+        for a, answer in enumerate(candidates):
+            one = core.encode_training(model.tokenizer, [question], [answer])
+            tokens = int((one["labels"] != -100).sum())
+            lm = model(**one, **{name: x[b:b + 1] for name, x in features.items()})["lm"].item()
+            assert scores[b, a].item() == pytest.approx(-lm * tokens, rel=1e-4)
+    assert model.predict_answers(images, QUESTIONS, method="rank", answers=candidates) == [candidates[i] for i in scores.argmax(1)]
+    mean = model.confidence(QUESTIONS, candidates, **features)
+    lengths = torch.tensor([len(core.answer_ids(model.tokenizer, answer)) for answer in candidates])
+    assert torch.allclose(mean, scores.diagonal() / lengths, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_blind_answers_see_no_picture(built, kind):
+    model = built(kind)
+    images = training_batch(model)["images"]
+    assert model.predict_answers(images, QUESTIONS, blind=True) == model.predict_answers(images.flip(0), QUESTIONS, blind=True)
+
+
+# --- precision and memory ------------
+
+@pytest.mark.parametrize("name, far", [("bf16", 0.05), ("nf4", 1.0)])
+def test_language_model_in_another_precision(built, kind, name, far):
+    if name == "nf4":
+        pytest.importorskip("bitsandbytes")
+    plain, small = built(kind, opened=True), built(kind, opened=True, lm_precision=name)
+    batch = training_batch(plain)
+    held = next(m for n, m in small.language_model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n and "embed_out" not in n)
+    assert held.weight.dtype == {"bf16": torch.bfloat16, "nf4": torch.uint8}[name]
+    expected, found = plain(**batch)["lm"], small(**batch)["lm"]
+    assert not torch.equal(expected, found) and (expected - found).abs().max() < far
+    loss, grads = gradients(small, batch)
+    assert torch.isfinite(loss) and len(grads) > 20 and all(torch.isfinite(g).all() for g in grads.values())
+    assert any(g.abs().max() > 0 for n, g in grads.items() if n.startswith("gates"))
+    was, now = checkpoints.fingerprint(plain), checkpoints.fingerprint(small)
+    assert checkpoints.other_parts(now, was) == [] and (checkpoints.LINEAR in now) is (name == "bf16")
+    assert len(small.predict_answers(batch["images"], QUESTIONS, max_new_tokens=4)) == 3
+
+
+def test_recomputed_activations_give_the_same_gradients(built, kind):
+    model = built(kind, opened=True)
+    batch = training_batch(model)
+    loss, grads = gradients(model, batch)
+    memory.save_activations(model.language_model, "recompute")
+    again, regrads = gradients(model, batch)
+    assert torch.equal(loss, again) and all(torch.equal(grads[name], regrads[name]) for name in grads)
+
+
+def test_bits_are_for_relu(built):
+    memory.save_activations(built("opt").language_model, "bits")
+    for kind in ("llama", "flan-t5"):
+        with pytest.raises(DataError, match="--activations bits is for ReLU.*recompute"):
+            memory.save_activations(built(kind).language_model, "bits")
+
+
+@pytest.mark.parametrize("settings", [{"dtype": torch.float16}, {"lm_precision": "fp16"}, {"dtype": torch.float16, "lm_precision": "fp32"}])
+def test_flan_t5_in_float16_is_refused(built, settings):
+    with pytest.raises(DataError, match="overflow in float16.*--precision bf16"):
+        built("flan-t5", **settings)
+    assert built("llama", **settings) is not None
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"is_encoder_decoder": True, "model_type": "bart"}, "bart, an encoder-decoder that is not built in here"),
+    ({"final_logit_softcapping": 30.0}, "changes its logits after the word head .final_logit_softcapping"),
+    ({"logits_scaling": 8.0}, "logits_scaling")])
+def test_what_is_not_built_in_is_refused(more, message):
+    config = type("Config", (), {"model_type": "some", "is_encoder_decoder": False, **more})
+    with pytest.raises(DataError, match=message):
+        decoders.refuse_decoder(config, "models/some", torch.float32)
+
+
+# --- from training to export ------------
+
+@pytest.fixture(scope="module")
+def trained(folders, few, tiny, tmp_path_factory):
+    """Function: kind -> (its run folder after an epoch, its cache); trained once."""
+    runs = {}
+
+    def train(kind):
+        if kind not in runs:
+            place = tmp_path_factory.mktemp("run")
+            run, cache = str(place / "run"), str(place / "cache")
+            train_gated.main(["--data", str(few), "--blip2", folders[kind], "--efficientnet", tiny[1], "--epochs", "1", "--batch-size", "8",
+                              "--accumulation", "1", "--lr", "1e-3", "--workers", "0", "--precision", "no", "--cache", cache, "--out", run])
+            runs[kind] = place / "run", place / "cache"
+        return runs[kind]
+    return train
+
+
+def test_training_writes_a_model_that_loads(trained, kind):
+    run, _ = trained(kind)
+    saved = checkpoints.load_checkpoint(run / "best.pt")
+    model, processor = core.load_gated(run)
+    assert saved["epoch"] == 1 and model.max_answer == saved["model_args"]["max_answer"]
+    assert sum(name.startswith("gates.") for name in saved["state"]) > 0
+
+
+@pytest.mark.parametrize("method", ["generate", "rank"])
+def test_evaluation_and_cache(trained, kind, method, tmp_path):
+    run, cache = trained(kind)
+    tables = []
+    for more in ([], ["--cache", str(cache)]):
+        table, answers = tmp_path / "table.json", tmp_path / "answers.json"
+        eval_gated.main(["--checkpoint", str(run), "--workers", "0", "--no-baselines", "--beams", "2", "--method", method,
+                         "--table", str(table), "--predictions", str(answers), *more])
+        tables.append((json.loads(table.read_text())[-1], json.loads(answers.read_text())))
+    assert tables[0][1] == tables[1][1] and tables[0][0]["loss"] == pytest.approx(tables[1][0]["loss"], rel=1e-5)
+    assert tables[0][0]["loss"] == pytest.approx(checkpoints.load_checkpoint(run / "best.pt")["value"], rel=1e-4)
+
+
+def test_maps_and_export(trained, kind, tmp_path):
+    run, _ = trained(kind)
+    eval_gated.main(["--checkpoint", str(run), "--workers", "0", "--no-baselines", "--beams", "1", "--maps", "1",
+                     "--export", str(tmp_path / "shared")])
+    assert len(list((run / "maps").glob("*.png"))) >= 2
+    model, _ = core.load_gated(tmp_path / "shared")  # export has compared its logits bit by bit
+    assert model.language_model.config.model_type == core.load_gated(run)[0].language_model.config.model_type
+
+
+def test_float16_is_refused_at_the_command(folders, few, tiny, tmp_path, capsys):
+    flags = ["--data", str(few), "--blip2", folders["flan-t5"], "--efficientnet", tiny[1], "--out", str(tmp_path / "run"),
+             "--lm-precision", "fp16"]
+    assert errors.exit_code(train_gated.main, flags) == 2
+    error = capsys.readouterr().err
+    assert "overflow in float16" in error and error.count("\n") == 1 and not (tmp_path / "run/best.pt").exists()
+
+
+def test_causal_kinds_are_most(folders):
+    """The list that the texts of errors name is the one that is tested."""
+    assert set(KINDS) - set(CAUSAL) == {"flan-t5"}
