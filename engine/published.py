@@ -68,7 +68,7 @@ def quantization(lm_precision, dtype):
     if not importlib.util.find_spec("bitsandbytes"):
         raise DataError(f"--lm-precision {lm_precision} needs bitsandbytes: pip install bitsandbytes, or take bf16, fp16 or fp32")
     from transformers import BitsAndBytesConfig
-    kept = ["vision_model", "qformer", "language_projection", "query_tokens", "lm_head"]
+    kept = ["vision_model", "qformer", "language_projection", "query_tokens", "lm_head", "embed_out"]  # GPT-NeoX has the last
     if lm_precision == "int8":
         logging.getLogger("bitsandbytes.autograd._functions").addFilter(no_word_on_float16)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)

@@ -179,7 +179,7 @@ def test_blind_answers_see_no_picture(built, kind):
 
 # --- precision and memory ------------
 
-@pytest.mark.parametrize("name, far", [("bf16", 0.05), ("nf4", 1.0)])
+@pytest.mark.parametrize("name, far", [("bf16", 0.02), ("nf4", 0.25)])
 def test_language_model_in_another_precision(built, kind, name, far):
     if name == "nf4":
         pytest.importorskip("bitsandbytes")
@@ -188,7 +188,7 @@ def test_language_model_in_another_precision(built, kind, name, far):
     held = next(m for n, m in small.language_model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n and "embed_out" not in n)
     assert held.weight.dtype == {"bf16": torch.bfloat16, "nf4": torch.uint8}[name]
     expected, found = plain(**batch)["lm"], small(**batch)["lm"]
-    assert not torch.equal(expected, found) and (expected - found).abs().max() < far
+    assert not torch.equal(expected, found) and ((expected - found).abs() < far * expected).all()
     loss, grads = gradients(small, batch)
     assert torch.isfinite(loss) and len(grads) > 20 and all(torch.isfinite(g).all() for g in grads.values())
     assert any(g.abs().max() > 0 for n, g in grads.items() if n.startswith("gates"))
@@ -269,13 +269,13 @@ def test_evaluation_and_cache(trained, kind, method, tmp_path):
     assert tables[0][0]["loss"] == pytest.approx(checkpoints.load_checkpoint(run / "best.pt")["value"], rel=1e-4)
 
 
-def test_maps_and_export(trained, kind, tmp_path):
+def test_maps_and_export(trained, folders, tiny, kind, tmp_path):
     run, _ = trained(kind)
     eval_gated.main(["--checkpoint", str(run), "--workers", "0", "--no-baselines", "--beams", "1", "--maps", "1",
                      "--export", str(tmp_path / "shared")])
     assert len(list((run / "maps").glob("*.png"))) >= 2
-    model, _ = core.load_gated(tmp_path / "shared")  # export has compared its logits bit by bit
-    assert model.language_model.config.model_type == core.load_gated(run)[0].language_model.config.model_type
+    model, _ = core.load_gated(tmp_path / "shared", blip2=folders[kind], efficientnet=tiny[1])  # export has compared its logits bit by bit
+    assert len(model.gates) == 2
 
 
 def test_float16_is_refused_at_the_command(folders, few, tiny, tmp_path, capsys):
