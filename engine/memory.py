@@ -58,11 +58,12 @@ def save_activations(language_model, how):
     layers = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers if how != "keep" else ():
         if how == "bits":
-            found = [(parent, name) for parent in layer.modules() for name, child in parent.named_children() if type(child) is nn.ReLU]
-            if not found:
-                raise DataError(f"--activations bits is for ReLU, which OPT has; this language model ({language_model.config.model_type}) "
-                                "has none: take recompute")
-            for parent, name in found:
+            acts = [(parent, name) for parent in layer.modules() for name, _ in parent.named_children() if name.startswith("act")]
+            others = {type(getattr(*act)).__name__ for act in acts} - {"ReLU"}
+            if others or not acts:
+                raise DataError(f"--activations bits is for ReLU, which OPT has; this language model has {', '.join(others) or 'none'}: "
+                                "take recompute")
+            for parent, name in acts:
                 setattr(parent, name, BitReLU())
         elif how == "recompute":
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
