@@ -4,6 +4,7 @@
     habits_of, end_id, stop_ids                               what its tokenizer puts around a text, and what ends an answer
     answer_length, say_cut                                    how long answers may be, and which are cut
     Collate                                                   samples of questions.Questions -> a batch
+    encode_captions, caption_prompts                          captions of the language model
     text_ids                                                  texts of the Q-Former
 
 Capitals in shape comments as in core.py: B batch, L text tokens, P image patches, W vision width.
@@ -109,7 +110,11 @@ def encode_training(tokenizer, questions, answers, max_answer=None, contexts=Non
     read the question there and never the answer. max_answer: tokens of an answer kept, None = all.
     """
     prompts = [prompt_ids(tokenizer, q, c) for q, c in zip(questions, contexts or [""] * len(questions))]
-    targets = [answer_ids(tokenizer, a, max_answer) for a in answers]
+    return pad_training(tokenizer, prompts, [answer_ids(tokenizer, a, max_answer) for a in answers], multiple)
+
+
+def pad_training(tokenizer, prompts, targets, multiple=1):
+    """Ids of B prompts and of what is to follow them -> the dict of encode_training."""
     def padded(rows, value):
         return pad_ids(rows, value, multiple=multiple)
 
@@ -118,6 +123,21 @@ def encode_training(tokenizer, questions, answers, max_answer=None, contexts=Non
             "attention_mask": padded([[1] * len(p + t) for p, t in pairs], 0),
             "prompt_mask": padded([[1] * len(p) + [0] * len(t) for p, t in pairs], 0),
             "labels": padded([[-100] * len(p) + t for p, t in pairs], -100)}
+
+
+def encode_captions(tokenizer, captions, max_tokens=MAX_TEXT, multiple=1):
+    """Captions -> dict of [B,L] tensors as encode_training gives them: no prompt but what the tokenizer puts around a text, then the
+    caption, cut to max_tokens with its end_id (LAVIS, stage 2)."""
+    before, after, _ = habits_of(tokenizer)
+    targets = [inner_ids(tokenizer, caption)[:max_tokens - 1] + [end_id(tokenizer)] for caption in captions]
+    return pad_training(tokenizer, [before + after] * len(targets), targets, multiple)
+
+
+def caption_prompts(tokenizer, count):
+    """What encode_captions puts before each of `count` captions: dict of [B,0 or 1], input_ids, attention_mask."""
+    before, after, _ = habits_of(tokenizer)
+    ids = torch.tensor([before + after] * count, dtype=torch.long)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def encode_prompts(tokenizer, questions, contexts=None, left=True):

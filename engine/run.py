@@ -243,6 +243,7 @@ class Run:
             bar.set_postfix(**{name: f"{value:.3f}" for name, value in step.means().items()}, lr=f"{rate:.1e}")
             if loop.stop_requested(self.accelerator, self.stop):
                 raise Stopped
+        next(batches, None)  # its loaders end here: the script still holds the last step, and the validation's loaders would inherit them
 
     def rows_of(self, keys):
         """The training rows of some keys, for messages."""

@@ -165,6 +165,23 @@ def test_a_loss_or_gradient_that_is_no_number_names_its_rows(make):
         step.update()
 
 
+def test_the_loaders_of_an_epoch_end_before_its_validation(make):
+    """The script still holds the last step, and with it their iterator: processes that the validation forks would inherit it."""
+    ended = []
+
+    def batches(epoch, left):
+        yield from ({"x": X[keys]} for keys in loop.keys_of(left))
+        ended.append(epoch)
+
+    toy, held = make(batches=batches), []
+    with toy.opened(False, {}, __file__):
+        for epoch in toy.epochs():
+            for step in toy.steps(epoch):
+                held += [step, *step]
+            assert ended[-1:] == [epoch]
+            toy.skip_validation()
+
+
 def test_a_rehearsal_leaves_nothing(make):
     toy = make()
     before = checkpoints.trainable_state(toy.model)
