@@ -25,13 +25,11 @@ from accelerate import DistributedDataParallelKwargs
 import metrics
 from data import captions, rows
 from data.captions import LONGEST, MAX_LENGTH, Captions, fingerprint, pictures_in
-from engine import checkpoints, environment, errors, files, flags, folders, loaders, loop, published, runfolder
-from engine.captioning import Collate, captions_of, describe, evaluate, summarize, write_captions
+from engine import checkpoints, environment, errors, files, flags, folders, loaders, loop, pages, published, runfolder
+from engine.captioning import Collate, captions_of, describe, evaluate, summarize, write_captions, write_results
 from engine.errors import DataError
 from engine.run import Run, first_decides, resumes
 from engine.text import text_of
-from show import report
-from show.report import write_cases
 
 DEFAULT = published.DEFAULTS["blip"]
 # conservative: what the analysis of the first runs recommends; original: what was run
@@ -296,9 +294,11 @@ def train(args):
             if run.end_epoch({"layers": len(opened_layers(run.model)), **numbers}):
                 run.save_best()
                 if args.report and accelerator.is_main_process:
-                    accelerator.print(f"report: {write_report(args, run.out / 'best.pt', 'val', parts.val, results)}")
+                    report_results(args, run.out / "best.pt", "val", parts.val, results)
         if run.marks["value"] is not None:
             finish(run, parts, args)
+    if args.report and accelerator.is_main_process and run.marks["value"] is not None:
+        pages.draw("report", args.report)
     return run
 
 
@@ -319,8 +319,7 @@ def finish(run, parts, args):
     accelerator, best = run.accelerator, run.out / "best.pt"
     if args.cases and accelerator.is_main_process:
         kept = json.loads((run.out / "val.json").read_text(encoding="utf-8"))
-        write_cases(run.out / "cases.html", parts.val, [kept[p.name] for p in parts.val.rows], args.cases, f"{run.out.name}: best epoch")
-        accelerator.print(f"{run.out / 'cases.html'}: {args.cases} worst and best")
+        draw_cases(args, parts.val, [kept[p.name] for p in parts.val.rows], f"{run.out.name}: best epoch")
     if captions.split_file(args.data, "test").is_file():
         # into a fresh model: layers that were opened after the best epoch are no longer what they were then
         content = first_decides(accelerator, lambda: checkpoints.load_checkpoint(best))  # the others would come before it is written
@@ -331,7 +330,8 @@ def finish(run, parts, args):
         if accelerator.is_main_process:
             write_captions(run.out / "test.json", data, results)
             if args.report:
-                accelerator.print(f"report: {write_report(args, best, 'test', data, results)}")
+                report_results(args, best, "test", data, results)
+                pages.draw("report", report_page(args, "test"))
 
 
 def rehearse(run, parts, args):
@@ -433,30 +433,42 @@ def score(args):
     for path in filter(None, (args.cases and page, args.report)):
         files.refuse_unwritable(path)
     model, tokenizer, accelerator, generation = ready(args)
-    scored = {}
+    scored, codes = {}, [0]
     for split in ["val"] + ["test"] * captions.split_file(args.data, "test").is_file():
         data = Captions(read_scored(args, split, say), model.config.vision_config.image_size, tokenizer)
         numbers, results = validate(model, tokenizer, data, accelerator, args, generation)
         say(f"{split}: {format_metrics(numbers)}")
         scored[split] = {"scores": numbers, "captions": captions_of(data, results)}
         if args.cases and split == "val" and accelerator.is_main_process:
-            write_cases(page, data, list(scored[split]["captions"].values()), args.cases, f"{args.checkpoint or args.blip}: {split}")
-            say(f"{page}: {args.cases} worst and best")
+            texts, title = list(scored[split]["captions"].values()), f"{args.checkpoint or args.blip}: {split}"
+            codes.append(draw_cases(args, data, texts, title, say))
         if args.report and accelerator.is_main_process:
-            say(f"report: {write_report(args, args.checkpoint, split, data, results)}")
+            report_results(args, args.checkpoint, split, data, results)
+            codes.append(pages.draw("report", report_page(args, split), log=say))
     if args.json:
         accelerator.print(json.dumps(scored, indent=1, ensure_ascii=False))
+    return max(codes)
 
 
-def write_report(args, checkpoint, split, data, results):
-    """--report: the page of a split -> its path. checkpoint: None = untrained; results: of evaluate."""
+def report_page(args, split):
+    """Where the page of --report of a split goes."""
     page = pathlib.Path(args.report)
-    page = page if split == "val" else page.with_name(f"{page.stem}_{split}{page.suffix}")
-    log = pathlib.Path(checkpoint).with_name("training_log.csv") if checkpoint else None
-    made = report.about(checkpoint=checkpoint, blip=args.blip, data=f"{args.data}, {split}")
-    system = "trained" if checkpoint else "untrained"
-    report.write(page, f"{checkpoint or args.blip}: {split}", report.captions(data.rows, {system: results}, log, PANELS, [made]))
-    return page
+    return page if split == "val" else page.with_name(f"{page.stem}_{split}{page.suffix}")
+
+
+def report_results(args, checkpoint, split, data, results):
+    """What --report draws of a split, as a file. checkpoint: None = untrained; results: of evaluate."""
+    log = checkpoint and os.path.abspath(pathlib.Path(checkpoint).with_name("training_log.csv"))
+    made = environment.provenance(checkpoint=checkpoint, blip=args.blip, data=f"{args.data}, {split}")
+    write_results(report_page(args, split), f"{checkpoint or args.blip}: {split}", data.rows,
+                  {"trained" if checkpoint else "untrained": results}, log=log, panels=PANELS, made=made)
+
+
+def draw_cases(args, data, texts, title, say=print):
+    """--cases: the page of the worst and the best captions -> the exit code of its command. texts: of all rows."""
+    page = pathlib.Path(args.out) / "cases.html"
+    write_results(page, title, data.rows, {"the model": [{"caption": text} for text in texts]}, args.cases)
+    return pages.draw("report", page, f"{page}: {args.cases} worst and best", say)
 
 
 def caption_folder(args):

@@ -30,13 +30,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import core
-import metrics
 from data import cirr, rows
-from engine import cache, checkpoints, environment, errors, files, flags, loaders, loop, picture_index, published, runfolder
+from engine import (cache, checkpoints, environment, errors, files, flags, loaders, loop, pages, picture_index, published, retrieval,
+                    runfolder)
 from engine.errors import DataError
+from engine.retrieval import chance, chance_text, mean_of, recalls
 from engine.run import Run, resumes
 from engine.text import text_of
-from show import gallery, report
 
 DEFAULT = published.DEFAULTS["blip2-itm"]
 RECALLS = {"cirr": ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"), "fashioniq": ("R@10", "R@50", "mean")}
@@ -433,41 +433,12 @@ def score_gallery(vectors, features, chunk=256):
     return torch.cat([core.max_similarity(part, features) for part in vectors.split(chunk)]).numpy()
 
 
-def columns(pool):
-    """The pool's queries as column numbers of its gallery: target [N], reference [N], members [N,6] (None in FashionIQ)."""
-    place = {name: column for column, name in enumerate(pool.gallery)}
-    target, reference = (np.array([place[getattr(q, side)] for q in pool.queries]) for side in ("target", "reference"))
-    members = np.array([[place[name] for name in q.members] for q in pool.queries]) if pool.queries[0].members else None
-    return target, reference, members
-
-
-def recalls(scores, pool, layout):
-    """The recalls of one pool, in percent."""
-    target, reference, members = columns(pool)
-    return metrics.cirr_scores(scores, target, reference, members) if layout == "cirr" else metrics.fashioniq_scores(scores, target)
-
-
 def evaluate(model, pools, opener, accelerator, layout, batch_size, workers):
     """Every pool -> (recalls and the change by the gate, scores [N,G])."""
     for pool in pools:
         features, vectors, change = encode(model, pool, opener, accelerator, batch_size, workers)
         scores = score_gallery(vectors, features)
         yield {**recalls(scores, pool, layout), "change": change}, scores
-
-
-def mean_of(results):
-    """Mean of each number over the pools (FashionIQ has three)."""
-    return {name: float(np.mean([one[name] for one in results])) for name in results[0]}
-
-
-def chance(pools, layout):
-    """What a random order of the galleries scores, in the form of validate."""
-    return mean_of([metrics.chance_level(len(pool.gallery), cirr.MEMBERS if layout == "cirr" else None) for pool in pools])
-
-
-def chance_text(pool):
-    chance = metrics.chance_level(len(pool.gallery), cirr.MEMBERS if pool.name == "cirr" else None)
-    return ", ".join(f"{name} {value:.2f}" for name, value in chance.items())
 
 
 def format_metrics(numbers):
@@ -561,8 +532,9 @@ def train(args):
             if run.end_epoch({**numbers, "temp": run.model.temp.item()}):
                 run.save_best()
                 if args.report and accelerator.is_main_process:
-                    write_report(args, run.out / "best.pt", parts.val, scores)
-                    print(f"report: {args.report}")
+                    report_results(args, run.out / "best.pt", parts.val, scores)
+    if args.report and accelerator.is_main_process and run.marks["value"] is not None:
+        pages.draw("report", args.report)
     return run
 
 
@@ -641,9 +613,9 @@ def dry_run(args):
 # --- without training ------------
 
 def score(args):
-    """--checkpoint: the recalls of the validation split; --submit, --gate-maps and --report."""
+    """--checkpoint: the recalls of the validation split; --submit, --gate-maps and --report -> exit code."""
     best, model, accelerator = load_best(args)
-    say = accelerator.print
+    say, codes = accelerator.print, [0]
     pools = read_data(args, "val", say)
     unseen = read_data(args, "test1", say) if args.submit else []
     for folder in filter(None, (args.submit, args.gate_maps)):  # now, and not after everything has been encoded
@@ -658,32 +630,31 @@ def score(args):
         scores.append(ranked)
         say(f"{pool.name}: {format_metrics(numbers)}")
         if args.gate_maps and accelerator.is_main_process:
-            draw_maps(args, model, pool, ranked, opener, say)
+            codes.append(draw_maps(args, model, pool, ranked, opener, say))
     if len(results) > 1:
         say(f"mean: {format_metrics(mean_of(results))}")
     if args.report and accelerator.is_main_process:
-        write_report(args, args.checkpoint, pools, scores)
-        say(f"report: {args.report}")
+        report_results(args, args.checkpoint, pools, scores)
+        codes.append(pages.draw("report", args.report, log=say))
     for pool in unseen:
         features, vectors, _ = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
         if accelerator.is_main_process:
             paths = cirr.write_submission(args.submit, pool.queries, pool.gallery, score_gallery(vectors, features))
             say(f"for CIRR's test server: {', '.join(map(str, paths))}")
+    return max(codes)
 
 
-def write_report(args, checkpoint, pools, scores):
-    """--report: the page of the validation pools; scores: [N,G] of each."""
-    seen = [(pool, ranked, *columns(pool)) for pool, ranked in zip(pools, scores)]
-    made = report.about(checkpoint=checkpoint, data=f"{args.data}, val")
-    log = pathlib.Path(checkpoint).with_name("training_log.csv")
-    report.write(args.report, f"{checkpoint}: val", report.retrieval(seen, log, PANELS, [made]))
+def report_results(args, checkpoint, pools, scores):
+    """What --report draws of the validation pools, as a file. scores: [N,G] of each."""
+    log = os.path.abspath(pathlib.Path(checkpoint).with_name("training_log.csv"))
+    made = environment.provenance(checkpoint=checkpoint, data=f"{args.data}, val")
+    retrieval.write_results(args.report, f"{checkpoint}: val", pools, scores, log=log, panels=PANELS, made=made)
 
 
 @torch.no_grad()
 def draw_maps(args, model, pool, scores, opener, say):
-    """--gate-maps: MAPS queries spread over the split, each as a picture of what the gate changed and of what was found."""
-    device, names, folder = model.query_tokens.device, list(pool.gallery), pathlib.Path(args.gate_maps)
-    pixels_of = Opener(model.image_size, args.transform, args.target_ratio)
+    """--gate-maps: MAPS queries spread over the split, each a figure of what the gate changed and of what was found -> exit code."""
+    device, names, folder, maps = model.query_tokens.device, list(pool.gallery), pathlib.Path(args.gate_maps), []
     for number in np.linspace(0, len(pool.queries) - 1, min(MAPS, len(pool.queries))).round().astype(int):
         query = pool.queries[number]
         path = pool.gallery[query.reference]
@@ -691,10 +662,12 @@ def draw_maps(args, model, pool, scores, opener, say):
         change = patch_change(model, model.image_embeds(opener(path)[None].to(device)), text)[0, 1:]  # [P-1], without [CLS]
         side = math.isqrt(len(change))
         best = [name for name in next(cirr.ranking(scores[[number]], names)) if name != query.reference][:5]
-        gallery.draw_gate_map(folder / f"{query.pairid}.png", rows.tensor_image(pixels_of(path)),
-                              change.view(side, side).cpu().numpy(), cirr.text_of(query),
-                              pool.gallery[query.target], [(pool.gallery[name], name == query.target) for name in best])
-    say(f"{folder}: gate maps of {min(MAPS, len(pool.queries))} queries")
+        maps.append({"file": f"{query.pairid}.png", "reference": path, "heat": change.view(side, side).tolist(),
+                     "text": cirr.text_of(query), "target": pool.gallery[query.target],
+                     "found": [(pool.gallery[name], name == query.target) for name in best]})
+    page = folder / f"{pool.name}_maps.png"
+    pages.write_results(page, "gate maps", args.checkpoint, preparation=(model.image_size, args.transform, args.target_ratio), maps=maps)
+    return pages.draw("gallery", page, f"{folder}: gate maps of {len(maps)} queries", say)
 
 
 def index_gallery(args, best, model, accelerator, opener):
@@ -725,7 +698,7 @@ def query_vector(model, accelerator, reference, text):
 
 @torch.no_grad()
 def search(args):
-    """--search: index --gallery (once, beside the checkpoint), print the best matches, write OUT/search.html."""
+    """--search: index --gallery (once, beside the checkpoint), print the best matches, draw OUT/search.html -> exit code."""
     best, model, accelerator = load_best(args)
     opener = Opener(model.image_size, args.transform, args.target_ratio)
     reference, page = opener(args.image), pathlib.Path(args.out) / "search.html"
@@ -737,10 +710,10 @@ def search(args):
     numbers, scores = picture_index.best(features, vector, args.top, itself)
     for rank, (number, score) in enumerate(zip(numbers, scores), 1):
         print(f"{rank:3}  {score:.3f}  {paths[number]}")
-    gallery.write_page(page, "Composed image retrieval", args.image, args.search,
-                       [(paths[number], names[number], float(score)) for number, score in zip(numbers, scores)],
-                       f"{len(names):,} pictures of {args.gallery}, model {args.checkpoint}")
-    print(page)
+    hits = [(os.path.abspath(paths[number]), names[number], float(score)) for number, score in zip(numbers, scores)]
+    pages.write_results(page, "search", "Composed image retrieval", reference=os.path.abspath(args.image), text=args.search, hits=hits,
+                        note=f"{len(names):,} pictures of {args.gallery}, model {args.checkpoint}")
+    return pages.draw("gallery", page, str(page))
 
 
 def digest(state):

@@ -27,7 +27,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import PIL
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -491,6 +490,7 @@ def picture_tensor(path, size):
 
 def image_tensor(image, size, mean=BLIP_MEAN, std=BLIP_STD):
     """RGB image -> float32 [3, size, size]: squashed to a square (bicubic, no crop), 0..1, normalised."""
+    import torch  # not above: pages are drawn without it
     assert image.mode == "RGB", f"image_tensor wants RGB, got {image.mode}: use load_image"
     squashed = image.resize((size, size), RESAMPLING)
     pixels = torch.from_numpy(np.asarray(squashed, dtype=np.float32) / 255)  # [size, size, 3]
@@ -500,6 +500,7 @@ def image_tensor(image, size, mean=BLIP_MEAN, std=BLIP_STD):
 
 def tensor_image(pixels, mean=BLIP_MEAN, std=BLIP_STD):
     """The way back: float [3, h, w] normalised -> RGB image, for looking at what the model saw."""
+    import torch
     colours = pixels.permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)  # [h, w, 3]
     return Image.fromarray((colours * 255).round().clamp(0, 255).byte().numpy())
 

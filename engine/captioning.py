@@ -4,7 +4,7 @@
     describe                   pictures -> captions
     confidence, evaluate       how sure the model is of a caption; every picture of a split captioned
     summarize                  the scores of a split; mean_of_three: what best.pt is chosen by
-    captions_of, write_captions    {file: caption}
+    captions_of, write_captions    {file: caption}; write_results: for a page
 
 Capitals in shape comments: B batch, s side of a picture, L tokens of a caption, V vocabulary.
 """
@@ -19,7 +19,7 @@ from tqdm import tqdm
 import metrics
 from data import rows
 from data.captions import token_ids
-from engine import errors, files, loaders
+from engine import errors, files, loaders, pages
 from engine.errors import DataError
 from engine.prompts import pad_ids
 from engine.text import texts_of
@@ -122,6 +122,13 @@ def write_captions(path, data, results):
     """captions_of as JSON, as metrics.py reads it."""
     with files.whole_file(path) as file:
         json.dump(captions_of(data, results), file, indent=1, ensure_ascii=False)
+
+
+def write_results(page, title, pictures, systems, cases=0, **content):
+    """The results of a split for a page, see pages.write_results. pictures: N captions.Picture; systems: {name: N dicts with at least
+    "caption"}, the trained one last; cases: 0, or a page of that many worst and best alone."""
+    return pages.write_results(page, "captions", title, **content, systems=systems, cases=cases, pictures=[
+        {"image": p.image, "name": p.name, "captions": p.captions} for p in pictures])
 
 
 # --- their scores ------------

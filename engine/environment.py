@@ -1,6 +1,7 @@
 """environment.py: where a run happens: versions, machine; and how that is told without telling names and places.
 
     note_versions, project_version   packages outside the tested ranges; the commit
+    provenance                       how a result was made, for the last part of a page
     environment                      what a bug report needs (python core.py --env), names and paths masked
     masked, masked_path, masked_names, last_part    words of a command line as they may be shown to others
 """
@@ -12,11 +13,12 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import shutil
 import socket
 import subprocess
-
-import torch
+import sys
+import time
 
 from engine.files import PROJECT
 
@@ -54,6 +56,14 @@ def project_version():
     untracked = [entry[3:] for entry in changed if entry.startswith("??") and entry.endswith(".py")]
     return commit.stdout.strip() + (", with changes that are not committed" if any(not e.startswith("??") for e in changed) else "") + (
         f", with code that is not in it ({', '.join(untracked[:4])}{', ...' if len(untracked) > 4 else ''})" if untracked else "")
+
+
+def provenance(**lines):
+    """How a result was made: `lines` as they are but for None, command, version of this project, packages, date -> [(name, text)]."""
+    packages = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "numpy")]
+    known = {"command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": project_version(),
+             "versions": ", ".join(["Python " + sys.version.split()[0], *packages]), "date": time.strftime("%Y-%m-%d %H:%M %z")}
+    return [(name, str(value)) for name, value in {**lines, **known}.items() if value is not None]
 
 
 # --- masks ------------
@@ -138,6 +148,7 @@ def installed(name):
 
 
 def _processors():
+    import torch
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{usable} of {os.cpu_count()}, {torch.get_num_threads()} threads in torch"
 
@@ -147,6 +158,7 @@ def _memory():
 
 
 def _cuda():
+    import torch
     if not torch.cuda.is_available():
         return f"no GPU in use (torch is built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'the CPU'})"
     gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]

@@ -3,18 +3,21 @@
     thumbnail       a picture inside a page
     write_page      what a search found
     draw_gate_map   what the gate changed in the reference, and what was found
+    python -m show.gallery FILE    draws them from what train_cir.py --search or --gate-maps left (*.results.json)
 """
 
+import argparse
 import base64
 import io
+import sys
 import textwrap
 import unicodedata
 import warnings
 
 import numpy as np
 
-from data import rows
-from engine import files
+from data import cirr, rows
+from engine import errors, files, pages
 from engine.errors import DataError
 
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei",
@@ -124,3 +127,31 @@ def draw_gate_map(path, reference, heat, text, target, found):
             axis.spines[:].set(color=RIGHT if right else WRONG, linewidth=4)
         with files.whole_file(path, "wb") as file:
             figure.savefig(file, format="png", dpi=100)
+
+
+# --- from the files that train_cir.py leaves ------------
+
+def draw_search(content):
+    """The page of results of kind search: reference, text, hits and note of write_page."""
+    write_page(content["page"], content["title"], content["reference"], content["text"], content["hits"], content["note"])
+
+
+def draw_gate_maps(content):
+    """The figures of results of kind gate maps: for each the arguments of draw_gate_map; the reference is prepared as for the model."""
+    for one in content["maps"]:
+        seen = rows.tensor_image(cirr.prepare(rows.load_image(one["reference"]), *content["preparation"]))
+        draw_gate_map(content["page"].with_name(one["file"]), seen, np.array(one["heat"]), one["text"], one["target"], one["found"])
+
+
+KINDS = {"search": draw_search, "gate maps": draw_gate_maps}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draw what train_cir.py --search or --gate-maps has found, beside its results")
+    parser.add_argument("results", metavar="FILE.results.json")
+    content = pages.read_results(parser.parse_args(argv).results, KINDS)
+    KINDS[content["kind"]](content)
+
+
+if __name__ == "__main__":
+    sys.exit(errors.exit_code(main))

@@ -3,29 +3,30 @@
     write                           parts (Table, Charts, Cards, Note) -> a page; whatever a text holds is shown as text
     gated, captions, retrieval      what a stage has found -> its parts: write(path, title, gated(...))
     about                           lines on how it was made: command, version of this project, packages, date
+    python -m show.report FILE      the page of the results that a training script left (PAGE.results.json): it draws nothing itself
     expected_calibration_error, resampled_means     the numbers that are computed here and nowhere else
 
 Intervals are percentile bootstrap intervals (Efron 1979) over pictures: what is asked about one picture is not independent.
 """
 
+import argparse
 import csv
 import functools
 import hashlib
-import importlib.metadata
 import math
 import pathlib
-import shlex
 import sys
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import ClassVar, NamedTuple
 
 import numpy as np
 
 import metrics
-from engine import environment, files, runfolder
+from data import cirr
+from engine import environment, errors, files, pages, runfolder
 from engine.errors import DataError
 from show.gallery import thumbnail
 
@@ -241,12 +242,13 @@ def write(path, title, parts):
 
 
 def about(**lines):
-    """`lines` as they are, then command, version of this project, packages and date: the last part of a page."""
-    packages = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "numpy")]
-    known = {"command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": environment.project_version(),
-             "versions": ", ".join(["Python " + sys.version.split()[0], *packages]), "date": time.strftime("%Y-%m-%d %H:%M %z")}
-    told = [(name, str(value)) for name, value in {**lines, **known}.items() if value is not None]
-    return Table("How this was made", (), told, folded=True)
+    """How a result was made, see environment.provenance: the last part of a page."""
+    return made_table(environment.provenance(**lines))
+
+
+def made_table(lines):
+    """The part of the lines [(name, text)] of environment.provenance."""
+    return Table("How this was made", (), [tuple(line) for line in lines], folded=True)
 
 
 # --- numbers ------------
@@ -650,22 +652,15 @@ def caption_cases(pictures, said, count):
     return [cases.corpus(), *extremes(cases.order, cases.card, cases.note, count)]
 
 
-def write_cases(path, data, captions, count, title):
-    """A page of its own with the `count` worst and best rows by the mean of METEOR, ROUGE-L and CIDEr-D."""
-    write(path, title, caption_cases(data.rows, captions, count))
-
-
 # --- retrieval: train_cir ------------
 
 class Ranked:
-    """A pool with its scores: the ranks of its targets, and its queries as cards. See retrieval()."""
+    """A pool with engine.retrieval.rank_queries of it: its recalls, and its queries as cards. See retrieval()."""
 
-    def __init__(self, pool, scores, target, reference, members):
-        self.pool, self.scores, self.target, self.names = pool, np.asarray(scores), target, list(pool.gallery)
-        self.reference = None if members is None else reference
-        self.ranks = metrics.target_ranks(scores, target, self.reference)
-        self.inner = None if members is None else metrics.subset_ranks(scores, target, reference, members)
-        self.candidates = len(self.names) - (members is not None)
+    def __init__(self, pool, results):
+        self.pool, self.results, self.ranks = pool, results, np.array([one["rank"] for one in results])
+        self.inner = None if results[0]["subset_rank"] is None else np.array([one["subset_rank"] for one in results])
+        self.candidates = len(pool.gallery) - (self.inner is not None)
         self.units = [f"{pool.name}/{query.reference}" for query in pool.queries]
 
     def hits(self):
@@ -679,22 +674,15 @@ class Ranked:
         first, second = ("R@5", "Rs@1") if self.inner is not None else ("R@10", "R@50")
         return found | {"mean": (found[first] + found[second]) / 2}
 
-    def margin(self, n):
-        """How far the target stands above the best of the others."""
-        others = self.scores[n].copy()
-        others[[self.target[n]] + ([] if self.reference is None else [self.reference[n]])] = -np.inf
-        return float(np.nan_to_num(self.scores[n, self.target[n]] - others.max()))
-
     def card(self, n):
-        query, paths = self.pool.queries[n], self.pool.gallery
-        order = [i for i in np.argsort(-self.scores[n], kind="stable") if self.reference is None or i != self.reference[n]][:5]
+        query, one, paths = self.pool.queries[n], self.results[n], self.pool.gallery
         pictures = [Picture(paths[query.reference], "reference"), Picture(paths[query.target], "target")]
-        pictures += [Picture(paths[self.names[i]], str(place), "right" if i == self.target[n] else "wrong")
-                     for place, i in enumerate(order, 1)]
-        told = f"{self.ranks[n]} of {self.candidates:,}"
-        told += "" if self.inner is None else f"; in its image set {self.inner[n]} of 5"
-        lines = [Line("rank of the target", told, "right" if self.ranks[n] == 1 else ""),
-                 Line("score of the target", f"{self.scores[n, self.target[n]]:.3f}")]
+        pictures += [Picture(paths[name], str(place), "right" if name == query.target else "wrong")
+                     for place, name in enumerate(one["best"], 1)]
+        rank = f"{one['rank']} of {self.candidates:,}"
+        rank += "" if self.inner is None else f"; in its image set {one['subset_rank']} of 5"
+        lines = [Line("rank of the target", rank, "right" if one["rank"] == 1 else ""),
+                 Line("score of the target", f"{one['score']:.3f}")]
         small = f"{self.pool.name} {query.pairid}: {query.reference} to {query.target}"
         return Card(pictures, " / ".join(query.captions), lines, small)
 
@@ -710,19 +698,52 @@ def recall_table(pools):
         rows.append([Cell(pool.pool.name, f"{len(table):,} queries")] + with_intervals(values[-1], means[-1]))
     if len(pools) > 1:
         rows.append(["mean of them"] + with_intervals(np.mean(values, axis=0), np.mean(means, axis=0)))
-    luck = [metrics.chance_level(len(pool.names), 6 if pool.inner is not None else None) for pool in pools]
+    luck = [metrics.chance_level(len(pool.pool.gallery), 6 if pool.inner is not None else None) for pool in pools]
     rows.append(["a random order"] + [f"{np.mean([one[name] for one in luck]):.1f}" for name in names])
     return Table("Recall, percent", ["pool", *names], rows,
                  interval_note(len({name for pool in pools for name in pool.units}), "reference pictures"))
 
 
-def retrieval(found, log_path=None, panels=(), last=()):
-    """Parts of the page of train_cir. found: [(cirr.Pool, scores [N,G], *train_cir.columns(pool))], one for each pool."""
-    pools = [Ranked(*one) for one in found]
+def retrieval(pools, log_path=None, panels=(), last=()):
+    """Parts of the page of train_cir. pools: [(cirr.Pool, engine.retrieval.rank_queries of it)]."""
+    pools = [Ranked(*one) for one in pools]
     where = [(pool, n) for pool in pools for n in range(len(pool.ranks))]
-    order = sorted(range(len(where)), key=lambda i: (-where[i][0].ranks[where[i][1]], where[i][0].margin(where[i][1])))
+    order = sorted(range(len(where)), key=lambda i: (-where[i][0].ranks[where[i][1]], where[i][0].results[where[i][1]]["margin"]))
     queries = [(pool.pool.name, pool.pool.queries[n]) for pool, n in where]
     keys = [(name, query.reference, query.target, *query.captions) for name, query in queries]
     return [recall_table(pools), curves(log_path, panels),
             *samples(order, keys, lambda i: where[i][0].card(where[i][1]),
                      "By the rank of the target, then by how far its score stands above the best of the others."), *last]
+
+
+# --- pages from the files that a training script leaves ------------
+
+def caption_parts(content):
+    """Parts of the page of results of kind captions, see engine.captioning.write_results."""
+    pictures = [SimpleNamespace(**picture) for picture in content["pictures"]]
+    if content["cases"]:
+        (system,) = content["systems"].values()
+        return caption_cases(pictures, [one["caption"] for one in system], content["cases"])
+    return captions(pictures, content["systems"], content["log"], content["panels"], [made_table(content["made"])])
+
+
+def retrieval_parts(content):
+    """Parts of the page of results of kind retrieval, see engine.retrieval.write_results."""
+    pools = [(cirr.Pool(one["name"], [cirr.Query(**query) for query in one["queries"]], one["gallery"], one["split"], one["file"]),
+              one["results"]) for one in content["pools"]]
+    return retrieval(pools, content["log"], content["panels"], [made_table(content["made"])])
+
+
+KINDS = {"captions": caption_parts, "retrieval": retrieval_parts}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draw a page from the results that train_blip_caption.py or train_cir.py left beside it")
+    parser.add_argument("results", metavar="PAGE.results.json", help="PAGE.html is written beside it")
+    content = pages.read_results(parser.parse_args(argv).results, KINDS)
+    write(content["page"], content["title"], KINDS[content["kind"]](content))
+    print(content["page"])
+
+
+if __name__ == "__main__":
+    sys.exit(errors.exit_code(main))

@@ -629,7 +629,7 @@ def test_cases_page_holds_text_as_text_and_needs_nothing_else(flags, data, tmp_p
 
 def test_cases_are_the_worst_and_the_best(parts, tmp_path):
     said = ["nothing like it", "a blue square", "the green square", "a red one"]
-    report.write_cases(tmp_path / "c.html", parts.val, said, 1, "t")
+    report.write(tmp_path / "c.html", "t", report.caption_cases(parts.val.rows, said, 1))
     page = (tmp_path / "c.html").read_text()
     worst, best = page.split("The 1 best")
     assert "nothing like it" in worst and "a red one" in best and page.count("<figure>") == 2

@@ -20,7 +20,7 @@ import core
 import metrics
 import train_cir
 from data import cirr
-from engine import checkpoints, errors, loop, published, runfolder
+from engine import checkpoints, errors, loop, pages, published, runfolder
 from engine.errors import DataError
 from tools import make_sample, make_tiny
 from test_report import Page, check_safe
@@ -620,26 +620,29 @@ def test_search_ranks_by_the_fused_query_without_the_picture_itself(checkpoint, 
     assert f"{len(shelf)} of them indexed before" in capsys.readouterr().out
 
 
-def test_gate_maps_show_the_change_of_each_patch_and_what_was_found(checkpoint, drawn, tmp_path, monkeypatch):
-    drawings = []
-    monkeypatch.setattr(train_cir.gallery, "draw_gate_map", lambda *args: drawings.append(args))
-    train_cir.main(["--data", str(drawn), "--checkpoint", str(checkpoint), "--workers", "0", "--gate-maps",
-                    str(tmp_path / "maps")])
+def test_gate_maps_show_the_change_of_each_patch_and_what_was_found(checkpoint, drawn, tmp_path):
+    folder = tmp_path / "maps"
+    train_cir.main(["--data", str(drawn), "--checkpoint", str(checkpoint), "--workers", "0", "--gate-maps", str(folder)])
+    content = pages.read_results(folder / "cirr_maps.results.json", ["gate maps"])
+    drawings, (size, *fit) = content["maps"], content["preparation"]
     pool, = cirr.read_split(drawn, "cirr", "val", say=lambda *words: None)
     model, opener = loaded(checkpoint)
     features, vectors, _ = train_cir.encode(model, pool, opener, Accelerator(cpu=True), 8, 0)
     scores, names = train_cir.score_gallery(vectors, features), list(pool.gallery)
-    assert len(drawings) == train_cir.MAPS and drawings[0][0].name == f"{pool.queries[0].pairid}.png"
-    for (_, reference, heat, text, target, found), number in ((drawings[0], 0), (drawings[-1], len(pool.queries) - 1)):
+    assert len(drawings) == train_cir.MAPS and drawings[0]["file"] == f"{pool.queries[0].pairid}.png"
+    assert {path.name for path in folder.glob("*.png")} == {one["file"] for one in drawings} and (size, fit) == (28, ["targetpad", 1.25])
+    for one, number in ((drawings[0], 0), (drawings[-1], len(pool.queries) - 1)):
         query = pool.queries[number]
-        assert (text, target, reference.size) == (cirr.text_of(query), pool.gallery[query.target], (model.image_size,) * 2)
+        assert (one["text"], one["target"]) == (cirr.text_of(query), pool.gallery[query.target])
+        assert one["reference"] == pool.gallery[query.reference] and size == model.image_size
         with torch.no_grad():
             embeds = model.image_embeds(opener(pool.gallery[query.reference])[None])
-            fused = model.fused(embeds, **core.text_ids(model.tokenizer, [text]))
+            fused = model.fused(embeds, **core.text_ids(model.tokenizer, [one["text"]]))
         wanted = ((fused - embeds)[0].norm(dim=-1) / embeds[0].norm(dim=-1))[1:]  # without [CLS]
+        heat = np.array(one["heat"])
         assert np.allclose(heat.flatten(), wanted, rtol=1e-3) and heat.shape == (4, 4)
         best = [n for n in next(cirr.ranking(scores[[number]], names)) if n != query.reference][:5]
-        assert found == [(pool.gallery[n], n == query.target) for n in best]
+        assert one["found"] == [[pool.gallery[n], n == query.target] for n in best]
 
 
 def test_losses_of_weight_zero_leave_no_parameter_without_a_gradient(command, folder):

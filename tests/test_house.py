@@ -20,10 +20,6 @@ TRAINING = ("train_gated", "efficientnet_pretrain", "train_blip_caption", "train
 FLOORS = (("engine.errors", "engine.files"), ("data.*",), ("metrics",), ("engine.*",), ("core",), ("show.*",),
           (*TRAINING, "eval_gated", "demo", "test_gated_fusion"), ("tools.*",))
 DEMONSTRATES = "demo"  # the one stage that imports training scripts
-KNOWN = {  # (who, what): why it is still allowed
-    ("train_blip_caption", "show.report"): "--report and --cases make their pages within the run",
-    ("train_cir", "show.report"): "--report makes its page within the run",
-    ("train_cir", "show.gallery"): "--search makes its page, and --gate-maps its figures, within the run"}
 
 
 # --- reading ------------
@@ -102,7 +98,7 @@ def circles(graph):
 def show_in_training(graph):
     for name in TRAINING:
         yield from (f"{name} trains and imports {other}" for other in graph.get(name, ())
-                    if other.startswith("show.") and (name, other) not in KNOWN)
+                    if other.startswith("show."))
 
 
 def tools_imported(graph):
@@ -137,11 +133,6 @@ def faults(root):
 
 def test_imports_run_downwards():
     assert faults(ROOT) == []
-
-
-def test_every_known_exception_is_still_needed():
-    graph = imports(ROOT)
-    assert [one for one in KNOWN if one[1] not in graph[one[0]]] == []
 
 
 @pytest.fixture
@@ -190,8 +181,7 @@ def main():
         for name in (name for name in graph if floor_of(name) == number):
             print(f"    {name:24} {', '.join(sorted(graph[name])) or '-'}")
     found = faults(ROOT)
-    known = [f"known: {name} imports {other}: {why}" for (name, other), why in KNOWN.items()]
-    print(*known, *(found or ["no fault"]), sep="\n")
+    print(*(found or ["no fault"]), sep="\n")
     return int(bool(found))
 
 

@@ -19,7 +19,7 @@ import train_gated
 from data import cirr
 from data.captions import Picture
 from data.rows import Row
-from engine import environment
+from engine import environment, retrieval
 from show import report
 
 HOSTILE = ["<script>alert(1)</script>", "\" onmouseover=\"x()\" a=\"", "' onerror='x()", "javascript:alert(1)",
@@ -182,7 +182,7 @@ def test_hostile_captions_and_queries(tmp_path):
         page = written(tmp_path, report.captions(many, {text: [{"caption": text}, {"caption": "a dog"}]}))
         assert page.text.count(text) > 3
         pool = cirr.Pool(text, [cirr.Query(text, text, "b", (text,), (), text, 1)], {text: image, "b": other}, "val", text)
-        page = written(tmp_path, report.retrieval([(pool, np.array([[0.1, 0.2]]), np.array([1]), np.array([0]), None)]))
+        page = written(tmp_path, report.retrieval([(pool, retrieval.rank_queries(pool, [[0.1, 0.2]]))]))
         assert page.text.count(text) > 3
 
 
@@ -629,9 +629,9 @@ def test_retrieval_page(tmp_path):
     pool, target, reference, members = pool_of(paths, [(0, 1), (0, 2), (3, 4)])
     scores = np.array([[0.9, 0.8, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6],  # the reference itself is best: left out, so the target is
                        [0.0, 0.9, 0.1, 0.8, 0.7, 0.6, 0.5, 0.4], [0.1, 0.2, 0.3, 0.0, 0.5, 0.4, 0.6, 0.45]], np.float32)
-    found = [(pool, scores, target, reference, members)]
-    assert report.Ranked(*found[0]).margin(0) == pytest.approx(0.2)
-    page, wanted = written(tmp_path, report.retrieval(found)), metrics.cirr_scores(scores, target, reference, members)
+    results = retrieval.rank_queries(pool, scores)
+    assert results[0]["margin"] == pytest.approx(0.2)
+    page, wanted = written(tmp_path, report.retrieval([(pool, results)])), metrics.cirr_scores(scores, target, reference, members)
     shown = re.findall(r'<bdi>([\d.]+)</bdi>', page.part("Recall").split("a random order")[0])
     assert shown == [f"{wanted[name]:.1f}" for name in ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean")]
     assert "2 reference pictures" in page.part("Recall") and "14.3" in page.part("Recall").split("a random order")[1]
@@ -653,9 +653,9 @@ def test_retrieval_over_categories(tmp_path):
     rng, found = np.random.default_rng(0), []
     for name in ("dress", "shirt"):
         pool, target, reference, members = pool_of(paths, [(n, n + 1) for n in range(6)], name, 0)
-        found.append((pool, rng.random((6, 12)), target, reference, members))
-    page = written(tmp_path, report.retrieval(found))
-    wanted = [metrics.fashioniq_scores(scores, target) for _, scores, target, *_ in found]
+        found.append((pool, rng.random((6, 12)), target))
+    page = written(tmp_path, report.retrieval([(pool, retrieval.rank_queries(pool, scores)) for pool, scores, _ in found]))
+    wanted = [metrics.fashioniq_scores(scores, target) for _, scores, target in found]
     lines = page.part("Recall").split("<tr>")[2:]
     for line, values in zip(lines, [*wanted, {name: np.mean([w[name] for w in wanted]) for name in wanted[0]}]):
         assert re.findall(r"<bdi>([\d.]+)</bdi>", line) == [f"{values[name]:.1f}" for name in ("R@10", "R@50", "mean")]
@@ -668,7 +668,7 @@ def test_the_mean_of_two_pools_is_surer_than_each():
     scores[np.arange(50), np.arange(1, 51)] += 0.35
     for name in ("dress", "shirt"):  # the same scores: with the same draws, their mean would be no surer
         pool, target, reference, _ = pool_of(["x"] * 60, [(n, n + 1) for n in range(50)], name, 0)
-        found.append(report.Ranked(pool, scores, target, reference, None))
+        found.append(report.Ranked(pool, retrieval.rank_queries(pool, scores)))
     table = report.recall_table(found)
     widths = []
     for line in table.rows[:3]:
@@ -680,9 +680,9 @@ def test_the_mean_of_two_pools_is_surer_than_each():
 
 def test_margin_orders_what_has_the_same_rank(tmp_path):
     pool, target, reference, _ = pool_of(pictures(tmp_path, 3), [(0, 1), (2, 1)], members=0)
-    ranked = report.Ranked(pool, np.array([[0.2, 0.5, 0.1], [0.0, 0.9, 0.8]]), target, reference, None)
-    assert ranked.margin(0) == pytest.approx(0.3) and ranked.margin(1) == pytest.approx(0.1)
-    behind = report.Ranked(pool, np.array([[0.9, 0.5, 0.1], [0.0, 0.9, 0.8]]), target, reference, None)
-    assert behind.margin(0) == pytest.approx(-0.4)
-    page = written(tmp_path, report.retrieval([(pool, ranked.scores, target, reference, None)]))
+    ranked = retrieval.rank_queries(pool, [[0.2, 0.5, 0.1], [0.0, 0.9, 0.8]])
+    assert [one["margin"] for one in ranked] == pytest.approx([0.3, 0.1])
+    behind = retrieval.rank_queries(pool, [[0.9, 0.5, 0.1], [0.0, 0.9, 0.8]])
+    assert behind[0]["margin"] == pytest.approx(-0.4)
+    page = written(tmp_path, report.retrieval([(pool, ranked)]))
     assert "change 1" in page.part("The 1 worst") and "change 0" in page.part("The 1 best")
