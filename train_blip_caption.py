@@ -147,6 +147,11 @@ def read_scored(args, split, say=print):
     return captions.limit(read_data(args, split, say), args.max_val, split, say)
 
 
+def splits(args):
+    """The splits that are scored."""
+    return ["val"] + ["test"] * captions.split_file(args.data, "test").is_file()
+
+
 # --- model ------------
 
 def load_blip(name):
@@ -297,8 +302,6 @@ def train(args):
                     report_results(args, run.out / "best.pt", "val", parts.val, results)
         if run.marks["value"] is not None:
             finish(run, parts, args)
-    if args.report and accelerator.is_main_process and run.marks["value"] is not None:
-        pages.draw("report", args.report)
     return run
 
 
@@ -319,8 +322,8 @@ def finish(run, parts, args):
     accelerator, best = run.accelerator, run.out / "best.pt"
     if args.cases and accelerator.is_main_process:
         kept = json.loads((run.out / "val.json").read_text(encoding="utf-8"))
-        draw_cases(args, parts.val, [kept[p.name] for p in parts.val.rows], f"{run.out.name}: best epoch")
-    if captions.split_file(args.data, "test").is_file():
+        case_results(args, parts.val, [kept[p.name] for p in parts.val.rows], f"{run.out.name}: best epoch")
+    if "test" in splits(args):
         # into a fresh model: layers that were opened after the best epoch are no longer what they were then
         content = first_decides(accelerator, lambda: checkpoints.load_checkpoint(best))  # the others would come before it is written
         model = load_trained(None, content, best)[0].to(accelerator.device)
@@ -331,7 +334,6 @@ def finish(run, parts, args):
             write_captions(run.out / "test.json", data, results)
             if args.report:
                 report_results(args, best, "test", data, results)
-                pages.draw("report", report_page(args, "test"))
 
 
 def rehearse(run, parts, args):
@@ -429,25 +431,23 @@ def score(args):
     def say(*words):
         accelerator.print(*words, file=sys.stderr if args.json else sys.stdout)
 
-    page = pathlib.Path(args.out) / "cases.html"
-    for path in filter(None, (args.cases and page, args.report)):
+    for path in filter(None, (args.cases and cases_page(args), args.report)):
         files.refuse_unwritable(path)
     model, tokenizer, accelerator, generation = ready(args)
-    scored, codes = {}, [0]
-    for split in ["val"] + ["test"] * captions.split_file(args.data, "test").is_file():
+    scored = {}
+    for split in splits(args):
         data = Captions(read_scored(args, split, say), model.config.vision_config.image_size, tokenizer)
         numbers, results = validate(model, tokenizer, data, accelerator, args, generation)
         say(f"{split}: {format_metrics(numbers)}")
         scored[split] = {"scores": numbers, "captions": captions_of(data, results)}
         if args.cases and split == "val" and accelerator.is_main_process:
-            texts, title = list(scored[split]["captions"].values()), f"{args.checkpoint or args.blip}: {split}"
-            codes.append(draw_cases(args, data, texts, title, say))
+            case_results(args, data, list(scored[split]["captions"].values()), f"{args.checkpoint or args.blip}: {split}")
         if args.report and accelerator.is_main_process:
             report_results(args, args.checkpoint, split, data, results)
-            codes.append(pages.draw("report", report_page(args, split), log=say))
     if args.json:
         accelerator.print(json.dumps(scored, indent=1, ensure_ascii=False))
-    return max(codes)
+    if accelerator.is_main_process:
+        draw_pages(args, scored, say)
 
 
 def report_page(args, split):
@@ -464,11 +464,21 @@ def report_results(args, checkpoint, split, data, results):
                   {"trained" if checkpoint else "untrained": results}, log=log, panels=PANELS, made=made)
 
 
-def draw_cases(args, data, texts, title, say=print):
-    """--cases: the page of the worst and the best captions -> the exit code of its command. texts: of all rows."""
-    page = pathlib.Path(args.out) / "cases.html"
-    write_results(page, title, data.rows, {"the model": [{"caption": text} for text in texts]}, args.cases)
-    return pages.draw("report", page, f"{page}: {args.cases} worst and best", say)
+def cases_page(args):
+    return pathlib.Path(args.out) / "cases.html"
+
+
+def case_results(args, data, texts, title):
+    """What --cases draws, as a file. texts: the captions of all rows."""
+    write_results(cases_page(args), title, data.rows, {"the model": [{"caption": text} for text in texts]}, args.cases)
+
+
+def draw_pages(args, splits, say=print):
+    """The pages of --cases and --report whose results are written. splits: those that were scored."""
+    if args.cases:
+        pages.draw("report", cases_page(args), f"{cases_page(args)}: {args.cases} worst and best", say)
+    for split in splits if args.report else ():
+        pages.draw("report", report_page(args, split), log=say)
 
 
 def caption_folder(args):
@@ -525,7 +535,10 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args)
         run = train(args)
-    return run.result("score", __file__, argv)
+    code = run.result("score", __file__, argv)
+    if run.accelerator.is_main_process and not code:  # an interrupted run draws when it has been resumed
+        draw_pages(args, splits(args))
+    return code
 
 
 if __name__ == "__main__":

@@ -533,8 +533,6 @@ def train(args):
                 run.save_best()
                 if args.report and accelerator.is_main_process:
                     report_results(args, run.out / "best.pt", parts.val, scores)
-    if args.report and accelerator.is_main_process and run.marks["value"] is not None:
-        pages.draw("report", args.report)
     return run
 
 
@@ -613,9 +611,9 @@ def dry_run(args):
 # --- without training ------------
 
 def score(args):
-    """--checkpoint: the recalls of the validation split; --submit, --gate-maps and --report -> exit code."""
+    """--checkpoint: the recalls of the validation split; --submit, --gate-maps and --report."""
     best, model, accelerator = load_best(args)
-    say, codes = accelerator.print, [0]
+    say = accelerator.print
     pools = read_data(args, "val", say)
     unseen = read_data(args, "test1", say) if args.submit else []
     for folder in filter(None, (args.submit, args.gate_maps)):  # now, and not after everything has been encoded
@@ -624,24 +622,26 @@ def score(args):
         files.refuse_unwritable(args.report)
     opener = picture_source(args, model, [*pools, *unseen], accelerator)
     say(f"a random order scores {format_metrics(chance(pools, args.format))}")
-    results, scores = [], []
+    results, scores, maps = [], [], []
     for pool, (numbers, ranked) in zip(pools, evaluate(model, pools, opener, accelerator, args.format, args.batch_size, args.workers)):
         results.append(numbers)
         scores.append(ranked)
         say(f"{pool.name}: {format_metrics(numbers)}")
         if args.gate_maps and accelerator.is_main_process:
-            codes.append(draw_maps(args, model, pool, ranked, opener, say))
+            maps.append(gate_maps(args, model, pool, ranked, opener))
     if len(results) > 1:
         say(f"mean: {format_metrics(mean_of(results))}")
     if args.report and accelerator.is_main_process:
         report_results(args, args.checkpoint, pools, scores)
-        codes.append(pages.draw("report", args.report, log=say))
     for pool in unseen:
         features, vectors, _ = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
         if accelerator.is_main_process:
             paths = cirr.write_submission(args.submit, pool.queries, pool.gallery, score_gallery(vectors, features))
             say(f"for CIRR's test server: {', '.join(map(str, paths))}")
-    return max(codes)
+    for page in maps:
+        pages.draw("gallery", page, f"{args.gate_maps}: gate maps of {min(MAPS, len(pools[0].queries))} queries")
+    if args.report and accelerator.is_main_process:
+        pages.draw("report", args.report)
 
 
 def report_results(args, checkpoint, pools, scores):
@@ -652,8 +652,8 @@ def report_results(args, checkpoint, pools, scores):
 
 
 @torch.no_grad()
-def draw_maps(args, model, pool, scores, opener, say):
-    """--gate-maps: MAPS queries spread over the split, each a figure of what the gate changed and of what was found -> exit code."""
+def gate_maps(args, model, pool, scores, opener):
+    """--gate-maps: of MAPS queries spread over the split, what the gate changed and what was found, as a file -> its page."""
     device, names, folder, maps = model.query_tokens.device, list(pool.gallery), pathlib.Path(args.gate_maps), []
     for number in np.linspace(0, len(pool.queries) - 1, min(MAPS, len(pool.queries))).round().astype(int):
         query = pool.queries[number]
@@ -667,7 +667,7 @@ def draw_maps(args, model, pool, scores, opener, say):
                      "found": [(pool.gallery[name], name == query.target) for name in best]})
     page = folder / f"{pool.name}_maps.png"
     pages.write_results(page, "gate maps", args.checkpoint, preparation=(model.image_size, args.transform, args.target_ratio), maps=maps)
-    return pages.draw("gallery", page, f"{folder}: gate maps of {len(maps)} queries", say)
+    return page
 
 
 def index_gallery(args, best, model, accelerator, opener):
@@ -698,7 +698,7 @@ def query_vector(model, accelerator, reference, text):
 
 @torch.no_grad()
 def search(args):
-    """--search: index --gallery (once, beside the checkpoint), print the best matches, draw OUT/search.html -> exit code."""
+    """--search: index --gallery (once, beside the checkpoint), print the best matches, draw OUT/search.html."""
     best, model, accelerator = load_best(args)
     opener = Opener(model.image_size, args.transform, args.target_ratio)
     reference, page = opener(args.image), pathlib.Path(args.out) / "search.html"
@@ -713,7 +713,7 @@ def search(args):
     hits = [(os.path.abspath(paths[number]), names[number], float(score)) for number, score in zip(numbers, scores)]
     pages.write_results(page, "search", "Composed image retrieval", reference=os.path.abspath(args.image), text=args.search, hits=hits,
                         note=f"{len(names):,} pictures of {args.gallery}, model {args.checkpoint}")
-    return pages.draw("gallery", page, str(page))
+    pages.draw("gallery", page, str(page))
 
 
 def digest(state):
@@ -738,7 +738,10 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args)
         run = train(args)
-    return run.result("mean recall", __file__, argv)
+    code = run.result("mean recall", __file__, argv)
+    if args.report and run.accelerator.is_main_process and not code:  # an interrupted run draws when it has been resumed
+        pages.draw("report", args.report)
+    return code
 
 
 if __name__ == "__main__":

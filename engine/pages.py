@@ -42,14 +42,14 @@ def read_results(path, kinds):
 
 
 def draw(room, page, done=None, log=print):
-    """Draw a page whose results are written, by `python -m show.ROOM PAGE.results.json` -> its exit code.
+    """Draw a page whose results are written, by `python -m show.ROOM PAGE.results.json`.
 
-    done: the line where it goes well ("report: PAGE"). A failure is one line too, with the command that draws it later."""
+    done: the line where it goes well ("report: PAGE"). DataError: why not, with the command that draws it later."""
+    if not results_file(page).is_file():
+        raise DataError(f"{page} is not drawn: no epoch was the best since it is asked for; --checkpoint evaluates best.pt and draws it")
     command = ["-m", f"show.{room}", os.path.abspath(results_file(page))]
     process = subprocess.run([sys.executable, *command], cwd=files.PROJECT, capture_output=True, text=True, errors="replace")
     if process.returncode:
         reason = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1].removeprefix("error: ")
-        log(f"note: {page} is not drawn ({reason}); later, in {files.PROJECT}: python {' '.join(command)}")
-    else:
-        log(done or f"report: {page}")
-    return process.returncode
+        raise DataError(f"{page} is not drawn ({reason}), its results are kept: in {files.PROJECT}, python {' '.join(command)}")
+    log(done or f"report: {page}")

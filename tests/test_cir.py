@@ -630,7 +630,7 @@ def test_gate_maps_show_the_change_of_each_patch_and_what_was_found(checkpoint, 
     features, vectors, _ = train_cir.encode(model, pool, opener, Accelerator(cpu=True), 8, 0)
     scores, names = train_cir.score_gallery(vectors, features), list(pool.gallery)
     assert len(drawings) == train_cir.MAPS and drawings[0]["file"] == f"{pool.queries[0].pairid}.png"
-    assert {path.name for path in folder.glob("*.png")} == {one["file"] for one in drawings} and (size, fit) == (28, ["targetpad", 1.25])
+    assert {path.name for path in folder.glob("*.png")} == {one["file"] for one in drawings} and fit == ["targetpad", 1.25]
     for one, number in ((drawings[0], 0), (drawings[-1], len(pool.queries) - 1)):
         query = pool.queries[number]
         assert (one["text"], one["target"]) == (cirr.text_of(query), pool.gallery[query.target])

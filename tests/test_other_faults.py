@@ -318,6 +318,12 @@ def without_module(name):
     return lambda world: world.patch.setitem(sys.modules, name, None)
 
 
+def without_jinja2(world):
+    """In the process that draws: its jinja2 is a file that fails as a missing package does."""
+    missing = "raise ModuleNotFoundError(\"No module named 'jinja2'\", name='jinja2')"
+    world.patch.setenv("PYTHONPATH", os.path.dirname(world.beside("jinja2.py", missing.encode())))
+
+
 def on_script(name, error):
     """The function `name` of the script raises `error`."""
     return lambda world: fails(world.script, name, error)(world)
@@ -516,8 +522,9 @@ FAULTS = [
     Fault("Ctrl-C before the first step", BOTH, on_script("prepare", KeyboardInterrupt()), ("interrupted",), code=130),
     Fault("package for the log is missing", BOTH, without_module("torch.utils.tensorboard"),
           ("tensorboard", "requirements.txt"), left="begun"),
-    Fault("package for the page is missing", CAPTIONS, without_module("jinja2"), ("jinja2", "requirements.txt"), "zero",
-          ("--cases", "1"), left="begun"),
+    Fault("package for the page is missing", CAPTIONS, without_jinja2,
+          ("jinja2", "requirements.txt", "python -m show.report", "run/cases.results.json"), "zero", ("--cases", "1"),
+          left="cases.results.json"),
 
     # flags
     Fault("unknown flag", BOTH, None, ("unrecognized arguments: --epoch-count",), more=("--epoch-count", "3")),
@@ -593,8 +600,8 @@ def test_fault(entry, kind, make_world, capsys):
     if entry.left == "any":
         assert not [path for path in world.run.iterdir() if path.name.startswith(".")]
     else:
-        if entry.left == "val.json":  # written before the row of its epoch
-            assert after.pop("run/val.json")
+        if entry.left.endswith(".json"):  # val.json is written before the row of its epoch, results before what is drawn from them
+            assert after.pop(f"run/{entry.left}")
         assert after == before
 
 

@@ -48,7 +48,8 @@ def test_the_page_of_captions_is_that_of_their_results(tmp_path, pictures, log, 
                "trained": [{"row": n, "caption": f"a cat number {n} \udcff", "confidence": -0.1 * n} for n in range(4)]}
     file = captioning.write_results(tmp_path / "page.html", "a title", rows, systems, log=log, panels=PANELS, made=MADE)
     assert file == tmp_path / "page.results.json"
-    assert pages.draw("report", tmp_path / "page.html") == 0 and capsys.readouterr().out == f"report: {tmp_path / 'page.html'}\n"
+    pages.draw("report", tmp_path / "page.html")
+    assert capsys.readouterr().out == f"report: {tmp_path / 'page.html'}\n"
     same_page(tmp_path, report.captions(rows, systems, log, PANELS, [report.made_table(MADE)]), "a title")
     captioning.write_results(tmp_path / "page.html", "cases", rows, {"the model": systems["trained"]}, 1)
     assert report.main([str(file)]) is None
@@ -84,7 +85,7 @@ def test_queries_are_ranked_without_their_reference_in_cirr_alone():
 def test_what_a_search_found_is_drawn_from_its_results(tmp_path, pictures):
     hits, page = [(path, os.path.basename(path), 0.5) for path in pictures], tmp_path / "search.html"
     pages.write_results(page, "search", "title", reference=pictures[0], text="<b>red</b>", hits=hits, note="4 pictures")
-    assert pages.draw("gallery", page) == 0
+    pages.draw("gallery", page)
     gallery.write_page(tmp_path / "direct.html", "title", pictures[0], "<b>red</b>", hits, "4 pictures")
     assert page.read_bytes() == (tmp_path / "direct.html").read_bytes()
 
@@ -101,14 +102,19 @@ def test_gate_maps_are_drawn_from_their_results(tmp_path, pictures):
     assert (np.asarray(Image.open(folder / "7.png")) == np.asarray(Image.open(tmp_path / "direct.png"))).all()
 
 
-def test_a_page_that_fails_is_one_line_with_the_command_and_keeps_the_results(tmp_path, capsys):
+def test_a_page_that_fails_is_one_error_with_the_command_and_keeps_the_results(tmp_path):
     page = tmp_path / "p.html"
     file = pages.write_results(page, "search", "t", reference="x", text="", hits=[], note="")
     page.mkdir()  # what is drawn cannot take its place
-    assert pages.draw("gallery", page) == 2
-    note, = capsys.readouterr().out.splitlines()
-    assert note.startswith(f"note: {page} is not drawn (") and note.endswith(f"python -m show.gallery {file}") and file.is_file()
-    assert pages.draw("report", page) == 2 and "draws captions, retrieval" in capsys.readouterr().out  # of another command
+    with pytest.raises(DataError) as error:
+        pages.draw("gallery", page)
+    told = str(error.value)
+    assert told.startswith(f"{page} is not drawn (") and told.endswith(f"python -m show.gallery {file}") and "\n" not in told
+    assert file.is_file()
+    with pytest.raises(DataError, match="draws captions, retrieval"):  # of another command
+        pages.draw("report", page)
+    with pytest.raises(DataError, match="none.html is not drawn: no epoch"):
+        pages.draw("report", tmp_path / "none.html")
 
 
 @pytest.mark.parametrize("text, reason", [
