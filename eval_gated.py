@@ -13,7 +13,6 @@ Confidence: geometric mean of the probabilities of the answer's tokens, its end 
 """
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -71,8 +70,8 @@ def get_args(argv=None):
     parser.add_argument("--beams", type=flags.positive, default=5, help="beams of generate (default: 5)")
     parser.add_argument("--max-new-tokens", type=flags.positive, metavar="N",
                         help="longest answer of generate (default: as long as the longest of training)")
-    parser.add_argument("--table", metavar="FILE.json", help="the table as a list of JSON objects; seen: of how many of the n rows "
-                                                             "training saw the picture")
+    parser.add_argument("--table", metavar="FILE.json|FILE.csv", help="the table as a list of JSON objects, or as CSV; seen: of how many "
+                                                                      "of the n rows training saw the picture")
     parser.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves, confusion of "
                                                               "styles, how well confidence is calibrated, and samples")
     parser.add_argument("--abstain-below", type=flags.share, metavar="X",
@@ -361,16 +360,14 @@ def question_ids(questions):
 
 def write_predictions(path, ids, questions, found):
     """VQAv2's result format ({"question_id", "answer"}) and a CSV that people can read. found: of evaluate, with "confidence"."""
-    path, predictions = pathlib.Path(path), [one["prediction"] for one in found]
-    sure = [{"confidence": f"{math.exp(one['confidence']):.4f}", **({"margin": f"{one['margin']:.4f}"} if "margin" in one else {})}
-            for one in found]
+    path, table = pathlib.Path(path), []
+    for i, row, one in zip(ids, questions, found):
+        confidence = {"confidence": f"{math.exp(one['confidence']):.4f}", **({"margin": f"{one['margin']:.4f}"} if "margin" in one else {})}
+        table.append({"question_id": i, "image": row.name, "question": row.question, "answer": row.answer, "prediction": one["prediction"],
+                      "question_type": row.question_type, "style": row.style, **confidence})
     with files.whole_file(path) as file:
-        json.dump([{"question_id": i, "answer": p} for i, p in zip(ids, predictions)], file, ensure_ascii=False, indent=0)
-    with files.whole_file(path.with_suffix(".csv")) as file:
-        writer = csv.writer(file)
-        writer.writerow(("question_id", "image", "question", "answer", "prediction", "question_type", "style", *sure[0]))
-        writer.writerows((i, r.name, r.question, r.answer, p, r.question_type, r.style, *own.values())
-                         for i, r, p, own in zip(ids, questions, predictions, sure))
+        json.dump([{"question_id": one["question_id"], "answer": one["prediction"]} for one in table], file, ensure_ascii=False, indent=0)
+    files.write_csv(path.with_suffix(".csv"), table)
     return path.with_suffix(".csv")
 
 
@@ -460,7 +457,9 @@ def write_outputs(run, systems, command):
     print_table(table)
     if args.abstain_below is not None:
         print(coverage(questions, trained, args.abstain_below))
-    if args.table:
+    if args.table and args.table.endswith(".csv"):
+        files.write_csv(args.table, table)
+    elif args.table:
         with files.whole_file(args.table) as file:
             json.dump(table, file, indent=1)
     if args.report:

@@ -14,17 +14,20 @@ def read_questions(place, split, columns=(), images=None, encoding="utf-8", sepa
                    context=None, val_share=0.0, skip_bad=0.0, workers=2, say=print):
     """Rows of a split, bad ones refused; with skip_bad (a share) left out and listed, after every picture has been decoded once.
 
-    columns: texts NAME=COLUMN; style, semart, context: as train_gated.py's flags have it; val_share: of the pictures, held out
-    as val where `place` is one table (0: the split is the whole table). DataError: another split than train and val of such a table."""
+    place: a folder, a file, a pandas DataFrame or a list of dicts; columns: texts NAME=COLUMN; style, semart, context: as
+    train_gated.py's flags have it; val_share: of the pictures, held out as val where `place` is one table (0: the split is the whole
+    table). DataError: another split than train and val of such a table."""
     columns = dict(pair.partition("=")[::2] for pair in columns)
     if context and not semart:
         columns["context"] = context
     read, understood = rows.read_layout(place, split, columns, images, encoding, separator)
     say(f"{split}: {understood}")
-    if os.path.isfile(place) and val_share and split not in ("train", "val"):
-        raise DataError(f"{place} is one table, of which {val_share:.0%} of the pictures are held out as val and the others are "
+    one_table = rows.is_frame(place) or os.path.isfile(place)
+    if one_table and val_share and split not in ("train", "val"):
+        name = rows.FRAME if rows.is_frame(place) else place
+        raise DataError(f"{name} is one table, of which {val_share:.0%} of the pictures are held out as val and the others are "
                         f"trained on: there is no {split} in it: take val (--split val), or give --data with rows of their own")
-    if os.path.isfile(place) and val_share:
+    if one_table and val_share:
         read = rows.hold_out(read, val_share, split == "val")
         say(f"{split}: one table for both: {len(read)} rows, {val_share:.0%} of the pictures are held out for validation")
     read = rows.spelled_alike(add_style_and_context(read, split, style, semart, context, say), say=lambda line: say(f"{split}: {line}"))

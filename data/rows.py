@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import vqa
-from data.tables import SHEETS, cell, locate, read_json, read_sheet, read_table, read_text, excerpt, unfold
+from data.tables import FRAME, SHEETS, cell, excerpt, locate, read_frame, read_json, read_sheet, read_table, read_text, unfold
 from engine.errors import DataError
 
 BLIP_MEAN, BLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -171,9 +171,9 @@ def read_file(path, encoding, separator):
     return "TSV" if kind == "tsv" else "CSV", read_table(path, encoding, separator)
 
 
-def read_cells(path, columns, encoding, separator):
-    """(layout and kind of file, what else is to be said, [(line, {our name: text}, and under "answers" those of several people)])."""
-    kind, table = read_file(path, encoding, separator)
+def read_cells(path, kind, table, columns):
+    """(layout and kind of file, what else is to be said, [(line, {our name: text}, and under "answers" those of several people)]).
+    kind, table: of read_file."""
     table = [(f"{path}, {locate(path, line)}", line, cells) for line, cells in table]
     layout = recognise([*columns, *table[0][2]])
     if layout in TURNS_IN:
@@ -201,10 +201,16 @@ def read_cells(path, columns, encoding, separator):
     return f"{layout} {kind}", said, filled
 
 
-def read_layout(folder_or_file, split, columns=None, images=None, encoding="utf-8", separator=None):
+def is_frame(source):
+    """Is it no path but the rows themselves, a DataFrame or a list of dicts?"""
+    return not isinstance(source, (str, os.PathLike))
+
+
+def read_layout(source, split, columns=None, images=None, encoding="utf-8", separator=None):
     """(read_split's rows, describe_layout's line) from one reading."""
-    path = find_table(folder_or_file, split)
-    kind, said, table = read_cells(path, columns or {}, encoding, separator)
+    path = FRAME if is_frame(source) else find_table(source, split)
+    kind, table = read_frame(source) if is_frame(source) else read_file(path, encoding, separator)
+    kind, said, table = read_cells(path, kind, table, columns or {})
     root = image_root(path, images, kind, table[0][1]["image"])
     found, rows = find_pictures((values["image"] for _, values in table), root), []
     for line, values in table:
@@ -214,17 +220,18 @@ def read_layout(folder_or_file, split, columns=None, images=None, encoding="utf-
     return rows, f"{path}: {kind}, {len(rows)} rows{said}, images in {root}"
 
 
-def read_split(folder_or_file, split, columns=None, images=None, encoding="utf-8", separator=None):
-    """Read one split as a list of Row. `columns` maps our names to the file's where they differ.
+def read_split(source, split, columns=None, images=None, encoding="utf-8", separator=None):
+    """Read one split as a list of Row. source: a folder, a file, a pandas DataFrame or a list of dicts; `columns` maps our names to
+    the file's where they differ.
 
     Pictures are looked for under image_root; a path that is refused or not found becomes the row's `fault`, which
     check_rows reports. DataError: as read_table and read_json, and a missing split, column, key, root."""
-    return read_layout(folder_or_file, split, columns, images, encoding, separator)[0]
+    return read_layout(source, split, columns, images, encoding, separator)[0]
 
 
-def describe_layout(folder_or_file, split, columns=None, images=None, encoding="utf-8", separator=None):
+def describe_layout(source, split, columns=None, images=None, encoding="utf-8", separator=None):
     """What a split is understood as, in one line. DataError: as read_split."""
-    return read_layout(folder_or_file, split, columns, images, encoding, separator)[1]
+    return read_layout(source, split, columns, images, encoding, separator)[1]
 
 
 def join_semart(rows, path, fields=None, encoding="latin-1"):

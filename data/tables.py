@@ -2,6 +2,7 @@
 
     read_table            a CSV or TSV file -> [(line, {column: text})], no value converted or dropped
     read_sheet            an Excel or Parquet table, by pandas -> the same
+    read_frame            a pandas DataFrame or a list of dicts, where Python is used -> the same
     read_json             a JSON list or JSON Lines file -> [(row or line, object)], numbers as they are written
     unfold                an object with LLaVA's conversations, or messages and images -> flat rows
 
@@ -18,6 +19,7 @@ from collections import Counter
 from engine.errors import DataError
 
 SHEETS = {".xlsx": "openpyxl", ".parquet": "pyarrow"}  # ending: what pandas needs to read it
+FRAME = "the table"  # what stands for the path of a DataFrame or a list of dicts
 SEPARATORS = {"tab": "\t", "\\t": "\t"}  # a real tab is hard to type in a shell
 SPEAKERS = {"human": "question", "user": "question", "gpt": "answer", "assistant": "answer", "system": ""}
 
@@ -143,7 +145,9 @@ def read_table(path, encoding="utf-8", separator=None, joined=False):
 
 def plain(value):
     """A cell as text: a whole number as it is written, an empty cell as ""; lists and objects keep their form."""
-    if isinstance(value, list) or hasattr(value, "tolist"):  # Arrow's lists come as arrays
+    if hasattr(value, "tolist"):  # Arrow's lists come as arrays
+        value = value.tolist()
+    if isinstance(value, list):
         return [plain(one) for one in value]
     if isinstance(value, dict):
         return {key: plain(one) for key, one in value.items()}
@@ -188,11 +192,28 @@ def read_sheet(path):
                   for row, values in numbered]
 
 
+def read_frame(table):
+    """A DataFrame or a list of dicts -> (its kind, [(row from 1, {column: text})]); a number as text, what is missing as "".
+
+    DataError: neither of the two, no rows, a column twice."""
+    kind = "DataFrame" if hasattr(table, "to_dict") else "list of dicts"
+    if hasattr(table, "to_dict"):
+        if not table.columns.is_unique:
+            twice = table.columns[table.columns.duplicated()][0]
+            raise DataError(f"{FRAME}: column {excerpt(twice)} stands there twice: rename one of them")
+        table = table.astype(object).where(table.notna(), None).to_dict("records")
+    if not isinstance(table, (list, tuple)) or not all(isinstance(one, dict) for one in table):
+        raise DataError(f"{FRAME}: {type(table).__name__} where a path, a pandas DataFrame or a list of dicts belongs")
+    if not table:
+        raise DataError(f"{FRAME}: no rows: nothing to read")
+    return kind, [(row, {str(name): plain(value) for name, value in one.items()}) for row, one in enumerate(table, 1)]
+
+
 # --- JSON ------------
 
 def locate(path, number):
-    """Where a row stands, for messages: 'line 7'; in a .json file, often one long line, and in SHEETS 'row 7', from 1."""
-    return f"{'row' if path.lower().endswith(('.json', *SHEETS)) else 'line'} {number}"
+    """Where a row stands, for messages: 'line 7'; in a .json file, often one long line, in SHEETS and in FRAME 'row 7', from 1."""
+    return f"{'row' if path.lower().endswith(('.json', *SHEETS, FRAME)) else 'line'} {number}"
 
 
 def parse_json(path, text, line=1):

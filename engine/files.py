@@ -1,4 +1,4 @@
-"""files.py: files that are whole or not there at all, where relative paths are looked for, locks, full disks."""
+"""files.py: files that are whole or not there at all, tables for people, where relative paths are looked for, locks, full disks."""
 
 import contextlib
 import hashlib
@@ -42,6 +42,13 @@ def whole_file(path, mode="w"):
         os.fsync(folder)  # else a power cut may undo the rename
     finally:
         os.close(folder)
+
+
+def write_csv(path, table):
+    """A list of dicts as CSV for people to open: the columns as they come, empty cells where a row lacks one."""
+    import pandas  # not above: it takes a second, which no start has to pay
+    with whole_file(path) as file:
+        pandas.DataFrame(table).to_csv(file, index=False, lineterminator="\r\n")
 
 
 def refuse_unwritable(path):

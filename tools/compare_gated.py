@@ -141,7 +141,11 @@ def main(argv=None):
 
 
 def write_results(args, rates, results, seconds):
-    """OUT/compare.json: the learning rate, the scores of each seed and, where they are measured, the seconds of a step by system."""
+    """OUT/compare.json: the learning rate, the scores of each seed and, where they are measured, the seconds of a step by system;
+    OUT/compare.csv: the scores, a row for each system and seed."""
+    files.write_csv(pathlib.Path(args.out) / "compare.csv", [{"system": system, "seed": seed, "lr": rates[system], **{
+        name: value for name, value in one.items() if name != "flags"}} for system, found in results.items()
+        for seed, one in zip(args.seeds, found)])
     with files.whole_file(pathlib.Path(args.out) / "compare.json") as file:
         json.dump({"rates": rates, "seconds_per_step": seconds, "results": results}, file, indent=1)
 
