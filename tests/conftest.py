@@ -1,5 +1,6 @@
 """Shared by all tests: random tiny weights in the published formats, a small drawn data set, all of it offline."""
 
+import contextlib
 import copy
 import csv
 import json
@@ -19,6 +20,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), *(str(ROOT / "tests" / room) for
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+
+pytest.register_assert_rewrite("faults")
 
 import core  # noqa: E402
 import forked  # noqa: E402
@@ -155,3 +158,16 @@ def prepared(args):
     """(Run, Parts) of train_gated.py at the first step of a training with these flags."""
     import train_gated
     return train_gated.prepare(args, train_gated.start(args))
+
+
+@pytest.fixture
+def make_world(finished, tmp_path, monkeypatch):
+    """Function that makes the World of one entry of faults.py, with the current folder in it. finished: {kind of World: its folder}."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with contextlib.ExitStack() as cleanup:
+        def make(kind):
+            world = kind(tmp_path, finished[kind], monkeypatch)
+            world.cleanup, world.others = cleanup, finished
+            return world
+        yield make

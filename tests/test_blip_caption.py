@@ -24,7 +24,7 @@ from engine.errors import DataError
 from engine.run import Step
 from show import report
 from tools import make_tiny
-from test_faults import the_error
+from faults import the_error
 from test_report import Page, check_safe
 
 COLOURS = {"red": (210, 40, 40), "blue": (40, 80, 210), "green": (40, 160, 60)}

@@ -1,25 +1,21 @@
 """pytest tests/test_other_faults.py: test_faults.py's question put to efficientnet_pretrain.py and train_blip_caption.py.
 
-What goes wrong for users costs them one line and nothing on the disk. Behaviour-checked. FAULTS is one table; its entries are
-run as those of test_faults.py, and COVERED names for every kind of bad input that the gated stage refuses where it is tested
+What goes wrong for users costs them one line and nothing on the disk. Behaviour-checked. FAULTS is one table, run by faults.py,
+and COVERED names for every kind of bad input that the gated stage refuses where it is tested
 for these two scripts: here, in their own files, or in a file of what they share.
 """
 
-import contextlib
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
-import sys
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.data import get_worker_info
 
 import conftest  # noqa: F401  (sets the import path)
@@ -27,51 +23,16 @@ import efficientnet_pretrain as pretrain
 import metrics
 import train_blip_caption as blip
 from data import rows, wikiart
-from engine import captioning, checkpoints, errors, loop, runfolder
+from engine import captioning, checkpoints, loop, runfolder
 from tools import make_tiny
 import test_blip_caption
 import test_efficientnet_pretrain
-from test_faults import (content_of, edited, fails, flip, half, hole, hostile, in_use, json_of, no_rename, small_files,
-                         snapshot, the_error)
+from faults import (ALLOCATOR, MEMORY, POINTER, Fault, World, cases, check, configs, content_of, edited, fails, flip, half, hole, hostile,
+                    hostile_bin, in_use, json_of, link, no_rename, on_script, other_checkpoint, refuse_twins, refuse_unknown, small_files,
+                    without_module, without_tensor, wrong_flag)
 from test_rows import bomb
 
 # --- a small world for each script: data, a run that was interrupted in its second epoch ------------
-
-class World:
-    """A fresh copy of everything that an entry may spoil; `finished` has data/ and run/ with best.pt and last.pt."""
-
-    def __init__(self, folder, finished, patch):
-        self.folder, self.finished, self.patch = folder, finished, patch
-        self.data = shutil.copytree(finished / "data", folder / "data")
-        self.run, self.mark = folder / "run", folder / "ran"
-        self.best, self.last = self.run / "best.pt", self.run / "last.pt"
-
-    @property
-    def list(self):
-        return self.data / self.list_name
-
-    def resume(self, *more):
-        return self.train("--save-last", "--resume", *more)
-
-    def beside(self, name, content):
-        """A file outside the data -> its name."""
-        (self.folder / name).write_bytes(content)
-        return str(self.folder / name)
-
-    def text(self, change, encoding="utf-8"):
-        """Rewrite the list of training pictures: change(text) -> text or bytes."""
-        changed = change(self.list.read_text(encoding="utf-8"))
-        self.list.write_bytes(changed if isinstance(changed, bytes) else changed.encode(encoding))
-
-    def first(self, name):
-        """The list's first picture is called otherwise in it."""
-        self.text(lambda text: text.replace(self.first_name, name, 1))
-
-    def pictures(self, content):
-        """Every picture is `content`, so that it does not matter which is read first."""
-        for path in self.data.rglob("*.*g"):
-            path.write_bytes(content)
-
 
 class Styles(World):
     script, list_name, first_name, ending, place = pretrain, "style_train.csv", "Cubism/p0.jpg", "jpg", ".jpg (line "
@@ -148,38 +109,7 @@ def finished(tmp_path_factory):
 
 # --- faults, each a function of the world; what it returns is added to the command ------------
 
-@dataclass
-class Fault:
-    """As in test_faults.py; kinds: the Worlds in which it is tried."""
-    name: str
-    kinds: tuple
-    harm: object
-    words: tuple
-    command: str = "train"
-    more: tuple = ()
-    left: str = "nothing"
-    code: int = 2
-
-
 BOTH, STYLES, CAPTIONS = (Styles, Captioning), (Styles,), (Captioning,)
-
-
-def wrong_flag(kinds, flag, value, *words):
-    """A flag with a value that cannot be; words: of the message, the flag itself where there are none."""
-    return Fault(f"{flag} {value}", kinds, None, words or (flag,), more=(flag, value))
-
-
-def config(text, *words, kinds=BOTH):
-    """--config with this text."""
-    return Fault(f"config {text!r}", kinds, lambda w: ["--config", w.beside("c.yaml", text.encode())], ("c.yaml", *words))
-
-
-def link(target):
-    """The first picture is a link."""
-    def harm(world):
-        world.picture.unlink()
-        world.picture.symlink_to(target(world))
-    return harm
 
 
 def two_alike(world):
@@ -235,26 +165,8 @@ def spoiled_blip(change):
     return harm
 
 
-def without_tensor(folder):
-    state = load_file(folder / "model.safetensors")
-    state.pop("vision_model.post_layernorm.weight")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def hostile_bin(world):
-    def change(folder):
-        (folder / "model.safetensors").unlink()
-        hostile(world, folder / "pytorch_model.bin")
-    return spoiled_blip(change)(world)
-
-
-def other_checkpoint(name, place):
-    """A checkpoint of the other script, or of this one, lies where `place` belongs."""
-    def harm(world):
-        other = Captioning if isinstance(world, Styles) else Styles
-        shutil.copy(world.others[other] / "run" / name if name.endswith("last.pt") else world.run / name,
-                    getattr(world, place))
-    return harm
+def code_in_blip(world):
+    return spoiled_blip(lambda folder: hostile_bin(world, folder))(world)
 
 
 def of_style(place):
@@ -314,24 +226,11 @@ def dying_loader(world):
     world.patch.setattr(data, "__getitem__", killed)
 
 
-def without_module(name):
-    return lambda world: world.patch.setitem(sys.modules, name, None)
-
-
 def without_jinja2(world):
     """In the process that draws: its jinja2 is a file that fails as a missing package does."""
     missing = "raise ModuleNotFoundError(\"No module named 'jinja2'\", name='jinja2')"
     world.patch.setenv("PYTHONPATH", os.path.dirname(world.beside("jinja2.py", missing.encode())))
 
-
-def on_script(name, error):
-    """The function `name` of the script raises `error`."""
-    return lambda world: fails(world.script, name, error)(world)
-
-
-MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB\nmore")
-ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: 9 bytes")
-POINTER = b"version https://git-lfs.github.com/spec/v1\n"
 
 FAULTS = [
     # data
@@ -421,14 +320,14 @@ FAULTS = [
     Fault("LFS pointer as weights", CAPTIONS, spoiled_blip(content_of("model.safetensors", POINTER)),
           ("model.safetensors", "git-lfs")),
     Fault("no weights", CAPTIONS, spoiled_blip(lambda f: (f / "model.safetensors").unlink()), ("blip", "model.safetensors")),
-    Fault("tensor that is missing", CAPTIONS, spoiled_blip(without_tensor),
+    Fault("tensor that is missing", CAPTIONS, spoiled_blip(without_tensor("vision_model.post_layernorm.weight")),
           ("blip", "1 tensors are missing", "post_layernorm")),
     Fault("tokenizer that is missing", CAPTIONS, spoiled_blip(
         lambda f: [p.unlink() for p in f.iterdir() if p.suffix != ".safetensors" and p.name != "config.json"]),
           ("blip", "no tokenizer files")),
     Fault("tokenizer that is a page", CAPTIONS, spoiled_blip(content_of("tokenizer.json", b"<!DOCTYPE html>")),
           ("blip", "tokenizer")),
-    Fault("code in a BLIP folder", CAPTIONS, hostile_bin, ("blip",)),
+    Fault("code in a BLIP folder", CAPTIONS, code_in_blip, ("blip",)),
 
     # checkpoints of one's own
     *[Fault(f"{name} as best.pt", CAPTIONS, lambda w, content=content: w.best.write_bytes(content), ("best.pt", "damaged"),
@@ -544,65 +443,22 @@ FAULTS = [
         ("--warmup", "0.5"))],
     Fault("--check-data without --data", CAPTIONS, lambda w: ["--data", "", "--caption", "x.png"], ("--data is needed",),
           more=("--check-data",)),
-    config("epochs_count: 3", "epochs_count"), config("- epochs", "name: value"), config("epochs: [3", "c.yaml"),
-    config("epochs: many", "epochs", "'many'"), config("save_last: 1", "save_last", "true or false"),
-    config("precision: int8", "int8"),
+    *configs(BOTH),
     *[Fault(f"config {text!r}", CAPTIONS, lambda w, text=text: ["--config", w.beside("c.yaml", text.encode())],
             ("--unfreeze-schedule", "182", "quotes"))
       for text in ("unfreeze_schedule: [3:2]", "unfreeze_schedule: 3:2")],
 ]
 
 
-def named_entries():
-    return [pytest.param(entry, kind, id=f"{entry.name}-{kind.__name__}") for entry in FAULTS for kind in entry.kinds]
-
-
 def test_names_of_entries_are_distinct():
-    assert len({entry.name + kind.__name__ for entry in FAULTS for kind in entry.kinds}) == sum(len(e.kinds) for e in FAULTS)
+    refuse_twins(FAULTS)
 
 
-@pytest.fixture
-def make_world(finished, tmp_path, monkeypatch):
-    """Function that makes the World of one entry, with the current folder in it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with contextlib.ExitStack() as cleanup:
-        def make(kind):
-            world = kind(tmp_path, finished[kind], monkeypatch)
-            world.cleanup, world.others = cleanup, finished
-            return world
-        yield make
-
-
-@pytest.mark.parametrize("entry, kind", named_entries())
+@pytest.mark.parametrize("entry, kind", cases(FAULTS))
 @pytest.mark.filterwarnings("ignore")
 def test_fault(entry, kind, make_world, capsys):
     """One line, the right code, nothing run, nothing changed."""
-    world = make_world(kind)
-    if entry.command not in ("train", "zero"):
-        shutil.copytree(world.finished / "run", world.run)
-    more = entry.harm(world) if entry.harm else None
-    argv = getattr(world, entry.command)(*entry.more, *(more if isinstance(more, list) else []))
-    begun = entry.left != "nothing"
-    before = snapshot(world, begun)
-    capsys.readouterr()
-    try:
-        code = errors.exit_code(world.script.main, argv)
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    after = snapshot(world, begun)
-    world.cleanup.close()
-    told = the_error(capsys.readouterr().err).replace(f"{world.folder}/", "")
-    assert code == entry.code
-    words = [word.replace("LIST", kind.list_name).replace("PLACE", kind.place) for word in entry.words]
-    assert [word for word in words if word not in told] == [], told
-    assert not world.mark.exists()
-    if entry.left == "any":
-        assert not [path for path in world.run.iterdir() if path.name.startswith(".")]
-    else:
-        if entry.left.endswith(".json"):  # val.json is written before the row of its epoch, results before what is drawn from them
-            assert after.pop(f"run/{entry.left}")
-        assert after == before
+    check(entry, make_world(kind), capsys)
 
 
 # --- what looks bad and is good ------------
@@ -728,7 +584,4 @@ COVERED = {  # kind of bad input of the gated stage: entries of FAULTS, of BAD i
 
 
 def test_every_kind_is_covered():
-    texts = "".join(path.read_text(encoding="utf-8") for path in pathlib.Path(__file__).parent.rglob("test_*.py"))
-    there = set(re.findall(r"^def (test_\w+)\(", texts, re.MULTILINE))
-    there |= {entry.name for entry in FAULTS} | set(test_efficientnet_pretrain.BAD)
-    assert [name for names in COVERED.values() for name in names if name not in there] == []
+    refuse_unknown(COVERED, FAULTS, test_efficientnet_pretrain.BAD)

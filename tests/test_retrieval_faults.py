@@ -1,13 +1,12 @@
 """pytest tests/test_retrieval_faults.py: test_faults.py's question put to train_cir.py and pretrain_qformer.py.
 
-What goes wrong for users costs them one line and nothing on the disk. Behaviour-checked. FAULTS is one table, run as that of
-test_other_faults.py; COVERED names for every kind of bad input where it is tested for these two scripts.
+What goes wrong for users costs them one line and nothing on the disk. Behaviour-checked. FAULTS is one table, run by faults.py;
+COVERED names for every kind of bad input where it is tested for these two scripts.
 """
 
 import json
 import os
 import pathlib
-import re
 import shutil
 import signal
 import sys
@@ -24,10 +23,9 @@ import pretrain_qformer
 import train_cir
 from engine import checkpoints, errors, published, runfolder
 import test_cir
-import test_other_faults
-from test_faults import content_of, edited, fails, flip, half, hole, hostile, in_use, json_of, no_rename, small_files
-from test_other_faults import make_world  # noqa: F401
-from test_other_faults import ALLOCATOR, MEMORY, POINTER, Fault, World, link, on_script, without_module
+from faults import (ALLOCATOR, MEMORY, POINTER, Fault, World, cases, check, configs, content_of, edited, fails, flip, half, hole, hostile,
+                    in_use, json_of, link, no_rename, on_script, other_checkpoint, refuse_twins, refuse_unknown, small_files,
+                    without_module, without_tensor, wrong_flag)
 from test_pairs import pack, sample_members
 from test_rows import bomb
 
@@ -141,16 +139,6 @@ def finished(tmp_path_factory):
 BOTH, CIR, QFORMER = (Cir, Qformer), (Cir,), (Qformer,)
 
 
-def wrong_flag(kinds, flag, value, *words):
-    """A flag with a value that cannot be; words: of the message, the flag itself where there are none."""
-    return Fault(f"{flag} {value}", kinds, None, words or (flag,), more=(flag, value))
-
-
-def config(text, *words, kinds=BOTH):
-    """--config with this text."""
-    return Fault(f"config {text!r}", kinds, lambda w: ["--config", w.beside("c.yaml", text.encode())], ("c.yaml", *words))
-
-
 def table(content):
     """The list of training rows holds this."""
     data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -173,14 +161,6 @@ def spoiled(change, flag="--blip2"):
         change(folder)
         return [flag, str(folder)]
     return harm
-
-
-def without_tensor(name):
-    def change(folder):
-        state = load_file(folder / "model.safetensors")
-        state.pop(name)
-        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return change
 
 
 def cut_tensor(name):
@@ -225,14 +205,6 @@ def opt_blip2(flag):
 
 def foreign(flag, name, content):
     return lambda world: [flag, world.beside(name, content)]
-
-
-def other_checkpoint(name, place):
-    """A checkpoint of the other script, or of this one, lies where `place` belongs."""
-    def harm(world):
-        other = Qformer if isinstance(world, Cir) else Cir
-        shutil.copy(world.others[other] / "run" / name, getattr(world, place))
-    return harm
 
 
 def not_finite(what):
@@ -566,9 +538,7 @@ FAULTS = [
     *[wrong_flag(QFORMER, flag, value) for flag, value in (
         ("--val-share", "2"), ("--min-lr", "-1"), ("--warmup", "0.5"), ("--max-val", "0"), ("--rerank", "-1"))],
     wrong_flag(QFORMER, "--encoding", "klingon", "klingon", "utf-8"),
-    config("epochs_count: 3", "epochs_count"), config("- epochs", "name: value"), config("epochs: [3", "c.yaml"),
-    config("epochs: many", "epochs", "'many'"), config("save_last: 1", "save_last", "true or false"),
-    config("precision: int8", "int8"),
+    *configs(BOTH),
 ]
 
 
@@ -588,19 +558,15 @@ def no_index(world):
     fails(train_cir.picture_index, "open_index", AssertionError("too late"))(world)
 
 
-def named_entries():
-    return [pytest.param(entry, kind, id=f"{entry.name}-{kind.__name__}") for entry in FAULTS for kind in entry.kinds]
-
-
 def test_names_of_entries_are_distinct():
-    assert len({entry.name + kind.__name__ for entry in FAULTS for kind in entry.kinds}) == sum(len(e.kinds) for e in FAULTS)
+    refuse_twins(FAULTS)
 
 
-@pytest.mark.parametrize("entry, kind", named_entries())
+@pytest.mark.parametrize("entry, kind", cases(FAULTS))
 @pytest.mark.filterwarnings("ignore")
-def test_fault(entry, kind, make_world, capsys):  # noqa: F811
+def test_fault(entry, kind, make_world, capsys):
     """One line, the right code, nothing run, nothing changed."""
-    test_other_faults.test_fault(entry, kind, make_world, capsys)
+    check(entry, make_world(kind), capsys)
 
 
 # --- signals, and what looks bad and is good ------------
@@ -724,6 +690,4 @@ COVERED = {  # kind of bad input of the other scripts: entries of FAULTS, tests
 
 
 def test_every_kind_is_covered():
-    texts = "".join(path.read_text(encoding="utf-8") for path in pathlib.Path(__file__).parent.rglob("test_*.py"))
-    there = set(re.findall(r"^def (test_\w+)\(", texts, re.MULTILINE)) | {entry.name for entry in FAULTS}
-    assert [name for names in COVERED.values() for name in names if name not in there] == []
+    refuse_unknown(COVERED, FAULTS)

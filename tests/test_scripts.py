@@ -23,7 +23,7 @@ import train_gated
 from data import rows
 from engine import checkpoints, errors, loaders, loop, run, runfolder
 from engine.run import Step
-from test_faults import the_error
+from faults import the_error
 from tools import compare_gated
 import conftest
 from test_report import Page, check_safe
