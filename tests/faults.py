@@ -333,3 +333,21 @@ def in_use(world):
 
 def without_module(name):
     return lambda world: world.patch.setitem(sys.modules, name, None)
+
+
+# --- what fails in the process that draws a page: modules that it finds first ------------
+
+WITHOUT_JINJA2 = "raise ModuleNotFoundError(\"No module named 'jinja2'\", name='jinja2')"
+FULL_AT = """import os
+replace = os.replace
+def full(source, target):
+    if os.path.basename(target) == {0!r}:
+        raise OSError(28, "No space left on device")
+    return replace(source, target)
+os.replace = full
+"""
+
+
+def in_the_drawing(name, text):
+    """The process that draws a page imports this module in place of its own."""
+    return lambda world: world.patch.setenv("PYTHONPATH", os.path.dirname(world.beside(name, text.encode())))

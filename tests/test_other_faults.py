@@ -27,9 +27,9 @@ from engine import captioning, checkpoints, loop, runfolder
 from tools import make_tiny
 import test_blip_caption
 import test_efficientnet_pretrain
-from faults import (ALLOCATOR, MEMORY, POINTER, Fault, World, cases, check, configs, content_of, edited, fails, flip, half, hole, hostile,
-                    hostile_bin, in_use, json_of, link, no_rename, on_script, other_checkpoint, refuse_twins, refuse_unknown, small_files,
-                    without_module, without_tensor, wrong_flag)
+from faults import (ALLOCATOR, MEMORY, POINTER, WITHOUT_JINJA2, Fault, World, cases, check, configs, content_of, edited, fails, flip,
+                    half, hole, hostile, hostile_bin, in_the_drawing, in_use, json_of, link, no_rename, on_script, other_checkpoint,
+                    refuse_twins, refuse_unknown, small_files, without_module, without_tensor, wrong_flag)
 from test_rows import bomb
 
 # --- a small world for each script: data, a run that was interrupted in its second epoch ------------
@@ -226,12 +226,6 @@ def dying_loader(world):
     world.patch.setattr(data, "__getitem__", killed)
 
 
-def without_jinja2(world):
-    """In the process that draws: its jinja2 is a file that fails as a missing package does."""
-    missing = "raise ModuleNotFoundError(\"No module named 'jinja2'\", name='jinja2')"
-    world.patch.setenv("PYTHONPATH", os.path.dirname(world.beside("jinja2.py", missing.encode())))
-
-
 FAULTS = [
     # data
     Fault("data folder that is not there", CAPTIONS, lambda w: shutil.rmtree(w.data), ("data", "--data")),
@@ -421,7 +415,7 @@ FAULTS = [
     Fault("Ctrl-C before the first step", BOTH, on_script("prepare", KeyboardInterrupt()), ("interrupted",), code=130),
     Fault("package for the log is missing", BOTH, without_module("torch.utils.tensorboard"),
           ("tensorboard", "requirements.txt"), left="begun"),
-    Fault("package for the page is missing", CAPTIONS, without_jinja2,
+    Fault("package for the page is missing", CAPTIONS, in_the_drawing("jinja2.py", WITHOUT_JINJA2),
           ("jinja2", "requirements.txt", "python -m show.report", "run/cases.results.json"), "zero", ("--cases", "1"),
           left="cases.results.json"),
 

@@ -23,9 +23,9 @@ import pretrain_qformer
 import train_cir
 from engine import checkpoints, errors, published, runfolder
 import test_cir
-from faults import (ALLOCATOR, MEMORY, POINTER, Fault, World, cases, check, configs, content_of, edited, fails, flip, half, hole, hostile,
-                    in_use, json_of, link, no_rename, on_script, other_checkpoint, refuse_twins, refuse_unknown, small_files,
-                    without_module, without_tensor, wrong_flag)
+from faults import (ALLOCATOR, FULL_AT, MEMORY, POINTER, WITHOUT_JINJA2, Fault, World, cases, check, configs, content_of, edited, fails,
+                    flip, half, hole, hostile, in_the_drawing, in_use, json_of, link, no_rename, on_script, other_checkpoint,
+                    refuse_twins, refuse_unknown, small_files, without_module, without_tensor, wrong_flag)
 from test_pairs import pack, sample_members
 from test_rows import bomb
 
@@ -498,9 +498,10 @@ FAULTS = [
     Fault("index below a file", CIR, lambda w: (w.run / "galleries").write_bytes(b"") and None,
           ("galleries", "cannot be written"), "search",
           left="any"),
-    Fault("disk full at the page", CIR, no_rename("search.html"), ("search.html", "No space left"), "search", left="any"),
-    Fault("package for the page is missing", CIR, without_module("jinja2"), ("jinja2", "requirements.txt"), "search",
-          left="any"),
+    Fault("disk full at the page", CIR, in_the_drawing("sitecustomize.py", FULL_AT.format("search.html")),
+          ("search.html", "No space left", "python -m show.gallery"), "search", left="any"),
+    Fault("package for the page is missing", CIR, in_the_drawing("jinja2.py", WITHOUT_JINJA2),
+          ("jinja2", "requirements.txt", "python -m show.gallery"), "search", left="any"),
 
     # memory, numbers, processes
     *[Fault(f"memory runs out ({name})", BOTH, forward_fails(error), ("out of memory", "--batch-size 3"), left="begun")
