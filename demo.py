@@ -105,7 +105,7 @@ def words_of(lang):
 # --- answers ------------
 
 @dataclass
-class Asked:
+class Session:
     """The model of tab Ask, what it chooses from, and what it has computed for the last picture."""
     model: core.Blip2OPTGated
     examples: dict = field(default_factory=dict)  # {style: paths of pictures}
@@ -136,36 +136,36 @@ def mix_features(own, other, share):
     return (1 - share) * own + share * other
 
 
-def style_feature(asked, features, style, mix):
+def style_feature(session, features, style, mix):
     """The style feature that steers the gates, [1,F] or None: the picture's own, mixed with that of `style` ("" = none)."""
-    own, model = features["style_feature"], asked.model
+    own, model = features["style_feature"], session.model
     if not style or not mix or own is None:
         return own
-    if style not in asked.styles:
-        raise DataError(f"{style!r} is none of the styles {', '.join(asked.styles)}")
-    paths = asked.examples.get(style, [])
-    found = asked.prototypes.get(style)
+    if style not in session.styles:
+        raise DataError(f"{style!r} is none of the styles {', '.join(session.styles)}")
+    paths = session.examples.get(style, [])
+    found = session.prototypes.get(style)
     if found is None:
         found = prototype(model.efficientnet, style, paths, own, model.image_size)
         if paths:  # one of weights is scaled to the picture at hand
-            asked.prototypes[style] = found
+            session.prototypes[style] = found
     return mix_features(own, found, mix)
 
 
 @torch.no_grad()
-def look(asked, image):
+def look(session, image):
     """Features of a picture's path, kept for the next question -> {"picture": PIL, "features", "closed": {}}."""
     key = (str(image), os.path.getmtime(image) if os.path.isfile(image) else None)
-    if asked.last.get("key") != key:
+    if session.last.get("key") != key:
         picture = rows.load_image(image)
-        pixels = rows.image_tensor(picture, asked.model.image_size)[None].to(asked.model.query_tokens.device)
-        asked.last = {"key": key, "picture": picture, "features": asked.model.image_features(pixels), "closed": {}}
-    return asked.last
+        pixels = rows.image_tensor(picture, session.model.image_size)[None].to(session.model.query_tokens.device)
+        session.last = {"key": key, "picture": picture, "features": session.model.image_features(pixels), "closed": {}}
+    return session.last
 
 
-def side_of(asked, features, question, gated):
+def side_of(session, features, question, gated):
     """One side of the page -> {"answer", "confidence", "candidates": [(text, probability)], "attention": [n,n], "on_cls"}."""
-    model, asking = asked.model, {**features, "gated": gated}
+    model, asking = session.model, {**features, "gated": gated}
     texts = model.predict_answers(None, [question], **asking, best=BEST)[0]
     sums = model.score_answers([question], texts, **asking)[0]  # [A]
     answer = texts[0]  # what every other way to ask answers
@@ -174,27 +174,27 @@ def side_of(asked, features, question, gated):
             "candidates": [(text, one.exp().item()) for text, one in zip(texts, sums)], "attention": attention, "on_cls": on_cls}
 
 
-def answers_of(asked, image, question, style="", mix=0.0, occluded=False):
+def answers_of(session, image, question, style="", mix=0.0, occluded=False):
     """Everything tab Ask shows of one question -> {"picture", "gated", "closed" (see side_of), "styles": [(name, p)],
     "occlusion": [n,n] or None}. The side without the gate is computed once a picture and question."""
-    seen = look(asked, image)
-    features = {**seen["features"], "style_feature": style_feature(asked, seen["features"], style, mix)}
+    seen = look(session, image)
+    features = {**seen["features"], "style_feature": style_feature(session, seen["features"], style, mix)}
     if question not in seen["closed"]:
-        seen["closed"] = {question: side_of(asked, seen["features"], question, gated=False)}
-    found = {"picture": seen["picture"], "gated": side_of(asked, features, question, gated=True),
+        seen["closed"] = {question: side_of(session, seen["features"], question, gated=False)}
+    found = {"picture": seen["picture"], "gated": side_of(session, features, question, gated=True),
              "closed": seen["closed"][question], "styles": [], "occlusion": None}
     if features["style_feature"] is not None:
-        net = asked.model.efficientnet
+        net = session.model.efficientnet
         shares = net.logits(features["style_feature"]).softmax(-1)[0]  # [S]
         found["styles"] = [(net.style_names()[i], shares[i].item()) for i in shares.argsort(descending=True)[:TOP_STYLES].tolist()]
     if occluded:
-        found["occlusion"] = maps.occlusion(asked.model, features, question, found["gated"]["answer"])
+        found["occlusion"] = maps.occlusion(session.model, features, question, found["gated"]["answer"])
     return found
 
 
 # --- loading: each model once, when its tab first needs it ------------
 
-def load_asked(checkpoint, data, blip2=None, efficientnet=None):
+def load_session(checkpoint, data, blip2=None, efficientnet=None):
     """--checkpoint, and the pictures by style of --data where that is there -> Asked. DataError: as core.load_gated."""
     examples = {}
     for row in rows.read_split(data, "train") if os.path.isdir(data) else []:
@@ -204,7 +204,7 @@ def load_asked(checkpoint, data, blip2=None, efficientnet=None):
     dtype = core.DTYPES[loop.precision_of("auto")]
     checkpoint = published.tiny("gated") if checkpoint == "tiny" else checkpoint
     model, _ = core.load_gated(checkpoint, blip2, efficientnet, device="cuda" if torch.cuda.is_available() else "cpu", dtype=dtype)
-    return Asked(model, examples)
+    return Session(model, examples)
 
 
 def load_captioner(place):
@@ -308,16 +308,16 @@ def side_html(side, title, words):
             + bars_html(words["candidates"], side["candidates"]))
 
 
-def answers_html(found, words):
+def answers_html(results, words):
     """What answers_of found -> the HTML of the left side and of the right side."""
-    picture, gated, closed = found["picture"], found["gated"], found["closed"]
+    picture, gated, closed = results["picture"], results["gated"], results["closed"]
     on, off = 100 * gated["attention"], 100 * closed["attention"]
     top, unit = maps.span(np.stack([on, off])), "%"
     left = [side_html(gated, words["gated"], words), map_html(words["attention"], picture, on, top, unit)]
-    if found["styles"]:
-        left.append(bars_html(words["styles"], found["styles"]))
-    if found["occlusion"] is not None:
-        left.append(map_html(words["fall"], picture, found["occlusion"], maps.span(found["occlusion"]), "nats", diverging=True))
+    if results["styles"]:
+        left.append(bars_html(words["styles"], results["styles"]))
+    if results["occlusion"] is not None:
+        left.append(map_html(words["fall"], picture, results["occlusion"], maps.span(results["occlusion"]), "nats", diverging=True))
     right = [side_html(closed, words["closed"], words), map_html(words["attention"], picture, off, top, unit),
              map_html(words["difference"], picture, on - off, maps.span(on - off, 0.01), "points", diverging=True)]
     return block(*left), block(*right)
@@ -346,11 +346,11 @@ def loading_html(words):
                  f'<img alt="" src="{uri}"></figure>')
 
 
-def status_html(asked, words):
+def status_html(session, words):
     """One line on what the model is, and where the styles come from."""
-    if asked.model.gates is None:
+    if session.model.gates is None:
         return lines_html(words["no_gates"])
-    return lines_html(words["by_pictures" if asked.examples else "by_weights"])
+    return lines_html(words["by_pictures" if session.examples else "by_weights"])
 
 
 def guarded(make, count, *inputs):
@@ -404,7 +404,7 @@ def examples_of(data):
     return [[str(path), "Which style is this painting?"] for path in shipped[:4]]
 
 
-def ask_tab(gr, words, asked, examples, on):
+def ask_tab(gr, words, session, examples, on):
     """Tab Ask -> (where it says what the model is, the list of styles)."""
     status = gr.HTML(loading_html(words), elem_id="status")
     with gr.Row():
@@ -425,7 +425,7 @@ def ask_tab(gr, words, asked, examples, on):
     def ask(*inputs):
         if not inputs[0] or not inputs[1].strip():
             return fault_html(words["empty"]), ""
-        return guarded(lambda *given: answers_html(answers_of(asked(), *given), words), 2, *inputs)
+        return guarded(lambda *given: answers_html(answers_of(session(), *given), words), 2, *inputs)
 
     for event in (button.click, question.submit, style.input, mix.input, occluded.input):
         event(ask, [image, question, style, mix, occluded], [left, right], trigger_mode="always_last", **on)
@@ -472,11 +472,11 @@ def find_tab(gr, words, args, on):
 def build(gr, args):
     """The whole page as gr.Blocks. One event at a time: they share the models and the processor."""
     words, on = words_of(args.lang), {"concurrency_id": "models", "concurrency_limit": 1, "api_visibility": "private"}
-    asked = functools.cache(lambda: load_asked(args.checkpoint, args.data, args.blip2, args.efficientnet))
+    session = functools.cache(lambda: load_session(args.checkpoint, args.data, args.blip2, args.efficientnet))
     with gr.Blocks(title=words["title"], analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(block(f'<h3>{html.escape(words["title"])}</h3>'))
         with gr.Tab(words["ask"]):
-            status, style = ask_tab(gr, words, asked, examples_of(args.data), on)
+            status, style = ask_tab(gr, words, session, examples_of(args.data), on)
         with gr.Tab(words["caption"]):
             caption_tab(gr, words, args, on)
         with gr.Tab(words["find"]):
@@ -485,7 +485,7 @@ def build(gr, args):
             report = gr.HTML("" if args.report else lines_html(words["no_report"]), elem_id="report")
 
         def ready():
-            return status_html(asked(), words), gr.Dropdown([(words["own"], ""), *asked().styles])
+            return status_html(session(), words), gr.Dropdown([(words["own"], ""), *session().styles])
 
         page.load(lambda: guarded(ready, 2), None, [status, style], show_progress="hidden", **on)
         if args.report:

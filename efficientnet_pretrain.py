@@ -106,9 +106,9 @@ def reading(args):
     return {name: getattr(args, name) for name in ("images", "encoding", "separator", "val_share", "photos")}
 
 
-def read_data(args, say=print):
+def read_data(args, log=print):
     """(classes, {split: rows}), see wikiart.read_data."""
-    return wikiart.read_data(args.data, say, **reading(args))
+    return wikiart.read_data(args.data, log, **reading(args))
 
 
 def balance_classes(labels, power, seed, epoch):
@@ -185,16 +185,16 @@ def per_class(confusion):
     return hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(true + predicted, 1)
 
 
-def summary(found, classes):
+def summary(results, classes):
     """evaluate's list -> ({loss, top1, top5, f1, balanced}, confusion [K,K]). f1 (macro) and balanced accuracy (mean recall) are
     means over the classes that have validation pictures: of the others nothing is known."""
     confusion = np.zeros((classes, classes), int)
-    for one in found:
+    for one in results:
         confusion[one["label"], one["best"][0]] += 1
     _, recall, f1 = per_class(confusion)
     present = confusion.sum(1) > 0  # [K]
-    hits = {k: sum(one["label"] in one["best"][:k] for one in found) / len(found) for k in (1, 5)}
-    return {"loss": sum(one["loss"] for one in found) / len(found), "top1": hits[1], "top5": hits[5],
+    hits = {k: sum(one["label"] in one["best"][:k] for one in results) / len(results) for k in (1, 5)}
+    return {"loss": sum(one["loss"] for one in results) / len(results), "top1": hits[1], "top5": hits[5],
             "f1": float(f1[present].mean()), "balanced": float(recall[present].mean())}, confusion
 
 
@@ -255,7 +255,7 @@ def class_table(confusion, classes, trained_on):
 
 # --- model ------------
 
-def build(args, classes, say, blank=False):
+def build(args, classes, log, blank=False):
     """timm's net with a head of len(classes), from --pretrained or --init. blank: weights are put in later (--resume)."""
     import timm
     wanted = {"num_classes": len(classes), "drop_rate": args.dropout, "drop_path_rate": args.drop_path}
@@ -273,20 +273,20 @@ def build(args, classes, say, blank=False):
                             "them as --init FILE") from None
     torch.nn.init.normal_(net.classifier.weight, std=0.01)  # timm's start is so wide that a first loss of ln 27 = 3.3 becomes 4.6
     if args.init and not blank:
-        start_from(net, args.init, say)
+        start_from(net, args.init, log)
     elif not args.pretrained and not blank:
-        say("random weights: --pretrained or --init start from ImageNet's, which takes far fewer pictures")
+        log("random weights: --pretrained or --init start from ImageNet's, which takes far fewer pictures")
     return net.to(memory_format=torch.channels_last)
 
 
-def start_from(net, path, say):
+def start_from(net, path, log):
     """--init: every weight but a classifier head of another size, strictly. Code in the file never runs."""
     advice = "save its state dict alone: torch.save(model.state_dict(), FILE)"
     state, where = checkpoints.unwrap_state(checkpoints.load_foreign(path, True, advice), path)
     own, head = net.state_dict(), ("classifier.weight", "classifier.bias")
     other = [n for n in head if n in state and state[n].shape[:1] != own[n].shape[:1] and state[n].ndim == own[n].ndim]
     if other:
-        say(f"{path}: its classifier head of {len(state[other[0]])} classes is left out, the new one has {len(own[other[0]])}")
+        log(f"{path}: its classifier head of {len(state[other[0]])} classes is left out, the new one has {len(own[other[0]])}")
         state = {**state, **{name: own[name] for name in head}}
     checkpoints.load_strictly(net, state, f"--init {path} ({where})")
 
@@ -356,7 +356,7 @@ def train(args):
     accelerator = loop.make_accelerator(args.precision)
     resumed = resumes(accelerator, args.out, args.resume)
     run, parts = prepare(args, accelerator, resumed)
-    with run.opened(resumed, vars(args), __file__):
+    with run.open(resumed, vars(args), __file__):
         accelerator.print(f"{len(parts.train)} training and {len(parts.val)} validation pictures, {len(parts.classes)} classes; "
                           f"{run.total} steps of {len(run.plan(0)[0][0])}, lr {args.lr:g}, "
                           f"precision {accelerator.mixed_precision}, {accelerator.device}")
@@ -370,7 +370,7 @@ def train(args):
             numbers, confusion = validate(run, parts, parts.val, args)
             if run.end_epoch(numbers, confusion=confusion.tolist()):
                 run.save_best()
-        if accelerator.is_main_process and run.marks["value"] is not None:
+        if accelerator.is_main_process and run.progress["value"] is not None:
             report(run, parts)
     return run
 
@@ -445,9 +445,9 @@ def prepare(args, accelerator, resumed=False):
 
 def report(run, parts):
     """confusion.png, per_class.csv and the printed table, all of the best epoch."""
-    confusion, epoch = np.array(run.marks["confusion"]), run.marks["epoch"]
+    confusion, epoch = np.array(run.progress["confusion"]), run.progress["epoch"]
     draw_confusion(confusion, parts.classes, run.out / "confusion.png",
-                   f"{run.out.name}, epoch {epoch}: macro F1 {run.marks['value']:.3f}; per cent of each row")
+                   f"{run.out.name}, epoch {epoch}: macro F1 {run.progress['value']:.3f}; per cent of each row")
     lines = class_table(confusion, parts.classes, Counter(row.style for row in parts.train.rows))
     with files.whole_file(run.out / "per_class.csv") as file:
         csv.writer(file).writerows(lines)

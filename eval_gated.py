@@ -126,7 +126,7 @@ def flags_at_odds(args):
     return "" if all(question.strip() for question in args.ask) else "--ask: a question is empty"
 
 
-def built_as(args, checkpoint):
+def current_model_args(args, checkpoint):
     """model_args of a checkpoint with what lies elsewhere now, or is asked for in another precision."""
     moved = {name: getattr(args, name) for name in ("blip2", "efficientnet", "lm_precision") if getattr(args, name)}
     return published.resolve_paths({**checkpoint["model_args"], **moved})
@@ -141,7 +141,7 @@ def load_model(args, checkpoint, dtype, towers=None):
     """The model of a checkpoint before its trained tensors are put in: the same BLIP-2, untrained and with open gates.
 
     towers: None, or the fingerprints of towers that a cache stands for, which are then left out."""
-    places = built_as(args, checkpoint)
+    places = current_model_args(args, checkpoint)
     try:
         model = model_class(args.script).build(**places, safe=args.safe_load, dtype=dtype, tower=not towers)
     except TypeError as error:  # a setting that this version does not know
@@ -175,7 +175,7 @@ def is_same_table(one, other):
     return os.path.isfile(one) and os.path.isfile(other) and os.path.samefile(one, other)
 
 
-def seen_in_training(checkpoint, questions, workers):
+def training_overlap(checkpoint, questions, workers):
     """Of each row: did training see its picture? None where the checkpoint, of an earlier version, does not say."""
     if "pictures" not in checkpoint:
         return None
@@ -183,11 +183,11 @@ def seen_in_training(checkpoint, questions, workers):
     return [digests[row.image] in pictures for row in questions]
 
 
-def told_seen(seen):
+def format_overlap(overlap):
     """seen_in_training in words."""
-    if seen is None:
+    if overlap is None:
         return "unknown, since this checkpoint of an earlier version does not say which pictures were trained on"
-    return f"{sum(seen)} of {len(seen)} rows" + (": these scores are not of held-out pictures" if any(seen) else "")
+    return f"{sum(overlap)} of {len(overlap)} rows" + (": these scores are not of held-out pictures" if any(overlap) else "")
 
 
 class OtherStyle(Questions):
@@ -233,27 +233,27 @@ def answers_to(model, questions, contexts, features, args, candidates, with_conf
 
     features: image_embeds [B,P,W], style_feature [B,F]; candidates: of rank; ablation: gated=False or blind=True."""
     asked = {"questions": questions, "contexts": contexts, **features, **ablation}
-    found = {}
+    results = {}
     if args.method == "rank":
         scores = model.score_answers(answers=candidates, **asked)  # [B,A]
-        found["prediction"] = [candidates[i] for i in scores.argmax(-1).tolist()]
+        results["prediction"] = [candidates[i] for i in scores.argmax(-1).tolist()]
         if with_confidence and len(candidates) > 1:
             first, second = scores.topk(2).values.unbind(-1)  # [B]
-            found["margin"] = (first - second).tolist()
+            results["margin"] = (first - second).tolist()
     else:
-        found["prediction"] = model.predict_answers(None, beams=args.beams, max_new_tokens=args.max_new_tokens, **asked)
+        results["prediction"] = model.predict_answers(None, beams=args.beams, max_new_tokens=args.max_new_tokens, **asked)
     if with_confidence:
-        found["confidence"] = model.confidence(answers=found["prediction"], **asked).tolist()
-        for question, value in zip(questions, found["confidence"]):
+        results["confidence"] = model.confidence(answers=results["prediction"], **asked).tolist()
+        for question, value in zip(questions, results["confidence"]):
             if not math.isfinite(value):
                 raise DataError(f"{question!r}: the probability of the answer is {value}; use --precision bf16 or no")
-    return found
+    return results
 
 
-def coverage(questions, found, least):
+def coverage(questions, results, least):
     """--abstain-below in a line: how many of the answers have this confidence (0 to 1), and the EM of those."""
-    hits = [metrics.exact_match(one["prediction"], r.answer.strip()) for r, one in zip(questions, found)]
-    kept = [hit for hit, one in zip(hits, found) if math.exp(one["confidence"]) >= least]
+    hits = [metrics.exact_match(one["prediction"], r.answer.strip()) for r, one in zip(questions, results)]
+    kept = [hit for hit, one in zip(hits, results) if math.exp(one["confidence"]) >= least]
     told = f"EM {100 * sum(kept) / len(kept):.1f} on those, " if kept else ""
     return (f"--abstain-below {least:g}: {len(kept)} of {len(hits)} questions are answered ({len(kept) / len(hits):.1%}), {told}"
             f"{100 * sum(hits) / len(hits):.1f} on all")
@@ -264,13 +264,13 @@ def ask(args, checkpoint, accelerator):
     if accelerator.num_processes > 1:
         raise DataError("--ask writes one file from one process: start it without accelerate launch")
     names, asked = folders.pictures_in(args.images), [(question,) for question in dict.fromkeys(args.ask)]
-    places = built_as(args, checkpoint)
+    places = current_model_args(args, checkpoint)
     search = {"beams": args.beams, "max-new-tokens": args.max_new_tokens} if args.method == "generate" else {}
     made_with = {"checkpoint (sha256)": files.digest(args.checkpoint), "--images": os.path.realpath(args.images),
                  "--method": args.method, **search, "--abstain-below": args.abstain_below, "precision": accelerator.mixed_precision,
                  "--lm-precision": places.get("lm_precision")}
-    with folders.opened(args.answers, ANSWERS, 2, made_with) as table, errors.batch_size_in_memory_errors(args.batch_size):
-        todo = table.lacking(names, asked)
+    with folders.open_table(args.answers, ANSWERS, 2, made_with) as table, errors.batch_size_in_memory_errors(args.batch_size):
+        todo = table.missing(names, asked)
         if not todo:
             print(f"{args.answers}: all {len(names)} pictures are there")
             return
@@ -314,7 +314,7 @@ def score(predictions, answers, people=None):
     return {name: 100 * value / len(pairs) for name, value in sums.items()}
 
 
-def score_table(questions, systems, seen=None):
+def score_table(questions, systems, overlap=None):
     """questions: list of Row; systems: {name: what evaluate returns, at least [{"prediction"}]}; seen: see seen_in_training.
 
     -> rows {type, system, n, seen (how many of n, where that is known), loss, hit, kl (those that the system has), EM, ...}; types
@@ -324,11 +324,11 @@ def score_table(questions, systems, seen=None):
     table = []
     for kind in [*kinds, "all"]:
         chosen = [i for i, r in enumerate(questions) if kind in (r.question_type, "all")]
-        for system, found in systems.items():
-            here = [found[i] for i in chosen]
+        for system, results in systems.items():
+            here = [results[i] for i in chosen]
             scores = score([one["prediction"] for one in here], [questions[i].answer.strip() for i in chosen],
                            [questions[i].people for i in chosen])
-            met = {} if seen is None else {"seen": sum(seen[i] for i in chosen)}
+            met = {} if overlap is None else {"seen": sum(overlap[i] for i in chosen)}
             table.append({"type": kind, "system": system, "n": len(chosen), **met, **loss_summary(here), **scores})
     return table
 
@@ -358,10 +358,10 @@ def question_ids(questions):
     return ids
 
 
-def write_predictions(path, ids, questions, found):
+def write_predictions(path, ids, questions, results):
     """VQAv2's result format ({"question_id", "answer"}) and a CSV that people can read. found: of evaluate, with "confidence"."""
     path, table = pathlib.Path(path), []
-    for i, row, one in zip(ids, questions, found):
+    for i, row, one in zip(ids, questions, results):
         confidence = {"confidence": f"{math.exp(one['confidence']):.4f}", **({"margin": f"{one['margin']:.4f}"} if "margin" in one else {})}
         table.append({"question_id": i, "image": row.name, "question": row.question, "answer": row.answer, "prediction": one["prediction"],
                       "question_type": row.question_type, "style": row.style, **confidence})
@@ -407,9 +407,9 @@ def prepare(args, checkpoint, accelerator):
     data_args(args, {**BEFORE, **checkpoint["args"]})
     questions = read_questions(args.data, args.split, args.columns, args.images, args.encoding, args.separator, args.style,
                                args.semart, args.context, args.val_share, args.skip_bad, args.workers, accelerator.print)
-    ids, seen = question_ids(questions), seen_in_training(checkpoint, questions, args.workers)
-    accelerator.print(f"{args.split}: pictures that training saw: {told_seen(seen)}")
-    places, dtype = built_as(args, checkpoint), core.DTYPES[accelerator.mixed_precision]
+    ids, seen = question_ids(questions), training_overlap(checkpoint, questions, args.workers)
+    accelerator.print(f"{args.split}: pictures that training saw: {format_overlap(seen)}")
+    places, dtype = current_model_args(args, checkpoint), core.DTYPES[accelerator.mixed_precision]
 
     def load_style():
         return model_class(args.script).style_tower.from_checkpoint(places["efficientnet"], args.safe_load).eval()
@@ -424,7 +424,7 @@ def prepare(args, checkpoint, accelerator):
     if args.style == "efficientnet":
         questions, = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
                                       places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print)
-    questions = rows.spelled_alike(questions, model.styles, accelerator.print)
+    questions = rows.unify_spelling(questions, model.styles, accelerator.print)
     return Evaluation(args, checkpoint, accelerator, model, questions, ids, seen,
                       Questions(questions, model.image_size, features),
                       Collate(model.tokenizer, model.styles, model.max_answer), places, dtype)
@@ -453,7 +453,7 @@ def write_outputs(run, systems, command):
     if args.predictions:  # before the scores: what cost an hour is safe first
         readable = write_predictions(args.predictions, run.ids, questions, trained)
         print(f"predictions: {args.predictions} and {readable}")
-    table = score_table(questions, systems, run.seen)
+    table = score_table(questions, systems, run.overlap)
     print_table(table)
     if args.abstain_below is not None:
         print(coverage(questions, trained, args.abstain_below))
@@ -464,7 +464,7 @@ def write_outputs(run, systems, command):
             json.dump(table, file, indent=1)
     if args.report:
         made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, {args.split}", seed=run.checkpoint["args"]["seed"],
-                            **{"pictures that training saw": told_seen(run.seen)})
+                            **{"pictures that training saw": format_overlap(run.overlap)})
         log = pathlib.Path(args.checkpoint).with_name("training_log.csv")
         report.write(args.report, f"{args.checkpoint}: {args.split}",
                      report.gated(questions, systems, table, log, PANELS, run.model.styles, [made]))

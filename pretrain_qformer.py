@@ -117,17 +117,17 @@ def data_places(args):
     return files, tars
 
 
-def read_data(args, say=print):
+def read_data(args, log=print):
     """--data -> (training Pairs, validation Pairs of --max-val pictures, [Shard]); bad ones refused, with --skip-bad left out."""
     files, tars = data_places(args)
-    train, val = (pairs.read_sets(files, split, args.images, args.skip_bad, args.val_share, args.encoding, args.workers, say)
+    train, val = (pairs.read_sets(files, split, args.images, args.skip_bad, args.val_share, args.encoding, args.workers, log)
                   for split in ("train", "val"))
     shown = sorted({pair.image_id for pair in val})[:args.max_val]  # by their hash
     if len(shown) < len({pair.image_id for pair in val}):
-        say(f"val: {len(shown)} of its pictures are scored (--max-val)")
+        log(f"val: {len(shown)} of its pictures are scored (--max-val)")
     streamed = [shard for name, place in tars.items() for shard in
                 shards.count_samples(shards.shard_files(place), name, pathlib.Path(args.out) / "shards.json", args.skip_broken,
-                                     say)]
+                                     log)]
     return train, [pair for pair in val if pair.image_id in set(shown)], streamed
 
 
@@ -280,17 +280,17 @@ def places(args):
     return name, init, published.load_config(init).model_type if init != "random" and not pathlib.Path(init).is_file() else None
 
 
-def join_tower(args, vision, say=print):
+def join_tower(args, vision, log=print):
     """The ln_vision of --init goes into --blip2's tower -> what it was, {} where there is none: see towers.join.
 
     A Q-Former that is trained on may start behind another tower than its own, which is said; one that is converted may not."""
     name, init, kind = places(args)
     if init == "random" or kind == "bert":
         return {}
-    return towers.join(vision, published.local_folder(init) if kind else init, name, say, strict=bool(args.convert))
+    return towers.join(vision, published.local_folder(init) if kind else init, name, log, strict=bool(args.convert))
 
 
-def load_model(args, dtype, say=print):
+def load_model(args, dtype, log=print):
     """--blip2 (vision tower) and --init (Q-Former, tokenizer) -> Stage1. A hub's ID is looked for in models/ first. Says what
     starts fresh."""
     name, init, kind = places(args)
@@ -307,7 +307,7 @@ def load_model(args, dtype, say=print):
         config = own
     published.refuse_other_tokenizer(tokenizer, config.qformer_config.vocab_size, init if kind else name)
     model = Stage1(vision, config, tokenizer)
-    model.ln_vision = join_tower(args, vision, say)
+    model.ln_vision = join_tower(args, vision, log)
     if kind == "bert":
         absent = stage1.start_from_bert(model, published.load_bert(init), init)
     elif init == "random":
@@ -317,7 +317,7 @@ def load_model(args, dtype, say=print):
         parts = published.qformer_weights(weights, text_path=True, source=init)
         model.load_parts(parts, init)
         absent = [part for part in ("temp", "lm_head") if part not in parts]
-    say(f"Q-Former: {init}; fresh: {', '.join(absent) or 'nothing'}")
+    log(f"Q-Former: {init}; fresh: {', '.join(absent) or 'nothing'}")
     return model
 
 
@@ -420,7 +420,7 @@ def epoch_plan(args, parts, epoch):
     return [steps[i] for i in np.random.default_rng([args.seed, epoch, 1]).permutation(len(steps))]
 
 
-def load_epoch(args, parts, epoch, left, say):
+def load_epoch(args, parts, epoch, left, log):
     """This process's batches of the steps of an epoch that are left; tar files are read from the epoch's start to get there."""
     mine = loop.keys_of(left)
     of_tars = [keys[0] == len(parts.train) for keys in mine]
@@ -428,7 +428,7 @@ def load_epoch(args, parts, epoch, left, say):
     from_pairs = iter(loaders.load_batches(parts.train, parts.collate, chosen, args.workers))
     parts.stream.set_epoch(epoch)
     streamed, steps = loaders.load_stream(parts.stream, shards.packed, args.batch_size, args.workers), tar_steps(args, parts.stream)
-    from_tars = shards.batches_of(streamed, args.batch_size, steps, parts.collate, args.skip_broken, say)
+    from_tars = shards.batches_of(streamed, args.batch_size, steps, parts.collate, args.skip_broken, log)
     from_tars = itertools.islice(from_tars, steps - sum(of_tars), None)
     return (next(from_tars if of_tar else from_pairs) for of_tar in of_tars)
 
@@ -456,7 +456,7 @@ def settings(args, parts, accelerator):
 
 def export_best(run, args):
     """OUT/hf: the weights of the best epoch, which need not be the last, and the tower as its source keeps it."""
-    if run.accelerator.is_main_process and run.marks["value"] is not None:
+    if run.accelerator.is_main_process and run.progress["value"] is not None:
         path = run.out / "best.pt"
         checkpoints.load_trainable(run.model, checkpoints.load_checkpoint(path)["state"], path)
         tower, _ = published.load_vision(places(args)[0], None)
@@ -485,7 +485,7 @@ def train(args):
     accelerator = start(args)
     resumed = resumes(accelerator, args.out, args.resume)
     run, parts = prepare(args, accelerator)
-    with run.opened(resumed, vars(args), __file__):
+    with run.open(resumed, vars(args), __file__):
         by_chance = chance_losses(run.model, args.batch_size * accelerator.num_processes)
         print_start(run, parts, args, by_chance)
         rehearse(run, parts, args)

@@ -137,14 +137,14 @@ def reading(args):
             "shots": args.shots, "seed": args.seed}
 
 
-def read_data(args, split, say=print):
+def read_data(args, split, log=print):
     """The Pictures of a split, see captions.read_data."""
-    return captions.read_data(args.data, split, workers=args.workers, say=say, **reading(args))
+    return captions.read_data(args.data, split, workers=args.workers, log=log, **reading(args))
 
 
-def read_scored(args, split, say=print):
+def read_scored(args, split, log=print):
     """The Pictures of a split that are scored: all of them, or --max-val."""
-    return captions.limit(read_data(args, split, say), args.max_val, split, say)
+    return captions.limit(read_data(args, split, log), args.max_val, split, log)
 
 
 def splits(args):
@@ -185,7 +185,7 @@ def open_layers(model, layers):
     tower[len(tower) - layers:].requires_grad_(True)
 
 
-def opened_layers(model):
+def trained_layers(model):
     """The vision layers that are trained now."""
     return [layer for layer in model.vision_model.encoder.layers if next(layer.parameters()).requires_grad]
 
@@ -200,7 +200,7 @@ def train_mode(run):
     """Dropout in the trained parts only."""
     run.wrapped.train()
     run.model.vision_model.eval()
-    for layer in opened_layers(run.model):
+    for layer in trained_layers(run.model):
         layer.train()
 
 
@@ -227,7 +227,7 @@ def best_of(args, model, precision):
 
 def trained_of(model):
     """What is trained, how many vision layers are open, and the fingerprint of the rest of the tower."""
-    return {"state": checkpoints.trainable_state(model), "open": len(opened_layers(model)),
+    return {"state": checkpoints.trainable_state(model), "open": len(trained_layers(model)),
             "frozen": checkpoints.fingerprint(model.vision_model)}
 
 
@@ -282,7 +282,7 @@ def train(args):
     if args.report:
         files.refuse_unwritable(args.report)
     run, parts = prepare(args, accelerator)
-    with run.opened(resumed, vars(args), __file__):
+    with run.open(resumed, vars(args), __file__):
         accelerator.print(f"{len(parts.train)} training captions, {len(parts.val)} validation pictures; {run.total} steps of "
                           f"{len(run.plan(0)[0][0])} captions, lr {args.lr:g}, precision {accelerator.mixed_precision}, "
                           f"{accelerator.device}")
@@ -294,13 +294,13 @@ def train(args):
                 train_step(run, step)
                 step.update()
             numbers, results = validate(run.model, parts.tokenizer, parts.val, accelerator, args)
-            if loop.is_better(numbers["score"], run.marks) and accelerator.is_main_process:
+            if loop.is_better(numbers["score"], run.progress) and accelerator.is_main_process:
                 write_captions(run.out / "val.json", parts.val, results)  # before last.pt: --resume makes up for best.pt alone
-            if run.end_epoch({"layers": len(opened_layers(run.model)), **numbers}):
+            if run.end_epoch({"layers": len(trained_layers(run.model)), **numbers}):
                 run.save_best()
                 if args.report and accelerator.is_main_process:
                     report_results(args, run.out / "best.pt", "val", parts.val, results)
-        if run.marks["value"] is not None:
+        if run.progress["value"] is not None:
             finish(run, parts, args)
     return run
 
@@ -428,7 +428,7 @@ def ready(args):
 
 def score(args):
     """--zero-shot and --checkpoint: scores of the validation and test split."""
-    def say(*words):
+    def log(*words):
         accelerator.print(*words, file=sys.stderr if args.json else sys.stdout)
 
     for path in filter(None, (args.cases and cases_page(args), args.report)):
@@ -436,9 +436,9 @@ def score(args):
     model, tokenizer, accelerator, generation = ready(args)
     scored = {}
     for split in splits(args):
-        data = Captions(read_scored(args, split, say), model.config.vision_config.image_size, tokenizer)
+        data = Captions(read_scored(args, split, log), model.config.vision_config.image_size, tokenizer)
         numbers, results = validate(model, tokenizer, data, accelerator, args, generation)
-        say(f"{split}: {format_metrics(numbers)}")
+        log(f"{split}: {format_metrics(numbers)}")
         scored[split] = {"scores": numbers, "captions": captions_of(data, results)}
         if args.cases and split == "val" and accelerator.is_main_process:
             case_results(args, data, list(scored[split]["captions"].values()), f"{args.checkpoint or args.blip}: {split}")
@@ -447,7 +447,7 @@ def score(args):
     if args.json:
         accelerator.print(json.dumps(scored, indent=1, ensure_ascii=False))
     if accelerator.is_main_process:
-        draw_pages(args, scored, say)
+        draw_pages(args, scored, log)
 
 
 def report_page(args, split):
@@ -473,12 +473,12 @@ def case_results(args, data, texts, title):
     write_results(cases_page(args), title, data.rows, {"the model": [{"caption": text} for text in texts]}, args.cases)
 
 
-def draw_pages(args, splits, say=print):
+def draw_pages(args, splits, log=print):
     """The pages of --cases and --report whose results are written. splits: those that were scored."""
     if args.cases:
-        pages.draw("report", cases_page(args), f"{cases_page(args)}: {args.cases} worst and best", say)
+        pages.draw("report", cases_page(args), f"{cases_page(args)}: {args.cases} worst and best", log)
     for split in splits if args.report else ():
-        pages.draw("report", report_page(args, split), log=say)
+        pages.draw("report", report_page(args, split), log=log)
 
 
 def caption_folder(args):
@@ -498,9 +498,9 @@ def caption_folder(args):
         with accelerator.autocast():
             return [key for key, in keys], [(text,) for text in describe(model, tokenizer, images, generation)]
 
-    with (folders.opened(args.captions, ("image", "caption"), 1, made_with) as table,
+    with (folders.open_table(args.captions, ("image", "caption"), 1, made_with) as table,
           errors.batch_size_in_memory_errors(args.val_batch, "--val-batch")):
-        folders.fill(table, folder, table.lacking(names, [()]), rows_of, model.config.vision_config.image_size, args.val_batch,
+        folders.fill(table, folder, table.missing(names, [()]), rows_of, model.config.vision_config.image_size, args.val_batch,
                      args.workers, accelerator.device)
 
 

@@ -139,10 +139,10 @@ def get_args(argv=None):
 
 # --- data: your own data set goes here ------------
 
-def read_data(args, split, say=print):
+def read_data(args, split, log=print):
     """The pools of a split, every picture found; missing ones refused, with --skip-bad left out and listed."""
     return cirr.read_split(args.data, args.format, split, args.images, skip_bad=args.skip_bad, workers=max(1, args.workers),
-                           say=say)
+                           log=log)
 
 
 class Triplets(Dataset):
@@ -355,10 +355,10 @@ def refuse_missing_model(args):
     published.refuse_missing({"BLIP-2": published.missing_model(args.blip2 or DEFAULT, "blip2-itm")})
 
 
-def load_model(args, dtype, say=print):
+def load_model(args, dtype, log=print):
     """--blip2 and --qformer -> Sprc. A hub's ID is looked for in models/ first."""
     name = published.in_models(args.blip2 or DEFAULT, "blip2-itm")
-    model = Sprc.load(name, args.qformer, dtype, say, gate=not args.no_gate, spatial=args.spatial_attention)
+    model = Sprc.load(name, args.qformer, dtype, log, gate=not args.no_gate, spatial=args.spatial_attention)
     published.refuse_other_tokenizer(model.tokenizer, model.embeddings.word_embeddings.num_embeddings, name)
     if not args.loss_rtc:  # nothing trains the prompts, and a trained part without a gradient would hang several processes
         nn.init.zeros_(model.prompt_tokens.requires_grad_(False))
@@ -517,8 +517,8 @@ def train(args):
     if args.report:
         files.refuse_unwritable(args.report)
     run, parts = prepare(args, accelerator)
-    with run.opened(resumed, vars(args), __file__):
-        say_begin(run, parts, args)
+    with run.open(resumed, vars(args), __file__):
+        print_start(run, parts, args)
         rehearse(run, parts, args)
         for epoch in run.epochs():
             run.wrapped.train()
@@ -536,13 +536,13 @@ def train(args):
     return run
 
 
-def say_begin(run, parts, args):
+def print_start(run, parts, args):
     """What is trained on what, and what chance would score."""
-    say = run.accelerator.print
-    say(f"{len(parts.train)} training and {sum(len(pool.queries) for pool in parts.val)} validation queries, gallery of "
+    log = run.accelerator.print
+    log(f"{len(parts.train)} training and {sum(len(pool.queries) for pool in parts.val)} validation queries, gallery of "
         f"{' + '.join(str(len(pool.gallery)) for pool in parts.val)}; {run.total} steps of {len(run.plan(0)[0][0])} queries, "
         f"lr {args.lr:g}, precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
-    say(f"a random order scores {format_metrics(chance(parts.val, args.format))}")
+    log(f"a random order scores {format_metrics(chance(parts.val, args.format))}")
 
 
 def validate(run, parts, args):
@@ -613,31 +613,31 @@ def dry_run(args):
 def score(args):
     """--checkpoint: the recalls of the validation split; --submit, --gate-maps and --report."""
     best, model, accelerator = load_best(args)
-    say = accelerator.print
-    pools = read_data(args, "val", say)
-    unseen = read_data(args, "test1", say) if args.submit else []
+    log = accelerator.print
+    pools = read_data(args, "val", log)
+    unseen = read_data(args, "test1", log) if args.submit else []
     for folder in filter(None, (args.submit, args.gate_maps)):  # now, and not after everything has been encoded
         files.refuse_unwritable(pathlib.Path(folder, "a file"))
     if args.report:
         files.refuse_unwritable(args.report)
     opener = picture_source(args, model, [*pools, *unseen], accelerator)
-    say(f"a random order scores {format_metrics(chance(pools, args.format))}")
+    log(f"a random order scores {format_metrics(chance(pools, args.format))}")
     results, scores, maps = [], [], []
     for pool, (numbers, ranked) in zip(pools, evaluate(model, pools, opener, accelerator, args.format, args.batch_size, args.workers)):
         results.append(numbers)
         scores.append(ranked)
-        say(f"{pool.name}: {format_metrics(numbers)}")
+        log(f"{pool.name}: {format_metrics(numbers)}")
         if args.gate_maps and accelerator.is_main_process:
             maps.append(gate_maps(args, model, pool, ranked, opener))
     if len(results) > 1:
-        say(f"mean: {format_metrics(mean_of(results))}")
+        log(f"mean: {format_metrics(mean_of(results))}")
     if args.report and accelerator.is_main_process:
         report_results(args, args.checkpoint, pools, scores)
     for pool in unseen:
         features, vectors, _ = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
         if accelerator.is_main_process:
             paths = cirr.write_submission(args.submit, pool.queries, pool.gallery, score_gallery(vectors, features))
-            say(f"for CIRR's test server: {', '.join(map(str, paths))}")
+            log(f"for CIRR's test server: {', '.join(map(str, paths))}")
     for page in maps:
         pages.draw("gallery", page, f"{args.gate_maps}: gate maps of {min(MAPS, len(pools[0].queries))} queries")
     if args.report and accelerator.is_main_process:

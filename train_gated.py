@@ -170,20 +170,20 @@ def missing_classifier(args):
             "--gating none trains without gates and needs none"]
 
 
-def shortest_way(args, absent):
+def shortest_way(args, missing_parts):
     """The commands from what `missing` found to a first training, "" where one of its own lines says as much."""
-    if set(absent) <= {"data"} or args.blip2 == "tiny":
+    if set(missing_parts) <= {"data"} or args.blip2 == "tiny":
         return ""
-    data, drawn = ("data/artquest", "python tools/make_sample.py, then ") if "data" in absent else (args.data, "")
+    data, drawn = ("data/artquest", "python tools/make_sample.py, then ") if "data" in missing_parts else (args.data, "")
     return f"the shortest way: {drawn}python train_gated.py --data {data} --blip2 tiny"
 
 
 # --- data: your own data set goes here ------------
 
-def read_data(args, split, say=print):
+def read_data(args, split, log=print):
     """The rows of a split as the flags about data have it."""
     return read_questions(args.data, split, args.columns, args.images, args.encoding, args.separator, args.style, args.semart,
-                          args.context, args.val_share, args.skip_bad, args.workers, say)
+                          args.context, args.val_share, args.skip_bad, args.workers, log)
 
 
 def check_data(args):
@@ -256,14 +256,14 @@ def model_args(args, train_rows, max_answer):
             "style_head": args.kl_weight != 0, "styles": styles, "lm_precision": args.lm_precision, "max_answer": max_answer}
 
 
-def loss_weights(args, model, say):
+def loss_weights(args, model, log):
     """Weights of the style terms that this model and data can have; what is off is said."""
     weights = {"hit_weight": args.hit_weight, "kl_weight": args.kl_weight}
     if not model.styles:
-        say("no style in the training rows: both style terms are off (--style names other places to take it from)")
+        log("no style in the training rows: both style terms are off (--style names other places to take it from)")
         return {"hit_weight": 0.0, "kl_weight": 0.0}
     if model.style_head is None and args.kl_weight:
-        say("no EfficientNet with --gating none: the KL term is off")
+        log("no EfficientNet with --gating none: the KL term is off")
         weights["kl_weight"] = 0.0
     return weights
 
@@ -321,7 +321,7 @@ def train(args, command=()):
     accelerator = start(args)
     resumed = resumes(accelerator, args.out, args.resume)
     run, parts = prepare(args, accelerator, command)
-    with run.opened(resumed, vars(args), __file__):
+    with run.open(resumed, vars(args), __file__):
         if accelerator.is_main_process and not resumed:
             (run.out / gate_frames.FILE).unlink(missing_ok=True)  # of a run that ended before its first best.pt
         accelerator.print(f"{len(parts.train)} training and {len(parts.val)} validation questions, {len(run.model.styles)} styles; "
@@ -349,7 +349,7 @@ def validate(run, parts, data, args):
     if answer:
         hits = [metrics.exact_match(one["prediction"], data.rows[one["row"]].answer.strip()) for one in found]
         numbers["em"] = sum(hits) / len(hits)
-    return numbers, gate_frames.found_gates(run.model, found, data.rows)
+    return numbers, gate_frames.summarize_gates(run.model, found, data.rows)
 
 
 def rehearse(run, parts, args):
@@ -386,7 +386,7 @@ def prepare(args, accelerator, command=()):
         splits = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
                                   places["efficientnet"], splits, args.workers, accelerator.device, accelerator.print)
     train_rows, val_rows = splits
-    val_rows = rows.spelled_alike(val_rows, {r.style.strip() for r in train_rows}, accelerator.print)  # as they are trained
+    val_rows = rows.unify_spelling(val_rows, {r.style.strip() for r in train_rows}, accelerator.print)  # as they are trained
     tokenizer = published.load_tokenizer(places["blip2"])
     built_from = model_args(args, train_rows, answer_length(tokenizer, train_rows, args.max_answer))
     say_cut(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)
@@ -394,7 +394,7 @@ def prepare(args, accelerator, command=()):
     features, towers = cached_features(args.cache, places["blip2"], places["qformer"], load_style if args.gating != "none" else None,
                                        train_rows + val_rows, accelerator, dtype, args.workers)
     loop.seed_everything(args.seed)
-    model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None, say=accelerator.print)
+    model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None, log=accelerator.print)
     memory.save_activations(model.language_model, args.activations)
     parts = Parts(Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features),
                   Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from,

@@ -60,12 +60,12 @@ def file_names(split):
 
 def files_of(place, split):
     """Files of a split in folder `place` and annotations/ in it: those of the split alone, else those of all splits."""
-    def there(names):
+    def existing(names):
         paths = [os.path.join(place, inner, name) for inner in ("", "annotations") for name in names]
         return [path for path in paths if os.path.isfile(path)]
 
-    tables = [path for path in there((f"{split}.csv", f"{split}.tsv")) if caption_table(path)]
-    return there(file_names(split)) or tables or [path for path in there(WHOLE) if split != "test" or names_splits(path)]
+    tables = [path for path in existing((f"{split}.csv", f"{split}.tsv")) if caption_table(path)]
+    return existing(file_names(split)) or tables or [path for path in existing(WHOLE) if split != "test" or names_splits(path)]
 
 
 def caption_table(path):
@@ -135,7 +135,7 @@ def read_tokens(path, text):
 
 def read_columns(path, encoding):
     """A table with a column for the picture and one for its caption; in captions.txt commas in captions may stand unquoted."""
-    table = read_table(path, encoding, joined=path.lower().endswith(".txt"))
+    table = read_table(path, encoding, join_rest=path.lower().endswith(".txt"))
     known = {name.strip().lower(): name for name in reversed(table[0][1])}
     columns = [next((known[name] for name in names if name in known), None) for names in (IMAGE_COLUMNS, CAPTION_COLUMNS)]
     if None in columns:
@@ -144,10 +144,10 @@ def read_columns(path, encoding):
     return [Entry(line, cells[columns[0]], (cells[columns[1]],)) for line, cells in table]
 
 
-def listed(path, entries, split):
+def in_split_list(path, entries, split):
     """The entries of the pictures that the list of a split beside the file names."""
-    wanted = {line.strip() for line in read_text(os.path.join(os.path.dirname(path), LISTS[split]), "utf-8").splitlines()}
-    return [one for one in entries if one.name in wanted]
+    names = {line.strip() for line in read_text(os.path.join(os.path.dirname(path), LISTS[split]), "utf-8").splitlines()}
+    return [one for one in entries if one.name in names]
 
 
 def read_entries(path, encoding="utf-8", split=""):
@@ -164,7 +164,7 @@ def read_entries(path, encoding="utf-8", split=""):
             "Flickr8k's captions.txt" if kind == ".txt" else kind[1:].upper(), read_columns(path, encoding))
         found = list(found)
         if split and kind == ".txt" and names_splits(path):
-            form, found = f"{form}, {LISTS[split]}", listed(path, found, split)
+            form, found = f"{form}, {LISTS[split]}", in_split_list(path, found, split)
     elif kind == ".jsonl":
         form, found = "JSON Lines", list(read_rows(path, read_json(path, encoding)[1]))
     else:
@@ -234,7 +234,7 @@ def split_file(data, split):
 
 
 def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, skip_bad=0.0, shots=None, seed=0, workers=2,
-              say=print):
+              log=print):
     """Pictures of a split, bad ones refused, with skip_bad left out and listed; training captions cleaned if asked for."""
     path = str(split_file(data, split))
     if not os.path.isfile(path):
@@ -252,35 +252,35 @@ def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, ski
         found = rows.hold_out(found, HELD_OUT, split == "val")
         form = f"{form}, one file for both: {HELD_OUT:.0%} of the pictures are held out for validation"
     if split == "train" and texts_clean:
-        found = clean(found, say)
-    say(f"{split}: {path}: {form}, {len(found)} pictures, {sum(len(p.captions) for p in found)} captions, images in {root}")
+        found = clean(found, log)
+    log(f"{split}: {path}: {form}, {len(found)} pictures, {sum(len(p.captions) for p in found)} captions, images in {root}")
     empty = "an empty caption (--train-texts-clean removes those of the training file)"
     found = [p if p.fault or (p.captions and all(p.captions)) else replace(p, fault=empty) for p in found]
     if skip_bad:
         broken = dict(rows.verify_images([p for p in found if not p.fault], max(1, workers)))
         found = [replace(p, fault=broken.get(p.image, p.fault)) for p in found]
-    good = usable(found, skip_bad, say)
+    good = usable(found, skip_bad, log)
     return choose(good, shots, seed, path) if split == "train" and shots else good
 
 
-def usable(found, skip_bad, say):
+def usable(pictures, skip_bad, log):
     """The pictures without fault. DataError where more than the share skip_bad has one, or all have."""
-    bad = [p for p in found if p.fault]
-    good = [p for p in found if not p.fault]
-    if bad and (len(bad) > skip_bad * len(found) or not good):
-        listed = " | ".join(f"{rows.locate(p.file, p.line)}: {p.fault}" for p in bad[:5])
-        raise DataError(f"{bad[0].file}: {len(bad)} of {len(found)} pictures cannot be used: {listed}: mend them, check "
-                        f"--images, or leave them out with --skip-bad {min(1, len(bad) / len(found) + 0.005):.2f}")
+    bad = [p for p in pictures if p.fault]
+    good = [p for p in pictures if not p.fault]
+    if bad and (len(bad) > skip_bad * len(pictures) or not good):
+        in_split_list = " | ".join(f"{rows.locate(p.file, p.line)}: {p.fault}" for p in bad[:5])
+        raise DataError(f"{bad[0].file}: {len(bad)} of {len(pictures)} pictures cannot be used: {in_split_list}: mend them, check "
+                        f"--images, or leave them out with --skip-bad {min(1, len(bad) / len(pictures) + 0.005):.2f}")
     for p in bad:
-        say(f"left out: {p.file}, {rows.locate(p.file, p.line)}: {p.fault}")
+        log(f"left out: {p.file}, {rows.locate(p.file, p.line)}: {p.fault}")
     return good
 
 
-def clean(found, say):
+def clean(pictures, log):
     """--train-texts-clean: the pictures with the captions worth training on; says what was removed."""
     empty = twice = long = 0
     kept = []
-    for picture in found:
+    for picture in pictures:
         texts = {}  # by what counts as the same
         for text in picture.captions:
             same = text.lower().rstrip(" .")
@@ -289,10 +289,10 @@ def clean(found, say):
                 texts.setdefault(same, text)
         if texts:
             kept.append(replace(picture, captions=tuple(texts.values())))
-    say(f"--train-texts-clean: {empty} empty, {twice} duplicate and {long} absurdly long captions removed, and "
-        f"{len(found) - len(kept)} pictures that have no other")
+    log(f"--train-texts-clean: {empty} empty, {twice} duplicate and {long} absurdly long captions removed, and "
+        f"{len(pictures) - len(kept)} pictures that have no other")
     if not kept:
-        raise DataError(f"{found[0].file}: --train-texts-clean leaves no caption")
+        raise DataError(f"{pictures[0].file}: --train-texts-clean leaves no caption")
     return kept
 
 
@@ -305,11 +305,11 @@ def choose(pictures, count, seed, path):
     return [p for p in pictures if p.name in picked]
 
 
-def limit(pictures, max_val, split, say=print):
+def limit(pictures, max_val, split, log=print):
     """The pictures that are scored: all, or with --max-val so many, which is said."""
     if not max_val or max_val >= len(pictures):
         return pictures
-    say(f"{split}: {max_val} of {len(pictures)} pictures are scored (--max-val): not comparable with the whole split")
+    log(f"{split}: {max_val} of {len(pictures)} pictures are scored (--max-val): not comparable with the whole split")
     return choose(pictures, max_val, 0, "")
 
 

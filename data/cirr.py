@@ -223,7 +223,7 @@ def broken_images(gallery, workers):
     return {name: reasons[path] for name, path in gallery.items() if path in reasons}
 
 
-def without(pool, faults, say):
+def without(pool, faults, log):
     """The pool without the pictures in `faults` and the queries that need one of them, be it for the image set; says so."""
     def fault(query):
         return next((faults[name] for name in (query.reference, query.target, *query.members) if name in faults), "")
@@ -233,18 +233,18 @@ def without(pool, faults, say):
     if not good:
         raise DataError(f"{pool.file}: without the {len(faults)} bad pictures no query is left: check --images")
     for name, reason in list(faults.items())[:20]:
-        say(f"left out: {name}: {reason}")
-    say(f"WARNING: {pool.name} {pool.split}: {len(faults)} of {len(pool.gallery)} pictures and {len(bad)} of {len(queries)} "
+        log(f"left out: {name}: {reason}")
+    log(f"WARNING: {pool.name} {pool.split}: {len(faults)} of {len(pool.gallery)} pictures and {len(bad)} of {len(queries)} "
         "queries are left out (--skip-bad): recall over this smaller gallery does not compare with published figures, and "
         "CIRR's server refuses a submission that lacks queries; --check-data lists the pictures")
     return replace(pool, queries=good, gallery={name: path for name, path in pool.gallery.items() if name not in faults})
 
 
-def with_images(pool, root, skip_bad, workers, say):
+def with_images(pool, root, skip_bad, workers, log):
     """The pool with absolute paths in its gallery. skip_bad: the share of the gallery that may be left out as missing or,
     since then every picture is decoded, broken. DataError: more than that."""
     found, faults = find_images(pool.gallery, root)
-    say(f"{pool.name} {pool.split}: {pool.queries[0].file}: {len(pool.queries)} queries, {len(pool.gallery)} pictures named, "
+    log(f"{pool.name} {pool.split}: {pool.queries[0].file}: {len(pool.queries)} queries, {len(pool.gallery)} pictures named, "
         f"images in {root}")
     if skip_bad:
         faults |= broken_images(found, workers)
@@ -256,16 +256,16 @@ def with_images(pool, root, skip_bad, workers, say):
         raise DataError(f"{pool.file}: {len(faults)} of {total} pictures are missing or cannot be used: "
                         f"{' | '.join(list(faults.values())[:3])}: pass their folder with --images, list them all with "
                         f"--check-data{advice if len(faults) < total else ''}")
-    return without(replace(pool, gallery=pool.gallery | found), faults, say)
+    return without(replace(pool, gallery=pool.gallery | found), faults, log)
 
 
-def read_split(data, format, split, images=None, category="all", skip_bad=0.0, workers=2, say=print):
+def read_split(data, format, split, images=None, category="all", skip_bad=0.0, workers=2, log=print):
     """A split of `format` cirr or fashioniq -> [Pool], every picture found. category: one of CATEGORIES, or all of them.
 
     DataError: as annotations; pictures that are missing, more than the share skip_bad."""
     pools = annotations(data, format, split, category)
     root = image_root(data, images, pools)
-    return [with_images(pool, root, skip_bad, workers, say) for pool in pools]
+    return [with_images(pool, root, skip_bad, workers, log) for pool in pools]
 
 
 def fingerprint(queries):
@@ -276,7 +276,7 @@ def fingerprint(queries):
 
 # --- --check-data ------------
 
-def check(data, format, chance_text, images=None, category="all", splits=None, workers=2, say=print):
+def check(data, format, chance_text, images=None, category="all", splits=None, workers=2, log=print):
     """--check-data: say what is there and decode every picture; exit code 1 where a run would fail, 0 where not.
 
     chance_text: Pool -> what a random ranking scores in it. splits: which; default those of SPLITS, test1 only where there is a
@@ -290,36 +290,36 @@ def check(data, format, chance_text, images=None, category="all", splits=None, w
             pools = annotations(data, format, split, category)
             root = image_root(data, images, pools)
         except DataError as error:
-            say(f"{split}: error: {error}")
+            log(f"{split}: error: {error}")
             failed = True
             continue
         for pool in pools:
-            found, bad = check_pool(pool, root, chance_text, workers, say)
+            found, bad = check_pool(pool, root, chance_text, workers, log)
             homes.setdefault(split, []).extend(SimpleNamespace(image=path) for path in found.values())
             failed = failed or bad
     shared = rows.shared_images(homes)
     for image, names in list(shared.items())[:10]:
-        say(f"in {' and '.join(names)}: {image}")
+        log(f"in {' and '.join(names)}: {image}")
     if len(shared) > 10:
-        say(f"... {len(shared)} pictures stand in more than one split")
-    say("training would fail" if failed else "training can start")
+        log(f"... {len(shared)} pictures stand in more than one split")
+    log("training would fail" if failed else "training can start")
     return int(failed)
 
 
-def check_pool(pool, root, chance_text, workers, say):
+def check_pool(pool, root, chance_text, workers, log):
     """Say what a pool holds, every missing and every broken picture, then how many. (pictures found, whether any is bad)."""
     lengths = [len(caption.split()) for query in pool.queries for caption in query.captions]
     sets = len({frozenset(query.members) for query in pool.queries if query.members})
-    say(f"{pool.name} {pool.split}: {len(pool.queries)} pairs, {len({q.reference for q in pool.queries})} references, "
+    log(f"{pool.name} {pool.split}: {len(pool.queries)} pairs, {len({q.reference for q in pool.queries})} references, "
         f"{f'{sets} image sets, ' if sets else ''}gallery of {len(pool.gallery)} pictures; captions of {min(lengths)} to "
         f"{max(lengths)} words, {lengths.count(0)} empty; a random ranking scores {chance_text(pool)}")
     found, missing = find_images(pool.gallery, root)
     for name, reason in missing.items():
-        say(f"missing: {name}: {reason}")
+        log(f"missing: {name}: {reason}")
     broken = broken_images(found, workers)
     for name, reason in broken.items():
-        say(f"broken: {name}: {reason}")
-    say(f"{pool.name} {pool.split}: {len(missing)} of {len(pool.gallery)} pictures are missing in {root}, {len(broken)} are "
+        log(f"broken: {name}: {reason}")
+    log(f"{pool.name} {pool.split}: {len(missing)} of {len(pool.gallery)} pictures are missing in {root}, {len(broken)} are "
         "broken")
     return found, bool(missing or broken)
 

@@ -111,7 +111,7 @@ def image_number(text):
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "big") >> 1
 
 
-def read_set(name, place, split, images=None, encoding="utf-8", say=print):
+def read_set(name, place, split, images=None, encoding="utf-8", log=print):
     """The Pairs of a split, those that cannot be used with their fault; [] where the set has no validation file.
 
     DataError: as split_file and captions.read_entries, no image root."""
@@ -130,13 +130,13 @@ def read_set(name, place, split, images=None, encoding="utf-8", say=print):
             empty = "" if text else "empty caption"
             pairs.append(Pair(image, one.name, text, numbers[one.name], name, path, one.line, fault or empty))
     elsewhere = ", found by their file names" if any(map(is_absolute, names)) else ""
-    say(f"{split}: {name}: {path}: {form}, {len(pairs)} captions of {len(names)} pictures, images in {root}{elsewhere}")
+    log(f"{split}: {name}: {path}: {form}, {len(pairs)} captions of {len(names)} pictures, images in {root}{elsewhere}")
     return pairs
 
 
 # --- all sets ------------
 
-def of_split(places, split, images, val_share, encoding, say):
+def of_split(places, split, images, val_share, encoding, log):
     """The Pairs of all sets, with faults. Where no set has a validation file, val_share of all pictures is held out, by the
     hash of their names; where one has, the others are for training alone."""
     def root_of(name):
@@ -147,24 +147,24 @@ def of_split(places, split, images, val_share, encoding, say):
     if divided and split == "val" and not val_share:
         raise DataError(f"no set has a validation file ({', '.join(FILES['val'])}): add one or pass --val-share")
     source = "train" if divided else split
-    found = [pair for name, place in places.items() for pair in read_set(name, place, source, root_of(name), encoding, say)]
+    found = [pair for name, place in places.items() for pair in read_set(name, place, source, root_of(name), encoding, log)]
     if divided and val_share:
-        kept = held_out(found, val_share, split == "val")
-        say(f"{split}: no set has a validation file: {len({pair.image_id for pair in kept})} of "
+        kept = hold_out(found, val_share, split == "val")
+        log(f"{split}: no set has a validation file: {len({pair.image_id for pair in kept})} of "
             f"{len({pair.image_id for pair in found})} pictures, divided by the hash of their names")
         return kept
     if split == "val" and without:
-        say(f"val: no validation file in {', '.join(without)}: for training alone")
+        log(f"val: no validation file in {', '.join(without)}: for training alone")
     return found
 
 
-def held_out(pairs, share, held):
+def hold_out(pairs, share, validation):
     """As rows.hold_out, but that a picture which two sets name differently stays on one side, with the first of its names."""
     firsts = {}
     for pair in pairs:
         if pair.image_id not in firsts or pair.name < firsts[pair.image_id].name:
             firsts[pair.image_id] = pair
-    chosen = {pair.image_id for pair in rows.hold_out(list(firsts.values()), share, held)} if pairs else set()
+    chosen = {pair.image_id for pair in rows.hold_out(list(firsts.values()), share, validation)} if pairs else set()
     return [pair for pair in pairs if pair.image_id in chosen]
 
 
@@ -174,7 +174,7 @@ def with_broken(pairs, workers):
     return [replace(pair, fault=broken[pair.image]) if pair.image in broken and not pair.fault else pair for pair in pairs]
 
 
-def usable(pairs, skip_bad, split, say):
+def usable(pairs, skip_bad, split, log):
     """The Pairs without fault; says what is left out. DataError where more than the share skip_bad has one, or all have."""
     good, bad = [pair for pair in pairs if not pair.fault], [pair for pair in pairs if pair.fault]
     firsts = {}  # a missing picture has five captions
@@ -188,22 +188,22 @@ def usable(pairs, skip_bad, split, say):
         advice = f", or leave them out with --skip-bad {min(1, len(bad) / len(pairs) + 0.005):.2f}" if good else ""
         raise DataError(f"{counted} cannot be used: {listed}: mend them, check --images, list them with --check-data{advice}")
     for pair in firsts[:LISTED]:
-        say(f"left out: {pair.file}, {locate(pair.file, pair.line)}: {pair.fault}")
+        log(f"left out: {pair.file}, {locate(pair.file, pair.line)}: {pair.fault}")
     if bad:
-        say(f"left out (--skip-bad): {counted}")
+        log(f"left out (--skip-bad): {counted}")
     return good
 
 
-def read_sets(places, split, images=None, skip_bad=0.0, val_share=0.1, encoding="utf-8", workers=2, say=print):
+def read_sets(places, split, images=None, skip_bad=0.0, val_share=0.1, encoding="utf-8", workers=2, log=print):
     """The Pairs of a split ("train" or "val") of all sets, in their order.
 
     places: {name: place}. images: an image root for all sets, or {name: root}. skip_bad: the share of the captions that may be
     left out because of their picture, each of which is then decoded, or because they are empty. DataError: more than that; as
     read_set."""
-    found = of_split(places, split, images, val_share, encoding, say)
+    found = of_split(places, split, images, val_share, encoding, log)
     if not found:
         raise DataError(f"{split}: no caption in {', '.join(places.values())}: check --data")
-    return usable(with_broken(found, workers) if skip_bad else found, skip_bad, split, say)
+    return usable(with_broken(found, workers) if skip_bad else found, skip_bad, split, log)
 
 
 def fingerprint(pairs):
@@ -282,42 +282,42 @@ class Captioned(Dataset):
 
 # --- --check-data ------------
 
-def check(places, images=None, skip_bad=0.0, val_share=0.1, encoding="utf-8", workers=2, say=print):
+def check(places, images=None, skip_bad=0.0, val_share=0.1, encoding="utf-8", workers=2, log=print):
     """--check-data: say what is there and decode every picture; exit code 1 where training would fail, 0 where not."""
     splits, failed = {}, False
     for split in FILES:
         try:
-            found = with_broken(of_split(places, split, images, val_share, encoding, say), workers)
+            found = with_broken(of_split(places, split, images, val_share, encoding, log), workers)
             splits[split] = found
             for source in places:
-                describe([pair for pair in found if pair.source == source], f"{split}: {source}", say)
+                describe([pair for pair in found if pair.source == source], f"{split}: {source}", log)
             usable(found, skip_bad, split, lambda line: None)
         except DataError as error:
-            say(f"{split}: error: {error}")
+            log(f"{split}: error: {error}")
             failed = True
     shared = rows.shared_images(splits)
     for image, homes in list(shared.items())[:LISTED]:
-        say(f"in {' and '.join(homes)}: {image}")
+        log(f"in {' and '.join(homes)}: {image}")
     if shared:
-        say(f"{len(shared)} pictures stand in more than one split: recall on them is no measure")
-    say("training would fail" if failed else "training can start")
+        log(f"{len(shared)} pictures stand in more than one split: recall on them is no measure")
+    log("training would fail" if failed else "training can start")
     return int(failed)
 
 
-def describe(pairs, label, say):
+def describe(pairs, label, log):
     """Say what a split of a set holds, and its faults."""
     if not pairs:
         return
     each = Counter(Counter(pair.image_id for pair in pairs).values())
     lengths = sorted(len(pair.text.split()) for pair in pairs)
     per_picture = ", ".join(f"{count} with {number}" for number, count in sorted(each.items())[:8])
-    say(f"{label}: {len(pairs)} captions of {sum(each.values())} pictures ({per_picture}{' ...' if len(each) > 8 else ''}); "
+    log(f"{label}: {len(pairs)} captions of {sum(each.values())} pictures ({per_picture}{' ...' if len(each) > 8 else ''}); "
         f"{len({pair.text for pair in pairs})} different ones of {lengths[0]} to {lengths[-1]} words, half up to "
         f"{lengths[len(lengths) // 2]}; {sum(bool(LEFT_RIGHT.search(pair.text)) for pair in pairs)} say left or right")
     reasons = dict.fromkeys((pair.name, pair.fault) for pair in pairs if pair.fault)
     for name, reason in list(reasons)[:LISTED]:
-        say(f"bad: {name}: {reason}")
+        log(f"bad: {name}: {reason}")
     if reasons:
         missing = len({pair.image_id for pair in pairs if not pair.image})
         broken = len({pair.image_id for pair in pairs if pair.image and pair.fault and pair.fault != "empty caption"})
-        say(f"{label}: {missing} pictures missing, {broken} broken, {sum(not pair.text for pair in pairs)} captions empty")
+        log(f"{label}: {missing} pictures missing, {broken} broken, {sum(not pair.text for pair in pairs)} captions empty")

@@ -11,7 +11,7 @@ from engine.errors import DataError
 
 
 def read_questions(place, split, columns=(), images=None, encoding="utf-8", separator=None, style="column", semart=None,
-                   context=None, val_share=0.0, skip_bad=0.0, workers=2, say=print):
+                   context=None, val_share=0.0, skip_bad=0.0, workers=2, log=print):
     """Rows of a split, bad ones refused; with skip_bad (a share) left out and listed, after every picture has been decoded once.
 
     place: a folder, a file, a pandas DataFrame or a list of dicts; columns: texts NAME=COLUMN; style, semart, context: as
@@ -21,7 +21,7 @@ def read_questions(place, split, columns=(), images=None, encoding="utf-8", sepa
     if context and not semart:
         columns["context"] = context
     read, understood = rows.read_layout(place, split, columns, images, encoding, separator)
-    say(f"{split}: {understood}")
+    log(f"{split}: {understood}")
     one_table = rows.is_frame(place) or os.path.isfile(place)
     if one_table and val_share and split not in ("train", "val"):
         name = rows.FRAME if rows.is_frame(place) else place
@@ -29,18 +29,18 @@ def read_questions(place, split, columns=(), images=None, encoding="utf-8", sepa
                         f"trained on: there is no {split} in it: take val (--split val), or give --data with rows of their own")
     if one_table and val_share:
         read = rows.hold_out(read, val_share, split == "val")
-        say(f"{split}: one table for both: {len(read)} rows, {val_share:.0%} of the pictures are held out for validation")
-    read = rows.spelled_alike(add_style_and_context(read, split, style, semart, context, say), say=lambda line: say(f"{split}: {line}"))
+        log(f"{split}: one table for both: {len(read)} rows, {val_share:.0%} of the pictures are held out for validation")
+    read = rows.unify_spelling(add_style_and_context(read, split, style, semart, context, log), log=lambda line: log(f"{split}: {line}"))
     broken = rows.verify_images(read, max(1, workers)) if skip_bad else []
     good, bad = rows.usable_rows(read, skip_bad, broken)
     for row, reason in bad:
-        say(f"left out: {row.file}, {rows.locate(row.file, row.line)}: {reason}")
+        log(f"left out: {row.file}, {rows.locate(row.file, row.line)}: {reason}")
     if bad:
-        say(f"{split}: {len(bad)} of {len(read)} rows left out ({len(bad) / len(read):.1%})")
+        log(f"{split}: {len(bad)} of {len(read)} rows left out ({len(bad) / len(read):.1%})")
     return good
 
 
-def add_style_and_context(read, split, style, semart, context, say):
+def add_style_and_context(read, split, style, semart, context, log):
     """The rows with style and context from where --style and --context say."""
     if style == "none":
         read = [replace(row, style="") for row in read]
@@ -54,7 +54,7 @@ def add_style_and_context(read, split, style, semart, context, say):
     place = pathlib.Path(semart)
     table = place / f"semart_{split}.csv" if place.is_dir() else place
     read, matched = rows.join_semart(read, table, fields)
-    say(f"{split}: {', '.join(f'{name} from {column}' for name, column in fields.items())} of {table}, "
+    log(f"{split}: {', '.join(f'{name} from {column}' for name, column in fields.items())} of {table}, "
         f"{matched} of {len(read)} rows")
     return read
 

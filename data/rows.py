@@ -112,34 +112,34 @@ def plain_name(column):
     return re.sub(r"[\s-]+", "_", column.strip().casefold())
 
 
-def alike(path, column, there):
+def alike(path, column, columns):
     """The file's column of this name: exactly, else the only one that differs in case and blanks alone (Excel's Question Type), else
     None. DataError: several."""
-    found = [one for one in there if plain_name(one) == plain_name(column)]
-    if column not in there and len(found) > 1:
+    found = [one for one in columns if plain_name(one) == plain_name(column)]
+    if column not in columns and len(found) > 1:
         raise DataError(f"{path}: {excerpt(column)} could be any of the columns {excerpt(', '.join(found))}: rename all but one")
-    return column if column in there else found[0] if found else None
+    return column if column in columns else found[0] if found else None
 
 
-def map_columns(path, there, columns):
+def map_columns(path, available, columns):
     """Our column names -> the file's, None for an optional column that the file lacks. DataError: names all that must be there."""
     mapped = {**COLUMNS, **columns}
     unknown = sorted(set(mapped) - {*COLUMNS, *OPTIONAL})
     if unknown:
         raise DataError(f"{path}: --columns {unknown[0]}=... is unknown: the names are {', '.join(COLUMNS)}")
-    found = {name: alike(path, column, there) for name, column in mapped.items()}
+    found = {name: alike(path, column, available) for name, column in mapped.items()}
     # an optional column must exist only where it was asked for
     lacking = [name for name, column in found.items() if column is None and (name not in OPTIONAL or name in columns)]
     if lacking:
         told = " and ".join(f"no column {excerpt(mapped[name])} for the {name}" for name in lacking)
         raise DataError(f"{path}: {told}: pass --columns {' '.join(f'{name}=NAME' for name in lacking)}, NAME being one of "
-                        f"{excerpt(', '.join(there), 300)}")
+                        f"{excerpt(', '.join(available), 300)}")
     return found
 
 
-def recognise(there):
+def recognise(keys):
     """The first of LAYOUTS whose keys are all among `there`, those of a first row and those renamed; else "plain"."""
-    return next((name for name, needed in LAYOUTS if set(needed.split()) <= set(there)), "plain")
+    return next((name for name, needed in LAYOUTS if set(needed.split()) <= set(keys)), "plain")
 
 
 def image_root(path, images, layout, first):
@@ -259,7 +259,7 @@ def join_semart(rows, path, fields=None, encoding="latin-1"):
 
 # --- styles ------------
 
-def one_spelling(styles, known=(), say=print):
+def one_spelling(styles, known=(), log=print):
     """{spelling: the one that stands for it}, for those that change, among styles that differ by letter case alone.
 
     styles: of every row; the spelling in `known`, else the commonest stands for all (ties: the first in the alphabet)."""
@@ -269,13 +269,13 @@ def one_spelling(styles, known=(), say=print):
     chosen = {key: known.get(key) or min(counts, key=lambda style: (-counts[style], style)) for key, counts in spelled.items()}
     others = {style: chosen[key] for key, counts in spelled.items() for style in counts if style != chosen[key]}
     if others:
-        say("styles that differ by case only are one: " + ", ".join(f"{style} is {others[style]}" for style in sorted(others)))
+        log("styles that differ by case only are one: " + ", ".join(f"{style} is {others[style]}" for style in sorted(others)))
     return others
 
 
-def spelled_alike(rows, known=(), say=print):
+def unify_spelling(rows, known=(), log=print):
     """The rows with one_spelling of each style."""
-    others = one_spelling([row.style for row in rows], known, say)
+    others = one_spelling([row.style for row in rows], known, log)
     return [replace(row, style=others[row.style.strip()]) if row.style.strip() in others else row for row in rows] if others else rows
 
 
@@ -570,7 +570,7 @@ def verify_images(rows, workers=2):
     return [(path, reason) for path, reason in zip(paths, faults) if reason]
 
 
-def hold_out(rows, share, held):
+def hold_out(rows, share, validation):
     """The rows of the pictures that are held out (held), or of the others: a picture never stands on both sides, however often and
     by whichever names (a.jpg, ./a.jpg) the table has it.
 
@@ -584,7 +584,7 @@ def hold_out(rows, share, held):
     if len(names) < 2:
         raise DataError(f"{rows[0].file}: all rows are about one picture: nothing can be held out for validation")
     out = set(names[:min(len(names) - 1, max(1, round(share * len(names))))])
-    return [row for row in rows if (firsts[row.image or row.name] in out) is held]
+    return [row for row in rows if (firsts[row.image or row.name] in out) is validation]
 
 
 ENDS = 2**16  # bytes; see picture_digest

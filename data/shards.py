@@ -82,7 +82,7 @@ def shard_files(place):
     return [os.path.realpath(path) for path in dict.fromkeys(paths)]
 
 
-def wanted(name):
+def is_member(name):
     """Whether a member is a picture or text of a sample. The key ends at the first dot, as in webdataset."""
     return MEMBER.fullmatch(name) is not None
 
@@ -96,7 +96,7 @@ def headers(tar):
     """The members of samples without their data."""
     while (member := tar.next()) is not None:
         tar.members = []  # it would keep all of them
-        if member.isreg() and wanted(member.name):
+        if member.isreg() and is_member(member.name):
             if member.size > MAX_BYTES:
                 raise ValueError(f"{excerpt(member.name)} has {member.size:,} bytes, over {MAX_BYTES:,}")
             yield {"fname": member.name, "data": b""}
@@ -136,7 +136,7 @@ def remembered(cache):
     return known if isinstance(known, dict) else {}
 
 
-def count_samples(paths, source, cache=None, skip_broken=False, say=print):
+def count_samples(paths, source, cache=None, skip_broken=False, log=print):
     """Tar files -> [Shard]. cache: a JSON file that keeps the counts of files whose size and time of change stay the same.
 
     DataError: as count; with skip_broken the shard is left out and said, unless that is all of them."""
@@ -149,7 +149,7 @@ def count_samples(paths, source, cache=None, skip_broken=False, say=print):
         except DataError as error:
             if not skip_broken:
                 raise DataError(f"{error}, or leave it out with --skip-broken") from error
-            say(f"left out: {error}")
+            log(f"left out: {error}")
             continue
         shards.append(Shard(path, source, samples))
         counted[path] = [*stamp, samples]
@@ -158,7 +158,7 @@ def count_samples(paths, source, cache=None, skip_broken=False, say=print):
     if cache and any(known.get(path) != entry for path, entry in counted.items()):
         with files.whole_file(cache) as file:
             json.dump(known | counted, file)
-    say(f"{source}: {len(shards)} shards of {sum(shard.samples for shard in shards)} samples in {os.path.dirname(paths[0])}")
+    log(f"{source}: {len(shards)} shards of {sum(shard.samples for shard in shards)} samples in {os.path.dirname(paths[0])}")
     return shards
 
 
@@ -184,7 +184,7 @@ def read_samples(shard, first, last):
     done = first
     try:
         with open(shard.path, "rb") as file:
-            members = reader().tariterators.tar_file_iterator(file, select_files=wanted)
+            members = reader().tariterators.tar_file_iterator(file, select_files=is_member)
             for sample in itertools.islice(grouped(members, shard.path), first, last):
                 yield sample
                 done += 1
@@ -293,7 +293,7 @@ def packed(samples):
     return images, [pair for _, pair in good], [found for found, _ in samples if isinstance(found, DataError)]
 
 
-def batches_of(loaded, batch_size, steps, collate, skip_broken=False, say=print):
+def batches_of(loaded, batch_size, steps, collate, skip_broken=False, log=print):
     """Exactly `steps` batches: collate of batch_size samples (picture [3,s,s], Pair).
 
     A broken sample becomes the batch {"fault": ...}, of which loaders.next_batch makes a LoaderError; with skip_broken it is left
@@ -306,7 +306,7 @@ def batches_of(loaded, batch_size, steps, collate, skip_broken=False, say=print)
             if not skip_broken:
                 yield {"fault": f"{error}, or leave it out with --skip-broken"}
             elif left_out <= LISTED:
-                say(f"left out: {error}")
+                log(f"left out: {error}")
         waiting += zip(images, found) if found else ()
         while len(waiting) >= batch_size and steps:
             last, waiting, steps = waiting[:batch_size], waiting[batch_size:], steps - 1
@@ -314,7 +314,7 @@ def batches_of(loaded, batch_size, steps, collate, skip_broken=False, say=print)
         if not steps:
             break
     if left_out:
-        say(f"{left_out} broken samples or shards left out in this epoch")
+        log(f"{left_out} broken samples or shards left out in this epoch")
     if steps and not last:
         raise DataError(f"{left_out} samples are broken and the others are no batch of {batch_size}: check --data")
     while steps:
@@ -324,14 +324,14 @@ def batches_of(loaded, batch_size, steps, collate, skip_broken=False, say=print)
 
 # --- --check-data ------------
 
-def check(places, skip_broken=False, say=print):
+def check(places, skip_broken=False, log=print):
     """--check-data of {name: place}: read every sample, name the broken ones; exit code 1 where training would fail."""
     failed = False
     for name, place in places.items():
         try:
-            shards = count_samples(shard_files(place), name, None, skip_broken, say)
+            shards = count_samples(shard_files(place), name, None, skip_broken, log)
         except DataError as error:
-            say(f"{name}: error: {error}")
+            log(f"{name}: error: {error}")
             failed = True
             continue
         broken, total = 0, sum(shard.samples for shard in shards)
@@ -339,7 +339,7 @@ def check(places, skip_broken=False, say=print):
             if isinstance(image, DataError):
                 broken += 1
                 if broken <= LISTED:
-                    say(f"broken: {image}")
-        say(f"{name}: {total - broken} of {total} samples can be read")
+                    log(f"broken: {image}")
+        log(f"{name}: {total - broken} of {total} samples can be read")
         failed = failed or broken == total or (broken > 0 and not skip_broken)
     return int(failed)

@@ -112,7 +112,7 @@ def swallowed_row(values, separator):
                for cells in inner)
 
 
-def read_table(path, encoding="utf-8", separator=None, joined=False):
+def read_table(path, encoding="utf-8", separator=None, join_rest=False):
     """Read a CSV or TSV file with a header as a list of (line, {column: text}); no value is converted or dropped.
 
     joined: further fields belong to the last column, whose text has the separator in it without quotes.
@@ -128,7 +128,7 @@ def read_table(path, encoding="utf-8", separator=None, joined=False):
         raise DataError(f"{path}, line 1: column {excerpt(twice[0])} stands there twice: rename one of them")
     table = []
     for line, values in lines:
-        if joined and len(values) > len(header):
+        if join_rest and len(values) > len(header):
             values[len(header) - 1:] = [separator.join(values[len(header) - 1:])]
         if len(values) != len(header):
             raise DataError(f"{path}, line {line}: expected {len(header)} fields as in the header, found {len(values)} "

@@ -73,7 +73,7 @@ def read_artgan(data, encoding="utf-8", separator=None):
     return classes, found
 
 
-def read_subsets(path, encoding, separator, say):
+def read_subsets(path, encoding, separator, log):
     """A classes.csv with the columns filename and subset -> (classes, {split: entries}); other subsets are left out."""
     table, found = rows.read_table(path, encoding, separator), {}
     for column in ("filename", "subset"):
@@ -91,7 +91,7 @@ def read_subsets(path, encoding, separator, say):
         found[split] = [(name, style_name(re.split(r"[\\/]", name)[0]), path, line) for line, name in chosen]
         del count[subset]
     if count:
-        say(f"{path}: left out the subsets {rows.histogram(count.elements())}")
+        log(f"{path}: left out the subsets {rows.histogram(count.elements())}")
     return sorted({style for entries in found.values() for _, style, _, _ in entries}), found
 
 
@@ -166,15 +166,15 @@ def make_rows(entries, root):
     return made
 
 
-def hold_out(read, share, held):
+def hold_out(read, share, validation):
     """rows.hold_out within each style, so that the rarest have validation pictures too; a style's only picture is trained on."""
     styles = {}
     for row in read:
         styles.setdefault(row.style, []).append(row)
-    return [row for group in styles.values() for row in (rows.hold_out(group, share, held) if len(group) > 1 else group[held:])]
+    return [row for group in styles.values() for row in (rows.hold_out(group, share, validation) if len(group) > 1 else group[validation:])]
 
 
-def add_photos(folder, classes, splits, say):
+def add_photos(folder, classes, splits, log):
     """The class Photograph: one for 27 paintings of a split, in the order of their names' hashes, none in both."""
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: there is no such folder: check --photos")
@@ -189,13 +189,13 @@ def add_photos(folder, classes, splits, say):
         chosen, names = names[:count], names[count:]
         read = make_rows([(name, PHOTOGRAPH, folder, 0) for name in chosen], folder)
         splits[split] = splits[split] + [replace(row, name=f"{PHOTOGRAPH}/{row.name}") for row in read]
-        say(f"{split}: {count} photographs of {folder}")
+        log(f"{split}: {count} photographs of {folder}")
     return classes if PHOTOGRAPH in classes else [*classes, PHOTOGRAPH]
 
 
 # --- both splits ------------
 
-def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0.1, photos=None, say=print):
+def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0.1, photos=None, log=print):
     """(classes, {split: rows}) in whichever layout `place` (--data) is; faults of single pictures stay in the rows."""
     if not os.path.exists(place):
         raise DataError(f"{place}: there is no such file or folder: check --data")
@@ -204,7 +204,7 @@ def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0
         layout, table = "ArtGAN's lists", os.path.join(place, "style_train.csv")
         classes, found = read_artgan(place, encoding, separator)
     elif os.path.isfile(table):
-        layout, (classes, found) = "a table of subsets", read_subsets(table, encoding, separator, say)
+        layout, (classes, found) = "a table of subsets", read_subsets(table, encoding, separator, log)
     else:
         folders = {split: next((name for name in names if os.path.isdir(os.path.join(place, name))), "")
                    for split, names in SPLITS.items()}
@@ -213,7 +213,7 @@ def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0
         layout, table = "a folder per style", None
         found = {split: list_pictures(place, folder) for split, folder in folders.items()}
         classes = sorted({style for entries in found.values() for _, style, _, _ in entries})
-    others = rows.one_spelling([style for entries in found.values() for _, style, _, _ in entries], say=say)
+    others = rows.one_spelling([style for entries in found.values() for _, style, _, _ in entries], log=log)
     classes = [name for name in classes if name not in others]
     found = {split: [(name, others.get(style, style), *where) for name, style, *where in entries] for split, entries in found.items()}
     if not found["train"] or not found["val"]:
@@ -229,8 +229,8 @@ def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0
     else:
         read = make_rows(found["train"] + found["val"], root)  # at once: one file cannot be the picture of two styles
         splits = {"train": read[:len(found["train"])], "val": read[len(found["train"]):]}
-    say(f"{place}: {layout}, pictures in {root}")
-    return (add_photos(photos, classes, splits, say) if photos else classes), splits
+    log(f"{place}: {layout}, pictures in {root}")
+    return (add_photos(photos, classes, splits, log) if photos else classes), splits
 
 
 def broken_list(data):
@@ -238,11 +238,11 @@ def broken_list(data):
     return pathlib.Path(data if os.path.isdir(data) else os.path.dirname(data) or ".") / "broken.txt"
 
 
-def read_data(data, say=print, **reading):
+def read_data(data, log=print, **reading):
     """(classes, {split: rows}), without the pictures that broken.txt names. DataError for any other that is missing or empty.
 
     reading: as for read_lists."""
-    classes, splits = read_lists(data, say=say, **reading)
+    classes, splits = read_lists(data, log=log, **reading)
     path = broken_list(data)
     try:
         listed = {line.split("\t")[0] for line in path.read_text("utf-8-sig").splitlines()} if path.exists() else set()
@@ -252,7 +252,7 @@ def read_data(data, say=print, **reading):
         left_out = [row.name for row in read if row.name in listed]
         good = splits[split] = [row for row in read if row.name not in listed]
         if left_out:
-            say(f"{split}: {len(left_out)} of {len(read)} pictures left out, {path} lists them: {', '.join(left_out[:10])}"
+            log(f"{split}: {len(left_out)} of {len(read)} pictures left out, {path} lists them: {', '.join(left_out[:10])}"
                 + (" ..." if len(left_out) > 10 else ""))
         faults = [f"{rows.locate(row.file, row.line) + ': ' if row.line else ''}{row.fault}" for row in good if row.fault]
         if faults or not good:
@@ -261,7 +261,7 @@ def read_data(data, say=print, **reading):
                             f"{' | '.join(faults[:5]) or listed_all}: mend them, check --images, or let --check-data list them: "
                             "training will leave them out")
         none = [name for name in classes if not any(row.style == name for row in good)]
-        say(f"{split}: {len(good)} pictures, {len(classes) - len(none)} of {len(classes)} classes"
+        log(f"{split}: {len(good)} pictures, {len(classes) - len(none)} of {len(classes)} classes"
             + (f"; none of {', '.join(none)}" if none else ""))
     return classes, splits
 

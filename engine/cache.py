@@ -165,12 +165,12 @@ def stacked(samples):
 # --- the store ------------
 
 @contextlib.contextmanager
-def errors_named(path, kept=""):
+def errors_named(path, note=""):
     """An OSError within is a DataError of one line. kept: what stays, for the message."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}){kept}: free some space, or give another folder, and start "
+        raise DataError(f"{path}: cannot be written ({error.strerror}){note}: free some space, or give another folder, and start "
                         "again") from None
 
 
@@ -230,7 +230,7 @@ class Store:
         """How many rows fill would make. Reads the pictures' bytes where they are new, decodes none. DataError: as fill."""
         return len(self._locate(self._hash(paths)))
 
-    def fill(self, paths, tensor_of, encode, batch_size, workers, say=print, device="cpu"):
+    def fill(self, paths, tensor_of, encode, batch_size, workers, log=print, device="cpu"):
         """Make sure that every picture has a row -> how many were made; neither function is called where all are there.
 
         tensor_of: path -> float [3,h,w], in loader processes, DataError where the picture is broken; encode: [B,3,h,w] on
@@ -238,16 +238,16 @@ class Store:
         DataError: a picture that is missing, broken or changed meanwhile, a feature that is not finite, a full disk."""
         pictures = self._hash(paths)
         if not self._locate(pictures):
-            self._announce(pictures, 0, say)
+            self._announce(pictures, 0, log)
             return 0
         files.refuse_unwritable(self.rows)
-        with files.file_lock(self.lock, f"{self.lock}: another process is making these features; waiting for it", say):
+        with files.file_lock(self.lock, f"{self.lock}: another process is making these features; waiting for it", log):
             todo = self._locate(pictures)  # another process may have made some
-            self._announce(pictures, len(todo), say)
+            self._announce(pictures, len(todo), log)
             if todo:
                 with errors_named(self.json), files.whole_file(self.json) as file:
                     json.dump({**self.about, "bytes of a row": self.size}, file, indent=1)
-                start = self._cut(say)
+                start = self._cut(log)
                 data = Pictures(todo, [pictures[path][0] for path in todo], tensor_of)
                 self._build(data, [pictures[path][1] for path in todo], start, encode, batch_size, workers, device)
         self._locate(pictures)
@@ -282,17 +282,17 @@ class Store:
                 lacking.setdefault(picture, path)
         return list(lacking.values())
 
-    def _cut(self, say):
+    def _cut(self, log):
         """Cut the index after its last valid record -> the number of the next row."""
         entries, lost = self._read_index()
         if lost:
-            say(f"note: {self.index}: {lost} of {len(entries) + lost} entries are damaged or have lost their rows: "
+            log(f"note: {self.index}: {lost} of {len(entries) + lost} entries are damaged or have lost their rows: "
                 "what is needed of them is made again")
         with open(self.index, "ab") as index:
             index.truncate(len(entries) * RECORD)
         return len(entries)
 
-    def _announce(self, pictures, lacking, say):
+    def _announce(self, pictures, lacking, log):
         """One line before anything is computed; a DataError where the disk is too small."""
         distinct, needed = len({picture for _, picture in pictures.values()}), lacking * (self.size + RECORD)
         free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
@@ -300,7 +300,7 @@ class Store:
                 f"make: {needed / 2**20:,.1f} MB of {free / 2**20:,.0f} MB free, in {self.folder}")
         if free < needed:
             raise DataError(f"{line}: the disk is too small: free some space, or give another folder")
-        say(line)
+        log(line)
 
     @torch.no_grad()
     def _build(self, data, hashes, start, encode, batch_size, workers, device):
@@ -342,7 +342,7 @@ class Store:
         return features.cpu().contiguous().view(torch.uint8).numpy()
 
 
-def vision_features(folder, tower, paths, open_picture, pixels, workers, device, say=print):
+def vision_features(folder, tower, paths, open_picture, pixels, workers, device, log=print):
     """The Store of a frozen vision tower's [P,W] for these pictures, in the tower's own dtype; made where they are missing.
 
     tower: a transformers Blip2VisionModel, moved to `device` only where something is to be made; open_picture: path -> [3,h,w];
@@ -352,7 +352,7 @@ def vision_features(folder, tower, paths, open_picture, pixels, workers, device,
     store = Store(folder, "vision", made_from(tower, pixels), shape, dtype)
     if store.missing(paths):
         tower.eval().to(device)
-    store.fill(paths, open_picture, lambda images: tower(pixel_values=images).last_hidden_state, BATCH, workers, say, device)
+    store.fill(paths, open_picture, lambda images: tower(pixel_values=images).last_hidden_state, BATCH, workers, log, device)
     return store
 
 

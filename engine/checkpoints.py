@@ -174,12 +174,12 @@ def verify_saved(path, model):
     refuse_other_tensors(path, load_checkpoint(path, ("state",))["state"], trainable_state(model))
 
 
-def refuse_other_tensors(source, found, wanted):
+def refuse_other_tensors(source, found, expected):
     """DataError where two {name: tensor} differ in a name or a bit."""
-    wrong = sorted(name for name in found.keys() | wanted.keys()
-                   if name not in found or name not in wanted or not same_bits(found[name], wanted[name]))
+    wrong = sorted(name for name in found.keys() | expected.keys()
+                   if name not in found or name not in expected or not same_bits(found[name], expected[name]))
     if wrong:
-        raise DataError(f"{source}: not the model that was to be saved: {len(wrong)} of {len(wanted)} trained tensors are missing, "
+        raise DataError(f"{source}: not the model that was to be saved: {len(wrong)} of {len(expected)} trained tensors are missing, "
                         f"unknown or differ, first {wrong[:3]}")
 
 

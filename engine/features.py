@@ -12,7 +12,7 @@ from engine import cache, published, towers
 
 
 @torch.no_grad()
-def predicted_styles(net, size, checkpoint, splits, workers, device, say=print):
+def predicted_styles(net, size, checkpoint, splits, workers, device, log=print):
     """--style efficientnet: the rows of every split with the classifier's likeliest style of their picture.
 
     net: the EfficientNet28 on `device`; size: of the pictures; checkpoint: its file, for the message."""
@@ -25,7 +25,7 @@ def predicted_styles(net, size, checkpoint, splits, workers, device, say=print):
             images = torch.stack(list(pool.map(lambda path: rows.picture_tensor(path, size), chunk)))
             best = net.logits(net(images.to(device))).argmax(-1).tolist()
             style |= {path: names[index] for path, index in zip(chunk, best)}
-    say(f"style of {len(paths)} pictures predicted by {checkpoint}: {rows.histogram(style.values(), 30)}")
+    log(f"style of {len(paths)} pictures predicted by {checkpoint}: {rows.histogram(style.values(), 30)}")
     return [[replace(row, style=style[row.image]) for row in read] for read in splits]
 
 

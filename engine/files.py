@@ -62,14 +62,14 @@ def refuse_unwritable(path):
 
 
 @contextlib.contextmanager
-def file_lock(path, waiting, say=print):
+def file_lock(path, waiting, log=print):
     """Hold a lock file; a second process says `waiting` and waits until the first has ended, however that ends."""
     from filelock import FileLock, Timeout
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        say(waiting)
+        log(waiting)
         lock.acquire()
     try:
         yield

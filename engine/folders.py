@@ -39,7 +39,7 @@ class Table:
     def __init__(self, path, file, done):
         self.path, self.file, self.done = path, file, done
 
-    def lacking(self, names, asked):
+    def missing(self, names, asked):
         """{picture's name: its keys that are not in the table}, without pictures that have them all. asked: list of the tuples
         that make a key with a name; [()] where a name alone is one."""
         found = {name: [(name, *one) for one in asked if (name, *one) not in self.done] for name in names}
@@ -56,13 +56,13 @@ class Table:
 
 
 @contextlib.contextmanager
-def opened(path, columns, keys, made_with):
+def open_table(path, columns, keys, made_with):
     """The Table at `path`, begun where it is not there, else read and cut after its last whole row.
 
     columns: its head; keys: how many of them make a key; made_with: {name: plain value}, what its rows depend on. DataError: it was
     made with something else, is no such table, is damaged, or another process writes it."""
     path = pathlib.Path(path)
-    with _held(path):
+    with _lock(path):
         made_with = json.loads(json.dumps(made_with))  # as it comes back: lists, no tuples
         if path.exists():
             _refuse_other(path, made_with)
@@ -82,7 +82,7 @@ def _about(path):
 
 
 @contextlib.contextmanager
-def _held(path):
+def _lock(path):
     """Two processes that append to one file would ask everything twice."""
     from filelock import FileLock, Timeout
     lock = FileLock(path.with_name(f".{path.name}.lock"))
@@ -141,7 +141,7 @@ def whole_rows(data):
 
 # --- pictures ------------
 
-def pictures_in(folder, say=print):
+def pictures_in(folder, log=print):
     """The pictures in `folder` and below, as sorted names relative to it; what leads out of it is left out with a note.
 
     Links to folders are not followed: what they lead to within `folder` is found where it stands.
@@ -157,7 +157,7 @@ def pictures_in(folder, say=print):
             elif os.path.splitext(path)[1].lower() in known and os.path.isfile(path):
                 names.append(os.path.relpath(path, root).replace(os.sep, "/"))
     if left_out:
-        say(f"note: {folder}: {len(left_out)} links that leave it or folders that cannot be listed are left out, first "
+        log(f"note: {folder}: {len(left_out)} links that leave it or folders that cannot be listed are left out, first "
             f"{excerpt(os.path.relpath(left_out[0], root))}")
     if not names:
         raise DataError(f"{folder}: no picture in it ({', '.join(rows.FORMATS)})")

@@ -54,11 +54,11 @@ def gate_summary(gates, styles, layers):
     return {"layers": list(layers), "styles": summary}
 
 
-def found_gates(model, found, questions):
+def summarize_gates(model, results, questions):
     """gate_summary of what evaluation.evaluate(gates=True) found for the rows `questions`; None without gates."""
     if model.gates is None:
         return None
-    return gate_summary([one["gates"] for one in found], [questions[one["row"]].style for one in found], model.qformer.cross_layers)
+    return gate_summary([one["gates"] for one in results], [questions[one["row"]].style for one in results], model.qformer.cross_layers)
 
 
 def read_frames(path):

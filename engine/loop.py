@@ -60,7 +60,7 @@ def stop_requested(accelerator, stop):
 
 # --- memory and time, before and while a run goes on ------------
 
-def kept_bytes(model, function):
+def activation_bytes(model, function):
     """Bytes of activations that a forward pass keeps for the backward one, the weights aside: what grows with the batch. Works on
     the meta device too, where nothing is computed."""
     weights, seen, held = {p.untyped_storage()._cdata for p in model.parameters()}, {}, []
@@ -81,7 +81,7 @@ def dry_run(run, rehearse, cached=()):
     cached: cache.Stores that the run reads. Nothing is written."""
     trained = [p for p in run.model.parameters() if p.requires_grad]
     size = sum(p.nbytes for p in trained)
-    kept = kept_bytes(run.model, lambda: rehearse(run))
+    kept = activation_bytes(run.model, lambda: rehearse(run))
     table = [("frozen weights", sum(p.nbytes for p in run.model.parameters() if not p.requires_grad)), ("trained weights", size),
              ("their gradients", size), ("AdamW's moments", 2 * size), ("kept for the backward pass, longest batch", kept)]
     for parameter in trained:
@@ -89,13 +89,13 @@ def dry_run(run, rehearse, cached=()):
     run.optimizer.step()
     run.optimizer.zero_grad()
     rehearse(run)
-    say = run.accelerator.print
+    log = run.accelerator.print
     for what, needed in [*table, ("sum, computed", sum(needed for _, needed in table))]:
-        say(f"{what:44}{needed / 2**20:>12,.1f} MiB")
+        log(f"{what:44}{needed / 2**20:>12,.1f} MiB")
     most, what = peak_memory()
-    say(f"{what:44}{most / 2**20:>12,.1f} MiB")
+    log(f"{what:44}{most / 2**20:>12,.1f} MiB")
     for store in cached:
-        say(f"{f'on disk: {store.rows.name}':44}{store.rows.stat().st_size / 2**20:>12,.1f} MiB")
+        log(f"{f'on disk: {store.rows.name}':44}{store.rows.stat().st_size / 2**20:>12,.1f} MiB")
 
 
 def peak_memory():
@@ -218,9 +218,9 @@ def make_optimizer(model, lr, weight_decay, **more):
                               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr, **more)
 
 
-def is_better(value, marks, lowest=False):
+def is_better(value, progress, lowest=False):
     """Is this number above (lowest: below) the best so far, marks["value"] (None: there is none yet)? Never true of NaN."""
-    best = marks["value"]
+    best = progress["value"]
     return math.isfinite(value) and (best is None or (value < best if lowest else value > best))
 
 

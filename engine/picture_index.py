@@ -35,9 +35,9 @@ PROBES = 0.05  # share of the lists of the faiss index that a query looks into: 
 
 # --- the index ------------
 
-def index_lock(store, say):
+def index_lock(store, log):
     """Hold the store; a second process waits until the first has ended, and finds its work done."""
-    return files.file_lock(store / ".lock", f"{store}: another process is at work on this index; waiting for it", say)
+    return files.file_lock(store / ".lock", f"{store}: another process is at work on this index; waiting for it", log)
 
 
 def refuse_small_disk(store, needed, what):
@@ -83,7 +83,7 @@ def copy_rows(file, numbers, size, target):
             new.write(old.read(size))
 
 
-def opened(paths, load, workers, batch_size):
+def load_batches(paths, load, workers, batch_size):
     """[what `load` makes of a path, or its DataError] batch by batch; threads open the next batch meanwhile."""
     def attempt(path):
         try:
@@ -100,7 +100,7 @@ def opened(paths, load, workers, batch_size):
 
 def encode_folder(folder, names, width, load, encode, workers, batch_size):
     """Batch by batch ({name: fault, "" for a good picture}, float16 [good pictures,Q,E])."""
-    batches = opened([os.path.join(folder, name) for name in names], load, workers, batch_size)
+    batches = load_batches([os.path.join(folder, name) for name in names], load, workers, batch_size)
     for start, found in zip(range(0, len(names), batch_size), batches):
         faults = {name: str(one) if isinstance(one, DataError) else ""
                   for name, one in zip(names[start:start + batch_size], found)}
@@ -140,7 +140,7 @@ def append(store, file, row, batches, stamps):
     return made
 
 
-def open_index(folder, store, key, width, load, encode, workers=2, batch_size=32, say=print):
+def open_index(folder, store, key, width, load, encode, workers=2, batch_size=32, log=print):
     """Index the pictures in `folder` in the folder `store` -> (names, features): memmap float16 [G,Q,E], names in its order.
 
     key: short text of all that features depend on (weights, preprocessing): where it differs from the store's, all is built
@@ -151,8 +151,8 @@ def open_index(folder, store, key, width, load, encode, workers=2, batch_size=32
     DataError: as pictures_in, all pictures broken, a store that cannot be written, a disk that is too small."""
     store, row = pathlib.Path(store), math.prod(width) * 2
     files.refuse_unwritable(store / INDEX)
-    names = folders.pictures_in(folder, say)
-    with index_lock(store, say):
+    names = folders.pictures_in(folder, log)
+    with index_lock(store, log):
         file, known = read_index(store, key, width)
         stamps = {name: (stat.st_size, stat.st_mtime_ns) for name in names for stat in [os.stat(os.path.join(folder, name))]}
         entries = {name: entry for name, entry in known.items() if stamps.get(name) == entry[:2]}
@@ -160,7 +160,7 @@ def open_index(folder, store, key, width, load, encode, workers=2, batch_size=32
         had = [name for name, entry in known.items() if not entry[2]]
         rows_kept = [number for number, name in enumerate(had) if name in entries]
         copied = file is None or len(rows_kept) < len(had)
-        say(f"{folder}: {len(names)} pictures, {len(entries)} of them indexed before; the index takes "
+        log(f"{folder}: {len(names)} pictures, {len(entries)} of them indexed before; the index takes "
             f"{(len(rows_kept) + len(new)) * row / 2**20:,.1f} MB in {store}")
         if new or copied or len(entries) < len(known):
             old = [path for path in store.iterdir() if path.name.startswith(("features-", ".features-", f".{INDEX}."))]
@@ -179,7 +179,7 @@ def open_index(folder, store, key, width, load, encode, workers=2, batch_size=32
         faults = [fault for *_, fault in entries.values() if fault]
         names = [name for name, entry in entries.items() if not entry[2]]
         if faults:
-            say(f"note: {len(faults)} broken pictures are left out: " + "; ".join(faults[:10])
+            log(f"note: {len(faults)} broken pictures are left out: " + "; ".join(faults[:10])
                 + (f"; and {len(faults) - 10} more, see {store / INDEX}" if len(faults) > 10 else ""))
         if not names:
             raise DataError(f"{folder}: not one of its {len(faults)} pictures can be read: give another folder")
@@ -203,7 +203,7 @@ def best_matches(features, query, top, excluded=(), chunk=256):
     return order, scores[order]
 
 
-def faiss_index(features, say=print):
+def faiss_index(features, log=print):
     """The faiss index of features [G,Q,E] from open_index, made on first use and kept beside them.
 
     IVF,SQ8: the G*Q vectors in 8 bits a number, in sqrt(G*Q) lists of near ones. A flat index would be no smaller than the
@@ -212,11 +212,11 @@ def faiss_index(features, say=print):
     import faiss
     (count, queries, size), features_file = features.shape, pathlib.Path(features.filename)
     path = features_file.with_name(f"{features_file.name}.{count}.faiss")  # rows never change within a features file
-    with index_lock(path.parent, say):
+    with index_lock(path.parent, log):
         if not path.exists():
             lists, vectors = math.isqrt(count * queries), features.reshape(-1, size)
             needed = count * queries * (size + 8)
-            say(f"{path}: building an index of {needed / 2**20:,.0f} MB")
+            log(f"{path}: building an index of {needed / 2**20:,.0f} MB")
             refuse_small_disk(path.parent, needed, "the index of faiss")
             index = faiss.index_factory(size, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
             sample = np.random.default_rng(0).choice(len(vectors), min(len(vectors), 40 * lists), replace=False)
@@ -230,12 +230,12 @@ def faiss_index(features, say=print):
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
 
 
-def faiss_matches(features, query, top, excluded=(), probes=PROBES, say=print):
+def faiss_matches(features, query, top, excluded=(), probes=PROBES, log=print):
     """best_matches by a faiss index: candidates from a share `probes` of its lists, scored exactly from `features`.
 
     Not exact: a picture none of whose vectors is in those lists or among the best candidates is missed; the scores of the
     pictures that are found are exact. With probes 1 only the 8-bit rounding remains."""
-    index, excluded = faiss_index(features, say), list(excluded)
+    index, excluded = faiss_index(features, log), list(excluded)
     vectors, query = features.shape[0] * features.shape[1], np.asarray(query, np.float32)
     wanted = min(top, len(features) - len(set(excluded)))
     # a picture can take Q places
@@ -250,13 +250,13 @@ def faiss_matches(features, query, top, excluded=(), probes=PROBES, say=print):
     return candidates[order], scores
 
 
-def best(features, query, top, excluded=(), large=LARGE, say=print):
+def best(features, query, top, excluded=(), large=LARGE, log=print):
     """(numbers, scores) of the best pictures: exactly, or above `large` pictures with faiss where that is installed.
 
     features: from open_index, which knows where the index of faiss is kept. Says which of the two it takes."""
     if len(features) > large and importlib.util.find_spec("faiss"):
-        say(f"search by faiss over {len(features):,} pictures ({PROBES:.0%} of its lists, scores exact)")
-        return faiss_matches(features, query, top, excluded, say=say)
-    say(f"exact search over {len(features):,} pictures"
+        log(f"search by faiss over {len(features):,} pictures ({PROBES:.0%} of its lists, scores exact)")
+        return faiss_matches(features, query, top, excluded, log=log)
+    log(f"exact search over {len(features):,} pictures"
         + ("; pip install faiss-cpu makes it faster" if len(features) > large else ""))
     return best_matches(features, query, top, excluded)

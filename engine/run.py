@@ -1,6 +1,6 @@
 """run.py: one training under way: everything around a loop that is the same in every stage. The loop itself is in the script.
 
-    with run.opened(resumed, vars(args), __file__):   # folder, lock, log, Ctrl-C; what --resume finds
+    with run.open(resumed, vars(args), __file__):   # folder, lock, log, Ctrl-C; what --resume finds
         for epoch in run.epochs(args.patience):
             run.wrapped.train()
             for step in run.steps(epoch):             # sets the learning rate; ends after a signal
@@ -59,10 +59,10 @@ def first_decides(accelerator, decide):
     return value
 
 
-def resumes(accelerator, out, wanted):
+def resumes(accelerator, out, resume):
     """Does the run go on from OUT/last.pt? DataError: the folder holds results that a new run would overwrite."""
     def decide():
-        resumed = wanted and (pathlib.Path(out) / "last.pt").exists()
+        resumed = resume and (pathlib.Path(out) / "last.pt").exists()
         runfolder.refuse_overwrite(out, resumed)
         return resumed
     return first_decides(accelerator, decide)
@@ -95,7 +95,7 @@ class Run:
         self.last_epoch, self.total = epochs, epochs * self.per_epoch
         self._lr = lr
         self.pace = loop.Pace(self, unit)
-        self.marks = {"metric": metric, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
+        self.progress = {"metric": metric, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
         self.step, self.log, self.stop, self.group = 0, None, loop.StopSignal(), ()
 
     def lr(self, step):
@@ -105,10 +105,10 @@ class Run:
     # -- the run folder
 
     @contextlib.contextmanager
-    def opened(self, resumed, flags, script):
+    def open(self, resumed, flags, script):
         """The run folder for the time of the training. flags: {name: value} of the command line; script: __file__ of the one that
         runs: both for args.yaml."""
-        say = self.accelerator.print
+        log = self.accelerator.print
         with contextlib.ExitStack() as stack, self.stop:
             def take():
                 stack.enter_context(runfolder.folder_lock(self.out))
@@ -119,7 +119,7 @@ class Run:
                 yield self
             except Stopped:
                 self.save_last()
-                say(f"stopped after step {self.step}; {self.out / 'last.pt'} is there for --resume")
+                log(f"stopped after step {self.step}; {self.out / 'last.pt'} is there for --resume")
             except loaders.LoaderError:
                 self._save_what_is_done()
                 raise
@@ -142,7 +142,7 @@ class Run:
             files.refuse_full_disk(self.out, self.disk)
             runfolder.start_run(self.out, flags, script)
             self.log = runfolder.RunLog(self.out, self.columns, self.step if resumed else None)
-            if resumed and self.marks["epoch"] and self.step == self.marks["epoch"] * self.per_epoch:
+            if resumed and self.progress["epoch"] and self.step == self.progress["epoch"] * self.per_epoch:
                 self.save_best()  # last.pt is written first: a kill between the two leaves no best.pt of its epoch
             if resumed:
                 self.draw()
@@ -163,9 +163,9 @@ class Run:
         self.optimizer.load_state_dict(last["optimizer"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(last["scaler"])
-        self.step, self.marks = last["step"], {**self.marks, **last["marks"]}
+        self.step, self.progress = last["step"], {**self.progress, **last["marks"]}
         if longer:
-            self.marks["longer"] = [*self.marks.get("longer", ()), {"after step": self.step, "epochs": now, "before": was}]
+            self.progress["longer"] = [*self.progress.get("longer", ()), {"after step": self.step, "epochs": now, "before": was}]
             rate, short = self.lr(self.step), self._lr(min(self.step, was * self.per_epoch), was * self.per_epoch)
             self.accelerator.print(f"{now} epochs where {path} was to have {was}: from here on the learning rate is that of step "
                                    f"{self.step} of {self.total}, {rate:.3g} (it would have been {short:.3g}); a run of {now} epochs "
@@ -184,7 +184,7 @@ class Run:
             checkpoints.save_checkpoint(self.out / "last.pt", {
                 "stage": self.stage, "frozen": self.frozen, **self.state(), "settings": self.settings,
                 "optimizer": self.optimizer.state_dict(), "scaler": None if scaler is None else scaler.state_dict(), "step": self.step,
-                "marks": self.marks})
+                "marks": self.progress})
 
     def _save_what_is_done(self):
         if self.step:
@@ -194,7 +194,7 @@ class Run:
         """best.pt: what is trained and plain values only."""
         if self.accelerator.is_main_process:
             path, content = self.out / "best.pt", self.best()
-            checkpoints.save_checkpoint(path, {"stage": self.stage, **content, **self.marks, **versions()})
+            checkpoints.save_checkpoint(path, {"stage": self.stage, **content, **self.progress, **versions()})
             if "state" in content:
                 checkpoints.verify_saved(path, self.model)
 
@@ -209,9 +209,9 @@ class Run:
         is no result. what: the metric, in words; script: __file__; argv: the flags, None = the process's."""
         if self.stop.number:
             return 128 + self.stop.number
-        if self.marks["value"] is None:
+        if self.progress["value"] is None:
             raise DataError(f"the validation {what} was never finite: there is no best.pt; lower --lr")
-        result = f"best {what} {self.marks['value']:.4g} in epoch {self.marks['epoch']}"
+        result = f"best {what} {self.progress['value']:.4g} in epoch {self.progress['epoch']}"
         self.accelerator.print(f"{result}: {self.out}/best.pt")
         self.accelerator.print(runfolder.citation(script, argv, self.seed, result))
         return None
@@ -221,8 +221,8 @@ class Run:
     def epochs(self, patience=0):
         """The epochs that are left; with patience up to as many without a better value. Raises Stopped where a signal came in a
         validation."""
-        for epoch in range(self.marks["done"], self.last_epoch):
-            if patience and self.marks["stale"] >= patience:
+        for epoch in range(self.progress["done"], self.last_epoch):
+            if patience and self.progress["stale"] >= patience:
                 self.accelerator.print(f"no better {self.metric} for {patience} epochs: stopping")
                 return
             yield epoch
@@ -255,17 +255,17 @@ class Run:
 
     def skip_validation(self):
         """The end of an epoch after which nothing is validated: nothing is logged or saved."""
-        self.marks |= {"done": self.marks["done"] + 1}
+        self.progress |= {"done": self.progress["done"] + 1}
 
-    def end_epoch(self, numbers, **marks):
+    def end_epoch(self, numbers, **extra):
         """Log the numbers of an epoch's validation, write last.pt where it is kept -> is it the best so far?
 
         numbers: {name: value}, self.metric among them, the same on every process. marks: what else best.pt and last.pt remember of
         a best epoch."""
-        epoch, better = self.marks["done"] + 1, loop.is_better(numbers[self.metric], self.marks, self.lowest)
-        self.marks |= {"done": epoch, "stale": self.marks["stale"] + 1}
+        epoch, better = self.progress["done"] + 1, loop.is_better(numbers[self.metric], self.progress, self.lowest)
+        self.progress |= {"done": epoch, "stale": self.progress["stale"] + 1}
         if better:
-            self.marks |= {"value": numbers[self.metric], "epoch": epoch, "stale": 0, **marks}
+            self.progress |= {"value": numbers[self.metric], "epoch": epoch, "stale": 0, **extra}
         self.accelerator.print(f"epoch {epoch}: {self.tell(numbers)}" + (" *" if better else ""))
         if self.log:
             self.log.write("epoch", self.step, epoch=epoch, lr=self.lr(self.step - 1), **numbers)

@@ -132,13 +132,13 @@ def from_peft(name):
 
 # --- fitting ------------
 
-def part_paths(saved, moved):
+def part_paths(saved, overrides):
     """The settings with names made into places, those in `moved` first. DataError: a local one that is not there."""
     is_local = saved.config.get("base_model", {}).get("kind") == "folder"
-    if is_local and "blip2" not in moved and not os.path.exists(located(saved.settings["blip2"])):
+    if is_local and "blip2" not in overrides and not os.path.exists(located(saved.settings["blip2"])):
         raise DataError(f"{saved.source}: its base model was a folder called {saved.settings['blip2']!r} where it was trained: "
                         "pass blip2= (--blip2) with where it lies here")
-    places = {"lm_precision": None, "qformer": None, **published.resolve_paths({**saved.settings, **moved})}
+    places = {"lm_precision": None, "qformer": None, **published.resolve_paths({**saved.settings, **overrides})}
     if places["gating"] != "none" and not pathlib.Path(places["efficientnet"]).is_file():
         raise DataError(f"{saved.source}: no style classifier at {places['efficientnet']}: pass efficientnet= (--efficientnet) "
                         "with the one of the training")

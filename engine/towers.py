@@ -24,7 +24,7 @@ PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 ROUNDING = 2 ** -7  # relative; of bfloat16, the coarsest that a tower is kept in
 
 
-def join(tower, source, name, say=print, strict=True):
+def join(tower, source, name, log=print, strict=True):
     """Before the Q-Former of `source` goes behind `tower`: the ln_vision that was trained with it replaces the tower's own.
 
     tower: the Blip2VisionModel of `name`; source: a folder in HuggingFace's format, a .pth or .bin file, a best.pt. One line says what
@@ -43,7 +43,7 @@ def join(tower, source, name, say=print, strict=True):
         if strict:
             raise DataError(f"{source}: {told}: give --blip2 with the tower of that training")
         own.load_state_dict(before)
-        say(f"note: {source}: {told}; the tower and its ln_vision are those of {name}")
+        log(f"note: {source}: {told}; the tower and its ln_vision are those of {name}")
         return {}
     told = ["with its ln_vision" if norm else "without an ln_vision, that of the tower stays"]
     if found["of_lavis"]:
@@ -51,7 +51,7 @@ def join(tower, source, name, say=print, strict=True):
                  + (f"though {len(other)} of them are other than those of {name} (fine-tuned?)" if other else f"the same as {name}")]
     elif not found["held"] and found["frozen"] is None:
         told += [f"which vision tower it was trained behind cannot be told, that of {name} is taken"]
-    say(f"Q-Former of {source}: {'; '.join(told)}")
+    log(f"Q-Former of {source}: {'; '.join(told)}")
     return norm
 
 
@@ -66,14 +66,14 @@ def sampled(tensor):
     return tuple(tensor.shape), flat[::max(1, flat.numel() // 64)].float().cpu()
 
 
-def differing(tower, held, common=False):
+def differing(tower, other, common=False):
     """Names of a tower's tensors that are other ones in `held`, {name: sampled}, ln_vision left out. common: those alone count that
     both have. Two precisions of the same values do not differ."""
     own = {n: sampled(tensor) for n, tensor in tower.state_dict().items() if not n.startswith(NORM)}
-    held = {n: values for n, values in held.items() if not n.startswith(NORM)}
-    names = own.keys() & held.keys() if common else own.keys() | held.keys()
-    return sorted(n for n in names if n not in own or n not in held or own[n][0] != held[n][0]
-                  or not torch.allclose(own[n][1], held[n][1], rtol=ROUNDING, atol=1e-7))
+    other = {n: values for n, values in other.items() if not n.startswith(NORM)}
+    names = own.keys() & other.keys() if common else own.keys() | other.keys()
+    return sorted(n for n in names if n not in own or n not in other or own[n][0] != other[n][0]
+                  or not torch.allclose(own[n][1], other[n][1], rtol=ROUNDING, atol=1e-7))
 
 
 def _tower_of(path):

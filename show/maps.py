@@ -362,7 +362,7 @@ def draw(path, picture, question, answer, panels, truth=""):
         save(figure, path)
 
 
-def draw_absent(axis, text):
+def draw_missing(axis, text):
     """A place in the figure whose map this model does not have."""
     axis.axis("off")
     axis.text(0.5, 0.5, text, ha="center", va="center", color="#666")
@@ -374,8 +374,8 @@ def draw_attention(axes, picture, panels):
     if panels.closed is None:
         overlay(axes[0], picture, 100 * panels.attention, f"attention {rest}\nthe same for every question", unit,
                 span(100 * panels.attention))
-        draw_absent(axes[1], "attention with gates off:\nabsent, this model has no gates")
-        draw_absent(axes[2], "what the gates change:\nabsent, this model has no gates")
+        draw_missing(axes[1], "attention with gates off:\nabsent, this model has no gates")
+        draw_missing(axes[2], "what the gates change:\nabsent, this model has no gates")
         return
     top = span(100 * np.stack([panels.attention, panels.closed]))
     overlay(axes[0], picture, 100 * panels.attention, f"attention, gates on\n{rest}", unit, top)
@@ -392,7 +392,7 @@ def draw_occlusion(axes, picture, panels):
     overlay(axes[0], picture, panels.occlusion, f"occlusion in the cross-attention, {size}\n(evidence: what the queries read)",
             unit, span(panels.occlusion), diverging=True)
     if panels.tower is None:
-        draw_absent(axes[1], "occlusion in the picture:\nabsent, the vision tower is not\nloaded (features of a cache)")
+        draw_missing(axes[1], "occlusion in the picture:\nabsent, the vision tower is not\nloaded (features of a cache)")
         return
     overlay(axes[1], picture, panels.tower, f"occlusion in the picture, {size}\n(evidence: what in it counts)", unit,
             span(panels.tower), diverging=True)

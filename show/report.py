@@ -392,11 +392,11 @@ def picture_of(row):
     return row.image or row.name
 
 
-def answer_scores(questions, found):
+def answer_scores(questions, results):
     """SCORES of every answer in percent: [N,4]."""
-    told = [(one["prediction"], r.answer.strip(), r.people) for r, one in zip(questions, found)]
+    triples = [(one["prediction"], r.answer.strip(), r.people) for r, one in zip(questions, results)]
     return 100 * np.array([(metrics.exact_match(p, a), metrics.vqa_accuracy(p, people), metrics.sentence_bleu(p, a),
-                            metrics.rouge_l(metrics.tokenize(p), [metrics.tokenize(a)])) for p, a, people in told])
+                            metrics.rouge_l(metrics.tokenize(p), [metrics.tokenize(a)])) for p, a, people in triples])
 
 
 def headline(values, names, units, unit, digits=1):
@@ -412,8 +412,8 @@ def headline(values, names, units, unit, digits=1):
             row.insert(2, "" if system == systems[-1] else with_interval(gap, means[:, -1, 0] - means[:, s, 0], digits, "+"))
         rows.append(row)
     head = ["system", names[0], *([f"{systems[-1]} minus this"] if len(systems) > 1 else []), *names[1:]]
-    told = " A difference is of the same draws." if len(systems) > 1 else ""
-    return Table("Scores", head, rows, interval_note(len(set(units)), unit) + told)
+    note = " A difference is of the same draws." if len(systems) > 1 else ""
+    return Table("Scores", head, rows, interval_note(len(set(units)), unit) + note)
 
 
 def by_type(questions, scores):
@@ -433,14 +433,14 @@ def full_table(table):
     """The rows of eval_gated.score_table as they are."""
     names = [name for name in dict.fromkeys(name for row in table for name in row) if name not in ("type", "system")]
 
-    def told(row, name):
+    def format_cell(row, name):
         value = row.get(name, "")
         if isinstance(value, float):
             return f"{value:.{1 if name in (*SCORES, 'BLEU-AQ') else 3}f}"
         return f"{value:,}" if isinstance(value, int) else value
 
     return Table("All scores by question type", ["type", "system", *names],
-                 [[row["type"], row["system"], *(told(row, name) for name in names)] for row in table], folded=True)
+                 [[row["type"], row["system"], *(format_cell(row, name) for name in names)] for row in table], folded=True)
 
 
 def style_names(questions, systems, styles):
@@ -450,9 +450,9 @@ def style_names(questions, systems, styles):
     return {name.lower(): name for name in names}
 
 
-def confusion(questions, found, names, system):
+def confusion(questions, results, names, system):
     """Reference by prediction of the questions whose answer is a style; what is no style is in the column "other"."""
-    pairs = Counter((r.answer.strip().lower(), one["prediction"].strip().lower()) for r, one in zip(questions, found))
+    pairs = Counter((r.answer.strip().lower(), one["prediction"].strip().lower()) for r, one in zip(questions, results))
     pairs = Counter({pair: n for pair, n in pairs.items() if pair[0] in names})
     there = sorted({name for pair in pairs for name in pair if name in names})
     rows = []
@@ -486,10 +486,10 @@ class Answers:
         return self.questions[i].answer.strip().lower() in self.names
 
     def card(self, i):
-        row, sure = self.questions[i], probability(self.systems[self.trained][i])
+        row, confidence = self.questions[i], probability(self.systems[self.trained][i])
         lines = [Line("reference", row.answer)] + [Line(name, self.systems[name][i]["prediction"], self.mark(i, name))
                                                    for name in (self.trained, *self.beside)]
-        lines += [Line("confidence", f"{sure:.2f}")] if sure is not None else []
+        lines += [Line("confidence", f"{confidence:.2f}")] if confidence is not None else []
         return Card([Picture(row.image)], row.question, lines, " · ".join(filter(None, (row.question_type, row.style, row.name))))
 
     def picture_card(self, numbers):
@@ -502,13 +502,13 @@ class Answers:
 
     def order(self, scores):
         """Numbers from worst to best: by EM, then VQA accuracy and ROUGE-L, then by what shows that the model was far from it."""
-        found = self.systems[self.trained]
+        results = self.systems[self.trained]
 
         def place(i):
             exact, vqa, _, rouge = scores[i]
-            sure = probability(found[i]) or 0.0
-            return exact, vqa, rouge, sure if exact else -sure, -found[i].get("lm", 0.0)
-        return sorted(range(len(found)), key=place)
+            confidence = probability(results[i]) or 0.0
+            return exact, vqa, rouge, confidence if exact else -confidence, -results[i].get("lm", 0.0)
+        return sorted(range(len(results)), key=place)
 
     def compared(self):
         """The table of gated beside ungated answers, and the lists "helped" and "hurt"."""
@@ -545,10 +545,10 @@ class Answers:
     def calibration(self):
         """The reliability diagram of the trained system, and the ECE of every system that has a confidence."""
         found = {}
-        for name, said in self.systems.items():
-            pairs = [(probability(one), self.right(i, name)) for i, one in enumerate(said)]
-            if any(sure is not None for sure, _ in pairs):
-                found[name] = tuple(zip(*((sure, right) for sure, right in pairs if sure is not None)))
+        for name, answers in self.systems.items():
+            pairs = [(probability(one), self.right(i, name)) for i, one in enumerate(answers)]
+            if any(confidence is not None for confidence, _ in pairs):
+                found[name] = tuple(zip(*((confidence, right) for confidence, right in pairs if confidence is not None)))
         if not found:
             return Note("Confidence", ["This evaluation has no confidence of its answers: no reliability diagram."])
         errors = "; ".join(f"{name} {100 * expected_calibration_error(*pairs):.1f} %" for name, pairs in found.items())
@@ -620,10 +620,10 @@ class Captioned:
 
     def card(self, i):
         picture, said = self.pictures[i], {name: found[i] for name, found in self.systems.items()}
-        one, sure = said.pop(self.trained), probability(self.systems[self.trained][i])
+        one, confidence = said.pop(self.trained), probability(self.systems[self.trained][i])
         lines = [Line(name, other["caption"]) for name, other in said.items()]
         lines += [Line("reference", text) for text in picture.captions]
-        lines += [Line("confidence", f"{sure:.2f}")] if sure is not None else []
+        lines += [Line("confidence", f"{confidence:.2f}")] if confidence is not None else []
         told = ", ".join(f"{name} {value:.3f}" for name, value in zip(self.names, self.values[self.trained][i]))
         return Card([Picture(picture.image)], one["caption"] or "(nothing)", lines, f"{told} · {picture.name}")
 
@@ -646,9 +646,9 @@ def captions(pictures, systems, log_path=None, panels=(), last=()):
             *samples(all_of_them.order, [(p.name,) for p in pictures], all_of_them.card, all_of_them.note), *last]
 
 
-def caption_cases(pictures, said, count):
+def caption_cases(pictures, captions, count):
     """Parts of the page of --cases: all scores, and the `count` worst and best of the captions `said`."""
-    cases = Captioned(pictures, {"the model": [{"caption": text} for text in said]})
+    cases = Captioned(pictures, {"the model": [{"caption": text} for text in captions]})
     return [cases.corpus(), *extremes(cases.order, cases.card, cases.note, count)]
 
 

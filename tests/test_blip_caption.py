@@ -538,7 +538,7 @@ def test_a_run_that_is_killed_before_best_pt_is_made_up_for_with_its_captions(fl
 
     def killed(run):
         save_last(run)
-        if run.marks["done"] == 2:
+        if run.progress["done"] == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

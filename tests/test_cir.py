@@ -367,7 +367,7 @@ def test_a_lavis_checkpoint_takes_its_place(build, folder, tmp_path):
 # --- data ------------
 
 def test_triplets_are_a_pure_function_of_epoch_and_number(drawn):
-    pools = cirr.read_split(drawn, "cirr", "train", say=lambda *words: None)
+    pools = cirr.read_split(drawn, "cirr", "train", log=lambda *words: None)
     data = train_cir.Triplets(pools, train_cir.Opener(28, "targetpad", 1.25), negatives=3, seed=5)
     (images, query, text), again = data[0, 2], data[0, 2]
     assert images.shape == (5, 3, 28, 28) and torch.equal(images, again[0]) and text == query.captions[0]
@@ -380,7 +380,7 @@ def test_triplets_are_a_pure_function_of_epoch_and_number(drawn):
 
 
 def test_equal_targets_have_equal_numbers_in_a_batch(build, drawn):
-    pools = cirr.read_split(drawn, "cirr", "train", say=lambda *words: None)
+    pools = cirr.read_split(drawn, "cirr", "train", log=lambda *words: None)
     data = train_cir.Triplets(pools, train_cir.Opener(28, "targetpad", 1.25))
     by_target = {}
     for number, query in enumerate(data.rows):
@@ -408,7 +408,7 @@ def test_a_broken_picture_stops_the_run_with_its_row(command, drawn, folder, tmp
 
 def test_encoding_equals_one_at_a_time_and_fuses(build, drawn):
     model = opened(build())
-    pool, = cirr.read_split(drawn, "cirr", "val", say=lambda *words: None)
+    pool, = cirr.read_split(drawn, "cirr", "val", log=lambda *words: None)
     opener, accelerator = train_cir.Opener(model.image_size, "targetpad", 1.25), Accelerator(cpu=True)
     features, vectors, change = train_cir.encode(model, pool, opener, accelerator, 7, 0)
     assert features.shape[0] == len(pool.gallery) and vectors.shape[0] == len(pool.queries) and change > 0
@@ -441,7 +441,7 @@ def test_checkpoint_scores_what_training_said_and_submits(trained, drawn, tmp_pa
     train_cir.main(["--data", str(drawn), "--checkpoint", str(trained[0] / "best.pt"), "--workers", "0",
                     "--submit", str(tmp_path / "submission")])
     assert f"mean {best['value']:.2f}" in capsys.readouterr().out
-    pool, = cirr.read_split(drawn, "cirr", "test1", say=lambda *words: None)
+    pool, = cirr.read_split(drawn, "cirr", "test1", log=lambda *words: None)
     for metric in ("recall", "recall_subset"):
         content = json.loads((tmp_path / f"submission/{metric}_submission.json").read_text())
         cirr.check_submission(content, pool.queries, pool.gallery)
@@ -625,7 +625,7 @@ def test_gate_maps_show_the_change_of_each_patch_and_what_was_found(checkpoint, 
     train_cir.main(["--data", str(drawn), "--checkpoint", str(checkpoint), "--workers", "0", "--gate-maps", str(folder)])
     content = pages.read_results(folder / "cirr_maps.results.json", ["gate maps"])
     drawings, (size, *fit) = content["maps"], content["preparation"]
-    pool, = cirr.read_split(drawn, "cirr", "val", say=lambda *words: None)
+    pool, = cirr.read_split(drawn, "cirr", "val", log=lambda *words: None)
     model, opener = loaded(checkpoint)
     features, vectors, _ = train_cir.encode(model, pool, opener, Accelerator(cpu=True), 8, 0)
     scores, names = train_cir.score_gallery(vectors, features), list(pool.gallery)
@@ -677,7 +677,7 @@ def test_fashioniq_trains_and_scores_each_category(folder, tmp_path, capsys):
                     for n in range(4)]
             (data / f"captions/cap.{category}.{split}.json").write_text(json.dumps(rows))
             (data / f"image_splits/split.{category}.{split}.json").write_text(json.dumps(names))
-    pools = cirr.read_split(data, "fashioniq", "train", say=lambda *words: None)
+    pools = cirr.read_split(data, "fashioniq", "train", log=lambda *words: None)
     triplets = train_cir.Triplets(pools, train_cir.Opener(28, "targetpad", 1.25))
     assert len({triplets[epoch, 0][2] for epoch in range(30)}) == 4  # both captions, either first, or one alone
     train_cir.main(["--data", str(data), "--format", "fashioniq", "--blip2", folder, "--epochs", "1", "--batch-size", "4",

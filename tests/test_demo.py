@@ -58,12 +58,12 @@ def open_gates(model):
 
 @pytest.fixture
 def fresh(build):
-    return demo.Asked(build())
+    return demo.Session(build())
 
 
 @pytest.fixture
 def opened(build):
-    return demo.Asked(open_gates(build()))
+    return demo.Session(open_gates(build()))
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_the_side_without_the_gate_is_computed_once_a_question_and_picture(opene
 
 
 def test_a_model_without_gates_shows_no_style(build, picture):
-    asked = demo.Asked(build(gating="none"))
+    asked = demo.Session(build(gating="none"))
     found = demo.answers_of(asked, picture, QUESTION, "", 1.0)
     assert same(found["gated"], found["closed"]) and found["styles"] == [] and asked.styles == []
     assert "without gates" in harmless(demo.status_html(asked, demo.words_of("en")))
@@ -294,7 +294,7 @@ def run(build, tiny, tmp_path):
 
 def test_a_run_is_loaded_with_the_pictures_by_style(run, sample, opened, picture):
     for place in (run, run / "best.pt"):
-        asked = demo.load_asked(str(place), str(sample))
+        asked = demo.load_session(str(place), str(sample))
     assert asked.styles == sorted({row.style for row in rows.read_split(sample, "train")})
     assert all(len(set(paths)) == len(paths) > 1 for paths in asked.examples.values())
     assert same(demo.answers_of(asked, picture, QUESTION)["gated"], demo.answers_of(opened, picture, QUESTION)["gated"])
@@ -305,11 +305,11 @@ def test_rows_without_a_picture_or_a_style_are_no_examples(run, tmp_path, monkey
     found = [rows.Row(image, "name", QUESTION, "red", "", style, 2, "train.csv", fault)
              for image, style, fault in (("a.png", "Cubism", ""), ("", "Cubism", "gone"), ("b.png", " ", ""), ("a.png", "Cubism", ""))]
     monkeypatch.setattr(rows, "read_split", lambda *place: found)
-    assert demo.load_asked(str(run), str(tmp_path)).examples == {"Cubism": ["a.png"]}
+    assert demo.load_session(str(run), str(tmp_path)).examples == {"Cubism": ["a.png"]}
 
 
 def test_without_data_styles_come_from_the_weights_and_the_page_says_so(run, tmp_path):
-    asked = demo.load_asked(str(run), str(tmp_path / "none"))
+    asked = demo.load_session(str(run), str(tmp_path / "none"))
     said = harmless(demo.status_html(asked, demo.words_of("en")))
     assert len(asked.styles) == 28 and "classifier's weights" in said
 
@@ -318,7 +318,7 @@ def test_what_ships_is_the_default_and_its_answers_are_right(tmp_path, monkeypat
     """The gates that ship tell the manner of the test pictures beside them; closed, they do not. Their record says how often."""
     monkeypatch.chdir(tmp_path)
     args = demo.get_args([])
-    asked = demo.load_asked(args.checkpoint, args.data)
+    asked = demo.load_session(args.checkpoint, args.data)
     examples = demo.examples_of(args.data)
     assert len(examples) == 4 and "classifier's weights" in harmless(demo.status_html(asked, demo.words_of("en")))
     found = [demo.answers_of(asked, *example) for example in examples]
@@ -425,7 +425,7 @@ def test_the_page_in_a_browser(served, taught, run, sample, picture, tmp_path):
     home, upload = f"http://127.0.0.1:{served}/", tmp_path / HOSTILE_NAME
     broken = tmp_path / f"broken {HOSTILE_NAME}"
     shutil.copy(picture, upload)
-    asked, words = demo.load_asked(str(run), str(sample)), demo.words_of("both")
+    asked, words = demo.load_session(str(run), str(sample)), demo.words_of("both")
     wanted = [[Read(source).text for source in demo.answers_html(demo.answers_of(asked, picture, HOSTILE, style, mix), words)]
               for style, mix in (("", 1.0), ("Pop Art", 1.0), ("Pop Art", 0.0))]
     assert wanted[0] == wanted[2] != wanted[1] and all(HOSTILE in text for texts in wanted for text in texts)

@@ -703,7 +703,7 @@ def test_pictures_without_their_folders_are_found_but_never_for_two_styles(data,
     flat.mkdir()
     for place in data.glob("*/*.jpg"):
         shutil.copy(place, flat / place.name)
-    _, splits = wikiart.read_lists(str(data), images=str(flat), say=print)
+    _, splits = wikiart.read_lists(str(data), images=str(flat), log=print)
     twice = {f"p{n}.jpg" for n in range(6)}
     for row in splits["train"] + splits["val"]:
         name = pathlib.Path(row.name).name

@@ -159,7 +159,7 @@ def test_styles_that_differ_by_case_are_one(few, flags, tmp_path, capsys):
     told = [line for line in capsys.readouterr().out.splitlines() if "differ by case" in line]
     assert [line.split(":")[0] for line in told] == ["train", "styles that differ by case only are one"]
     assert "cubism is Cubism" in told[0] and "CUBISM is Cubism" in told[1]
-    assert rows.one_spelling(["Pop Art", "pop art", " Pop Art", "b", "B"], say=lambda line: None) == {"pop art": "Pop Art", "b": "B"}
+    assert rows.one_spelling(["Pop Art", "pop art", " Pop Art", "b", "B"], log=lambda line: None) == {"pop art": "Pop Art", "b": "B"}
 
 
 def test_wikiart_styles_that_differ_by_case_are_one(few, tmp_path, capsys):

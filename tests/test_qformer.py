@@ -226,7 +226,7 @@ def test_recalls_by_brute_force():
 
 def test_evaluation_by_hand(build, sets):
     """Two captions a picture, pictures shuffled: against one at a time, in eval mode."""
-    model, found = build().train(), pretrain_qformer.pairs.read_sets({"drawn": str(sets[0])}, "train", say=lambda *words: None)
+    model, found = build().train(), pretrain_qformer.pairs.read_sets({"drawn": str(sets[0])}, "train", log=lambda *words: None)
     found = [found[n] for n in np.random.default_rng(0).permutation(len(found))]
     data = pretrain_qformer.Captioned(found, model.image_size)
     shown = list(dict.fromkeys(pair.image_id for pair in found))
@@ -267,7 +267,7 @@ def test_evaluation_by_hand(build, sets):
 
 def test_the_wrong_picture_of_the_matching_accuracy_is_never_the_own(build, sets, monkeypatch):
     """Own pictures are the nearest here, and matching knows each pair: it is right every time."""
-    model, found = build(), pretrain_qformer.pairs.read_sets({"drawn": str(sets[0])}, "train", say=lambda *words: None)
+    model, found = build(), pretrain_qformer.pairs.read_sets({"drawn": str(sets[0])}, "train", log=lambda *words: None)
     found = list({pair.text: pair for pair in found}.values())
     data, shown = pretrain_qformer.Captioned(found, model.image_size), list(dict.fromkeys(pair.image_id for pair in found))
     owner = torch.tensor([shown.index(pair.image_id) for pair in found])
@@ -616,7 +616,7 @@ def test_gradients_are_clipped_at_one_and_only_matrices_decay(prepare, monkeypat
         return math.sqrt(sum(p.grad.square().sum().item() for p in run.model.parameters() if p.grad is not None))
     monkeypatch.setattr(run.accelerator, "clip_grad_norm_", lambda *given: norms.append(length()) or clip(*given))
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *given: ways.append(length()) or step(*given))
-    with run.opened(False, {}, __file__):
+    with run.open(False, {}, __file__):
         run.wrapped.train()
         for one in run.steps(0):
             pretrain_qformer.train_step(run, one)
@@ -716,7 +716,7 @@ def test_a_loss_that_is_no_number_names_what_came_from_a_tar_file(prepare, sets,
             losses["loss"].data.fill_(math.nan)
         return losses
     monkeypatch.setattr(pretrain_qformer.Stage1, "forward", poisoned)
-    with pytest.raises(DataError, match=r"loss is nan at step \d.*: 000\d\d, 000\d\d"), run.opened(False, {}, __file__):
+    with pytest.raises(DataError, match=r"loss is nan at step \d.*: 000\d\d, 000\d\d"), run.open(False, {}, __file__):
         for step in run.steps(0):
             pretrain_qformer.train_step(run, step)
             step.update()

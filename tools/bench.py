@@ -302,9 +302,9 @@ def small(folder, batch_size, repeats, pictures=32, questions=3, asked=32):
     equal = sum(a == b for a, b in zip(results["answers"], plain.answers))
     _, longest = run.plan(0)[0][1][-1]  # the second batch of a step, whose questions are the longer ones
     batch = send_to_device(lean.parts.collate([train[n] for n in longest]), run.accelerator.device)
-    memory = {"plain": loop.kept_bytes(plain.model,
+    memory = {"plain": loop.activation_bytes(plain.model,
                                        lambda: plain.model.train()(**plain.inputs([train.rows[n] for n in longest], PADDED))),
-              "lean": loop.kept_bytes(run.model, lambda: run.model.train()(**batch))}
+              "lean": loop.activation_bytes(run.model, lambda: run.model.train()(**batch))}
     found = {"train_speedup": train_speedup, "pooled_speedup": train_speedup * pooled, "answer_speedup": answer_speedup,
              "loss_difference": abs(statistics.mean(plain.losses) - results["loss"]),
              "answers_equal": equal / asked, "gate_cost": gate_cost(repeats), "plain_samples_per_second": count / plain_s,
@@ -516,7 +516,7 @@ def plan_table(sizes=FULL, batches=(2, 8, 64)):
     for train_qformer, how in itertools.product((True, False), ("keep", "bits", "recompute")):
         model = random_model(sizes, "meta", torch.bfloat16, train_qformer=train_qformer)
         memory.save_activations(model.language_model, how)
-        sample = loop.kept_bytes(model, lambda: shapes_of_a_step(model.train(), random_batch(model, sizes, 2))) / 2
+        sample = loop.activation_bytes(model, lambda: shapes_of_a_step(model.train(), random_batch(model, sizes, 2))) / 2
         for lm in ("bf16", "nf4"):
             weights, trained = planned_weights(model, lm)
             found.append({"lm": lm, "trained": "Q-Former and gates" if train_qformer else "gates", "activations": how,

@@ -60,7 +60,7 @@ def one_run(args, others, system, lr, seed):
     if run.stop.number:
         raise KeyboardInterrupt
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    held = {"flags": flags, "value": run.marks["value"], "trained": trained, "steps": run.step}
+    held = {"flags": flags, "value": run.progress["value"], "trained": trained, "steps": run.step}
     with files.whole_file(done) as file:
         json.dump(held, file, indent=1)
     return held, folder

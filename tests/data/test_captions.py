@@ -70,13 +70,13 @@ def put(folder, files, images="images"):
 
 def read(folder, split):
     said = []
-    found = captions.read_data(folder, split, say=said.append)
+    found = captions.read_data(folder, split, log=said.append)
     return {pathlib.Path(p.image).name: list(p.captions) for p in found}, said[0]
 
 
 def read_pairs(place, split):
     said, found = [], {}
-    for pair in pairs.read_sets({"x": str(place)}, split, say=said.append):
+    for pair in pairs.read_sets({"x": str(place)}, split, log=said.append):
         found.setdefault(pathlib.Path(pair.image).name, []).append(pair.text)
     return found, said[0]
 

@@ -57,7 +57,7 @@ def write(path, content):
 
 
 def read_val(folder, **more):
-    pool, = cirr.read_split(str(folder), "cirr", "val", say=lambda line: None, **more)
+    pool, = cirr.read_split(str(folder), "cirr", "val", log=lambda line: None, **more)
     return pool
 
 
@@ -160,7 +160,7 @@ def fashioniq(folder, split="val", categories=cirr.CATEGORIES, **row):
 
 
 def test_fashioniq_is_ranked_by_category(tmp_path):
-    pools = cirr.read_split(str(fashioniq(tmp_path)), "fashioniq", "val", say=lambda line: None)
+    pools = cirr.read_split(str(fashioniq(tmp_path)), "fashioniq", "val", log=lambda line: None)
     assert [pool.name for pool in pools] == ["dress", "shirt", "toptee"]
     for pool in pools:
         assert list(pool.gallery) == [f"B00{pool.name}{i}" for i in range(3)]
@@ -169,7 +169,7 @@ def test_fashioniq_is_ranked_by_category(tmp_path):
             ("1", f"B00{pool.name}0", f"B00{pool.name}1", ()), ("2", f"B00{pool.name}0", f"B00{pool.name}2", ())]
     os.remove(pools[2].gallery["B00toptee0"])
     with pytest.raises(DataError, match="split.toptee.val.json: 1 of 3 pictures are missing .*'B00toptee0.jpg' is not there"):
-        cirr.read_split(str(tmp_path), "fashioniq", "val", say=lambda line: None)
+        cirr.read_split(str(tmp_path), "fashioniq", "val", log=lambda line: None)
     one, = cirr.annotations(str(tmp_path), "fashioniq", "val", "shirt")
     assert one.name == "shirt" and loaders.list_rows(one.queries).startswith("B00shirt0 + 'is red / has longer sleeves' (row 1)")
 
@@ -199,7 +199,7 @@ def test_bad_fashioniq_rows(tmp_path, row, message):
 
 def test_drawn_set_is_read_whole(drawn):
     for split, sets in SIZES.items():
-        pool, = cirr.read_split(str(drawn), "cirr", split, say=lambda line: None)
+        pool, = cirr.read_split(str(drawn), "cirr", split, log=lambda line: None)
         raw = read(drawn / f"captions/cap.rc2.{split}.json")
         assert (pool.name, pool.split, len(pool.gallery)) == ("cirr", split, 6 * sets)
         wanted = [(r["pairid"], r["reference"], r.get("target_hard", ""), (cirr.clean_text(r["caption"]),),
@@ -326,7 +326,7 @@ def test_missing_pictures_are_counted_named_and_only_left_out_when_asked(copy, c
     with pytest.raises(DataError, match="2 of 18 pictures"):
         read_val(copy, skip_bad=0.1)
     said = []
-    left, = cirr.read_split(str(copy), "cirr", "val", skip_bad=0.2, say=said.append)
+    left, = cirr.read_split(str(copy), "cirr", "val", skip_bad=0.2, log=said.append)
     needing = [q for q in pool.queries if set(missing) & set(q.members)]
     assert list(left.gallery) == list(pool.gallery)[2:] and len(left.queries) == len(pool.queries) - len(needing) > 0
     assert not any(set(missing) & set(q.members) for q in left.queries)
@@ -339,7 +339,7 @@ def test_missing_pictures_are_counted_named_and_only_left_out_when_asked(copy, c
 def test_check_lists_everything(copy):
     def checked(**more):
         said = []
-        return cirr.check(str(copy), "cirr", train_cir.chance_text, say=said.append, **more), said
+        return cirr.check(str(copy), "cirr", train_cir.chance_text, log=said.append, **more), said
 
     code, said = checked()
     assert code == 0 and said[-1] == "training can start"
@@ -368,7 +368,7 @@ def test_check_names_pictures_that_stand_in_two_splits(copy):
     content[next(iter(content))] = next(iter(read(copy / "image_splits/split.rc2.val.json").values()))
     write(path, content)
     said = []
-    assert cirr.check(str(copy), "cirr", train_cir.chance_text, say=said.append) == 0
+    assert cirr.check(str(copy), "cirr", train_cir.chance_text, log=said.append) == 0
     assert sum(line.startswith("in val and test1: ") for line in said) == 1
 
 
@@ -380,8 +380,8 @@ def test_real_annotations():
         assert {len(q.members) for q in pool.queries} == {6} and len({q.members for q in pool.queries}) == 503
         said = []
         with pytest.raises(DataError, match=f"{pictures} of {pictures} pictures are missing .*--images"):
-            cirr.read_split(str(REAL), "cirr", split, say=said.append)
-        assert cirr.check(str(REAL), "cirr", train_cir.chance_text, splits=[split], say=said.append) == 1
+            cirr.read_split(str(REAL), "cirr", split, log=said.append)
+        assert cirr.check(str(REAL), "cirr", train_cir.chance_text, splits=[split], log=said.append) == 1
         assert sum(line.startswith("missing: ") for line in said) == pictures
     first = cirr.annotations(str(REAL), "cirr", "val")[0].queries[0]
     assert (first.pairid, first.target, first.captions) == ("12060", "dev-1028-1-img1", ("show three bottles of soft drink",))
@@ -442,7 +442,7 @@ def test_a_line_is_not_padded_to_gigabytes():
 # --- submissions ------------
 
 def test_submission_ranks_and_leaves_the_reference_out(drawn, tmp_path):
-    pool, = cirr.read_split(str(drawn), "cirr", "val", say=lambda line: None)
+    pool, = cirr.read_split(str(drawn), "cirr", "val", log=lambda line: None)
     names = list(pool.gallery)
     scores = np.random.default_rng(0).random((len(pool.queries), len(names)), dtype=np.float32)
     paths = cirr.write_submission(tmp_path / "out", pool.queries, pool.gallery, scores)
@@ -579,7 +579,7 @@ def test_make_sample_draws_it_once_and_spares_other_data(tmp_path, capsys):
     out, command = tmp_path / "cirr", ["--cirr", "--pictures", "64", "--out", str(tmp_path / "cirr")]
     make_sample.main(command)
     assert "train 60 pictures, 10 image sets, 110 queries; val 12 pictures, 2 image sets" in capsys.readouterr().out
-    assert cirr.check(str(out), "cirr", train_cir.chance_text, say=lambda line: None) == 0
+    assert cirr.check(str(out), "cirr", train_cir.chance_text, log=lambda line: None) == 0
     picture = next((out / "img_raw/dev").iterdir())
     stamp = picture.stat().st_mtime_ns
     make_sample.main(command)

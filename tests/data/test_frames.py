@@ -65,13 +65,13 @@ def test_numbers_are_text_and_what_is_missing_is_empty(place):
 def test_questions_are_read_from_a_frame_as_from_its_csv(place):
     table = frame().iloc[:2]
     (place / "train.csv").write_text(TABLE[:TABLE.index("a.png,\"Two")])
-    found = questions.read_questions(table, "train", images=place / "images", say=quiet)
-    assert unplaced(found) == unplaced(questions.read_questions(place, "train", say=quiet)) and len(found) == 2
-    held = [questions.read_questions(table, split, images=place / "images", val_share=0.5, say=quiet)
+    found = questions.read_questions(table, "train", images=place / "images", log=quiet)
+    assert unplaced(found) == unplaced(questions.read_questions(place, "train", log=quiet)) and len(found) == 2
+    held = [questions.read_questions(table, split, images=place / "images", val_share=0.5, log=quiet)
             for split in ("train", "val")]
     assert [len(part) for part in held] == [1, 1]
     with pytest.raises(DataError, match="the table is one table, of which 50% of the pictures"):
-        questions.read_questions(table, "test", images=place / "images", val_share=0.5, say=quiet)
+        questions.read_questions(table, "test", images=place / "images", val_share=0.5, log=quiet)
 
 
 @pytest.mark.parametrize("table, words", [

@@ -83,7 +83,7 @@ def vg(tmp_path):
 
 def read(places, split="train", said=None, **more):
     return pairs.read_sets({name: str(place) for name, place in places.items()}, split, workers=1,
-                           say=(said if said is not None else []).append, **more)
+                           log=(said if said is not None else []).append, **more)
 
 
 # --- layouts ------------
@@ -233,7 +233,7 @@ def test_fingerprint_sees_texts_names_and_sets_and_not_places(coco, tmp_path):
 
 def check(places, **more):
     said, places = [], {name: str(place) for name, place in places.items()}
-    return pairs.check(places, workers=1, say=said.append, **more), "\n".join(said)
+    return pairs.check(places, workers=1, log=said.append, **more), "\n".join(said)
 
 
 def test_check_says_what_is_there_and_fails_where_training_would(coco, vg):
@@ -400,7 +400,7 @@ def twenty(tmp_path_factory):
 
 
 def counted(place, said=None, **more):
-    return shards.count_samples(shards.shard_files(str(place)), "cc", say=(said if said is not None else []).append, **more)
+    return shards.count_samples(shards.shard_files(str(place)), "cc", log=(said if said is not None else []).append, **more)
 
 
 def streams(found, processes=2, **more):
@@ -652,11 +652,11 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
 
 def test_check_reads_every_sample_of_the_shards(twenty, tmp_path):
     said = []
-    assert shards.check({"cc": str(twenty[0])}, say=said.append) == 0 and f"{twenty[1]} of {twenty[1]} samples" in said[-1]
+    assert shards.check({"cc": str(twenty[0])}, log=said.append) == 0 and f"{twenty[1]} of {twenty[1]} samples" in said[-1]
     pack(tmp_path / "a.tar", sample_members(0, 5) | {"00001.png": b"x"})
-    assert shards.check({"cc": str(tmp_path)}, say=said.append) == 1 and "4 of 5 samples" in said[-1] and "'00001'" in said[-2]
+    assert shards.check({"cc": str(tmp_path)}, log=said.append) == 1 and "4 of 5 samples" in said[-1] and "'00001'" in said[-2]
     assert shards.check({"cc": str(tmp_path)}, True, said.append) == 0
-    assert shards.check({"cc": str(tmp_path / "nowhere.tar")}, say=said.append) == 1 and "not there" in said[-1]
+    assert shards.check({"cc": str(tmp_path / "nowhere.tar")}, log=said.append) == 1 and "not there" in said[-1]
 
 
 def test_shards_without_the_package_say_how_to_get_it(twenty, monkeypatch):

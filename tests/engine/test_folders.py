@@ -24,7 +24,7 @@ KEYS = [(name, *question) for name in NAMES for question in ASKED]
 
 
 def opened(path, made_with=MADE_WITH):
-    return folders.opened(path, COLUMNS, 2, made_with)
+    return folders.open_table(path, COLUMNS, 2, made_with)
 
 
 def written(path, keys):
@@ -58,7 +58,7 @@ def fill(table, folder, batch_size=2, workers=0, tell=None, asked=ASKED):
         return [key for own in keys for key in own], [cell for own, cell in zip(keys, told) for _ in own]
 
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    folders.fill(table, str(folder), table.lacking(names, asked), tell or colour, 8, batch_size, workers, torch.device("cpu"))
+    folders.fill(table, str(folder), table.missing(names, asked), tell or colour, 8, batch_size, workers, torch.device("cpu"))
 
 
 # --- the table ------------
@@ -74,8 +74,8 @@ def test_names_and_texts_come_back_letter_by_letter(tmp_path):
     written(tmp_path / "out.csv", KEYS)
     assert cells(tmp_path / "out.csv") == [list(COLUMNS), *([*key, f"=answer {key[0]}\n", "0.5"] for key in KEYS)]
     with opened(tmp_path / "out.csv") as table:
-        assert table.done == set(KEYS) and table.lacking([*NAMES, "new.jpg"], ASKED) == {"new.jpg": [("new.jpg", *q) for q in ASKED]}
-        assert table.lacking(NAMES[:1], [*ASKED, ("More?",)]) == {NAMES[0]: [(NAMES[0], "More?")]}
+        assert table.done == set(KEYS) and table.missing([*NAMES, "new.jpg"], ASKED) == {"new.jpg": [("new.jpg", *q) for q in ASKED]}
+        assert table.missing(NAMES[:1], [*ASKED, ("More?",)]) == {NAMES[0]: [(NAMES[0], "More?")]}
 
 
 def test_a_kill_at_any_byte_costs_the_torn_row_alone(tmp_path):

@@ -52,7 +52,7 @@ def make(tmp_path):
 def train(toy, numbers=(3.0, 2.0, 1.0), resumed=False, saves=True, on_step=None):
     """The loop of a stage -> the weights after each epoch."""
     after = []
-    with toy.opened(resumed, {"flag": 1}, __file__):
+    with toy.open(resumed, {"flag": 1}, __file__):
         for epoch in toy.epochs(patience=0):
             toy.wrapped.train()
             for step in toy.steps(epoch):
@@ -89,7 +89,7 @@ def test_the_gradient_is_clipped_at_the_stated_norm(make, clip):
 
     def look(step):
         norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters())))
-    with toy.opened(False, {}, __file__):
+    with toy.open(False, {}, __file__):
         for step in toy.steps(0):
             for batch in step:
                 step.backward(model(**batch)["loss"])
@@ -208,7 +208,7 @@ def test_best_pt_holds_the_weights_of_the_best_epoch(make, lowest, numbers, best
 
 def test_patience_ends_a_run_that_gets_no_better(make, capsys):
     toy = make(epochs=9)
-    with toy.opened(False, {}, __file__):
+    with toy.open(False, {}, __file__):
         done = [toy.end_epoch({"loss": number}) for _, number in zip(toy.epochs(patience=2), (3.0, 2.0, 2.5, 2.1, 1.0))]
     assert done == [True, True, False, False] and "no better loss for 2 epochs: stopping" in capsys.readouterr().out
 
@@ -227,7 +227,7 @@ def test_the_log_has_the_mean_over_a_step_and_terms_that_nobody_announced(make, 
     monkeypatch.setattr(run, "LOG_EVERY", 1)
     toy = make(columns=("kind", "step", "epoch", "lr", "loss", "grad_norm"), epochs=1)
     groups = [group for group, _ in toy.plan(0)]
-    with toy.opened(False, {}, __file__):
+    with toy.open(False, {}, __file__):
         wanted = []
         for step in toy.steps(0):
             wanted.append(toy.model(X[step.group])["size"].mean().item())
@@ -279,7 +279,7 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(make, number, capsys):
 def test_a_signal_in_the_last_validation_leaves_what_comes_after_it_to_resume(make, patience):
     """Whether the epochs or the patience end the run: a last.pt, and nothing after the loop is done."""
     toy, after = make(epochs=9 if patience else 2), []
-    with toy.opened(False, {}, __file__):
+    with toy.open(False, {}, __file__):
         for epoch in toy.epochs(patience):
             for step in toy.steps(epoch):
                 for batch in step:
@@ -292,7 +292,7 @@ def test_a_signal_in_the_last_validation_leaves_what_comes_after_it_to_resume(ma
     assert after == [] and toy.result("loss", "train.py", []) == 143
     assert checkpoints.load_checkpoint(toy.out / "last.pt")["marks"]["done"] == 2
     resumed = make(epochs=9 if patience else 2)
-    with resumed.opened(True, {}, __file__):
+    with resumed.open(True, {}, __file__):
         after += resumed.epochs(patience)
         after.append("the test split")
     assert after == ["the test split"]
@@ -308,7 +308,7 @@ def test_a_stage_may_give_a_fingerprint_of_its_own_with_its_state(make):
 def test_a_kill_between_last_pt_and_best_pt_is_made_up_for(make):
     train(make(save_last=True, epochs=1), saves=False)
     toy = make(save_last=True)
-    with toy.opened(True, {}, __file__):
+    with toy.open(True, {}, __file__):
         assert checkpoints.load_checkpoint(toy.out / "best.pt")["epoch"] == 1
 
 
@@ -333,7 +333,7 @@ def test_a_loader_process_that_dies_in_the_midst_of_a_step_is_told_with_its_rows
 def test_resume_refuses_what_would_end_otherwise(make, change, message):
     train(make(save_last=True, frozen={"tower": "x"}))
     toy = make(**{"frozen": {"tower": "x"}, **change})
-    with pytest.raises(DataError, match=message), toy.opened(True, {}, __file__):
+    with pytest.raises(DataError, match=message), toy.open(True, {}, __file__):
         pass
 
 

@@ -54,7 +54,7 @@ class Shelf:
             return torch.stack([features_of(image) for image in images])
 
         return picture_index.open_index(self.folder, self.store, key, WIDTH, load, encode or plain,
-                                  **{"workers": 2, "batch_size": 2, "say": self.said.append, **more})
+                                  **{"workers": 2, "batch_size": 2, "log": self.said.append, **more})
 
     def check(self, opened):
         """Every picture has its own features; -> {name: features}."""
@@ -138,7 +138,7 @@ def test_other_key_or_width_rebuilds(shelf, width, key):
         calls.extend(images)
         return torch.zeros(len(images), *width)
 
-    features = picture_index.open_index(shelf.folder, shelf.store, key, width, rows.load_image, encode, say=shelf.said.append)[1]
+    features = picture_index.open_index(shelf.folder, shelf.store, key, width, rows.load_image, encode, log=shelf.said.append)[1]
     assert len(calls) == 9 and features.shape == (9, *width) and not features.any()
     assert len(list(shelf.store.glob("features-*"))) == 1
 
@@ -284,7 +284,7 @@ def test_two_processes(shelf):
     lock = FileLock(shelf.store / ".lock")
     lock.acquire()
 
-    def say(text):
+    def log(text):
         shelf.said.append(text)
         if "another process" in text:
             lock.release()
@@ -295,7 +295,7 @@ def test_two_processes(shelf):
         return torch.stack([features_of(image) for image in images])
 
     picture(shelf.folder / "new.png", 5)
-    shelf.check(shelf.open(say=say, encode=encode))
+    shelf.check(shelf.open(log=log, encode=encode))
     assert any("waiting for it" in text for text in shelf.said) and shelf.loaded == ["new.png"]
     lock.acquire(timeout=0)
     lock.release()
@@ -371,7 +371,7 @@ def test_faiss_is_exact_where_all_lists_are_read(mapped):
     features = mapped(3000)
     for seed, (top, excluded) in enumerate([(1, ()), (10, ()), (50, (1, 2, 3)), (3000, (7,)), (2, range(2, 2998))]):
         query = scene(1, 100 + seed)[0, 0].astype(np.float32)
-        numbers, scores = picture_index.faiss_matches(features, query, top, excluded, probes=1, say=lambda text: None)
+        numbers, scores = picture_index.faiss_matches(features, query, top, excluded, probes=1, log=lambda text: None)
         exact = picture_index.best_matches(features, query, top, excluded)
         assert numbers.tolist() == exact[0].tolist() and np.array_equal(scores, exact[1])
 
@@ -379,37 +379,37 @@ def test_faiss_is_exact_where_all_lists_are_read(mapped):
 @needs_faiss
 def test_faiss_searches_on_where_lists_hold_too_few(mapped):
     features = mapped(500)
-    numbers, _ = picture_index.faiss_matches(features, scene(1, 9)[0, 0], 500, (4,), probes=0, say=lambda text: None)
+    numbers, _ = picture_index.faiss_matches(features, scene(1, 9)[0, 0], 500, (4,), probes=0, log=lambda text: None)
     assert sorted(numbers) == [n for n in range(500) if n != 4]
 
 
 @needs_faiss
 def test_faiss_index_is_kept_and_follows_the_features(mapped, tmp_path):
     features, said = mapped(300), []
-    picture_index.faiss_matches(features, scene(1, 9)[0, 0], 3, say=said.append)
-    picture_index.faiss_matches(features, scene(1, 9)[0, 0], 3, say=said.append)
+    picture_index.faiss_matches(features, scene(1, 9)[0, 0], 3, log=said.append)
+    picture_index.faiss_matches(features, scene(1, 9)[0, 0], 3, log=said.append)
     assert sum("building" in text for text in said) == 1
     for changed in (features[:200], mapped(300, 1)):  # fewer or more rows; another file
-        picture_index.faiss_matches(changed, scene(1, 9)[0, 0], 3, say=said.append)
+        picture_index.faiss_matches(changed, scene(1, 9)[0, 0], 3, log=said.append)
         assert len(list(tmp_path.glob("*.faiss"))) == 1
     assert sum("building" in text for text in said) == 3
     query = features[5, 0].astype(np.float32)
-    assert picture_index.faiss_matches(features, query, 1, say=said.append)[0].tolist() == [5]
+    assert picture_index.faiss_matches(features, query, 1, log=said.append)[0].tolist() == [5]
 
 
 @needs_faiss
 def test_best_says_what_it_takes(mapped):
     features, query, said = mapped(300), scene(1, 9)[0, 0], []
-    picture_index.best(features, query, 3, say=said.append)
+    picture_index.best(features, query, 3, log=said.append)
     assert said == ["exact search over 300 pictures"]
-    picture_index.best(features, query, 3, large=299, say=said.append)
+    picture_index.best(features, query, 3, large=299, log=said.append)
     assert said[1].startswith("search by faiss over 300 pictures")
 
 
 def test_best_without_faiss(mapped, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     features, query, said = mapped(300), scene(1, 9)[0, 0], []
-    numbers, _ = picture_index.best(features, query, 3, large=299, say=said.append)
+    numbers, _ = picture_index.best(features, query, 3, large=299, log=said.append)
     assert "exact" in said[0] and "pip install faiss-cpu" in said[0]
     assert numbers.tolist() == picture_index.best_matches(features, query, 3)[0].tolist()
 
@@ -417,7 +417,7 @@ def test_best_without_faiss(mapped, monkeypatch):
 @needs_faiss
 def test_index_clears_old_faiss(shelf):
     features = shelf.open()[1]
-    picture_index.faiss_matches(features, scene(1, 9)[0, 0], 3, say=shelf.said.append)
+    picture_index.faiss_matches(features, scene(1, 9)[0, 0], 3, log=shelf.said.append)
     (shelf.folder / "1.png").unlink()
     shelf.open()
     assert not list(shelf.store.glob("*.faiss"))

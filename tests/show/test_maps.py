@@ -360,10 +360,10 @@ def test_found_gates_takes_the_style_of_each_row(gated, build):
 
     row_gates = [[[[float(k)] * 2] * 3] * 2 for k in (1, 2)]
     found = [{"row": 1, "gates": row_gates[0]}, {"row": 0, "gates": row_gates[1]}]
-    summary = gate_frames.found_gates(gated, found, [Row("Pop Art"), Row("Cubism")])
+    summary = gate_frames.summarize_gates(gated, found, [Row("Pop Art"), Row("Cubism")])
     assert summary["styles"]["Cubism"]["key"]["mean"] == [[1.0] * 2] * 3 and summary["styles"]["Pop Art"]["key"]["mean"] == [[2.0] * 2] * 3
     assert summary["layers"] == gated.qformer.cross_layers
-    assert gate_frames.found_gates(build(gating="none"), found, []) is None
+    assert gate_frames.summarize_gates(build(gating="none"), found, []) is None
 
 
 # --- frames ------------

@@ -49,17 +49,17 @@ def test_the_plain_recipe_pays_for_everything(task):
 def test_kept_bytes_by_hand():
     layer = torch.nn.Linear(6, 5).requires_grad_(False)
     x = torch.randn(3, 6, requires_grad=True)
-    assert loop.kept_bytes(layer, lambda: layer(x)) == 0  # a frozen linear layer keeps nothing but its weight
-    assert loop.kept_bytes(layer, lambda: torch.relu(layer(x))) == 3 * 5 * 4
-    assert loop.kept_bytes(layer, lambda: torch.relu(layer(x)) * torch.relu(layer(x))) == 2 * 3 * 5 * 4
+    assert loop.activation_bytes(layer, lambda: layer(x)) == 0  # a frozen linear layer keeps nothing but its weight
+    assert loop.activation_bytes(layer, lambda: torch.relu(layer(x))) == 3 * 5 * 4
+    assert loop.activation_bytes(layer, lambda: torch.relu(layer(x)) * torch.relu(layer(x))) == 2 * 3 * 5 * 4
 
 
 def test_plan_equals_what_a_real_step_keeps():
     """On the meta device as on the CPU, here with the sizes of the test."""
     real, meta = (bench.random_model(SIZES, device, torch.float32) for device in ("cpu", "meta"))
-    kept = [loop.kept_bytes(m, lambda m=m: bench.shapes_of_a_step(m.train(), bench.random_batch(m, SIZES, 2))) for m in (real, meta)]
+    kept = [loop.activation_bytes(m, lambda m=m: bench.shapes_of_a_step(m.train(), bench.random_batch(m, SIZES, 2))) for m in (real, meta)]
     batch = bench.random_batch(real, SIZES, 2)
-    whole = loop.kept_bytes(real, lambda: real.train()(**batch))
+    whole = loop.activation_bytes(real, lambda: real.train()(**batch))
     assert kept[0] == pytest.approx(whole, rel=0.05) and kept[1] == pytest.approx(kept[0], rel=0.15)
 
 
