@@ -462,7 +462,7 @@ class Blip2Retrieval(nn.Module):
         self.train(self.training)
 
     @classmethod
-    def load(cls, name, qformer=None, dtype=torch.float32, say=print, **settings):
+    def load(cls, name, qformer=None, dtype=torch.float32, log=print, **settings):
         """name: HuggingFace id or folder (image-text-retrieval format). qformer: another folder or a LAVIS .pth whose
         Q-Former, queries, heads and ln_vision are put in (see towers.join). dtype is that of the frozen vision tower."""
         from transformers import Blip2ForImageTextRetrieval
@@ -476,7 +476,7 @@ class Blip2Retrieval(nn.Module):
         for source, tensors in ((name, state), *([(qformer, read_weights(qformer))] if qformer else [])):
             model.load_parts(qformer_weights(tensors, text_path=True, source=source), source)
         if qformer:
-            model.ln_vision = towers.join(model.vision_model, qformer, name, say)
+            model.ln_vision = towers.join(model.vision_model, qformer, name, log)
         return model
 
     def load_parts(self, parts, source):
@@ -596,7 +596,7 @@ class Blip2OPTGated(nn.Module):
 
     @classmethod
     def build(cls, blip2, efficientnet, styles, gating="film", qformer=None, dtype=torch.float32, safe=False, lm_precision=None,
-              tower=True, say=print, **settings):
+              tower=True, log=print, **settings):
         """From names and plain values (best.pt's model_args): blip2 an id or folder, efficientnet a checkpoint, qformer the
         folder or file of another Q-Former, whose ln_vision comes with it (see towers.join; without `tower` it is in the features
         already). dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
@@ -607,7 +607,7 @@ class Blip2OPTGated(nn.Module):
         if qformer:
             replace_qformer(blip2, qformer)
             if tower:
-                towers.join(blip2.vision_model, qformer, name, say)
+                towers.join(blip2.vision_model, qformer, name, log)
         return cls(blip2, tokenizer, net, styles, gating, **settings)
 
     def _build_gates(self, qconfig, efficientnet, gating, per, hidden, scale, tokens, mapper_hidden):

@@ -195,7 +195,7 @@ def answers_of(session, image, question, style="", mix=0.0, occluded=False):
 # --- loading: each model once, when its tab first needs it ------------
 
 def load_session(checkpoint, data, blip2=None, efficientnet=None):
-    """--checkpoint, and the pictures by style of --data where that is there -> Asked. DataError: as core.load_gated."""
+    """--checkpoint, and the pictures by style of --data where that is there -> Session. DataError: as core.load_gated."""
     examples = {}
     for row in rows.read_split(data, "train") if os.path.isdir(data) else []:
         if row.style.strip() and not row.fault:

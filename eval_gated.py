@@ -33,7 +33,7 @@ from engine import checkpoints, errors, files, flags, folders, gate_frames, loop
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary
 from engine.features import cached_features, predicted_styles
-from engine.prompts import Collate, say_cut
+from engine.prompts import Collate, log_cut_answers
 from show import maps, report, sharing
 
 LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
@@ -184,7 +184,7 @@ def training_overlap(checkpoint, questions, workers):
 
 
 def format_overlap(overlap):
-    """seen_in_training in words."""
+    """training_overlap in words."""
     if overlap is None:
         return "unknown, since this checkpoint of an earlier version does not say which pictures were trained on"
     return f"{sum(overlap)} of {len(overlap)} rows" + (": these scores are not of held-out pictures" if any(overlap) else "")
@@ -228,7 +228,7 @@ def write_merged(model, checkpoint, path):
 # --- answers ------------
 
 def answers_to(model, questions, contexts, features, args, candidates, with_confidence=True, **ablation):
-    """Answers of a batch: {"prediction": texts}, where `sure` also "confidence", mean log-probability of the answer's tokens, and
+    """Answers of a batch: {"prediction": texts}, with_confidence also "confidence", mean log-probability of the answer's tokens, and
     with --method rank "margin", by how much its log-likelihood is above that of the runner-up (nats; not where there is no other).
 
     features: image_embeds [B,P,W], style_feature [B,F]; candidates: of rank; ablation: gated=False or blind=True."""
@@ -279,9 +279,9 @@ def ask(args, checkpoint, accelerator):
         if checkpoint["args"].get("context"):
             print("note: this model was trained with a text before the question (--context); here there is none")
 
-        def tell(images, keys):
+        def answer_batch(images, keys):
             return answer_pictures(model, images, keys, args, sorted(checkpoint["answers"]))
-        folders.fill(table, args.images, todo, tell, model.image_size, max(1, args.batch_size // len(asked)), args.workers,
+        folders.fill(table, args.images, todo, answer_batch, model.image_size, max(1, args.batch_size // len(asked)), args.workers,
                      accelerator.device)
 
 
@@ -315,7 +315,8 @@ def score(predictions, answers, people=None):
 
 
 def score_table(questions, systems, overlap=None):
-    """questions: list of Row; systems: {name: what evaluate returns, at least [{"prediction"}]}; seen: see seen_in_training.
+    """questions: list of Row; systems: {name: what evaluate returns, at least [{"prediction"}]}; overlap: see
+    training_overlap.
 
     -> rows {type, system, n, seen (how many of n, where that is known), loss, hit, kl (those that the system has), EM, ...}; types
     sorted, "all" last.
@@ -359,7 +360,7 @@ def question_ids(questions):
 
 
 def write_predictions(path, ids, questions, results):
-    """VQAv2's result format ({"question_id", "answer"}) and a CSV that people can read. found: of evaluate, with "confidence"."""
+    """VQAv2's result format ({"question_id", "answer"}) and a CSV that people can read. results: of evaluate, with "confidence"."""
     path, table = pathlib.Path(path), []
     for i, row, one in zip(ids, questions, results):
         confidence = {"confidence": f"{math.exp(one['confidence']):.4f}", **({"margin": f"{one['margin']:.4f}"} if "margin" in one else {})}
@@ -382,14 +383,14 @@ class Evaluation:
     model: core.Blip2OPTGated
     questions: list  # of Row
     ids: list  # question_id of each
-    seen: list | None  # see seen_in_training
+    overlap: list | None  # see training_overlap
     data: Questions
     collate: Collate
-    places: dict  # see built_as
+    places: dict  # see current_model_args
     dtype: torch.dtype
 
     def answer(self, data=None, trained=True, with_confidence=False, **ablation):
-        """What evaluate returns of one system, with "prediction" and, where `sure`, "confidence"."""
+        """What evaluate returns of one system, with "prediction" and, with_confidence, "confidence"."""
         args, weights, candidates = self.args, self.checkpoint["loss_weights"], sorted(self.checkpoint["answers"])
         weights = weights if trained else {"hit_weight": weights["hit_weight"]}  # no KL: its head is untrained
 
@@ -420,7 +421,7 @@ def prepare(args, checkpoint, accelerator):
     if places.get("lm_precision") != checkpoint["model_args"].get("lm_precision"):
         accelerator.print(f"the language model is in {places['lm_precision']}, in training it was in "
                           f"{checkpoint['model_args'].get('lm_precision') or 'the precision of the towers'}")
-    say_cut(model.tokenizer, {args.split: questions}, model.max_answer, accelerator.print)
+    log_cut_answers(model.tokenizer, {args.split: questions}, model.max_answer, accelerator.print)
     if args.style == "efficientnet":
         questions, = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
                                       places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print)

@@ -567,7 +567,7 @@ def make_run(args, accelerator, model, parts):
                # AdamW keeps twice the weights; old and new file; at the end OUT/hf
                disk=trained * (9 if args.save_last else 3) + tower, save_last=args.save_last, unit="pairs",
                columns=LOG_COLUMNS, panels=PANELS, title=f"{pathlib.Path(args.out).name}: {args.blip2}, Q-Former from {args.init}",
-               tell=lambda numbers: format_metrics({name: value for name, value in numbers.items() if name != "temp"}))
+               format_metrics=lambda numbers: format_metrics({name: value for name, value in numbers.items() if name != "temp"}))
 
 
 def dry_run(args):

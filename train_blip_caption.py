@@ -392,7 +392,7 @@ def make_run(args, accelerator, model, parts):
                settings=settings(args, parts, accelerator), state=lambda: trained_of(model),
                load_state=lambda last: put_back(model, last, pathlib.Path(args.out) / "last.pt"),
                best=lambda: best_of(args, model, accelerator.mixed_precision), columns=LOG_COLUMNS, panels=PANELS,
-               title=f"{pathlib.Path(args.out).name}: {args.blip}, {args.recipe}", unit="pictures", tell=format_metrics,
+               title=f"{pathlib.Path(args.out).name}: {args.blip}, {args.recipe}", unit="pictures", format_metrics=format_metrics,
                save_last=args.save_last)
 
 

@@ -594,7 +594,7 @@ def prepare(args, accelerator):
                epochs=args.epochs, lr=lambda step, total: loop.cosine_lr(step, total, round(args.warmup * total), args.lr),
                seed=args.seed, metric="mean", settings=settings(args, parts, accelerator),
                best=lambda: best_of(args, model, frozen, accelerator.mixed_precision), frozen=frozen,
-               base=("vision tower", "--blip2"), columns=LOG_COLUMNS, panels=PANELS, unit="queries", tell=format_metrics,
+               base=("vision tower", "--blip2"), columns=LOG_COLUMNS, panels=PANELS, unit="queries", format_metrics=format_metrics,
                title=f"{pathlib.Path(args.out).name}: {'without gate' if args.no_gate else 'gated'}, {args.blip2 or DEFAULT}",
                save_last=args.save_last), parts
 

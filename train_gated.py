@@ -25,7 +25,7 @@ from engine import checkpoints, environment, errors, files, flags, gate_frames, 
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary, text_length
 from engine.features import cached_features, predicted_styles
-from engine.prompts import Collate, answer_length, say_cut
+from engine.prompts import Collate, answer_length, log_cut_answers
 from engine.run import Run, resumes
 from engine.text import text_of
 
@@ -224,7 +224,7 @@ def check_tokens(args, splits):
         return
     if "train" in splits:
         longest = answer_length(tokenizer, splits["train"], args.max_answer)
-        say_cut(tokenizer, splits, longest)
+        log_cut_answers(tokenizer, splits, longest)
         show_rows(tokenizer, splits["train"][:3], longest)
 
 
@@ -389,7 +389,7 @@ def prepare(args, accelerator, command=()):
     val_rows = rows.unify_spelling(val_rows, {r.style.strip() for r in train_rows}, accelerator.print)  # as they are trained
     tokenizer = published.load_tokenizer(places["blip2"])
     built_from = model_args(args, train_rows, answer_length(tokenizer, train_rows, args.max_answer))
-    say_cut(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)
+    log_cut_answers(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)
     dtype = core.DTYPES[accelerator.mixed_precision]  # of the frozen towers; everything that is trained is in float32
     features, towers = cached_features(args.cache, places["blip2"], places["qformer"], load_style if args.gating != "none" else None,
                                        train_rows + val_rows, accelerator, dtype, args.workers)

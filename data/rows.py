@@ -6,7 +6,7 @@ What the training and evaluation scripts must agree on, as plain functions:
     read_layout                             both of these from one reading; tables.py reads the files
     join_semart                             styles from a column of SemArt's table
     find_pictures                           names in a list -> paths below a root, also where the folders differ
-    spelled_alike, one_spelling             Cubism and cubism are one style
+    unify_spelling, one_spelling            Cubism and cubism are one style
     resolve_image, load_image, image_tensor a name as it is written -> a path -> RGB pixels -> [3, size, size]
     check_rows, usable_rows, verify_images  which rows cannot be used, and why
     hold_out                                a validation split of one table
@@ -571,7 +571,7 @@ def verify_images(rows, workers=2):
 
 
 def hold_out(rows, share, validation):
-    """The rows of the pictures that are held out (held), or of the others: a picture never stands on both sides, however often and
+    """The rows of the pictures that are held out (validation), or of the others: a picture never stands on both sides, however often and
     by whichever names (a.jpg, ./a.jpg) the table has it.
 
     The first `share` (0..1, at least one) of the pictures in the order of the hashes of their first names: no seed, no dependence

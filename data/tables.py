@@ -115,7 +115,7 @@ def swallowed_row(values, separator):
 def read_table(path, encoding="utf-8", separator=None, join_rest=False):
     """Read a CSV or TSV file with a header as a list of (line, {column: text}); no value is converted or dropped.
 
-    joined: further fields belong to the last column, whose text has the separator in it without quotes.
+    join_rest: further fields belong to the last column, whose text has the separator in it without quotes.
     DataError: unreadable, wrong encoding, NUL, empty, no rows, a column named twice, a row with too many or too few
     fields, an open quote."""
     path = str(path)

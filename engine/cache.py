@@ -166,7 +166,7 @@ def stacked(samples):
 
 @contextlib.contextmanager
 def errors_named(path, note=""):
-    """An OSError within is a DataError of one line. kept: what stays, for the message."""
+    """An OSError within is a DataError of one line. note: what stays, for the message."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
 """gate_frames.py: what the gates do, by style, one frame an evaluation: gates.json of a run folder.
 
     gate_tensors, gate_rows      the gates of a batch
-    gate_summary, found_gates    by style
+    gate_summary, summarize_gates    by style
     append_frame, read_frames    gates.json
 """
 
@@ -55,7 +55,7 @@ def gate_summary(gates, styles, layers):
 
 
 def summarize_gates(model, results, questions):
-    """gate_summary of what evaluation.evaluate(gates=True) found for the rows `questions`; None without gates."""
+    """gate_summary of the results of evaluation.evaluate(gates=True) for the rows `questions`; None without gates."""
     if model.gates is None:
         return None
     return gate_summary([one["gates"] for one in results], [questions[one["row"]].style for one in results], model.qformer.cross_layers)

@@ -2,7 +2,7 @@
 
     epoch_plan, seed_everything, cosine_lr  who sees which row when, and with which dropout: pure functions of whole numbers
     is_better, bad_loss                     whether best.pt is to be written; a loss that is no number, with its rows
-    dry_run, kept_bytes, Pace               memory before a run, time to its end
+    dry_run, activation_bytes, Pace         memory before a run, time to its end
     StopSignal, stop_requested                     Ctrl-C, SIGTERM
 """
 
@@ -219,7 +219,7 @@ def make_optimizer(model, lr, weight_decay, **more):
 
 
 def is_better(value, progress, lowest=False):
-    """Is this number above (lowest: below) the best so far, marks["value"] (None: there is none yet)? Never true of NaN."""
+    """Is this number above (lowest: below) the best so far, progress["value"] (None: there is none yet)? Never true of NaN."""
     best = progress["value"]
     return math.isfinite(value) and (best is None or (value < best if lowest else value > best))
 

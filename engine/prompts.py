@@ -2,7 +2,7 @@
 
     prompt_ids, answer_ids, encode_training, encode_prompts   questions and answers of the language model
     habits_of, end_id, stop_ids                               what its tokenizer puts around a text, and what ends an answer
-    answer_length, say_cut                                    how long answers may be, and which are cut
+    answer_length, log_cut_answers                            how long answers may be, and which are cut
     Collate                                                   samples of questions.Questions -> a batch
     encode_captions, caption_prompts                          captions of the language model
     text_ids                                                  texts of the Q-Former
@@ -186,9 +186,9 @@ def answer_length(tokenizer, train_rows, limit):
     return min(limit, max(answer_lengths(tokenizer, [r.answer for r in train_rows])))
 
 
-def say_cut(tokenizer, splits, longest, say=print):
+def log_cut_answers(tokenizer, splits, longest, log=print):
     """Say of every split {name: rows} how many answers have more than `longest` tokens; only those are not trained or scored whole."""
     for split, read in splits.items():
         cut = [r for r, n in zip(read, answer_lengths(tokenizer, [r.answer for r in read])) if n > longest]
         first = f", first {list_rows(cut[:1])}: {cut[0].answer!r}" if cut else ""
-        say(f"{split}: {len(cut)} of {len(read)} answers are cut at {longest} tokens{first}")
+        log(f"{split}: {len(cut)} of {len(read)} answers are cut at {longest} tokens{first}")

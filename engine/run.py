@@ -77,19 +77,19 @@ class Run:
     lr: (step, all steps) -> learning rate; "scale" of a parameter group multiplies it. weigh: keys -> their weight in the mean
     of a step. metric: the number of an epoch that best.pt is chosen by; lowest: a low one is good.
     settings: {name: value}, what must be the same on --resume; frozen: fingerprint of what is not trained (None: everything is).
-    best: () -> what best.pt holds beside stage, marks and versions. state, load_state: () -> dict of what is trained, for last.pt,
+    best: () -> what best.pt holds beside stage, progress and versions. state, load_state: () -> dict of what is trained, for last.pt,
     and how it is put back. base: what must be the same frozen model, in words, and the flags that name it.
     """
 
     def __init__(self, stage, out, accelerator, model, wrapped, optimizer, *, rows, plan, batches, epochs, lr, seed, metric, settings,
                  best, lowest=False, frozen=None, base=("base model", "--blip2"), state=None, load_state=None, weigh=len, clip=CLIP,
-                 columns=COLUMNS, panels=PANELS, title="", unit="rows", tell=loop.format_metrics, save_last=False, disk=None):
+                 columns=COLUMNS, panels=PANELS, title="", unit="rows", format_metrics=loop.format_metrics, save_last=False, disk=None):
         self.stage, self.out, self.accelerator = stage, pathlib.Path(out), accelerator
         self.model, self.wrapped, self.optimizer = model, wrapped, optimizer
         self.rows, self.plan, self.batches, self.weigh, self.clip = rows, plan, batches, weigh, clip
         self.seed, self.metric, self.lowest, self.settings, self.frozen, self.base = seed, metric, lowest, settings, frozen, base
         self.best, self.state, self.load_state = best, state or self._trained, load_state or self._put_back
-        self.columns, self.panels, self.title, self.tell, self.keeps_last = columns, panels, title, tell, save_last
+        self.columns, self.panels, self.title, self.format_metrics, self.keeps_last = columns, panels, title, format_metrics, save_last
         self.disk = disk or sum(t.nbytes for t in checkpoints.trainable_state(model).values()) * (8 if save_last else 2)
         self.per_epoch = len(plan(0))
         self.last_epoch, self.total = epochs, epochs * self.per_epoch
@@ -260,13 +260,13 @@ class Run:
     def end_epoch(self, numbers, **extra):
         """Log the numbers of an epoch's validation, write last.pt where it is kept -> is it the best so far?
 
-        numbers: {name: value}, self.metric among them, the same on every process. marks: what else best.pt and last.pt remember of
+        numbers: {name: value}, self.metric among them, the same on every process. extra: what else best.pt and last.pt remember of
         a best epoch."""
         epoch, better = self.progress["done"] + 1, loop.is_better(numbers[self.metric], self.progress, self.lowest)
         self.progress |= {"done": epoch, "stale": self.progress["stale"] + 1}
         if better:
             self.progress |= {"value": numbers[self.metric], "epoch": epoch, "stale": 0, **extra}
-        self.accelerator.print(f"epoch {epoch}: {self.tell(numbers)}" + (" *" if better else ""))
+        self.accelerator.print(f"epoch {epoch}: {self.format_metrics(numbers)}" + (" *" if better else ""))
         if self.log:
             self.log.write("epoch", self.step, epoch=epoch, lr=self.lr(self.step - 1), **numbers)
             if self.keeps_last:  # before best.pt: _begin makes up a best.pt that a kill between the two has left out

@@ -133,7 +133,7 @@ def from_peft(name):
 # --- fitting ------------
 
 def part_paths(saved, overrides):
-    """The settings with names made into places, those in `moved` first. DataError: a local one that is not there."""
+    """The settings with names made into places, those in `overrides` first. DataError: a local one that is not there."""
     is_local = saved.config.get("base_model", {}).get("kind") == "folder"
     if is_local and "blip2" not in overrides and not os.path.exists(located(saved.settings["blip2"])):
         raise DataError(f"{saved.source}: its base model was a folder called {saved.settings['blip2']!r} where it was trained: "

@@ -67,7 +67,7 @@ def sampled(tensor):
 
 
 def differing(tower, other, common=False):
-    """Names of a tower's tensors that are other ones in `held`, {name: sampled}, ln_vision left out. common: those alone count that
+    """Names of a tower's tensors that are other ones in `other`, {name: sampled}, ln_vision left out. common: those alone count that
     both have. Two precisions of the same values do not differ."""
     own = {n: sampled(tensor) for n, tensor in tower.state_dict().items() if not n.startswith(NORM)}
     other = {n: values for n, values in other.items() if not n.startswith(NORM)}

@@ -62,7 +62,7 @@ def test_five_ways_to_ask_give_the_same_answer(asked, shipped, tmp_path):
     ways = {"predict_answers": model.predict_answers(processor(asked.image), [asked.question])[0],
             "--select em": train_gated.greedy_answers(model, [asked], features)["prediction"][0],
             "eval_gated.py": json.loads((tmp_path / "test.json").read_text(encoding="utf-8"))[0]["answer"], "--ask": table[0]["answer"],
-            "demo.py": demo.answers_of(demo.Asked(model), asked.image, asked.question)["gated"]["answer"]}
+            "demo.py": demo.answers_of(demo.Session(model), asked.image, asked.question)["gated"]["answer"]}
     assert ways == dict.fromkeys(ways, LONGEST)
 
 

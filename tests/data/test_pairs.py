@@ -630,7 +630,7 @@ PEAK = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 from data import shards
-found = shards.count_samples(shards.shard_files(sys.argv[2]), "cc", say=lambda line: None)
+found = shards.count_samples(shards.shard_files(sys.argv[2]), "cc", log=lambda line: None)
 count = sum(1 for _ in shards.ShardStream(found, 8, 0, buffer=10, augment=False))
 print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

@@ -194,7 +194,7 @@ def test_convert_of_a_lavis_file_keeps_tower_and_norm_as_they_are(folder, tmp_pa
 def test_a_training_in_half_precision_exports_the_towers_own_values(folder, tmp_path):
     args = pretrain_qformer.get_args(["--data", "x=y", "--blip2", folder, "--init", "random"])
     model = pretrain_qformer.load_model(args, torch.bfloat16, lambda line: None)
-    run = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), marks={"value": 1.0}, out=tmp_path, model=model)
+    run = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), progress={"value": 1.0}, out=tmp_path, model=model)
     checkpoints.save_checkpoint(tmp_path / "best.pt", {"state": checkpoints.trainable_state(model)})
     pretrain_qformer.export_best(run, args)
     check_exported(folder, tmp_path / "hf", 0.0)
@@ -204,7 +204,7 @@ def test_the_end_of_a_training_refuses_a_tower_that_was_changed_meanwhile(folder
     place = changed(folder, tmp_path / "blip2", lambda name, tensor: tensor)
     args = pretrain_qformer.get_args(["--data", "x=y", "--blip2", place, "--init", "random"])
     model = best_of(place, tmp_path / "best.pt")
-    run = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), marks={"value": 1.0}, out=tmp_path, model=model)
+    run = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True), progress={"value": 1.0}, out=tmp_path, model=model)
     pretrain_qformer.export_best(run, args)
     check_exported(folder, tmp_path / "hf", 0.0)
     shutil.rmtree(place)

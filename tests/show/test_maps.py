@@ -353,7 +353,7 @@ def test_gate_summary_by_hand():
     assert json.loads(json.dumps(summary)) == summary
 
 
-def test_found_gates_takes_the_style_of_each_row(gated, build):
+def test_summarize_gates_takes_the_style_of_each_row(gated, build):
     class Row:
         def __init__(self, style):
             self.style = style

@@ -46,7 +46,7 @@ def test_the_plain_recipe_pays_for_everything(task):
     assert max(lengths) - min(lengths) > 30  # of mixed length
 
 
-def test_kept_bytes_by_hand():
+def test_activation_bytes_by_hand():
     layer = torch.nn.Linear(6, 5).requires_grad_(False)
     x = torch.randn(3, 6, requires_grad=True)
     assert loop.activation_bytes(layer, lambda: layer(x)) == 0  # a frozen linear layer keeps nothing but its weight
