@@ -26,7 +26,7 @@ import metrics
 from data import captions, rows
 from data.captions import LONGEST, MAX_LENGTH, Captions, fingerprint, pictures_in
 from engine import checkpoints, environment, errors, files, flags, folders, loaders, loop, pages, published, runfolder
-from engine.captioning import Collate, captions_of, describe, evaluate, summarize, write_captions, write_results
+from engine.captioning import Collate, captions_of, describe, evaluate, load_blip, summarize, write_captions, write_results
 from engine.errors import DataError
 from engine.run import Run, first_decides, resumes
 from engine.text import text_of
@@ -38,7 +38,6 @@ RECIPES = {"conservative": {"unfreeze": 1, "lr": 1e-5, "vision_lr": 0.05, "weigh
 GENERATION = {"max_length": MAX_LENGTH, "num_beams": 5, "no_repeat_ngram_size": 2, "repetition_penalty": 1.1,
               "length_penalty": 1.0, "early_stopping": False, "do_sample": False}
 # early_stopping True, as first run, ends a search with the fifth caption that ends, however bad: the end of good ones is lost
-SMOOTHING = 0.1  # BLIP's own (med.py); transformers had it up to 4.37 and has 0 since
 CLIP = 2.0  # gradient norm
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm", "layers", "images", "meteor", "rouge_l", "cider_d", "bleu_4",
                "score")
@@ -102,8 +101,8 @@ def get_args(argv=None):
     look.add_argument("--captions", metavar="FILE.csv",
                       help="with --caption DIR: image, caption of every picture in the folder and in those below; goes on where it "
                            "stopped, FILE.csv.json says what it was made with")
-    look.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves and samples, in "
-                                                            "training of the best epoch; that of the test split is FILE_test.html")
+    look.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves and samples, after a "
+                                                            "training of its best epoch; that of the test split is FILE_test.html")
     look.add_argument("--json", action="store_true", help="print captions and scores as JSON")
     look.add_argument("--cases", type=flags.whole, default=0, metavar="N",
                       help="write OUT/cases.html: the N worst and the N best validation pictures")
@@ -153,27 +152,6 @@ def splits(args):
 
 
 # --- model ------------
-
-def load_blip(name):
-    """HuggingFace id, folder or tiny -> (BlipForConditionalGeneration with label smoothing, tokenizer), see published.load_blip2."""
-    from transformers import BlipForConditionalGeneration
-    name = published.in_models(name, "blip")
-    model, tokenizer = published.load_published(BlipForConditionalGeneration, "BLIP", name)
-    text = model.config.text_config
-    published.refuse_more_tokens(tokenizer, text.vocab_size, "the decoder", name)
-    ours, wanted = (tokenizer.pad_token_id, tokenizer.sep_token_id), (text.pad_token_id, text.sep_token_id)
-    if ours != wanted:
-        raise DataError(f"{name}: tokenizer and decoder do not belong together (pad and sep are {ours} and {wanted})")
-    if tokenizer("a").input_ids[-1] != text.sep_token_id:
-        raise DataError(f"{name}: its tokenizer does not end a text with [SEP], so no caption would ever end")
-    set_smoothing(model)
-    return model, tokenizer
-
-
-def set_smoothing(model, value=SMOOTHING):
-    """Label smoothing of the loss, where the config keeps it and where the decoder took it from."""
-    model.config.text_config.label_smoothing = model.text_decoder.label_smoothing = value
-
 
 def open_layers(model, layers):
     """Trained: the text decoder and the last `layers` layers of the vision tower. Frozen: all else."""

@@ -34,7 +34,7 @@ from data import cirr, rows
 from engine import (cache, checkpoints, environment, errors, files, flags, loaders, loop, pages, picture_index, published, retrieval,
                     runfolder)
 from engine.errors import DataError
-from engine.retrieval import chance, chance_text, mean_of, recalls
+from engine.retrieval import Gallery, Opener, chance, chance_text, collate_gallery, mean_of, recalls
 from engine.run import Run, resumes
 from engine.text import text_of
 
@@ -112,7 +112,7 @@ def get_args(argv=None):
     look.add_argument("--gate-maps", metavar="DIR",
                       help="a picture for each of 8 validation queries: what the gate changed, what was found")
     look.add_argument("--report", metavar="FILE.html", help="a page with recalls and their intervals, curves and queries with what "
-                                                            "was found; in training of the best epoch")
+                                                            "was found; after a training of its best epoch")
     look.add_argument("--search", metavar="TEXT", help="find pictures of --gallery by --image and this text")
     look.add_argument("--image", metavar="FILE", help="reference picture of --search, whose matches go to OUT/search.html too")
     look.add_argument("--gallery", metavar="DIR", help="folder of pictures, indexed once")
@@ -170,37 +170,6 @@ class Triplets(Dataset):
             return error, query, ""
 
 
-class Gallery(Dataset):
-    """Number -> (picture [3,s,s], its name), or (the DataError of a broken picture, its name)."""
-
-    def __init__(self, paths, open_picture):
-        self.names, self.paths, self.open = list(paths), paths, open_picture
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, number):
-        name = self.names[number]
-        try:
-            return self.open(self.paths[name]), name
-        except DataError as error:
-            return error, name
-
-
-class Opener:
-    """Path -> picture [3,s,s] as --transform wants it. A class and not a closure: it also works where loaders are spawned."""
-
-    def __init__(self, size, transform, ratio):
-        self.size, self.transform, self.ratio = size, transform, ratio
-
-    def __call__(self, path):
-        return cirr.prepare(rows.load_image(path), self.size, self.transform, self.ratio)
-
-    def preprocessing(self):
-        """What the pixels depend on, for a cache's key."""
-        return rows.preprocessing(self.size, f"{self.transform}, {self.ratio}")
-
-
 class Collate:
     """Samples of Triplets -> batch: images [B,2+N,3,s,s], input_ids, attention_mask [B,L], target_ids [B]."""
 
@@ -215,14 +184,6 @@ class Collate:
         targets = [query.target for query in queries]
         return {"images": torch.stack(images), **core.text_ids(self.tokenizer, texts),
                 "target_ids": torch.tensor([targets.index(name) for name in targets])}
-
-
-def collate_gallery(samples):
-    """Samples of Gallery -> {"images": [B,3,s,s]}."""
-    for found, _ in samples:
-        if isinstance(found, DataError):
-            return {"fault": str(found)}
-    return {"images": torch.stack([image for image, _ in samples])}
 
 
 # --- model ------------
@@ -672,7 +633,7 @@ def gate_maps(args, model, pool, scores, opener):
 
 def index_gallery(args, best, model, accelerator, opener):
     """The index of --gallery, made once beside the checkpoint -> (names, features [G,Q,E])."""
-    weights = f"{digest(best['state'])} {best['frozen']} {accelerator.mixed_precision}"
+    weights = f"{checkpoints.state_digest(best['state'])} {best['frozen']} {accelerator.mixed_precision}"
     about = json.dumps(cache.made_from(model, opener.preprocessing(), weights))  # a stale feature can never be read
     key = hashlib.sha256(about.encode()).hexdigest()
     place = hashlib.sha256(os.path.realpath(args.gallery).encode()).hexdigest()[:16]
@@ -714,14 +675,6 @@ def search(args):
     pages.write_results(page, "search", "Composed image retrieval", reference=os.path.abspath(args.image), text=args.search, hits=hits,
                         note=f"{len(names):,} pictures of {args.gallery}, model {args.checkpoint}")
     pages.draw("gallery", page, str(page))
-
-
-def digest(state):
-    """Hash of all bytes of {name: tensor}."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        found.update(name.encode() + tensor.numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def main(argv=None):

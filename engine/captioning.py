@@ -1,5 +1,6 @@
 """captioning.py: BLIP's captions and their scores, the same way in training and afterwards.
 
+    load_blip                  a folder or an id -> (model, tokenizer)
     decoder_inputs, Collate    texts as BLIP's decoder is trained on them; samples of captions.Captions -> a batch
     describe                   pictures -> captions
     confidence, evaluate       how sure the model is of a caption; every picture of a split captioned
@@ -19,10 +20,35 @@ from tqdm import tqdm
 import metrics
 from data import rows
 from data.captions import token_ids
-from engine import errors, files, loaders, pages
+from engine import errors, files, loaders, pages, published
 from engine.errors import DataError
 from engine.prompts import pad_ids
 from engine.text import texts_of
+
+SMOOTHING = 0.1  # BLIP's own (med.py); transformers had it up to 4.37 and has 0 since
+
+
+# --- the model ------------
+
+def load_blip(name):
+    """HuggingFace id, folder or tiny -> (BlipForConditionalGeneration with label smoothing, tokenizer), see published.load_blip2."""
+    from transformers import BlipForConditionalGeneration
+    name = published.in_models(name, "blip")
+    model, tokenizer = published.load_published(BlipForConditionalGeneration, "BLIP", name)
+    text = model.config.text_config
+    published.refuse_more_tokens(tokenizer, text.vocab_size, "the decoder", name)
+    ours, wanted = (tokenizer.pad_token_id, tokenizer.sep_token_id), (text.pad_token_id, text.sep_token_id)
+    if ours != wanted:
+        raise DataError(f"{name}: tokenizer and decoder do not belong together (pad and sep are {ours} and {wanted})")
+    if tokenizer("a").input_ids[-1] != text.sep_token_id:
+        raise DataError(f"{name}: its tokenizer does not end a text with [SEP], so no caption would ever end")
+    set_smoothing(model)
+    return model, tokenizer
+
+
+def set_smoothing(model, value=SMOOTHING):
+    """Label smoothing of the loss, where the config keeps it and where the decoder took it from."""
+    model.config.text_config.label_smoothing = model.text_decoder.label_smoothing = value
 
 
 # --- texts as the decoder reads them ------------

@@ -174,6 +174,14 @@ def verify_saved(path, model):
     refuse_other_tensors(path, load_checkpoint(path, ("state",))["state"], trainable_state(model))
 
 
+def state_digest(state):
+    """Hash of all bytes of {name: tensor}."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def refuse_other_tensors(source, found, expected):
     """DataError where two {name: tensor} differ in a name or a bit."""
     wrong = sorted(name for name in found.keys() | expected.keys()

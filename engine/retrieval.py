@@ -1,5 +1,6 @@
-"""retrieval.py: from the scores of a gallery to recalls, and to what is known of each query.
+"""retrieval.py: the pictures of a gallery, and from their scores to recalls and to what is known of each query.
 
+    Opener, Gallery, collate_gallery    a path as the model takes it; the pictures of a pool, as batches
     recalls, mean_of    the recalls of a pool, and their mean over pools; chance, chance_text: those of a random order
     rank_queries        of each query the rank and score of its target, and the five best pictures
     write_results       pools with rank_queries, for the page of --report
@@ -10,10 +11,57 @@ Scores are cosines [N,G]: a row for each query of a pool, a column for each pict
 from dataclasses import asdict
 
 import numpy as np
+import torch
+from torch.utils.data import Dataset
 
 import metrics
-from data import cirr
+from data import cirr, rows
 from engine import pages
+from engine.errors import DataError
+
+
+# --- the pictures of a gallery ------------
+
+class Opener:
+    """Path -> picture [3,s,s] as --transform wants it. A class and not a closure: it also works where loaders are spawned."""
+
+    def __init__(self, size, transform, ratio):
+        self.size, self.transform, self.ratio = size, transform, ratio
+
+    def __call__(self, path):
+        return cirr.prepare(rows.load_image(path), self.size, self.transform, self.ratio)
+
+    def preprocessing(self):
+        """What the pixels depend on, for a cache's key."""
+        return rows.preprocessing(self.size, f"{self.transform}, {self.ratio}")
+
+
+class Gallery(Dataset):
+    """Number -> (picture [3,s,s], its name), or (the DataError of a broken picture, its name)."""
+
+    def __init__(self, paths, open_picture):
+        self.names, self.paths, self.open = list(paths), paths, open_picture
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, number):
+        name = self.names[number]
+        try:
+            return self.open(self.paths[name]), name
+        except DataError as error:
+            return error, name
+
+
+def collate_gallery(samples):
+    """Samples of Gallery -> {"images": [B,3,s,s]}."""
+    for found, _ in samples:
+        if isinstance(found, DataError):
+            return {"fault": str(found)}
+    return {"images": torch.stack([image for image, _ in samples])}
+
+
+# --- recalls ------------
 
 
 def columns(pool):

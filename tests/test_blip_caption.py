@@ -316,7 +316,7 @@ def test_accumulation_equals_the_large_batch(run, parts):
 
 def test_one_batch_can_be_learnt_by_heart(flags, folder):
     model, tokenizer = blip.load_blip(folder)
-    blip.set_smoothing(model, 0.0)
+    captioning.set_smoothing(model, 0.0)
     pictures = blip.read_data(blip.get_args(flags()), "train")[:3]
     data = blip.Captions(pictures, model.config.vision_config.image_size, tokenizer)
     text = model.config.text_config

@@ -518,7 +518,7 @@ def test_blip_losses_of_three_recipes(case):
     assert torch.equal(inputs["labels"][:, 1:], tensors["labels_masked"].long()[:, 1:])
 
     def loss(input_ids, labels, smoothing):
-        train_blip_caption.set_smoothing(model, smoothing)
+        captioning.set_smoothing(model, smoothing)
         return model(pixel_values=pixels, input_ids=input_ids, attention_mask=mask, labels=labels).loss.item()
 
     close(model(pixel_values=pixels, input_ids=ids, attention_mask=mask).logits[mask.bool()], tensors["logits"][mask.bool()])
