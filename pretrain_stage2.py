@@ -100,17 +100,17 @@ class Split(NamedTuple):
     references: list
 
 
-def read_data(args, say=print):
+def read_data(args, log=print):
     """--data -> (training Pairs, Split of --max-val validation pictures); bad ones refused, with --skip-bad left out."""
     places = pairs.named_places(args.data)
-    train, val = (pairs.read_sets(places, split, args.images, args.skip_bad, args.val_share, args.encoding, args.workers, say)
+    train, val = (pairs.read_sets(places, split, args.images, args.skip_bad, args.val_share, args.encoding, args.workers, log)
                   for split in ("train", "val"))
     by_picture = {}
     for pair in val:
         by_picture.setdefault(pair.image_id, []).append(pair)
     shown = sorted(by_picture)[:args.max_val]  # by their hash
     if len(shown) < len(by_picture):
-        say(f"val: {len(shown)} of its {len(by_picture)} pictures are captioned (--max-val)")
+        log(f"val: {len(shown)} of its {len(by_picture)} pictures are captioned (--max-val)")
     return train, Split([by_picture[i][0] for i in shown], [[pair.text for pair in by_picture[i]] for i in shown])
 
 
@@ -222,7 +222,7 @@ def train(args):
     accelerator = start(args)
     resumed = resumes(accelerator, args.out, args.resume)
     run, parts = prepare(args, accelerator)
-    with run.opened(resumed, vars(args), __file__):
+    with run.open(resumed, vars(args), __file__):
         accelerator.print(f"{len(parts.train)} training pairs, {len(parts.val.rows)} validation pictures; {run.total} steps of "
                           f"{len(run.plan(0)[0][0])} pairs, lr {args.lr:g}, precision {accelerator.mixed_precision}, {accelerator.device}")
         accelerator.print(f"{CONSTANT}: {parts.constant[0]!r}, CIDEr-D {parts.constant[1]:.3f}")
@@ -262,7 +262,7 @@ def build(args, accelerator):
     places = published.resolve_paths({"blip2": args.blip2, "efficientnet": None, "qformer": args.qformer})
     with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
         model = core.Blip2OPTGated.build(places["blip2"], None, [], "none", qformer=places["qformer"], lm_precision=args.lm_precision,
-                                         dtype=core.DTYPES[accelerator.mixed_precision], train_qformer=True, say=accelerator.print)
+                                         dtype=core.DTYPES[accelerator.mixed_precision], train_qformer=True, log=accelerator.print)
     memory.save_activations(model.language_model, args.activations)
     return model
 
@@ -295,7 +295,7 @@ def make_run(args, accelerator, model, parts):
                epochs=args.epochs, seed=args.seed, metric="loss", lowest=True, settings=settings(args, parts, accelerator), frozen=frozen,
                lr=lambda step, total: loop.cosine_lr(step, total, min(args.warmup, total // 10), args.lr, min(args.min_lr, args.lr)),
                best=lambda: best_of(args, model, frozen, accelerator.mixed_precision), columns=LOG_COLUMNS, panels=PANELS,
-               title=f"{pathlib.Path(args.out).name}: {args.blip2}", unit="pairs", tell=format_metrics, save_last=args.save_last)
+               title=f"{pathlib.Path(args.out).name}: {args.blip2}", unit="pairs", format_metrics=format_metrics, save_last=args.save_last)
 
 
 def dry_run(args):

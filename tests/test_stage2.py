@@ -110,7 +110,7 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(flags, tmp_path):
     pretrain_stage2.main(flags(*more, out="whole"))
     args = pretrain_stage2.get_args(flags(*more, out="cut"))
     run, _ = pretrain_stage2.prepare(args, pretrain_stage2.start(args))
-    with run.opened(False, vars(args), pretrain_stage2.__file__):
+    with run.open(False, vars(args), pretrain_stage2.__file__):
         run.wrapped.train()
         for step in run.steps(0):
             pretrain_stage2.train_step(run, step)
@@ -171,6 +171,6 @@ def test_a_broken_picture_is_named(flags, few, tmp_path, capsys):
 
 
 def test_augmented_views_differ_by_epoch_and_captions_stay(few):
-    read = pairs.read_sets({"x": str(few)}, "train", say=lambda *words: None)
+    read = pairs.read_sets({"x": str(few)}, "train", log=lambda *words: None)
     data = Captioned(read, 28, seed=1)
     assert not torch.equal(data[0, 0][0], data[1, 0][0]) and data[0, 0][1] == data[1, 0][1]
