@@ -466,11 +466,8 @@ class Blip2Retrieval(nn.Module):
         """name: HuggingFace id or folder (image-text-retrieval format). qformer: another folder or a LAVIS .pth whose
         Q-Former, queries, heads and ln_vision are put in (see towers.join). dtype is that of the frozen vision tower."""
         from transformers import Blip2ForImageTextRetrieval
-
-        class WithoutRounding(Blip2ForImageTextRetrieval):  # what is trained starts from the file's own values
-            _keep_in_fp32_modules_strict = ["query_tokens", "qformer", "word_embeddings", "position_embeddings", "vision_projection",
-                                             "text_projection", "itm_head"]
-        published, tokenizer = load_published(WithoutRounding, "BLIP-2", name, dtype)
+        published, tokenizer = load_published(Blip2ForImageTextRetrieval, "BLIP-2", name, dtype, [
+            "query_tokens", "qformer", "word_embeddings", "position_embeddings", "vision_projection", "text_projection", "itm_head"])
         model = cls(published.vision_model, published.config, tokenizer, **settings)
         state = {n: p.float() for n, p in published.state_dict().items()} | stage1_extras(name)
         for source, tensors in ((name, state), *([(qformer, read_weights(qformer))] if qformer else [])):

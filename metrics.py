@@ -34,6 +34,7 @@ import numpy as np
 from data.tables import excerpt
 from engine import errors
 from engine.errors import DataError
+from engine.text import CHARACTERS
 
 
 # --------------------------------------------------------------------------- VQA accuracy
@@ -153,9 +154,10 @@ _TOKEN = re.compile(
     r"|[!?]{2,}|[^\w\s]")                                        # "!?" is no entry of the list of dropped marks
 _DROPPED = set(".,:;?!'\"`-\u2013\u2014\u2026\u2018\u2019\u201c\u201d"
                "\u3001\u3002\uff0c\uff0e\uff01\uff1f\uff1b\uff1a\u300c\u300d\u300e\u300f\uff08\uff09\u300a\u300b\u3010\u3011\u00b7")
-# of scripts that set no blanks between words: kana and Chinese characters; Thai, Lao, Burmese and Khmer letters with their marks
+# of scripts that set no blanks between words: kana and Chinese characters; Thai, Lao, Burmese and Khmer letters with their marks,
+# which BERT's pieces leave as they are written
 _CHARACTER = re.compile(
-    "[\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    f"[{CHARACTERS}]"
     f"|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff][{_MARKS}]*")
 _BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))  # drop list is upper case, text is lower
 

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from data.tables import excerpt
 from engine import files, loaders
 from engine.errors import DataError
+from engine.files import write_all
 
 FORMAT = 1  # part of every file name: another layout is another store
 RECORD = 40  # bytes
@@ -172,13 +173,6 @@ def errors_named(path, note=""):
     except OSError as error:
         raise DataError(f"{path}: cannot be written ({error.strerror}){note}: free some space, or give another folder, and start "
                         "again") from None
-
-
-def write_all(file, data):
-    """All bytes of `data` to an unbuffered file: a write may take a part, and a full disk shows in the next."""
-    data = memoryview(data)
-    while data:
-        data = data[file.write(data):]
 
 
 def record_of(picture, row, number):

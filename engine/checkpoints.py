@@ -46,6 +46,8 @@ def save_checkpoint(path, content):
         with files.whole_file(path, "wb") as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
+        while not isinstance(error, OSError) and error.__context__:  # torch tells of its own place in the file, and not why
+            error = error.__context__
         folder = pathlib.Path(path).parent
         free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MB are free on its disk" if folder.is_dir() else "no such folder"
         resume = " and use --resume" if (folder / "last.pt").exists() else " (with --save-last, --resume could go on from here)"
@@ -227,12 +229,13 @@ def _is_torchscript(path):
         return False  # damaged: torch.load says so
 
 
-def load_foreign(path, safe, advice="drop --safe-load if you trust whoever made the file"):
+def load_foreign(path, safe, advice="drop --safe-load if you trust whoever made the file", mapped=False):
     """Load a checkpoint that somebody else wrote, without running anything in it where that is possible.
 
     Tries torch's weights-only loader with argparse.Namespace, PosixPath and numpy scalars allowed. Only when the file needs
     another class: with safe=True a DataError; else a warning and weights_only=False, WHICH RUNS WHATEVER THE FILE HOLDS.
-    A damaged file is a DataError and never reaches the second way.
+    A damaged file is a DataError and never reaches the second way. mapped: tensors are read from the disk where they are used, for
+    files of which little is; the file must stay as it is until then.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -249,7 +252,8 @@ def load_foreign(path, safe, advice="drop --safe-load if you trust whoever made 
                         "torch.save(torch.jit.load(FILE).state_dict(), OTHER)")
     try:
         with torch.serialization.safe_globals(_harmless_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            zipped = head[:2] == b"PK"  # torch before 1.6 wrote no archives, and those cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and zipped)
     except pickle.UnpicklingError as error:
         name = forbidden(error)
     except (EOFError, RuntimeError, OSError, ValueError, KeyError) as error:

@@ -22,26 +22,53 @@ def located(place):
 def whole_file(path, mode="w"):
     """Open a temporary file beside `path`; when the block ends well it is flushed to disk and renamed to `path`."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with errors_about(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's 0600 would stay
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # else a power cut may undo the rename
+        finally:
+            os.close(folder)
+
+
+@contextlib.contextmanager
+def errors_about(path):
+    """An OSError within names this file: a full disk does not say what for, and a temporary name says nothing."""
     try:
-        with os.fdopen(handle, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's 0600 would stay
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            error.filename = str(path)  # a full disk does not say what for
+        yield
+    except OSError as error:
+        error.filename = str(path)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # else a power cut may undo the rename
-    finally:
-        os.close(folder)
+
+
+def write_all(file, data):
+    """All bytes of `data` to an unbuffered file: a write may take a part, and a full disk shows in the next."""
+    data = memoryview(data)
+    while data:
+        data = data[file.write(data):]
+
+
+def append_whole(path, data):
+    """Bytes at the end of a file, all of them or none."""
+    with errors_about(path), open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            write_all(file, data)
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def write_csv(path, table):

@@ -41,19 +41,18 @@ def load_blip2(name, dtype=torch.float32, lm_precision=None, tower=True):
     if lm_precision in ("int8", "nf4"):
         options["quantization_config"] = quantization(lm_precision, dtype)
 
-    class WithoutRounding(Blip2ForConditionalGeneration):
-        _keep_in_fp32_modules_strict = ["query_tokens", "qformer", "language_projection"]  # they are trained: from the file's own values
-
+    class WithDecoder(Blip2ForConditionalGeneration):
         def __init__(self, config):
             refuse_decoder(config.text_config, name, dtype, lm_dtype)  # before a weight is read
             super().__init__(config)
-    model_class = WithoutRounding
+    model_class = WithDecoder
     if not tower:
-        class WithoutTower(WithoutRounding):
+        class WithoutTower(WithDecoder):
             _keys_to_ignore_on_load_unexpected = [r"^vision_model\."]  # else a table of every layer that is left out
         model_class, options["config"] = WithoutTower, load_config(name)
         options["config"].vision_config.num_hidden_layers = 0
-    model, tokenizer = load_published(model_class, "BLIP-2", name, torch.promote_types(dtype, lm_dtype), **options)
+    model, tokenizer = load_published(model_class, "BLIP-2", name, torch.promote_types(dtype, lm_dtype),
+                                      ["query_tokens", "qformer", "language_projection"], **options)
     keep_4bit_layout(model)
     model.vision_model.to(dtype)
     if "quantization_config" not in options:
@@ -91,11 +90,17 @@ def keep_4bit_layout(model):
             module.support_avx512bf16_for_cpu = False
 
 
-def load_published(model_class, kind, name, dtype=torch.float32, **options):
-    """A transformers class, kind "BLIP-2" or "BLIP", and an id or folder -> (model, tokenizer), complete or a DataError."""
-    flag = "--" + kind.replace("-", "").lower()
+def load_published(model_class, kind, name, dtype=torch.float32, trained=(), **options):
+    """A transformers class, kind "BLIP-2" or "BLIP", and an id or folder -> (model, tokenizer), complete or a DataError.
+
+    trained: parts that start from the file's own values, whatever the dtype of the others."""
+    flag, wanted = "--" + kind.replace("-", "").lower(), theirs(model_class)
+    if trained:
+        class WithoutRounding(model_class):
+            _keep_in_fp32_modules_strict = trained
+        model_class = WithoutRounding
     if pathlib.Path(name).exists():
-        refuse_other_folder(pathlib.Path(name), kind)
+        refuse_other_folder(pathlib.Path(name), kind, wanted)
     errors = []
     for local in (True, False):
         try:
@@ -140,7 +145,7 @@ def load_vision(name, dtype=torch.float32):
     vision = getattr(config, "vision_config", config)
     if not isinstance(vision, Blip2VisionModel.config_class):
         raise DataError(f"{name}: a {config.model_type} model and neither a BLIP-2 nor its vision tower (model_type of its "
-                        "config.json)")
+                        f"config.json): give {DEFAULTS['blip2-itm']} or any other BLIP-2")
     for file in sorted(local_folder(name).glob("*.safetensors")):
         refuse_incomplete(file)
         with safe_open(file, "pt") as tensors:
@@ -219,16 +224,27 @@ def load_bert(name):
     return model.state_dict()
 
 
-def refuse_other_folder(path, kind):
-    """DataError where a local folder is no complete BLIP-2 or BLIP (kind): better than a random model of full size."""
+def theirs(model_class):
+    """Name of the transformers class that this one is, or is made of."""
+    return next(one.__name__ for one in model_class.__mro__ if one.__module__.startswith("transformers."))
+
+
+def refuse_other_folder(path, kind, wanted):
+    """DataError where a local folder is no complete BLIP-2 or BLIP (kind), or one of another class than `wanted`, a transformers
+    class's name: better than a random model of full size."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         held = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{path}: not a {kind} folder (no readable config.json); "
                         "give the folder that save_pretrained wrote") from None
+    what, default = FORMS[wanted]
     if held != kind.lower():
-        raise DataError(f"{path}: a {held} model and not a {kind} (model_type of its config.json)")
+        raise DataError(f"{path}: a {held} model and not a {kind} (model_type of its config.json): give {default} or a folder like it")
+    other = next(iter(config.get("architectures") or ()), wanted)
+    if other != wanted and other in FORMS:
+        raise DataError(f"{path}: a {kind} {FORMS[other][0]} and not one {what} (its config.json names {other}): give {default} or a "
+                        "folder like it")
     if config.get("quantization_config"):
         raise DataError(f"{path}: saved quantised ({config['quantization_config'].get('quant_method', 'quantization_config')}), all its "
                         "parts with it, and those that are trained and compared here need their own values: give the folder that it "
@@ -317,6 +333,11 @@ def hub_answers():
 
 DEFAULTS = {"blip2": "Salesforce/blip2-opt-2.7b", "blip": "Salesforce/blip-image-captioning-base",
             "blip2-itm": "Salesforce/blip2-itm-vit-g"}  # of each part of tiny the published model that it stands for
+# transformers class -> (what such a model is for, the published one); of two of a kind neither has all that the other needs
+FORMS = {"Blip2ForConditionalGeneration": ("that answers through a language model", DEFAULTS["blip2"]),
+         "Blip2ForImageTextRetrieval": ("for image-text retrieval", DEFAULTS["blip2-itm"]),
+         "BlipForConditionalGeneration": ("that writes captions", DEFAULTS["blip"]),
+         "BlipForImageTextRetrieval": ("for image-text retrieval", "Salesforce/blip-itm-base-coco")}
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 ALIKE = 0.7  # difflib's likeness of two names from which one may be a slip of the other
 
@@ -344,7 +365,8 @@ def missing_model(name, part):
 def folder_fault(place, part):
     """[] for a folder that holds a model of the kind of `part`, else what is wrong with it."""
     try:
-        refuse_other_folder(pathlib.Path(place), "BLIP" if part == "blip" else "BLIP-2")
+        kind, wanted = ("BLIP", "BlipForConditionalGeneration") if part == "blip" else ("BLIP-2", "Blip2ForConditionalGeneration")
+        refuse_other_folder(pathlib.Path(place), kind, wanted)
     except DataError as error:
         return [str(error)]
     return []
@@ -471,16 +493,21 @@ def qformer_weights(state, text_path, source="these weights"):
         if part in QFORMER_PARTS and (text_path or not is_text):
             parts.setdefault(part, {})[rest] = tensor
     if "qformer" not in parts:
-        raise DataError(f"no Q-Former in {source}: found {sorted({n.split('.')[0] for n in state})[:8]}")
+        raise DataError(f"no Q-Former in {source}: found {sorted({n.split('.')[0] for n in state})[:8]}: give a BLIP-2's folder in "
+                        "HuggingFace's format, or a LAVIS checkpoint")
     return parts
+
+
+def load_qformer_file(path):
+    """A .pth or .bin file, or a best.pt, as it was saved. What is not looked at, gigabytes of towers, is not read from the disk."""
+    return load_foreign(path, safe=True, advice="give a Q-Former's tensors alone, as a plain dict", mapped=True)
 
 
 def read_weights(source):
     """All tensors but the towers of an HF folder (safetensors), of a .pth / .bin file or of a best.pt: {name: tensor}."""
     path = pathlib.Path(source)
     if not path.is_dir():
-        loaded = load_foreign(path, safe=True, advice="give a Q-Former's tensors alone, as a plain dict")
-        return unwrap_state(loaded, path)[0]
+        return unwrap_state(load_qformer_file(path), path)[0]
     from safetensors import safe_open
     state = {}
     for file in sorted(path.glob("*.safetensors")):
@@ -499,8 +526,22 @@ def stage1_extras(folder):
     return load_file(path) if path.is_file() else {}
 
 
+def refuse_other_reader(reader, source):
+    """DataError where the Q-Former of a folder speaks to another kind of language model than `reader` (a model_type). Its projection
+    may have the same shape."""
+    if not (pathlib.Path(source) / "config.json").is_file():
+        return
+    held = load_config(source)
+    other = getattr(getattr(held, "text_config", None), "model_type", reader)
+    speaks = held.model_type == "blip-2" and "Blip2ForImageTextRetrieval" not in (held.architectures or ())
+    if speaks and other != reader:
+        raise DataError(f"{source}: its Q-Former speaks to another language model ({other}, here {reader}): give that of a BLIP-2 with "
+                        f"{reader}, or one of stage 1, which has spoken to none, such as {DEFAULTS['blip2-itm']}")
+
+
 def replace_qformer(blip2, source):
     """Put another checkpoint's Q-Former and queries (and projection, where it holds one) into a transformers BLIP-2."""
+    refuse_other_reader(blip2.config.text_config.model_type, source)
     parts = qformer_weights(read_weights(source), text_path=False, source=source)
     load_strictly(blip2.qformer, parts["qformer"], f"Q-Former of {source}")
     queries = parts.get("query_tokens", {}).get("")

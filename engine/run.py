@@ -128,9 +128,6 @@ class Run:
                     raise
                 self._save_what_is_done()
                 raise loaders.LoaderError(f"{dead_loader(error)}; it was at {loaders.list_rows(self.rows_of(self.group))}") from None
-            finally:
-                if self.log:
-                    self.log.close()
         self.accelerator.end_training()
 
     def _begin(self, resumed, flags, script):

@@ -12,11 +12,13 @@ What stands in a checkpoint is checkpoints.py's, command lines are flags.py's, t
 
 import contextlib
 import csv
+import io
 import os
 import pathlib
 import shlex
 import socket
 import sys
+import time
 
 import yaml
 
@@ -118,7 +120,6 @@ class RunLog:
 
     def __init__(self, folder, columns, keep_until=None):
         """keep_until: on resume, drop the rows after this optimizer step (they are trained again)."""
-        from torch.utils.tensorboard import SummaryWriter
         self.path, self.columns, self.added, kept = pathlib.Path(folder) / "training_log.csv", list(columns), [], []
         if keep_until is not None and self.path.exists():
             read = read_log(self.path)
@@ -126,7 +127,7 @@ class RunLog:
             self.columns += self.added  # a row that a kill cut short has no last column
             kept = [row for row in read if row.get(self.columns[-1]) is not None and int(row["step"]) <= keep_until]
         self._write_whole(kept)
-        self.board = SummaryWriter(str(folder), purge_step=None if keep_until is None else keep_until + 1)
+        self.board = Board(folder, keep_until)
 
     def _write_whole(self, rows):
         with files.whole_file(self.path) as file:
@@ -142,14 +143,36 @@ class RunLog:
             self.columns += new
             self.added += new
             self._write_whole(read_log(self.path))
-        with self.path.open("a", encoding="utf-8", newline="") as file:
-            csv.DictWriter(file, self.columns).writerow(row)
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+        text = io.StringIO(newline="")
+        csv.DictWriter(text, self.columns).writerow(row)
+        files.append_whole(self.path, text.getvalue().encode())
+        self.board.write(step, {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))})
 
-    def close(self):
-        self.board.close()
+
+class Board:
+    """A file of TensorBoard's, written at once and not by a thread, whose errors would be a traceback beside the run's."""
+
+    def __init__(self, folder, keep_until=None):
+        """keep_until: on resume, what older files have after this step is not shown."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard.summary import scalar
+        name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+        self.path, self.event, self.scalar, self.record_writer = pathlib.Path(folder) / name, Event, scalar, RecordWriter
+        begun = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+        if keep_until is not None:
+            begun.append(Event(wall_time=time.time(), step=keep_until + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._append(begun)
+
+    def write(self, step, numbers):
+        """{tag: number} of a step."""
+        self._append([self.event(wall_time=time.time(), step=step, summary=self.scalar(name, value)) for name, value in numbers.items()])
+
+    def _append(self, events):
+        data = io.BytesIO()
+        for event in events:
+            self.record_writer(data).write(event.SerializeToString())
+        files.append_whole(self.path, data.getvalue())
 
 
 def read_log(path):

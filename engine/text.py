@@ -14,8 +14,9 @@ _RIGHT = "([{$#\u2018\u201c"  # before one,
 _INNER = "-/_\u2013"  # within one: t-shirt, and/or
 _CLITICS = ("s", "t", "m", "d", "re", "ve", "ll")
 _ELIDED = ("d", "l", "o", "y")  # d'este, trompe l'oeil, o'clock, y'all
-# of scripts without blanks between words, kana and Chinese characters, with their marks
-_CHARACTER = re.compile("[\u3001-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff65\U00020000-\U0003ffff]")
+# inside a [] of a regular expression: kana and Chinese characters, which stand without blanks between words, and their marks
+CHARACTERS = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_CHARACTER = re.compile(f"[{CHARACTERS}\u3001-\u303f\uff01-\uff65]")
 
 
 def texts_of(tokenizer, rows):

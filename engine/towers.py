@@ -83,7 +83,7 @@ def _tower_of(path):
     if path.is_dir():
         tensors = _tensors_in(path)
     else:
-        loaded = checkpoints.load_foreign(path, safe=True, advice="give a Q-Former's tensors alone, as a plain dict")
+        loaded = published.load_qformer_file(path)
         tensors = checkpoints.unwrap_state(loaded, path)[0].items()
     of_lavis = False
     for name, tensor in tensors:

@@ -344,12 +344,11 @@ def test_torn_last_row_is_dropped_on_resume(tmp_path):
     log = runfolder.RunLog(tmp_path, columns)
     for step in (9, 10, 12):
         log.write("step", step, epoch=1, lr=0.1, loss=1.5, lm=1.25, grad_norm=0.5)
-    log.close()
     whole = log.path.read_bytes()
     kept, last = whole[:whole.index(b"step,12")], whole[whole.index(b"step,12"):]
     for cut in range(len(last)):  # step 10 was the last checkpoint; "12" may be torn to "1", which is before it
         log.path.write_bytes(kept + last[:cut])
-        runfolder.RunLog(tmp_path, columns, keep_until=10).close()
+        runfolder.RunLog(tmp_path, columns, keep_until=10)
         assert log.path.read_bytes() == kept, last[:cut]
     with log.path.open(newline="") as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["9", "10"]

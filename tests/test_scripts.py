@@ -678,10 +678,8 @@ def test_log_drops_the_rows_that_will_be_trained_again(tmp_path):
     log = runfolder.RunLog(tmp_path, ("kind", "step", "loss"))
     for step in (10, 20, 30):
         log.write("step", step, loss=1 / step)
-    log.close()
     log = runfolder.RunLog(tmp_path, ("kind", "step", "loss"), keep_until=20)
     log.write("step", 30, loss=0.5)
-    log.close()
     assert [(r["step"], r["loss"]) for r in runfolder.read_log(log.path)] == [("10", "0.1"), ("20", "0.05"), ("30", "0.5")]
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from engine import files
+
 VERSION = 2  # raise it whenever the same seed would give other pictures or questions
 PICTURE_SIZE = 224
 SPLITS = {"train": 0.70, "val": 0.15, "test": 0.15}
@@ -625,8 +627,13 @@ def split_pattern(length, rng):
 def write_then_rename(path, write):
     """Call write(temporary path), then move the file to `path` in one step."""
     temporary = path.with_name("." + path.name + ".part")
-    write(temporary)
-    os.replace(temporary, path)
+    with files.errors_about(path):
+        try:
+            write(temporary)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def write_csv(path, rows):
