@@ -43,6 +43,11 @@ demo-all: demo
 lint: setup
 	$(PY) -m ruff check -q
 
+# optional packages (see requirements.txt) whose files are tested where they are there: Excel's and Parquet's tables
+.venv/tested: .venv/installed
+	$(PY) -m pip install -q "openpyxl>=3.1,<4" "pandas>=2.2,<4" "pyarrow>=17"
+	touch $@
+
 # the models, answers, stored outputs of the original code, metrics, rows, the frame of a training, and one training, evaluated;
 # without BLIP-2's full sizes and WordNet, which take long to build and to read
 QUICK = $(addprefix tests/,test_core.py test_answers.py test_golden.py test_metrics.py data/test_rows.py engine/test_run.py) \
@@ -51,5 +56,5 @@ QUICK = $(addprefix tests/,test_core.py test_answers.py test_golden.py test_metr
 quick: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile -k "not full_size and not meteor_of_nltk" $(QUICK)
 
-test: lint
+test: lint .venv/tested
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile

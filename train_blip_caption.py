@@ -50,8 +50,9 @@ PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation"
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="DIR", help="folder with train_captions.json, val_captions.json and, if you like, "
-                                                    "test_captions.json: {file: caption or list of captions}")
+    data.add_argument("--data", metavar="DIR", help="folder with captions of train, val and, if you like, test, in it or in annotations/: "
+                                                    "train_captions.json ... of {file: caption or captions}; COCO's or Karpathy's "
+                                                    "JSON; Flickr8k's captions.txt or token file; CSV or TSV: data/README.md")
     data.add_argument("--images", metavar="DIR", help="image root (default: DATA/images, else DATA)")
     data.add_argument("--encoding", default="utf-8", help="of the files of captions (default: utf-8)")
     data.add_argument("--shots", type=flags.positive, metavar="N", help="train on N pictures only, picked by --seed")

@@ -80,6 +80,14 @@ def folder_lock(out):
     from filelock import FileLock, Timeout
     out = pathlib.Path(out)
     lock, owner = FileLock(out / ".lock"), out / ".owner"
+
+    def leave():
+        owner.unlink(missing_ok=True)
+        (out / ".lock").unlink(missing_ok=True)  # while it is held: a run that waits for the old file notices
+        lock.release()
+        with contextlib.suppress(OSError):
+            out.rmdir()  # where nothing was written
+
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -91,15 +99,13 @@ def folder_lock(out):
         who = owner.read_text() if owner.exists() else "another process"
         raise DataError(f"--out {out} is in use by {who}: choose another folder, or wait for it") from None
     except OSError as error:
+        if lock.is_locked:
+            leave()
         raise DataError(f"--out {out}: cannot be written ({error.strerror})") from None
     try:
         yield
     finally:
-        owner.unlink(missing_ok=True)
-        (out / ".lock").unlink(missing_ok=True)  # while it is held: a run that waits for the old file notices
-        lock.release()
-        with contextlib.suppress(OSError):
-            out.rmdir()  # where nothing was written
+        leave()
 
 
 def start_run(out, settings, script):

@@ -1,4 +1,4 @@
-"""What README.md, data/README.md, their Chinese pages and the scripts' docstrings tell people to type.
+"""What README.md, data/README.md, docs/faq.md, their Chinese pages and the scripts' docstrings tell people to type.
 
 Every command parses, the two languages tell the same ones, and those of the indented blocks are run in the order of the page, on
 small stand-ins for what a reader would have (data, published weights), only shortened by the flags of SHORTER, and one gate map drawn.
@@ -29,7 +29,7 @@ from engine import errors, loop
 from tools import bench, compare_gated, faithfulness, make_tiny, sample_cirr
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = {"README.md": "README.zh-CN.md", "data/README.md": "data/README.zh-CN.md"}
+PAGES = {"README.md": "README.zh-CN.md", "data/README.md": "data/README.zh-CN.md", "docs/faq.md": "docs/faq.zh-CN.md"}
 SCRIPTS = {"train_gated.py": train_gated, "eval_gated.py": eval_gated, "tools/compare_gated.py": compare_gated,
            "train_cir.py": train_cir,
            "efficientnet_pretrain.py": efficientnet_pretrain, "train_blip_caption.py": train_blip_caption, "metrics.py": metrics,

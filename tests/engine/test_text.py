@@ -4,6 +4,7 @@ transformers. Behaviour-checked; the captions of ../shared/data, where they are,
 import json
 import os
 import pathlib
+import unicodedata
 
 import pytest
 import torch
@@ -37,6 +38,17 @@ def test_word_pieces_are_joined_as_one_writes(pieces, written):
     assert pieces.unk_token_id not in ids
     assert text.text_of(pieces, ids) == written
     assert text.texts_of(pieces, torch.tensor([ids + [pieces.pad_token_id] * 3] * 2)) == [written] * 2
+
+
+def test_the_characters_that_are_joined_are_those_that_count_as_tokens():
+    """Every kana and Chinese character, for the tokenizer of captions and for the text of word pieces alike."""
+    kinds = ("HIRAGANA LETTER", "KATAKANA LETTER", "CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
+    letters = [chr(code) for code in range(0x3000, 0x33000) if unicodedata.name(chr(code), "").startswith(kinds)]
+    assert len(letters) > 90_000
+    for letter in (*letters[:300], *letters[300::50], letters[-1]):
+        assert text.join_words([letter, letter]) == letter * 2 and metrics.tokenize(letter * 2) == f"{letter} {letter}"
+    assert text.join_words(["\u732b", "\u3002"]) == "\u732b\u3002" and metrics.tokenize("\u732b\u3002") == "\u732b"
+    assert text.join_words(["\u0e01", "\u0e01"]) == "\u0e01 \u0e01" and metrics.tokenize("\u0e01" * 2) == "\u0e01 \u0e01"  # Thai
 
 
 def test_special_tokens_are_shown_where_asked_and_unknown_ids_give_nothing(pieces):

@@ -74,6 +74,20 @@ def test_the_ln_vision_comes_with_its_qformer_in_retrieval(folder, tmp_path, kin
     assert len(told) == 1 and "with its ln_vision" in told[0] and ("cannot be told" in told[0]) == (kind == "lavis")
 
 
+def test_a_file_of_gigabytes_is_mapped_and_not_read_twice(folder, tmp_path, monkeypatch):
+    file, old = as_lavis(folder, tmp_path / "q.pth", tower=other_tower), tmp_path / "old.pth"
+    torch.save(torch.load(file), old, _use_new_zipfile_serialization=False)  # torch before 1.6: it cannot be mapped
+    mapped, real = [], torch.load
+
+    def load(path, **settings):
+        mapped.append((path.name, settings["mmap"]))
+        return real(path, **settings)
+    monkeypatch.setattr(torch, "load", load)
+    models = [core.Blip2Retrieval.load(folder, place).state_dict() for place in (file, str(old))]
+    assert set(mapped) == {("q.pth", True), ("old.pth", False)}
+    assert models[0].keys() == models[1].keys() and all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
 def test_half_a_norm_is_refused(folder, tmp_path):
     file = as_lavis(folder, tmp_path / "q.pth")
     lavis = torch.load(file)["model"]
