@@ -39,7 +39,7 @@ SCRIPTS = {"train_gated.py": train_gated, "eval_gated.py": eval_gated, "tools/co
 # what the pages leave out of a command that they name in passing
 LEFT_OUT = {"eval_gated.py": ["--checkpoint", "x"], "train_gated.py": ["--data", "x"], "train_cir.py": ["--data", "x"],
             "train_blip_caption.py": ["--data", "x"], "efficientnet_pretrain.py": ["--data", "x"], "metrics.py": [],
-            "tools/make_tiny.py": ["--out", "x"]}
+            "pretrain_qformer.py": ["--data", "x=y"], "tools/make_tiny.py": ["--out", "x"]}
 SHORTER = {"train_gated.py": ["--epochs", "1"], "train_blip_caption.py": ["--epochs", "1"], "train_cir.py": ["--epochs", "1"],
            "pretrain_qformer.py": ["--epochs", "1"], "efficientnet_pretrain.py": ["--epochs", "1", "--size", "32", "--batch-size", "8"]}
 WRITTEN = ("runs/gated/test.json", "runs/qformer/hf/config.json", "runs/lavis/hf/config.json", "submission/recall_submission.json",

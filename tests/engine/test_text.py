@@ -43,7 +43,8 @@ def test_word_pieces_are_joined_as_one_writes(pieces, written):
 def test_the_characters_that_are_joined_are_those_that_count_as_tokens():
     """Every kana and Chinese character, for the tokenizer of captions and for the text of word pieces alike."""
     kinds = ("HIRAGANA LETTER", "KATAKANA LETTER", "CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
-    letters = [chr(code) for code in (*range(0x3000, 0x10000), *range(0x20000, 0x33000)) if unicodedata.name(chr(code), "").startswith(kinds)]
+    every = map(chr, (*range(0x3000, 0x10000), *range(0x20000, 0x33000)))
+    letters = [letter for letter in every if unicodedata.name(letter, "").startswith(kinds)]
     assert len(letters) > 90_000
     for letter in (*letters[:300], *letters[300::50], letters[-1]):
         assert text.join_words([letter, letter]) == letter * 2 and metrics.tokenize(letter * 2) == f"{letter} {letter}"
