@@ -11,7 +11,8 @@ import torch
 
 import metrics
 from conftest import ROOT
-from engine import published, text
+from engine import prompts, published, text
+from engine.errors import DataError
 
 SHARED = pathlib.Path(os.environ.get("SHARED_DATA") or ROOT / "../shared/data")
 WRITTEN = ["a dog's bowl", "a man in a t-shirt", "black-and-white", "they don't, we're not", "the dogs' bowl", "a 'stop' sign", "3.5 m",
@@ -89,3 +90,9 @@ def test_a_caption_said_word_for_word_scores_one(file, tmp_path):
              if metrics.rouge_l(metrics.tokenize(own), [metrics.tokenize(caption)]) < 0.9999]
     assert len(captions) > 2000 and not wrong, wrong[:5]
     assert all(own == " ".join(own.split()) for own in said)
+
+
+def test_a_tokenizer_without_an_end_of_line_is_one_line(pieces):
+    """What ends an answer; BERT's knows no such token, nor does a language model's without the newline among its words."""
+    with pytest.raises(DataError, match="no token for the end of a line.*give a BLIP-2"):
+        prompts.newline_id(pieces)
