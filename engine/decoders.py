@@ -33,6 +33,9 @@ def refuse_decoder(config, name, *dtypes):
     if config.is_encoder_decoder and config.model_type not in ENCODER_DECODERS:
         raise DataError(f"{name}: answers with {config.model_type}, an encoder-decoder that is not built in here; of these "
                         f"{' and '.join(ENCODER_DECODERS)} are, and every causal decoder (OPT, Llama, Qwen, ...)")
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        raise DataError(f"{name}: its text_config names no decoder_start_token_id, the token with which an answer of {config.model_type} "
+                        "starts: add it to its config.json (0 in the published Flan-T5)")
     changed = [key for key, plain in LOGIT_CHANGES.items() if getattr(config, key, plain) not in (None, plain)]
     if changed:
         raise DataError(f"{name}: answers with {config.model_type}, which changes its logits after the word head ({', '.join(changed)}): "

@@ -53,8 +53,8 @@ def newline_id(tokenizer):
     """The token of a line's end."""
     ids = tokenizer("\n", add_special_tokens=False).input_ids
     if not ids:
-        raise DataError(f"{tokenizer.name_or_path}: its tokenizer has no token for the end of a line, which ends an answer, nor one that it "
-                        "puts behind a text: give a BLIP-2 with another language model, such as Salesforce/blip2-opt-2.7b")
+        raise DataError(f"{tokenizer.name_or_path}: its tokenizer has no token for the end of a line, which ends an answer, nor one that "
+                        "it puts behind a text: give a BLIP-2 with another language model, such as Salesforce/blip2-opt-2.7b")
     return ids[-1]
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ import train_blip_caption
 import train_cir
 import train_gated
 from data import rows
-from engine import errors, loop
+from engine import errors, loop, published
+from engine.errors import DataError
 from test_cir import drawn  # noqa: F401
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -140,7 +142,7 @@ def places(tmp_path_factory):
         eos_token_id=end_of_line[0][0]))
     save_blip2(root / FOLDERS[1], t5, {}, T5Config(
         vocab_size=32128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", dense_act_fn="gelu",
-        bos_token_id=1, tie_word_embeddings=False))
+        bos_token_id=1, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, tie_word_embeddings=False))
     itm = bert_tokenizer(root / "itm", truncation_side="right")
     itm.add_special_tokens({"bos_token": "[DEC]"})
     save_blip2(root / FOLDERS[2], itm, {"vocab_size": 30523, "use_qformer_text_input": True})
@@ -214,6 +216,17 @@ def test_a_published_folder_is_taken_or_refused_in_one_line(rehearse, stage, fol
 def test_a_qformer_of_t5_goes_behind_t5(places):
     model = core.Blip2OPTGated.build(places[T5], None, [], gating="none", qformer=places[T5])
     assert model.language_projection.weight.shape == (32, 64)
+
+
+def test_a_t5_that_names_no_start_of_its_answers_is_refused(places, tmp_path):
+    """transformers 5 has no default for it, and ends in its midst."""
+    place = tmp_path / T5
+    shutil.copytree(places[T5], place)
+    config = json.loads((place / "config.json").read_text())
+    del config["text_config"]["decoder_start_token_id"]
+    (place / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match=f"{T5}: its text_config names no decoder_start_token_id.*config.json"):
+        published.load_blip2(str(place))
 
 
 def test_the_answers_of_a_converted_opt_are_its_own(places):
