@@ -271,10 +271,11 @@ def test_every_write_of_what_else_is_written(what, before, tmp_path, capsys):
 
 # functions of the project that write beside files.whole_file, files.append_whole and drawing.write_then_rename -> where a full disk
 # is tried at each of their writes
-OTHERS = {"files.whole_file": "above", "files.append_whole": "above", "files.digest": "reads", "drawing.write_csv": "above",
-          "drawing.write_text": "above", "cache.hash_pictures": "test_cache.py", "cache.Store._cut": "test_cache.py",
-          "cache.Store._build": "test_cache.py, and above", "folders.opened": "test_folders.py", "picture_index.append": "test_gallery.py",
-          "runfolder.folder_lock": "above", "stage1.export": "test_retrieval_faults.py", "sharing._write_tensors": "test_sharing.py"}
+OTHERS = {"files.whole_file": "above", "files.append_whole": "above", "files.digest": "reads", "files.write_csv": "above",
+          "drawing.write_csv": "above", "drawing.write_text": "above", "runfolder.folder_lock": "above",
+          "cache.hash_pictures": "test_cache.py", "cache.Store._cut": "test_cache.py", "cache.Store._build": "test_cache.py, and above",
+          "folders.open_table": "test_folders.py", "picture_index.append": "test_gallery.py",
+          "stage1.export": "test_retrieval_faults.py", "sharing._write_tensors": "test_sharing.py"}
 WRITES = ("write_text", "write_bytes", "touch", "save_pretrained", "save_file", "savez", "to_csv", "symlink_to")
 
 
