@@ -665,7 +665,7 @@ def test_loaders_can_be_spawned(finished, tiny):
 
 def questions_and_collate(finished, tiny):
     args = train_gated.get_args(["--data", str(finished[Gated] / "data")])
-    return (train_gated.Questions(train_gated.read_data(args, "train"), make_tiny.SIZE),
+    return (train_gated.Questions(train_gated.read_data(args, "train"), make_tiny.RANDOM_SIZE),
             train_gated.Collate(published.load_tokenizer(tiny[0]), ["Cubism", "Pop Art"], 16))
 
 
