@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import csv
+import functools
+import importlib.metadata
 import json
 import logging
 import os
@@ -23,6 +25,7 @@ import transformers  # noqa: E402
 
 pytest.register_assert_rewrite("faults")
 
+import loaded  # noqa: E402, F401  (before core, which takes load_published by its name)
 import core  # noqa: E402
 import forked  # noqa: E402
 from engine import loop, runfolder  # noqa: E402
@@ -30,9 +33,18 @@ from tools import make_sample, make_tiny  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
+# every run asks for the versions of twenty packages, and every answer means reading a file of thousands of lines again
+importlib.metadata.version = functools.cache(importlib.metadata.version)
+
 # files that take long, the longest first: begun last, one of them would keep one process busy while the others have nothing left
-LONG = ("test_scripts.py", "test_readme.py", "test_kill.py", "test_faults.py", "test_qformer.py", "test_cir.py", "test_retrieval_faults.py",
-        "test_bench.py", "test_sharing.py", "test_blip_caption.py", "test_lean.py", "test_maps.py", "test_tiny.py", "test_core.py")
+LONG = ("test_scripts.py", "test_retrieval_faults.py", "test_qformer.py", "test_cir.py", "test_kill.py", "test_faults.py",
+        "test_blip_caption.py", "test_readme.py", "test_efficientnet_pretrain.py", "test_demo.py", "test_bench.py", "test_sharing.py",
+        "test_other_faults.py", "test_tiny.py", "test_lean.py", "test_maps.py", "test_core.py", "test_cache.py", "test_towers.py",
+        "test_missing.py", "test_golden.py")
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # else xdist begins with the files of the most tests, and ends with those that take long
 
 
 def pytest_collection_modifyitems(items):
@@ -74,9 +86,14 @@ def few(sample, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """(BLIP-2 folder, EfficientNet checkpoint) with random weights."""
+    return random_models(tmp_path_factory.mktemp("tiny"))
+
+
+def random_models(folder, **sizes):
+    """(BLIP-2 folder, EfficientNet checkpoint) with random weights; sizes: of make_tiny.save_random, where others are needed."""
     loop.seed_everything(0)
     texts = [core.PROMPT.format(q) + f" {a}\n" for _, q, a in make_tiny.style_sentences()]
-    return make_tiny.save_random(tmp_path_factory.mktemp("tiny"), texts)
+    return make_tiny.save_random(folder, texts, **sizes)
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +150,7 @@ def batch(build):
     tokenizer = build(gating="none").tokenizer
     encoded = core.encode_training(tokenizer, ["Which style is this painting?", "How many boats can be seen in the water?", "Colour?"],
                                    ["Pop Art", "three", "red"])
-    return {**encoded, "images": torch.randn(3, 3, make_tiny.SIZE, make_tiny.SIZE, generator=generator),
+    return {**encoded, "images": torch.randn(3, 3, make_tiny.RANDOM_SIZE, make_tiny.RANDOM_SIZE, generator=generator),
             "style": torch.tensor([2, 0, -1]), "hit_rows": torch.tensor([True, False, False])}
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 import core
 from engine import decoders, prompts, published
-from tools import make_tiny
 
 QUESTIONS = ["Which style is this painting?", "How many?", "What colour are the very many boats on the water of this lake?", "Colour?"]
 CONTEXTS = ["", "A boat.", "", "Three large red boats lie in the sun, one of them is old."]
@@ -61,7 +60,7 @@ def watch():
 
 @torch.no_grad()
 def pictures(model):
-    return model.image_features(torch.randn(4, 3, make_tiny.SIZE, make_tiny.SIZE, generator=torch.Generator().manual_seed(3)))
+    return model.image_features(torch.randn(4, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(3)))
 
 
 @torch.no_grad()
@@ -227,7 +226,7 @@ def test_kept_cache_stays_as_it_was(model, features, monkeypatch):
     monkeypatch.setattr(decoders.Causal, "_cached", keep)
     model.score_answers(QUESTIONS, ANSWERS, **features, chunk=4)
     (cache, before), = kept
-    assert len(before) == 4
+    assert len(before) == model.language_model.config.num_hidden_layers == 2
     assert all(torch.equal(layer.keys, k) and torch.equal(layer.values, v) for layer, (k, v) in zip(cache.layers, before))
 
 

@@ -97,7 +97,7 @@ def test_style_predicted_by_the_classifier(published, tiny, tmp_path, capsys):
     expected = set()
     with torch.no_grad():
         for path in {row.image for row in found}:
-            image = rows.image_tensor(rows.load_image(path), 112)[None]
+            image = rows.image_tensor(rows.load_image(path), make_tiny.RANDOM_SIZE)[None]
             expected.add(net.style_names()[net.logits(net(image)).argmax()])
     assert set(styles) == expected
     assert eval_gated.main(["--checkpoint", str(tmp_path / "run/best.pt"), "--no-baselines", "--workers", "0", "--beams", "1"]) is None

@@ -35,13 +35,15 @@ def parsed(text):
     return ast.parse(text)
 
 
-def tree_of(path):
-    return parsed(path.read_text(encoding="utf-8"))
-
-
 def called(node):
     """The name of what is called, without what stands before its last dot."""
     return getattr(node.func, "attr", getattr(node.func, "id", ""))
+
+
+@functools.cache
+def asked_for(text, name):
+    """The set of names that named_in finds."""
+    return frozenset(named_in(parsed(text), name))
 
 
 def named_in(tree, name):
@@ -61,7 +63,7 @@ def named_in(tree, name):
 def imports(root):
     """{module: the modules of the project that it imports}."""
     known = modules(root)
-    return {name: {one for one in named_in(tree_of(path), name) if one in known and one != name}
+    return {name: {one for one in asked_for(path.read_text(encoding="utf-8"), name) if one in known and one != name}
             for name, path in known.items()}
 
 
@@ -116,11 +118,20 @@ def namespaces(root):
     for name, path in modules(root).items():
         if name.split(".")[0] not in ("data", "engine", "show", "core", "metrics"):
             continue
-        for node in ast.walk(tree_of(path)):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-                taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                if any(one.arg == "args" or one.annotation and "Namespace" in ast.unparse(one.annotation) for one in taken):
-                    yield f"{name}, line {node.lineno}: a function takes argparse's Namespace"
+        for line in takers(path.read_text(encoding="utf-8")):
+            yield f"{name}, line {line}: a function takes argparse's Namespace"
+
+
+@functools.cache
+def takers(text):
+    """The lines of the functions that take it."""
+    lines = []
+    for node in ast.walk(parsed(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            taken = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            if any(one.arg == "args" or one.annotation and "Namespace" in ast.unparse(one.annotation) for one in taken):
+                lines.append(node.lineno)
+    return lines
 
 
 def faults(root):

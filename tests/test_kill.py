@@ -29,6 +29,7 @@ import traceback
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import conftest  # noqa: F401  (sets the import path)
 import eval_gated
@@ -120,7 +121,8 @@ def obey(order):
     output = os.open(order["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    run.LOG_EVERY, train_gated.PANELS = LOG_EVERY, train_gated.PANELS[:1]  # one small picture: drawing takes long
+    run.LOG_EVERY, train_gated.PANELS = LOG_EVERY, train_gated.PANELS[:1]
+    Figure.savefig = lambda figure, file, **named: file.write(b"a picture")  # all but the pixels, which took a third of a run
     try:
         if order["point"] in HOOKS:
             arm(order["point"], order["file"], order["nth"])

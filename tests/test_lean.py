@@ -220,7 +220,7 @@ def test_the_tower_is_gone_when_the_language_model_is_loaded(flags, tmp_path, mo
     run, _ = prepared(train_gated.get_args(flags("--cache", str(tmp_path / "cache"))))
     assert held == [] and run.model.vision_model is None
     with pytest.raises(RuntimeError, match="without the vision tower"):
-        run.model.image_features(torch.zeros(1, 3, 112, 112))
+        run.model.image_features(torch.zeros(1, 3, run.model.image_size, run.model.image_size))
 
 
 def test_a_second_run_computes_no_feature(flags, tmp_path, monkeypatch, capsys):

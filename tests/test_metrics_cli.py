@@ -1,8 +1,6 @@
 """pytest tests/test_metrics_cli.py: python metrics.py on good and bad files. Behaviour-checked; WordNet is not asked for."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -170,12 +168,12 @@ def test_coco_meteor_that_is_missing(run, monkeypatch):
                                               "leave the flag out\n")
 
 
-def test_the_script_itself(tmp_path):
+def test_the_script_itself(tmp_path, forker):
     (tmp_path / "refs.json").write_text(json.dumps(REFERENCES))
     (tmp_path / "preds.json").write_text(json.dumps(PREDICTIONS))
 
     def script(*flags):
-        return subprocess.run([sys.executable, "metrics.py", *flags], cwd=conftest.ROOT, capture_output=True, text=True)
+        return forker.run(["metrics.py", *flags], cwd=conftest.ROOT)[0]
 
     done = script("--references", str(tmp_path / "refs.json"), "--predictions", str(tmp_path / "preds.json"))
     assert done.returncode == 0 and done.stderr == "" and "\nROUGE-L " in done.stdout and "\nMETEOR" in done.stdout

@@ -290,7 +290,7 @@ def test_every_stage_takes_a_run_folder(stage, sample, tmp_path, monkeypatch):
 # --- from another working directory ------------
 
 @pytest.fixture(scope="module")
-def project(sample, tmp_path_factory):
+def project(few, tmp_path_factory):
     """A copy of the project with models/blip2-opt-2.7b, a classifier and a run that was trained with relative paths."""
     folder = tmp_path_factory.mktemp("project")
     for file in [ROOT / "requirements.txt", *(file for room in (".", "data", "engine") for file in ROOT.glob(f"{room}/*.py"))]:
@@ -304,7 +304,7 @@ def project(sample, tmp_path_factory):
         patch.chdir(folder)
         for out, more in (("plain", []), ("named", ["--blip2", "models/blip2-opt-2.7b", "--qformer", "models/blip2-opt-2.7b",
                                                     "--efficientnet", "runs/efficientnet-28"])):
-            assert not train_gated.main(["--data", str(sample), *SHORT, "--out", f"runs/{out}", *more])
+            assert not train_gated.main(["--data", str(few), *SHORT, "--out", f"runs/{out}", *more])
     return folder
 
 

@@ -24,7 +24,7 @@ from data import rows
 from engine import checkpoints, errors, loaders, loop, run, runfolder
 from engine.run import Step
 from faults import the_error
-from tools import compare_gated
+from tools import compare_gated, make_tiny
 import conftest
 from test_report import Page, check_safe
 
@@ -113,7 +113,7 @@ def micro_batches(sizes):
 def make_run(build, flags):
     """Function: -> (Run on the sample with a model whose Q-Former is trained, Parts with these weights of the style terms)."""
     args = train_gated.get_args(flags())
-    data = train_gated.Questions(train_gated.read_data(args, "train"), 112)
+    data = train_gated.Questions(train_gated.read_data(args, "train"), make_tiny.RANDOM_SIZE)
 
     def make(**weights):
         model = build(styles=sorted({r.style for r in data.rows}), train_qformer=True)  # eval mode: no dropout
@@ -223,7 +223,7 @@ def test_eval_needs_only_the_checkpoint(trained, tmp_path, capsys):
 
 def test_evaluation_scores_every_row_once_whatever_the_batch(build, flags):
     args = train_gated.get_args(flags())
-    data = train_gated.Questions(train_gated.read_data(args, "val"), 112)
+    data = train_gated.Questions(train_gated.read_data(args, "val"), make_tiny.RANDOM_SIZE)
     model = build(styles=sorted({r.style for r in data.rows}))
     torch.nn.init.normal_(model.gates[0].value.weight, std=0.1)
     collate = train_gated.Collate(model.tokenizer, model.styles, 16)
@@ -244,7 +244,6 @@ def test_checkpoint_gives_the_same_numbers_after_loading(trained, capsys):
 
 
 def test_other_frozen_weights_are_refused(trained, tmp_path, capsys):
-    from tools import make_tiny
     loop.seed_everything(99)
     other = make_tiny.save_random(tmp_path / "other", ["Question: What style is this? Answer: Cubism\n"])
     code = errors.exit_code(eval_gated.main, ["--checkpoint", str(trained / "best.pt"), "--efficientnet", other[1], "--workers", "0"])
@@ -271,16 +270,17 @@ def test_lora_is_merged_on_request(trained, flags, tmp_path, capsys):
 
 def test_other_style_swaps_the_classifiers_picture_only(build, sample):
     found = rows.read_split(sample, "val")
-    plain, other = train_gated.Questions(found, 112), eval_gated.OtherStyle(found, 112)
+    size = make_tiny.RANDOM_SIZE
+    plain, other = train_gated.Questions(found, size), eval_gated.OtherStyle(found, size)
     assert all(mine != partner for mine, partner in other.partner.items()) and set(other.partner.values()) == set(other.partner)
     sample_of, _ = other[0]
     assert torch.equal(sample_of["images"], plain[0][0]["images"]) and not torch.equal(sample_of["style_images"], sample_of["images"])
     model = build()
     features = {}
     for row in found:
-        one = model.image_features(rows.image_tensor(rows.load_image(row.image), 112)[None])
+        one = model.image_features(rows.image_tensor(rows.load_image(row.image), size)[None])
         features[row.image] = {name: tensor[0] for name, tensor in one.items()}
-    kept = eval_gated.OtherStyle(found, 112, features)[0][0]
+    kept = eval_gated.OtherStyle(found, size, features)[0][0]
     seen = model.image_features(sample_of["images"][None], sample_of["style_images"][None])
     for name in ("image_embeds", "style_feature"):
         assert torch.allclose(kept[name], seen[name][0], atol=1e-5), name
@@ -776,10 +776,12 @@ def test_compare_gated_adds_style_and_content_up():
 # --- a curve that must come out again ------------
 
 def test_golden_loss_curve(flags, sample, tmp_path, monkeypatch):
-    """20 steps of the random tiny model, kept in golden_curve.json (golden_curve_4.json: transformers 4). Write them anew (delete
-    them, run this) after a change that is meant to change the training, and say so in the commit."""
+    """20 steps of a random model of the tiny sizes, kept in golden_curve.json (golden_curve_4.json: transformers 4). Write them
+    anew (delete them, run this) after a change that is meant to change the training, and say so in the commit."""
     monkeypatch.setattr(run, "LOG_EVERY", 1)
-    train_gated.main(flags("--data", str(sample), "--batch-size", "12", "--accumulation", "1", "--epochs", "1", "--lr", "1e-4"))
+    blip2, net = conftest.random_models(tmp_path, size=make_tiny.SIZE, width=make_tiny.WIDTH, layers=(3, 6, 4))
+    train_gated.main(flags("--data", str(sample), "--blip2", blip2, "--efficientnet", net, "--batch-size", "12",
+                           "--accumulation", "1", "--epochs", "1", "--lr", "1e-4"))
     log = runfolder.read_log(tmp_path / "run/training_log.csv")
     curve = [float(row["loss"]) for row in log if row["kind"] == "step"]
     # before transformers 5 loading takes other random numbers, and what is trained starts from others

@@ -210,15 +210,15 @@ def make_tokenizer(texts, folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
-def make_model(tokenizer):
-    """Random Blip2ForConditionalGeneration of the tiny sizes."""
+def make_model(tokenizer, size=SIZE, width=WIDTH, layers=(3, 6, 4)):
+    """Random Blip2ForConditionalGeneration of the tiny sizes. size: pixels a side, 8 patches; layers: of vision tower, Q-Former, OPT."""
     from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2QFormerConfig, Blip2VisionConfig, OPTConfig
-    vision = Blip2VisionConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=3, num_attention_heads=4,
-                               image_size=SIZE, patch_size=PATCH)
-    qformer = Blip2QFormerConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, num_hidden_layers=6, num_attention_heads=8,
-                                 intermediate_size=2 * WIDTH, encoder_hidden_size=WIDTH, max_position_embeddings=64)
-    text = OPTConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, word_embed_proj_dim=WIDTH, ffn_dim=4 * WIDTH,
-                     num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=256, dropout=0.0,
+    vision = Blip2VisionConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers[0], num_attention_heads=4,
+                               image_size=size, patch_size=size // (SIZE // PATCH))
+    qformer = Blip2QFormerConfig(vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers[1], num_attention_heads=8,
+                                 intermediate_size=2 * width, encoder_hidden_size=width, max_position_embeddings=64)
+    text = OPTConfig(vocab_size=len(tokenizer), hidden_size=width, word_embed_proj_dim=width, ffn_dim=4 * width,
+                     num_hidden_layers=layers[2], num_attention_heads=4, max_position_embeddings=256, dropout=0.0,
                      bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                      pad_token_id=tokenizer.pad_token_id)
     config = Blip2Config(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), text_config=text.to_dict(),
@@ -490,16 +490,21 @@ def save_folder(blip2, tokenizer, folder):
     """Model, tokenizer and processor as the published folder has them."""
     from transformers import Blip2Processor, BlipImageProcessor
     blip2.save_pretrained(folder)
-    image_processor = BlipImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD)
+    side = dict.fromkeys(("height", "width"), blip2.config.vision_config.image_size)
+    image_processor = BlipImageProcessor(size=side, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD)
     Blip2Processor(image_processor, tokenizer, num_query_tokens=QUERIES).save_pretrained(folder)
 
 
-def save_random(folder, texts=("Question: What style is this? Answer: Cubism, three\n",)):
-    """Untrained tiny parts in the published formats, for tests -> (BLIP-2 folder, EfficientNet checkpoint)."""
+RANDOM_SIZE = 56  # pixels a side of save_random's model: a quarter of the tiny one's, and as much less for EfficientNet to see
+
+
+def save_random(folder, texts=("Question: What style is this? Answer: Cubism, three\n",), size=RANDOM_SIZE, width=64, layers=(2, 6, 2)):
+    """Untrained parts in the published formats, for tests; smaller than the tiny ones by default, see make_model for the sizes
+    -> (BLIP-2 folder, EfficientNet checkpoint)."""
     folder = pathlib.Path(folder) / "blip2"
     folder.mkdir(parents=True)
     tokenizer = make_tokenizer([*texts] * 2, folder)
-    save_folder(make_model(tokenizer), tokenizer, folder)
+    save_folder(make_model(tokenizer, size, width, layers), tokenizer, folder)
     net = core.EfficientNet28(28, ARCH, wikiart.WIKIART)
     checkpoints.save_checkpoint(folder.parent / "efficientnet.pt", {"model": net.net.state_dict(), "arch": ARCH, "classes": wikiart.WIKIART})
     return str(folder), str(folder.parent / "efficientnet.pt")

@@ -9,7 +9,6 @@ import json
 import os
 import pathlib
 import pickle
-import subprocess
 import sys
 import tarfile
 from collections import Counter
@@ -636,7 +635,7 @@ print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 
 
-def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
+def test_memory_does_not_grow_with_the_number_of_shards(tmp_path, forker):
     """Shards of 4 MB each: if they stayed, twenty would take 60 MB more than five."""
     peaks = {}
     for count in (5, 20):
@@ -644,7 +643,8 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
         for k in range(count):
             pack(folder / f"{k:02}.tar", {f"{n}.{s}": d for n in range(4) for s, d in (
                 ("png", encoded(n) + bytes(2**20)), ("txt", b"big"))})
-        done = subprocess.run([sys.executable, "-c", PEAK, str(ROOT), str(folder)], capture_output=True, text=True, check=True)
+        done, = forker.run(["-c", PEAK, ROOT, folder])
+        assert done.returncode == 0, done.stderr[-2000:]
         seen_now, peaks[count] = map(int, done.stdout.split())
         assert seen_now == 4 * count
     assert peaks[20] - peaks[5] < 15, peaks

@@ -1,14 +1,12 @@
 """pytest tests/engine/test_loaders.py: how loader processes end."""
 
-import subprocess
-import sys
 import textwrap
 import time
 
 from conftest import ROOT
 
 
-def test_after_an_error_the_loaders_end_quietly():
+def test_after_an_error_the_loaders_end_quietly(forker):
     """One line, nothing after it, and soon: loaders of which the error's frames hold the iterator were ended at exit by a signal."""
     script = textwrap.dedent("""
         import sys
@@ -30,6 +28,6 @@ def test_after_an_error_the_loaders_end_quietly():
         sys.exit(errors.exit_code(main))
     """)
     started = time.monotonic()
-    ended = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended, = forker.run(["-c", script], cwd=ROOT)
     assert ended.returncode == 2 and ended.stderr == "error: a fault in the main process\n" and ended.stdout == ""
     assert time.monotonic() - started < 25  # with torch's import

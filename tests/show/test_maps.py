@@ -248,7 +248,7 @@ def test_tower_occlusion_is_the_tower_without_these_patches(gated):
         assert found.flat[patch] == pytest.approx(full - without, abs=2e-5)
     assert np.ptp(found) > 1e-4
     changed = pixels.clone()
-    changed[..., :14, 14:28] += 3  # patch 1 looks different, and its absence is the same
+    changed[..., :7, 7:14] += 3  # patch 1 looks different, and its absence is the same
     other_full = model.vision_model(pixel_values=changed).last_hidden_state
     shift = model.confidence([QUESTION], [ANSWER], **{**features, "image_embeds": other_full}).item() - full
     other = maps.tower_occlusion(model, changed, features, QUESTION, ANSWER, window=1)
@@ -258,7 +258,7 @@ def test_tower_occlusion_is_the_tower_without_these_patches(gated):
 def test_tower_occlusion_needs_the_tower(gated):
     gated.vision_model, features = None, features_of(gated)
     with pytest.raises(RuntimeError, match="vision tower"):
-        maps.tower_occlusion(gated, torch.zeros(1, 3, 112, 112), features, QUESTION, ANSWER)
+        maps.tower_occlusion(gated, torch.zeros(1, 3, gated.image_size, gated.image_size), features, QUESTION, ANSWER)
 
 
 def test_windows_cover_all_patches_and_are_averaged():
@@ -276,7 +276,7 @@ def test_windows_cover_all_patches_and_are_averaged():
 
 
 def test_patches_that_are_no_square_are_refused(gated):
-    features = {**features_of(gated), "image_embeds": torch.zeros(1, 61, 128)}
+    features = {**features_of(gated), "image_embeds": torch.zeros(1, 61, 64)}
     with pytest.raises(ValueError, match="no square"):
         maps.occlusion(gated, features, QUESTION, ANSWER)
 
@@ -517,7 +517,7 @@ def test_the_first_rows_of_a_table_from_pictures_or_a_cache(gated, sample, tmp_p
     for number, (path, picture, question, answer, panels, truth) in enumerate(drawn):
         row = questions[number % 2]
         assert (path, question, answer, truth) == (paths[number % 2], row.question, answers[number % 2], row.answer)
-        assert (panels.tower is None) == (number > 1) and picture.size == (112, 112)
+        assert (panels.tower is None) == (number > 1) and picture.size == (model.image_size,) * 2
     assert questions[0].image == questions[1].image  # five questions a picture
     for first, second in zip(drawn[:2], drawn[2:]):
         np.testing.assert_allclose(first[4].occlusion, second[4].occlusion, atol=1e-6)
