@@ -5,7 +5,7 @@ PYTHON ?= python3
 PY = .venv/bin/python
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup look demo demo-all test quick lint
+.PHONY: setup look small demo demo-all test quick lint
 setup: .venv/installed
 
 .venv/installed: requirements.txt
@@ -18,6 +18,14 @@ look: .venv/gradio
 
 .venv/gradio: .venv/installed
 	$(PY) -m pip install -q "gradio>=6,<7"
+	touch $@
+
+# SmolLM2, EfficientNet-Lite2 and a MiniLM as a BLIP-2 in models/small: 200 MB are fetched, once
+small: .venv/gguf
+	$(PY) tools/make_small.py
+
+.venv/gguf: .venv/installed
+	$(PY) -m pip install -q "gguf>=0.10,<1"
 	touch $@
 
 demo: setup

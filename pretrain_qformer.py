@@ -71,7 +71,7 @@ def get_args(argv=None):
                             f"the project (default: {DEFAULT})")
     model.add_argument("--init", metavar="ID|DIR|FILE|random",
                        help="where the Q-Former starts: a BERT, a BLIP-2 in image-text-retrieval format, a LAVIS stage-1 .pth, or "
-                            f"random (default: {BERT}; with --blip2 tiny random)")
+                            f"random (default: {BERT}; of a folder of tools/assemble.py its own; with --blip2 tiny random)")
     run = parser.add_argument_group("training")
     run.add_argument("--epochs", type=flags.positive, default=10, help="(default: 10)")
     run.add_argument("--batch-size", type=flags.positive, default=100, help="pairs a step and process (default: 100)")
@@ -100,7 +100,8 @@ def get_args(argv=None):
     if not args.data and (args.check_data or not args.convert):
         parser.error("--data NAME=PLACE is needed, but for --convert")
     if not args.init:
-        args.init = "random" if args.blip2 == "tiny" else BERT
+        own = published.in_models(args.blip2)
+        args.init = "random" if args.blip2 == "tiny" else args.blip2 if published.with_text(own) != own else BERT
     return args
 
 
@@ -276,7 +277,7 @@ def draw_negatives(logits, other):
 
 def places(args):
     """-> (place of --blip2, place of --init, model_type of the folder of --init or None: a file, or random)."""
-    name, init = published.in_models(args.blip2, "blip2-itm"), published.in_models(args.init)
+    name, init = published.in_models(args.blip2, "blip2-itm"), published.with_text(published.in_models(args.init))
     return name, init, published.load_config(init).model_type if init != "random" and not pathlib.Path(init).is_file() else None
 
 

@@ -35,7 +35,7 @@ import torch
 from tqdm import tqdm
 
 from data.tables import excerpt
-from engine import files, loaders
+from engine import files, loaders, vision
 from engine.errors import DataError
 from engine.files import write_all
 
@@ -74,7 +74,8 @@ def made_from(tower, pixels, weights=None):
             "layers": hashlib.sha256(repr(tower).encode()).hexdigest(),  # their kinds, sizes, epsilons, paddings
             "forward": hashlib.sha256(inspect.getsource(type(tower).forward).encode()).hexdigest(),
             "constants": {name: buffer.tolist() for name, buffer in tower.named_buffers() if name not in saved},
-            "settings": [{name: getattr(part, name, None) for name in SETTINGS} for part in parts], "pixels": pixels}
+            "settings": [{name: getattr(part, name, None) for name in SETTINGS} for part in parts], "pixels": pixels,
+            **vision.timm_settings(tower)}
 
 
 # --- content of pictures ------------
@@ -339,10 +340,9 @@ class Store:
 def vision_features(folder, tower, paths, open_picture, pixels, workers, device, log=print):
     """The Store of a frozen vision tower's [P,W] for these pictures, in the tower's own dtype; made where they are missing.
 
-    tower: a transformers Blip2VisionModel, moved to `device` only where something is to be made; open_picture: path -> [3,h,w];
+    tower: a Blip2VisionModel or TimmTower, moved to `device` only where something is to be made; open_picture: path -> [3,h,w];
     pixels: rows.preprocessing of that. DataError: as Store.fill."""
-    config, dtype = tower.config, tower.post_layernorm.weight.dtype
-    shape = (config.image_size // config.patch_size) ** 2 + 1, config.hidden_size  # [P,W]
+    dtype, shape = next(tower.parameters()).dtype, (vision.token_count(tower), tower.config.hidden_size)  # [P,W]
     store = Store(folder, "vision", made_from(tower, pixels), shape, dtype)
     if store.missing(paths):
         tower.eval().to(device)

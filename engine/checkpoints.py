@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine import files
+from engine import files, vision
 from engine.errors import DataError
 
 
@@ -157,6 +157,9 @@ def fingerprint(model, dtype=None):
         values = flat[:: max(1, flat.numel() // 64)].to(dtype or flat.dtype).to(torch.bfloat16).float().cpu().numpy()
         digest = digests.setdefault(LINEAR if in_linear else name.partition(".")[0], hashlib.sha256())
         digest.update(f"{name}{tuple(tensor.shape)}".encode() + values.tobytes())
+    for name, part in model.named_children():
+        if isinstance(part, vision.TimmTower):  # the same weights with another mean and std are another tower
+            digests[name].update(repr(part.settings).encode())
     return {part: digest.hexdigest()[:16] for part, digest in digests.items()}
 
 

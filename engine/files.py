@@ -78,6 +78,21 @@ def write_csv(path, table):
         pandas.DataFrame(table).to_csv(file, index=False, lineterminator="\r\n")
 
 
+@contextlib.contextmanager
+def whole_folder(folder):
+    """A new folder beside `folder`, which takes its place (and replaces it) when the block ends well, and is deleted where it does not."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
 def refuse_unwritable(path):
     """DataError where a file cannot be written, before hours are spent on what goes into it."""
     folder = pathlib.Path(path).parent

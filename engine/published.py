@@ -19,6 +19,7 @@ import urllib.request
 import torch
 
 from data.tables import excerpt
+from engine import vision
 from engine.checkpoints import load_foreign, load_strictly, unwrap_state
 from engine.decoders import refuse_decoder
 from engine.errors import DataError
@@ -46,13 +47,13 @@ def load_blip2(name, dtype=torch.float32, lm_precision=None, tower=True):
             refuse_decoder(config.text_config, name, dtype, lm_dtype)  # before a weight is read
             super().__init__(config)
     model_class = WithDecoder
-    if not tower:
+    if not tower and not vision.is_timm(name):
         class WithoutTower(WithDecoder):
             _keys_to_ignore_on_load_unexpected = [r"^vision_model\."]  # else a table of every layer that is left out
         model_class, options["config"] = WithoutTower, load_config(name)
         options["config"].vision_config.num_hidden_layers = 0
     model, tokenizer = load_published(model_class, "BLIP-2", name, torch.promote_types(dtype, lm_dtype),
-                                      ["query_tokens", "qformer", "language_projection"], **options)
+                                      ["query_tokens", "qformer", "language_projection"], tower, **options)
     keep_4bit_layout(model)
     model.vision_model.to(dtype)
     if "quantization_config" not in options:
@@ -90,11 +91,15 @@ def keep_4bit_layout(model):
             module.support_avx512bf16_for_cpu = False
 
 
-def load_published(model_class, kind, name, dtype=torch.float32, trained=(), **options):
+def load_published(model_class, kind, name, dtype=torch.float32, trained=(), tower=True, **options):
     """A transformers class, kind "BLIP-2" or "BLIP", and an id or folder -> (model, tokenizer), complete or a DataError.
 
-    trained: parts that start from the file's own values, whatever the dtype of the others."""
+    trained: parts that start from the file's own values, whatever the dtype of the others. A timm tower is no part of transformers'
+    classes: it is read by load_vision and put in; without `tower` an empty module stands there."""
     flag, wanted = "--" + kind.replace("-", "").lower(), theirs(model_class)
+    of_timm = kind == "BLIP-2" and vision.is_timm(name)
+    if of_timm:
+        model_class = vision.without_tower(model_class)
     if trained:
         class WithoutRounding(model_class):
             _keep_in_fp32_modules_strict = trained
@@ -119,6 +124,8 @@ def load_published(model_class, kind, name, dtype=torch.float32, trained=(), **o
     wrong = sorted(found["missing_keys"]) + sorted(str(key) for key in found.get("mismatched_keys", ()))
     if wrong:  # transformers would leave them random
         raise DataError(f"{name}: {len(wrong)} tensors are missing or of another shape, first {wrong[:3]}")
+    if of_timm and tower:
+        model.vision_model = load_vision(name, dtype)[0]
     return model, load_tokenizer(name)
 
 
@@ -137,13 +144,13 @@ def load_config(name):
 
 
 def load_vision(name, dtype=torch.float32):
-    """The vision tower alone -> (Blip2VisionModel, config of the whole). name: any BLIP-2 in HuggingFace's format, or a folder
-    that holds its vision part alone. The language model beside it is never read. dtype None: as each tensor is kept."""
+    """The vision tower alone -> (Blip2VisionModel or vision.TimmTower, config of the whole). name: any BLIP-2 in HuggingFace's format,
+    or a folder that holds its vision part alone. The language model beside it is never read. dtype None: as each tensor is kept."""
     from safetensors import safe_open
-    from transformers import Blip2VisionModel
+    from transformers import Blip2VisionConfig
     config, state = load_config(name), {}
-    vision = getattr(config, "vision_config", config)
-    if not isinstance(vision, Blip2VisionModel.config_class):
+    settings = getattr(config, "vision_config", config)
+    if not isinstance(settings, Blip2VisionConfig):
         raise DataError(f"{name}: a {config.model_type} model and neither a BLIP-2 nor its vision tower (model_type of its "
                         f"config.json): give {DEFAULTS['blip2-itm']} or any other BLIP-2")
     for file in sorted(local_folder(name).glob("*.safetensors")):
@@ -151,11 +158,13 @@ def load_vision(name, dtype=torch.float32):
         with safe_open(file, "pt") as tensors:
             names = list(tensors.keys())
             inner = [n for n in names if n.startswith("vision_model.")] if config.model_type == "blip-2" else names
-            state |= {n.removeprefix("vision_model."): tensors.get_tensor(n).to(dtype=dtype) for n in inner}
+            found = {n.removeprefix("vision_model."): tensors.get_tensor(n) for n in inner}
+            # a batch norm counts in whole numbers
+            state |= {n: t.to(dtype=dtype) if t.is_floating_point() else t for n, t in found.items()}
     if not state:
         raise DataError(f"{name}: no vision tower in its .safetensors files (model_type {config.model_type})")
     with torch.device("meta"):
-        model = Blip2VisionModel(vision)
+        model = vision.build_tower(settings)
     load_strictly(model, state, f"vision tower of {name}", assign=True)
     return model, config
 
@@ -173,11 +182,18 @@ def tiny(part):
 
 def in_models(name, tiny_part=None):
     """A hub's ID as models/NAME where that folder is, "tiny" as the place of tiny_part (see tiny), any other name as it is. Folders
-    are looked for as files.located does."""
+    are looked for as files.located does. Where tiny_part reads texts with its Q-Former, of an assembled folder that part: see with_text."""
     if name == "tiny" and tiny_part:
         return tiny(tiny_part)
     given, kept = located(name), located(os.path.join("models", pathlib.PurePath(name).name))
-    return kept if os.path.isdir(kept) and not os.path.exists(given) else given
+    place = kept if os.path.isdir(kept) and not os.path.exists(given) else given
+    return with_text(place) if tiny_part == "blip2-itm" else place
+
+
+def with_text(place):
+    """A folder of tools/assemble.py -> PLACE/qformer, the same tower with the Q-Former that reads text; any other place as it is."""
+    inner = os.path.join(place, "qformer")
+    return inner if os.path.isfile(os.path.join(inner, "config.json")) else place
 
 
 def resolve_paths(built_from):
@@ -211,17 +227,18 @@ def local_folder(name):
 
 
 def load_bert(name):
-    """The state dict of a BERT with its word head (transformers' BertForMaskedLM)."""
+    """The state dict of a BERT with its word head (transformers' BertForMaskedLM), without one where the folder has none: a sentence
+    encoder such as MiniLM."""
     from transformers import BertForMaskedLM
     try:
         local = pathlib.Path(name).exists() or not hub_answers()
         model, found = BertForMaskedLM.from_pretrained(name, local_files_only=local, output_loading_info=True)
     except Exception as error:  # as above
         raise DataError(f"{name}: no BERT that can be loaded ({' '.join(str(error).split())[:160]})") from None
-    if found["missing_keys"]:
-        raise DataError(f"{name}: {len(found['missing_keys'])} tensors of a BERT are missing, "
-                        f"first {sorted(found['missing_keys'])[:3]}")
-    return model.state_dict()
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("cls."))
+    if missing:
+        raise DataError(f"{name}: {len(missing)} tensors of a BERT are missing, first {missing[:3]}")
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in found["missing_keys"]}
 
 
 def theirs(model_class):
@@ -306,6 +323,25 @@ def refuse_other_tokenizer(tokenizer, words, name):
             ids[0] != tokenizer.cls_token_id or ids[-1] != tokenizer.sep_token_id):
         raise DataError(f"{name}: its tokenizer does not put a text between [CLS] and [SEP] as BERT's does: give the folder that "
                         "save_pretrained of model and tokenizer wrote")
+
+
+UNKNOWN_SHARE = 0.2  # of a text's words
+
+
+def refuse_unknown_words(tokenizer, texts, name):
+    """DataError where a tokenizer makes unknown tokens of more than UNKNOWN_SHARE of the words of these texts: nothing is learned from
+    them. A tokenizer that was read wrongly does so to all words (transformers 5's BertTokenizerFast(vocab_file=FILE) does), one of
+    another language to most. At most 2000 of the texts are read, evenly taken."""
+    texts = list(texts)
+    texts = texts[::max(1, len(texts) // 2000)]
+    if tokenizer.unk_token_id is None or not texts:
+        return
+    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in tokenizer(texts, add_special_tokens=False).input_ids)
+    words = sum(len(text.split()) for text in texts)
+    if unknown > UNKNOWN_SHARE * words:
+        first = next(text for text in texts if tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False).input_ids)
+        raise DataError(f"{name}: its tokenizer does not know {unknown} of {words} words of the texts, first in {excerpt(first, 60)!r} "
+                        f"(more than {UNKNOWN_SHARE:.0%}): is it of another language, or are its files damaged?")
 
 
 def image_size_of(name):

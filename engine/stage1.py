@@ -4,32 +4,32 @@
     export                                          what transformers, train_cir.py and train_gated.py --qformer load
 """
 
-import shutil
-
 import torch
 from torch import nn
 
 from data import rows
+from engine import files, vision
 from engine.errors import DataError
 
 
 # --- where weights come from ------------
 
-def bert_config(config, bert):
-    """A BERT's sizes as a Q-Former's: cross-attention in every second layer, one word more ([DEC]), 32 queries."""
+def bert_config(config, bert, queries=32):
+    """A BERT's sizes as a Q-Former's: cross-attention in every second layer, one word more ([DEC])."""
     from transformers import Blip2Config, Blip2QFormerConfig
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "hidden_dropout_prob",
              "attention_probs_dropout_prob", "max_position_embeddings", "layer_norm_eps", "pad_token_id")
     qformer = Blip2QFormerConfig(vocab_size=bert.vocab_size + 1, use_qformer_text_input=True,
                                  **{name: getattr(bert, name) for name in names})
     vision = getattr(config, "vision_config", config)
-    return Blip2Config(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), num_query_tokens=32,
+    return Blip2Config(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), num_query_tokens=queries,
                        image_text_hidden_size=256)
 
 
 def start_from_bert(model, state, source):
     """BLIP-2's start: BERT's layers and word head; the query branch is a copy of the text branch; cross-attention, queries,
-    projections and [DEC] are new, N(0, 0.02). state: of transformers' BertForMaskedLM. -> names of what is new."""
+    projections and [DEC] are new, N(0, 0.02), and so is the word head of a BERT that has lost its own. state: of published.load_bert.
+    -> names of what is new."""
     def fresh(shape):
         return torch.randn(shape) * 0.02
 
@@ -44,7 +44,7 @@ def start_from_bert(model, state, source):
             theirs = theirs.replace(ours, other)
         if name in ("embeddings.word_embeddings.weight", "lm_head.bias"):  # one word more: [DEC]
             start = fresh(tensor.shape) if tensor.ndim > 1 else torch.zeros_like(tensor)
-            own[name] = torch.cat([state[theirs], start[len(state[theirs]):]])
+            own[name] = torch.cat([state[theirs], start[len(state[theirs]):]]) if theirs in state else start
         elif "crossattention" not in name and theirs in state:
             if state[theirs].shape != tensor.shape:
                 raise DataError(f"{source}: {theirs} is {tuple(state[theirs].shape)}, {tuple(tensor.shape)} is wanted: "
@@ -89,18 +89,15 @@ def export(model, folder, tower=None, ln_vision=None):
     extra = {name: state.pop(name) for name in list(state) if name == "temp" or name.startswith("lm_head.")}
     with torch.device("meta"):
         theirs = Blip2ForImageTextRetrieval(model.config)
+        theirs.vision_model = vision.build_tower(model.config.vision_config)
     theirs.load_state_dict(state, strict=True, assign=True)
     size = {"height": model.image_size, "width": model.image_size}
     pixels = BlipImageProcessor(size=size, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        theirs.save_pretrained(part)
-        save_file(extra, part / "stage1.safetensors")
-        Blip2Processor(pixels, model.tokenizer).save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        with files.whole_folder(folder) as part:
+            theirs.save_pretrained(part)
+            save_file(extra, part / "stage1.safetensors")
+            Blip2Processor(pixels, model.tokenizer).save_pretrained(part)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(part, ignore_errors=True)
         raise DataError(f"{folder}: could not be written ({' '.join(str(error).split())}): free some space; --convert "
                         "writes it from a best.pt") from None

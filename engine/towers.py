@@ -4,7 +4,8 @@
     differing     two towers, tensor by tensor
 
 LAVIS trains ln_vision, the norm between tower and Q-Former, together with the Q-Former and leaves the tower frozen. HuggingFace's
-format counts it to the tower, as post_layernorm.
+format counts it to the tower, as post_layernorm. A timm tower (vision.py) has no such norm, neither in its own place nor trained: its
+Q-Former reads the tokens as timm gives them, and a Q-Former that brings an ln_vision was trained behind another tower.
 """
 
 import pathlib
@@ -12,7 +13,7 @@ import pathlib
 import torch
 from torch import nn
 
-from engine import checkpoints, published
+from engine import checkpoints, published, vision
 from engine.errors import DataError
 
 NORM = "post_layernorm."
@@ -27,25 +28,30 @@ ROUNDING = 2 ** -7  # relative; of bfloat16, the coarsest that a tower is kept i
 def join(tower, source, name, log=print, strict=True):
     """Before the Q-Former of `source` goes behind `tower`: the ln_vision that was trained with it replaces the tower's own.
 
-    tower: the Blip2VisionModel of `name`; source: a folder in HuggingFace's format, a .pth or .bin file, a best.pt. One line says what
-    was found. -> {"weight": [W], "bias": [W]} as the source has them, {} where it has none.
+    tower: the Blip2VisionModel or TimmTower of `name`; source: a folder in HuggingFace's format, a .pth or .bin file, a best.pt. One
+    line says what was found. -> {"weight": [W], "bias": [W]} as the source has them, {} where it has none.
     DataError: the source holds, or names by its fingerprint, another tower; without `strict` it is said, and the tower stays as it is.
     """
     found = _tower_of(pathlib.Path(source))
-    own, norm = tower.post_layernorm, found["norm"]
+    of_timm = isinstance(tower, vision.TimmTower)
+    own, norm = nn.Module() if of_timm else tower.post_layernorm, found["norm"]
     before = {n: tensor.clone() for n, tensor in own.state_dict().items()}
-    checkpoints.load_strictly(own, norm or before, f"ln_vision of {source}")
-    other = differing(tower, found["held"], found["of_lavis"]) if found["held"] else []
+    if of_timm:  # LAVIS's tower is never compared to it name by name: they have none in common
+        other = differing(tower, found["held"]) if found["held"] else ["ln_vision"] if norm else []
+    else:
+        checkpoints.load_strictly(own, norm or before, f"ln_vision of {source}")
+        other = differing(tower, found["held"], found["of_lavis"]) if found["held"] else []
     if found["frozen"] not in (None, fingerprint(tower, found["precision"])):
         other = ["its fingerprint"]
-    if other and not found["of_lavis"]:
+    if other and (of_timm or not found["of_lavis"]):
         told = f"its Q-Former was trained behind another vision tower than that of {name} ({len(other)} differ, first {other[0]})"
         if strict:
             raise DataError(f"{source}: {told}: give --blip2 with the tower of that training")
         own.load_state_dict(before)
         log(f"note: {source}: {told}; the tower and its ln_vision are those of {name}")
         return {}
-    told = ["with its ln_vision" if norm else "without an ln_vision, that of the tower stays"]
+    kept = "which a timm tower has not" if of_timm else "that of the tower stays"
+    told = ["with its ln_vision" if norm else f"without an ln_vision, {kept}"]
     if found["of_lavis"]:
         told += [f"its visual_encoder is left out, {len(found['held'])} tensors, "
                  + (f"though {len(other)} of them are other than those of {name} (fine-tuned?)" if other else f"the same as {name}")]
