@@ -421,6 +421,7 @@ def prepare(args, checkpoint, accelerator):
     if places.get("lm_precision") != checkpoint["model_args"].get("lm_precision"):
         accelerator.print(f"the language model is in {places['lm_precision']}, in training it was in "
                           f"{checkpoint['model_args'].get('lm_precision') or 'the precision of the towers'}")
+    published.refuse_unknown_words(model.tokenizer, [row.question for row in questions], places["blip2"])
     log_cut_answers(model.tokenizer, {args.split: questions}, model.max_answer, accelerator.print)
     if args.style == "efficientnet":
         questions, = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),

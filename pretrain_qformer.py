@@ -545,6 +545,7 @@ def prepare(args, accelerator):
     loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
         model = load_model(args, core.DTYPES[accelerator.mixed_precision], accelerator.print)
+    published.refuse_unknown_words(model.tokenizer, [pair.text for pair in [*train_pairs, *val_pairs]], args.init)
     parts = Parts(Captioned(train_pairs, model.image_size, args.seed), Captioned(val_pairs, model.image_size),
                   shards.ShardStream(streamed, model.image_size, args.seed, accelerator.process_index, accelerator.num_processes),
                   Collate(model.tokenizer))

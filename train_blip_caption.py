@@ -343,6 +343,8 @@ def prepare(args, accelerator):
     loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
         model, tokenizer = load_blip(args.blip)
+    captions_read = [caption for picture in train_pictures + val_pictures for caption in picture.captions]
+    published.refuse_unknown_words(tokenizer, captions_read, args.blip)
     size = model.config.vision_config.image_size
     parts = Parts(Captions(train_pictures, size, tokenizer, every=True, augment=args.seed if args.augment else None),
                   Captions(val_pictures, size, tokenizer), Collate.of(model), tokenizer)

@@ -539,6 +539,7 @@ def prepare(args, accelerator):
     loop.seed_everything(args.seed)
     with accelerator.main_process_first():  # one process fetches what the hub alone has, the others find it
         model = load_model(args, core.DTYPES[accelerator.mixed_precision], accelerator.print)
+    published.refuse_unknown_words(model.tokenizer, [cirr.text_of(query) for pool in [*train, *val] for query in pool.queries], args.blip2)
     if accelerator.is_main_process:
         checkpoints.print_parts(model)
     frozen, opener = checkpoints.fingerprint(model), picture_source(args, model, [*train, *val], accelerator)

@@ -388,6 +388,8 @@ def prepare(args, accelerator, command=()):
     train_rows, val_rows = splits
     val_rows = rows.unify_spelling(val_rows, {r.style.strip() for r in train_rows}, accelerator.print)  # as they are trained
     tokenizer = published.load_tokenizer(places["blip2"])
+    texts = [text for row in train_rows + val_rows for text in (row.question, row.answer)]
+    published.refuse_unknown_words(tokenizer, texts, places["blip2"])
     built_from = model_args(args, train_rows, answer_length(tokenizer, train_rows, args.max_answer))
     log_cut_answers(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)
     dtype = core.DTYPES[accelerator.mixed_precision]  # of the frozen towers; everything that is trained is in float32

@@ -230,15 +230,21 @@ def load_bert(name):
     """The state dict of a BERT with its word head (transformers' BertForMaskedLM), without one where the folder has none: a sentence
     encoder such as MiniLM."""
     from transformers import BertForMaskedLM
+    from transformers.utils import logging as told
+    level = told.get_verbosity()
+    told.set_verbosity_error()  # of a head that is missing it would say that the file seems corrupted
     try:
         local = pathlib.Path(name).exists() or not hub_answers()
         model, found = BertForMaskedLM.from_pretrained(name, local_files_only=local, output_loading_info=True)
     except Exception as error:  # as above
         raise DataError(f"{name}: no BERT that can be loaded ({' '.join(str(error).split())[:160]})") from None
+    finally:
+        told.set_verbosity(level)
     missing = sorted(key for key in found["missing_keys"] if not key.startswith("cls."))
     if missing:
         raise DataError(f"{name}: {len(missing)} tensors of a BERT are missing, first {missing[:3]}")
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in found["missing_keys"]}
+    headless = bool(found["missing_keys"])
+    return {name: tensor for name, tensor in model.state_dict().items() if not (headless and name.startswith("cls."))}
 
 
 def theirs(model_class):
@@ -325,23 +331,20 @@ def refuse_other_tokenizer(tokenizer, words, name):
                         "save_pretrained of model and tokenizer wrote")
 
 
-UNKNOWN_SHARE = 0.2  # of a text's words
+UNKNOWN_SHARE = 0.2
 
 
 def refuse_unknown_words(tokenizer, texts, name):
-    """DataError where a tokenizer makes unknown tokens of more than UNKNOWN_SHARE of the words of these texts: nothing is learned from
-    them. A tokenizer that was read wrongly does so to all words (transformers 5's BertTokenizerFast(vocab_file=FILE) does), one of
-    another language to most. At most 2000 of the texts are read, evenly taken."""
+    """DataError where more than UNKNOWN_SHARE of what a tokenizer makes of these texts are unknown tokens: nothing is learned from them.
+    A tokenizer that was read wrongly makes them of all words (transformers 5's BertTokenizerFast(vocab_file=FILE) does), one of
+    another language of most. At most 2000 of the texts are read, evenly taken."""
     texts = list(texts)
-    texts = texts[::max(1, len(texts) // 2000)]
-    if tokenizer.unk_token_id is None or not texts:
-        return
-    unknown = sum(ids.count(tokenizer.unk_token_id) for ids in tokenizer(texts, add_special_tokens=False).input_ids)
-    words = sum(len(text.split()) for text in texts)
-    if unknown > UNKNOWN_SHARE * words:
-        first = next(text for text in texts if tokenizer.unk_token_id in tokenizer(text, add_special_tokens=False).input_ids)
-        raise DataError(f"{name}: its tokenizer does not know {unknown} of {words} words of the texts, first in {excerpt(first, 60)!r} "
-                        f"(more than {UNKNOWN_SHARE:.0%}): is it of another language, or are its files damaged?")
+    rows = tokenizer(texts[::len(texts) // 2000 + 1], add_special_tokens=False).input_ids if texts else []
+    unknown, tokens = sum(ids.count(tokenizer.unk_token_id) for ids in rows), sum(len(ids) for ids in rows)
+    if unknown > UNKNOWN_SHARE * tokens:
+        first = next(text for text, ids in zip(texts[::len(texts) // 2000 + 1], rows) if tokenizer.unk_token_id in ids)
+        raise DataError(f"{name}: its tokenizer reads {unknown} of {tokens} words as unknown, first in {excerpt(first, 60)!r} (at most "
+                        f"{UNKNOWN_SHARE:.0%} may be): is it of another language, or are its files damaged?")
 
 
 def image_size_of(name):

@@ -22,14 +22,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), *(str(ROOT / "tests" / room) for
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 
 pytest.register_assert_rewrite("faults")
 
 import loaded  # noqa: E402, F401  (before core, which takes load_published by its name)
 import core  # noqa: E402
 import forked  # noqa: E402
-from engine import loop, runfolder  # noqa: E402
-from tools import make_sample, make_tiny  # noqa: E402
+from engine import loop, published, runfolder  # noqa: E402
+from tools import assemble, make_sample, make_tiny  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
@@ -102,6 +103,55 @@ def forker():
     one = forked.Forker()
     yield one
     one.close()
+
+
+def random_weights(arch, folder):
+    """A file of timm's random weights of a net, at the size of its pretraining; a batch norm's statistics are no longer 0 and 1."""
+    import timm
+    path = pathlib.Path(folder) / f"{arch}.safetensors"
+    if not path.exists():
+        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        state = timm.create_model(arch).state_dict()
+        for name, tensor in state.items():
+            if name.endswith(("running_mean", "running_var")):
+                tensor.add_(torch.rand(tensor.shape, generator=generator))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lm_folder(tiny, tmp_path_factory):
+    """The tiny BLIP-2's OPT by itself."""
+    folder = tmp_path_factory.mktemp("lm") / "opt"
+    model, tokenizer = published.load_blip2(tiny[0])
+    model.language_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def bert_folder(tmp_path_factory):
+    from test_readme import save_bert
+    folder = tmp_path_factory.mktemp("bert") / "bert"
+    torch.manual_seed(0)
+    save_bert(published.tiny("blip2-itm"), folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def assembled(lm_folder, bert_folder, tmp_path_factory):
+    """Function that assembles a folder with a timm tower of random weights, once each."""
+    place, made = tmp_path_factory.mktemp("assembled"), {}
+
+    def make(arch="test_efficientnet"):
+        if arch not in made:
+            assemble.main(["--vision", f"timm:{arch}", "--vision-weights", str(random_weights(arch, place)), "--lm", lm_folder,
+                           "--qformer", bert_folder, "--queries", "4", "--out", str(place / f"blip2-{arch}")])
+            made[arch] = str(place / f"blip2-{arch}")
+        return made[arch]
+    return make
 
 
 BUILT = {}  # arguments of `build` -> (model, torch's random state after building it)

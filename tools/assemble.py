@@ -35,8 +35,6 @@ from data import rows
 from engine import errors, files, flags, loop, published, stage1, vision
 from engine.errors import DataError
 
-PROBE = "a photograph of two dogs that run over wet grass"  # every tokenizer of BERT's kind knows most of it
-
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -84,7 +82,6 @@ def load_language_model(name):
         raise DataError(f"{name}: {len(found['missing_keys'])} tensors are missing, first {sorted(found['missing_keys'])[:3]}")
     tokenizer = published.load_tokenizer(name)
     published.refuse_more_tokens(tokenizer, model.config.vocab_size, "the language model", name)
-    published.refuse_unknown_words(tokenizer, [PROBE], name)
     return model, tokenizer
 
 
@@ -97,7 +94,6 @@ def make_stage1(args, tower):
     config = stage1.bert_config(tower.config, bert, args.queries)
     config.qformer_config.encoder_hidden_size = tower.config.hidden_size
     published.refuse_other_tokenizer(tokenizer, config.qformer_config.vocab_size, name)
-    published.refuse_unknown_words(tokenizer, [PROBE], name)
     model = pretrain_qformer.Stage1(tower, config, tokenizer)
     return model, stage1.start_from_bert(model, published.load_bert(name), name)
 

