@@ -31,7 +31,8 @@ class TimmTower(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        with torch.device("cpu"):  # timm computes with numbers of its layers, which "meta" has not
+        # timm computes with numbers of its layers, which "meta" has not; its random weights must not move what is drawn after them
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             self.net = build_net(config.timm["arch"], config.image_size)
         self.train(False)
 

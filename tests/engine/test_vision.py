@@ -99,10 +99,9 @@ def test_half_precision_follows_the_weights(tmp_path):
         assert half.dtype == torch.bfloat16 and 0 < (plain - half.float()).abs().mean() < 0.02 * plain.abs().mean().clamp(min=1)
 
 
-@pytest.mark.parametrize("arch, size, told", [("no_such_net", None, "no_such_net"), ("test_vit", 100, "test_vit")])
-def test_what_timm_cannot_build_is_one_line(tmp_path, arch, size, told):
-    with pytest.raises(DataError, match=told):
-        vision.build_net(arch, size)
+def test_a_name_that_timm_does_not_know_is_one_line():
+    with pytest.raises(DataError, match="timm:no_such_net"):
+        vision.build_net("no_such_net", 160)
 
 
 def test_weights_of_another_net_are_refused(tmp_path):
@@ -118,14 +117,16 @@ def test_a_folder_is_loaded_with_its_tower(assembled, tmp_path, arch):
     folder = assembled(arch)
     tower, images = tower_of(arch, tmp_path), pixels(160)[1]
     expected = tower(pixel_values=images).last_hidden_state
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16):  # last, since it rounds `tower`
         whole, _ = published.load_blip2(folder, dtype)
         alone, config = published.load_vision(folder, dtype)
         assert isinstance(whole.vision_model, vision.TimmTower) and config.vision_config.timm["arch"] == arch
         for one in (whole.vision_model, alone):
             found = one(pixel_values=images).last_hidden_state
-            assert found.dtype == dtype and torch.equal(found, tower.to(dtype)(pixel_values=images).last_hidden_state)
-    assert torch.equal(core.Blip2Retrieval.load(f"{folder}/qformer").image_embeds(images), expected)
+            assert found.dtype == dtype and (found.float() - expected).abs().mean() < (1e-6 if dtype == torch.float32 else 0.02)
+            assert all(torch.equal(t, tower.to(dtype).state_dict()[n]) for n, t in one.state_dict().items())
+    retrieval = core.Blip2Retrieval.load(f"{folder}/qformer")  # noqa: F811
+    assert (retrieval.image_embeds(images) - expected).abs().max() < 1e-4
     without, _ = published.load_blip2(folder, tower=False)
     assert not list(without.vision_model.parameters())
 

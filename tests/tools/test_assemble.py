@@ -114,7 +114,8 @@ def test_stage_1_then_the_gates(assembled, few, tiny, tmp_path, arch, no_curves)
     train_gated.main([*gated, "--qformer", trained, "--out", str(tmp_path / "live")])
     train_gated.main([*gated, "--qformer", trained, "--out", str(tmp_path / "cached"), *caches])
     live, cached = (torch.load(tmp_path / name / "best.pt") for name in ("live", "cached"))
-    assert live["frozen"] == cached["frozen"] and all(torch.equal(live["state"][n], t) for n, t in cached["state"].items())
+    far = max((live["state"][name] - tensor).abs().max() for name, tensor in cached["state"].items())
+    assert live["frozen"] == cached["frozen"] and far <= (0 if arch == "test_vit" else 1e-5)  # a convolution adds in another order
     assert not eval_gated.main(["--checkpoint", str(tmp_path / "cached"), "--split", "test", "--workers", "0", *caches])
     model, processor = core.load_gated(tmp_path / "live")
     assert len(model.predict_answers(processor(next((few / "images").iterdir())), ["Which style is this painting?"])) == 1
@@ -123,7 +124,7 @@ def test_stage_1_then_the_gates(assembled, few, tiny, tmp_path, arch, no_curves)
 def test_composed_retrieval_takes_it(assembled, tmp_path, no_curves):
     from tools import make_sample
     data = tmp_path / "cirr"
-    make_sample.main(["--cirr", "--out", str(data), "--pictures", "32"])
+    make_sample.main(["--cirr", "--out", str(data), "--pictures", "64"])
     assert not train_cir.main(["--data", str(data), "--blip2", assembled(), "--epochs", "1", "--batch-size", "8", "--workers", "0",
                                "--precision", "no", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")])
 
