@@ -13,7 +13,6 @@ Collate -> Sprc.forward -> losses; validation, --submit, --gate-maps and --searc
 import argparse
 import hashlib
 import json
-import math
 import os
 import pathlib
 import sys
@@ -32,7 +31,7 @@ from tqdm import tqdm
 import core
 from data import cirr, rows
 from engine import (cache, checkpoints, environment, errors, files, flags, loaders, loop, pages, picture_index, published, retrieval,
-                    runfolder)
+                    runfolder, vision)
 from engine.errors import DataError
 from engine.retrieval import Gallery, Opener, chance, chance_text, collate_gallery, mean_of, recalls
 from engine.run import Run, resumes
@@ -621,10 +620,10 @@ def gate_maps(args, model, pool, scores, opener):
         query = pool.queries[number]
         path = pool.gallery[query.reference]
         text = send_to_device(core.text_ids(model.tokenizer, [cirr.text_of(query)]), device)
-        change = patch_change(model, model.image_embeds(opener(path)[None].to(device)), text)[0, 1:]  # [P-1], without [CLS]
-        side = math.isqrt(len(change))
+        change = patch_change(model, model.image_embeds(opener(path)[None].to(device)), text)[0]  # [P]
+        side = vision.patch_grid(len(change))[1]
         best = [name for name in next(cirr.ranking(scores[[number]], names)) if name != query.reference][:5]
-        maps.append({"file": f"{query.pairid}.png", "reference": path, "heat": change.view(side, side).tolist(),
+        maps.append({"file": f"{query.pairid}.png", "reference": path, "heat": change[-side * side:].view(side, side).tolist(),
                      "text": cirr.text_of(query), "target": pool.gallery[query.target],
                      "found": [(pool.gallery[name], name == query.target) for name in best]})
     page = folder / f"{pool.name}_maps.png"

@@ -2,7 +2,7 @@
 
     TimmTower    a ViT's tokens, or a CNN's last feature map as tokens, called as transformers' Blip2VisionModel is
     make_tower   one with its pretrained weights, by timm's name
-    build_tower  a tower of either kind from its config, without weights; token_count of one
+    build_tower  a tower of either kind from its config, without weights; token_count of one; patch_grid of so many tokens
     is_timm, without_tower   what published.py needs to load a folder with such a tower
 
 A folder with a timm tower is one in HuggingFace's format whose vision_config has one entry more, "timm" (SETTINGS); hidden_size and
@@ -11,6 +11,7 @@ are vision_model.net.* under timm's own names. Folders without that entry are ne
 """
 
 import json
+import math
 import pathlib
 from types import SimpleNamespace
 
@@ -128,6 +129,17 @@ def token_count(tower):
     if isinstance(tower, TimmTower):
         return tower.tokens
     return (tower.config.image_size // tower.config.patch_size) ** 2 + 1
+
+
+def patch_grid(count):
+    """P tokens -> (how many stand before the patches: none, CLS, or CLS and four registers; patches along a side).
+
+    The fewest that leave a square: no two fit, but for 9 tokens. ValueError: none does."""
+    for prefix in (0, 1, 5):
+        side = math.isqrt(max(count - prefix, 0))
+        if side and side * side == count - prefix:
+            return prefix, side
+    raise ValueError(f"{count} tokens are no square of patches, alone or behind CLS and registers: no map can be drawn of them")
 
 
 def timm_settings(model):

@@ -11,8 +11,8 @@
 Do they point at what a question is about? tools/faithfulness.py asks that of drawn scenes.
 
 features is what Blip2OPTGated.image_features gives for one picture, or a cache: image_embeds [1,P,W], style_feature [1,F] (None
-without gates). Of its P positions the first is CLS, which stands for no place in the picture and is on no map; the rest are
-side x side patches, row by row. Maps are numpy arrays of float32.
+without gates). Of its P positions CLS (and registers), where the tower has them, stand first and for no place in the picture, and are
+on no map; the rest are side x side patches, row by row. Maps are numpy arrays of float32.
 
 The model itself is not changed: its modules are watched through hooks, which are gone when a function returns or fails.
 """
@@ -31,7 +31,7 @@ from PIL import Image
 
 import core
 from data import rows
-from engine import files, gate_frames
+from engine import files, gate_frames, vision
 from show import gallery
 
 GUIDE = """Attention and the difference: shares of the
@@ -85,12 +85,8 @@ def attention_of(module, x, source, mask=None, gate=None):
 
 
 def side_of(features):
-    """Patches along a side. ValueError where what follows CLS is no square."""
-    patches = features["image_embeds"].shape[1] - 1
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ValueError(f"{patches} patches are no square: maps want CLS and then side x side patches")
-    return side
+    """Patches along a side. ValueError where they are no square."""
+    return vision.patch_grid(features["image_embeds"].shape[1])[1]
 
 
 def repeated(features, count):
@@ -122,10 +118,10 @@ def attention_maps(model, features, question, context="", gated=True):
 
 
 def mean_map(attention):
-    """{layer: [heads,Q,P]} -> ([side,side], share of CLS): mean over layers, heads and queries; the two sum to 1."""
+    """{layer: [heads,Q,P]} -> ([side,side], share of CLS and registers): mean over layers, heads and queries; the two sum to 1."""
     mean = np.mean([layer.mean((0, 1)) for layer in attention.values()], 0)  # [P]
-    side = math.isqrt(len(mean) - 1)
-    return mean[1:].reshape(side, side), float(mean[0])
+    prefix, side = vision.patch_grid(len(mean))
+    return mean[prefix:].reshape(side, side), float(mean[:prefix].sum())
 
 
 def gradient_map(model, features, question, answer, context=""):
@@ -154,7 +150,7 @@ def gradient_map(model, features, question, answer, context=""):
         of_heads = gradient.float().unflatten(-1, (attention[layer].shape[1], -1)).transpose(1, 2)  # [1,heads,Q,H/heads]
         of_attention = of_heads @ values[layer].transpose(2, 3)  # [1,heads,Q,P]
         total = total + (attention[layer] * of_attention).clamp(min=0).mean(1).sum((0, 1))  # [P]
-    return total[1:].view(side, side).cpu().numpy()
+    return total[-side * side:].view(side, side).cpu().numpy()
 
 
 def windows(side, size):
@@ -194,10 +190,10 @@ def occlusion(model, features, question, answer, context="", window=None, chunk=
     keep what the style classifier saw of the whole picture, and the vision tower has told other patches of this one before:
     the map says where the queries read, not where in the picture it was painted (that is tower_occlusion). window, chunk: see
     mean_falls and usual_window. With a language model in half precision, falls below 0.03 nats are rounding."""
-    side, device = side_of(features), features["image_embeds"].device
+    (prefix, side), device = vision.patch_grid(features["image_embeds"].shape[1]), features["image_embeds"].device
 
     def score(dropped):
-        mask = core.padding_mask(~dropped.to(device), queries=1)  # [n,1,1,P], CLS is always seen
+        mask = core.padding_mask(~dropped.to(device), queries=prefix)  # [n,1,1,P], CLS is always seen
 
         def hide(layer, module, given, named):
             return given, {**named, "mask": mask}
@@ -217,6 +213,8 @@ def tower_occlusion(model, pixels, features, question, answer, context="", windo
     side = side_of(features)
     if model.vision_model is None:
         raise RuntimeError("tower_occlusion needs the vision tower: build the model with it (without a cache)")
+    if isinstance(model.vision_model, vision.TimmTower):
+        raise RuntimeError("tower_occlusion leaves patches out of what a ViT reads, and a timm tower may be none: see occlusion")
 
     def score(dropped):
         kept = (~torch.nn.functional.pad(dropped, (1, 0))).nonzero()[:, 1]  # [n*(P-k*k)], CLS is always kept
@@ -256,11 +254,11 @@ def gate_values(model, features, question, context=""):
 class Panels(NamedTuple):
     """What explain finds and draw shows; what concerns gates is None for a model without any."""
     attention: np.ndarray  # [side,side], gates on
-    on_cls: float  # share of the attention that is on CLS
+    on_cls: float  # share of the attention that is on CLS and registers
     closed: np.ndarray | None  # attention with the gates off
     gradient: np.ndarray
     occlusion: np.ndarray  # nats
-    tower: np.ndarray | None  # tower_occlusion, None without the vision tower
+    tower: np.ndarray | None  # tower_occlusion, None without the vision tower and of a timm tower
     window: int
     gates: core.Gate | None  # arrays [layers,heads]
     layers: list
@@ -268,12 +266,14 @@ class Panels(NamedTuple):
 
 
 def explain(model, features, question, answer, context="", pixels=None, window=None, chunk=32):
-    """All maps of one question and answer -> Panels. pixels: [1,3,h,w], or None where the vision tower is not there."""
+    """All maps of one question and answer -> Panels. pixels: [1,3,h,w], or None where the vision tower is not there; of a timm tower
+    nothing can be left out, and they are not used."""
     asked = (model, features, question)
     window = window or usual_window(side_of(features))
     attention, on_cls = mean_map(attention_maps(*asked, context))
     closed = None if model.gates is None else mean_map(attention_maps(*asked, context, gated=False))[0]
-    tower = None if pixels is None else tower_occlusion(model, pixels, features, question, answer, context, window, chunk)
+    tower = None if pixels is None or isinstance(model.vision_model, vision.TimmTower) else tower_occlusion(
+        model, pixels, features, question, answer, context, window, chunk)
     return Panels(attention, on_cls, closed, gradient_map(*asked, answer, context),
                   occlusion(*asked, answer, context, window, chunk),
                   tower, window, gate_values(*asked, context), model.qformer.cross_layers,

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import core
 import eval_gated
 from data import rows
-from engine import checkpoints, errors, flags, published
+from engine import checkpoints, errors, flags, published, vision
 from show import maps
 from tools import drawing
 
@@ -71,7 +71,7 @@ def faithfulness(model, pictures=100, sizes=(1, 2, 3), seed=0):
     that only likes the middle reaches as well; above: share of the pictures whose map is above their own chance; peak: how much
     of the map's highest patch is covered by things; n: pictures with anything positive; right, what, count, colour: inside over
     the pictures that the model answers right, and by kind of question."""
-    side = model.vision_model.config.image_size // model.vision_model.config.patch_size
+    _, side = vision.patch_grid(vision.token_count(model.vision_model))
     scenes = [drawn_scene(index, model.image_size, side, seed) for index in range(pictures)]
     by_map, right = {}, []
     for scene in tqdm(scenes, desc="maps", leave=False, mininterval=1, disable=None):
