@@ -392,7 +392,7 @@ def draw_occlusion(axes, picture, panels):
     overlay(axes[0], picture, panels.occlusion, f"occlusion in the cross-attention, {size}\n(evidence: what the queries read)",
             unit, span(panels.occlusion), diverging=True)
     if panels.tower is None:
-        draw_missing(axes[1], "occlusion in the picture:\nabsent, the vision tower is not\nloaded (features of a cache)")
+        draw_missing(axes[1], "occlusion in the picture:\nabsent, the vision tower is not\nloaded (a cache), or is timm's")
         return
     overlay(axes[1], picture, panels.tower, f"occlusion in the picture, {size}\n(evidence: what in it counts)", unit,
             span(panels.tower), diverging=True)
