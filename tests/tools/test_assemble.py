@@ -49,6 +49,16 @@ def stage1_names(folder):
     return set(published.stage1_extras(f"{folder}/qformer"))
 
 
+def test_a_tokenizer_s_class_is_known_to_both_versions_of_transformers(lm_folder, tmp_path):
+    """transformers 5 alone has TokenizersBackend, as which it reads what has no class of its own (a GGUF's)."""
+    from transformers import PreTrainedTokenizerFast
+    plain = PreTrainedTokenizerFast(tokenizer_file=f"{lm_folder}/tokenizer.json", pad_token="<pad>", eos_token="</s>")
+    assemble.save_tokenizer(plain, tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = published.load_tokenizer(str(tmp_path))
+    assert again("a red boat").input_ids == plain("a red boat").input_ids and again.pad_token == "<pad>"
+
+
 def test_the_record_says_what_went_in(assembled, lm_folder, bert_folder):
     about = json.loads(pathlib.Path(assembled(), "assembled.json").read_text())
     assert about["sources"]["lm"]["model.safetensors"] == files.digest(f"{lm_folder}/model.safetensors")
@@ -200,3 +210,4 @@ def test_small_s_tower_has_the_shapes_of_the_issue():
     with torch.no_grad():
         assert vision.as_tokens(net, net.eval().forward_features(torch.zeros(1, 3, 288, 288))).shape == (1, 81, 1280)
     assert timm.data.resolve_model_data_config(net)["mean"] == (0.5, 0.5, 0.5)
+    assert net.conv_head.weight.shape == (1280, 352, 1, 1)  # those of Lite0 and Lite1 have 320 before it
