@@ -272,6 +272,7 @@ def prepare(args, accelerator):
     train_pairs, val = read_data(args, accelerator.print)
     loop.seed_everything(args.seed)
     model = build(args, accelerator)
+    published.refuse_unknown_words(model.tokenizer, [pair.text for pair in train_pairs], args.blip2)
     parts = Parts(Captioned(train_pairs, model.image_size, args.seed), val, best_constant(train_pairs, val, args.seed))
     return make_run(args, accelerator, model, parts), parts
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 import core
 import eval_gated
 import pretrain_qformer
+import pretrain_stage2
+import train_blip_caption
 import train_cir
 import train_gated
 from conftest import random_weights
@@ -112,7 +114,7 @@ def test_what_is_there_or_does_not_fit_is_one_line(assembled, lm_folder, bert_fo
 # --- every stage takes it ------------
 
 @pytest.mark.parametrize("arch", ["test_efficientnet", "test_vit"])
-def test_stage_1_then_the_gates(assembled, few, tiny, tmp_path, arch, no_curves):
+def test_stage_1_stage_2_and_the_gates(assembled, few, tiny, tmp_path, arch, no_curves):
     folder, caches = assembled(arch), ["--cache", str(tmp_path / "cache")]
     short = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--precision", "no"]
     run = pretrain_qformer.main(["--data", f"drawn={few}", "--blip2", folder, *short, "--max-val", "3", "--out", str(tmp_path / "stage1")])
@@ -121,6 +123,9 @@ def test_stage_1_then_the_gates(assembled, few, tiny, tmp_path, arch, no_curves)
     assert args.init == folder  # its own Q-Former, unless another is asked for
     trained = str(tmp_path / "stage1/hf")
     assert vision.is_timm(trained) and "lm_head.bias" in published.stage1_extras(trained)
+    if arch == "test_efficientnet":
+        assert not pretrain_stage2.main(["--data", f"drawn={few}", "--blip2", folder, "--qformer", trained, *short, "--max-val", "2",
+                                         "--out", str(tmp_path / "stage2")])
     gated = ["--data", str(few), "--blip2", folder, "--efficientnet", tiny[1], *short, "--accumulation", "1"]
     train_gated.main([*gated, "--qformer", trained, "--out", str(tmp_path / "live")])
     train_gated.main([*gated, "--qformer", trained, "--out", str(tmp_path / "cached"), *caches])
@@ -160,10 +165,10 @@ def test_a_tokenizer_that_knows_no_word_is_refused_by_every_stage(bert_folder, m
         raise DataError(f"{name}: unknown words")
 
     monkeypatch.setattr(published, "refuse_unknown_words", none_known)
-    import train_blip_caption
     common = ["--epochs", "1", "--workers", "0", "--precision", "no", "--out", str(tmp_path / "run")]
     for stage, flags in ((train_gated, ["--data", str(few), "--blip2", tiny[0], "--gating", "none"]),
                          (pretrain_qformer, ["--data", f"drawn={few}", "--blip2", assembled()]),
+                         (pretrain_stage2, ["--data", f"drawn={few}", "--blip2", assembled()]),
                          (train_blip_caption, ["--data", str(few), "--blip", "tiny"])):
         with pytest.raises(DataError, match="unknown words"):
             stage.main([*flags, *common])
