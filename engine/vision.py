@@ -87,7 +87,7 @@ def as_tokens(net, found):
     return found.flatten(2).transpose(1, 2)
 
 
-def make_tower(arch, weights=None, size=None, say=print):
+def make_tower(arch, weights=None, size=None, log=print):
     """timm's name -> TimmTower with pretrained weights. weights: a file in the names of timm or of the original publisher (None: timm
     fetches its own); size: side of the pictures (None: that of the pretraining). DataError: file and net do not fit."""
     import timm
@@ -105,7 +105,7 @@ def make_tower(arch, weights=None, size=None, say=print):
                                timm={"arch": arch, "mean": list(told["mean"]), "std": list(told["std"]), "prefix": prefix, "grid": grid})
     tower = TimmTower(config)
     tower.net.load_state_dict(net.state_dict())
-    say(f"timm:{arch}: {tower.tokens} tokens of {width} at {size} pixels")
+    log(f"timm:{arch}: {tower.tokens} tokens of {width} at {size} pixels")
     return tower
 
 

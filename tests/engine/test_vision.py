@@ -21,7 +21,7 @@ KINDS = {"test_vit": (160, (101, 64)), "test_efficientnet": (160, (25, 256)), "t
 
 
 def tower_of(arch, tmp_path, size=None):
-    return vision.make_tower(arch, random_weights(arch, tmp_path), size, say=lambda line: None)
+    return vision.make_tower(arch, random_weights(arch, tmp_path), size, log=lambda line: None)
 
 
 def pixels(size, count=2):
