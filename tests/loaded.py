@@ -25,14 +25,14 @@ def files_of(folder):
 
 def once(load):
     @functools.wraps(load)
-    def load_published(model_class, kind, name, dtype=torch.float32, **options):
+    def load_published(model_class, kind, name, dtype=torch.float32, trained=(), tower=True, **options):
         folder = pathlib.Path(name)
         if options or not folder.is_dir():  # quantised, or with another config
-            return load(model_class, kind, name, dtype, **options)
-        key = str(folder.resolve()), files_of(folder), name, model_class.__bases__, model_class.__name__, kind, dtype
+            return load(model_class, kind, name, dtype, trained, tower, **options)
+        key = str(folder.resolve()), files_of(folder), name, model_class.__bases__, model_class.__name__, kind, dtype, (*trained, tower)
         if key not in READ:
             before = torch.get_rng_state()
-            found = load(model_class, kind, name, dtype)
+            found = load(model_class, kind, name, dtype, trained, tower)
             if not torch.equal(before, torch.get_rng_state()):  # before transformers 5: what follows needs the numbers after it
                 return found
             READ[key] = copy.deepcopy(found)
