@@ -97,7 +97,8 @@ def test_a_fresh_qformer_has_no_text_path(lm_folder, tmp_path, tiny):
     assert 0.018 < state["qformer.encoder.layer.0.attention.attention.key.weight"].std() < 0.022
     model = core.Blip2OPTGated.build(str(out), None, [], gating="none").eval()
     with torch.no_grad():
-        assert len(model.predict_answers(torch.zeros(1, 3, 112, 112), ["Which style is this painting?"], max_new_tokens=2)) == 1
+        images = torch.zeros(1, 3, model.image_size, model.image_size)
+        assert len(model.predict_answers(images, ["Which style is this painting?"], max_new_tokens=2)) == 1
 
 
 def test_what_is_there_or_does_not_fit_is_one_line(assembled, lm_folder, bert_folder, tmp_path):
