@@ -554,7 +554,9 @@ def cosines(equation, *vectors):
 # --- the system ------------
 
 class Blip2OPTGated(nn.Module):
-    """BLIP-2 (frozen vision tower, Q-Former, frozen OPT) whose cross-attention is gated by art style.
+    """BLIP-2 (frozen vision tower, Q-Former, frozen language model) whose cross-attention is gated by art style.
+
+    Named after the first of its language models, OPT; Flan-T5 and every causal decoder work too, see engine/decoders.py.
 
     blip2: a transformers Blip2ForConditionalGeneration; its parts are taken over, its Q-Former's weights go into core's.
     efficientnet: an EfficientNet28 or None (only with gating "none"). styles: the style vocabulary ([] = no style terms).

@@ -76,6 +76,9 @@ def get_args(argv=None):
     run.add_argument("--epochs", type=flags.positive, default=10, help="(default: 10)")
     run.add_argument("--batch-size", type=flags.positive, default=100, help="pairs a step and process (default: 100)")
     run.add_argument("--lr", type=flags.rate, default=1e-4, help="peak learning rate (default: 1e-4)")
+    run.add_argument("--text-lr", type=flags.weight, default=1.0, metavar="SCALE",
+                     help="rate of the text path that --init has trained already, as a multiple of --lr: with few pictures a small one "
+                          "keeps what it knows (default: 1, as LAVIS)")
     run.add_argument("--min-lr", type=flags.weight, default=1e-5, help="at the end of the cosine (default: 1e-5)")
     run.add_argument("--warmup", type=flags.whole, default=5000, metavar="STEPS",
                      help="steps of warm-up, at most a tenth of all (default: 5000)")
@@ -271,6 +274,12 @@ def draw_negatives(logits, other):
     weights = logits.detach().float().masked_fill(~other, -torch.inf)
     weights = weights.masked_fill(~other.any(1, keepdim=True), 0.0).softmax(1)
     return torch.multinomial(weights, 1)[:, 0]
+
+
+def is_text(name):
+    """Does a parameter of Stage1 belong to the text path, which a BERT or an earlier stage 1 has trained? Its self-attention and norm
+    serve the queries too; theirs alone are cross-attention, query feed-forwards and heads."""
+    return name.startswith(("embeddings.", "qformer.")) and "crossattention" not in name and "_query." not in name
 
 
 # --- where weights come from ------------
@@ -556,7 +565,11 @@ def make_run(args, accelerator, model, parts):
     """The Run of a model on its Parts."""
     if accelerator.is_main_process:
         checkpoints.print_parts(model)
-    wrapped, optimizer = accelerator.prepare(model, loop.make_optimizer(model, args.lr, args.weight_decay))
+
+    def scale_of(name):
+        return args.text_lr if is_text(name) else 1.0
+
+    wrapped, optimizer = accelerator.prepare(model, loop.make_optimizer(model, args.lr, args.weight_decay, scale_of))
     frozen = checkpoints.fingerprint(model)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     tower = sum(4 * p.numel() for p in model.parameters() if not p.requires_grad)  # at most: as its source keeps it

@@ -5,7 +5,7 @@
     python eval_gated.py --checkpoint runs/gated/best.pt                          # then look at the numbers
     accelerate launch train_gated.py --data data/artquest                         # several GPUs
 
-Frozen: vision tower, OPT, EfficientNet (and the Q-Former without --train-qformer). Trained: gates, PromptMapper, projection.
+Frozen: vision tower, language model, EfficientNet (and the Q-Former without --train-qformer). Trained: gates, PromptMapper, projection.
 Data flow: CSV row -> Questions -> collate -> Blip2OPTGated.forward -> loss -> log. Copy this file and edit it.
 """
 

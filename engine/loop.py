@@ -211,11 +211,15 @@ def format_metrics(numbers):
     return ", ".join(f"{name} {value}" if isinstance(value, int) else f"{name} {value:.4f}" for name, value in numbers.items())
 
 
-def make_optimizer(model, lr, weight_decay, **more):
-    """AdamW on what is trained; no decay on biases, norms and scalars (everything with fewer than two dimensions)."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-                              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}], lr=lr, **more)
+def make_optimizer(model, lr, weight_decay, scale_of=None, **more):
+    """AdamW on what is trained; no decay on biases, norms and scalars (everything with fewer than two dimensions). scale_of: name of a
+    parameter -> its rate as a multiple of each step's, see Run.steps."""
+    groups = {(True, 1.0): [], (False, 1.0): []}  # these two always, in this order: an older last.pt has them
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((parameter.ndim > 1, scale_of(name) if scale_of else 1.0), []).append(parameter)
+    return torch.optim.AdamW([{"params": found, "weight_decay": weight_decay if decays else 0.0, **({"scale": scale} if scale != 1 else {})}
+                              for (decays, scale), found in groups.items()], lr=lr, **more)
 
 
 def is_better(value, progress, lowest=False):

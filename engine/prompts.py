@@ -20,7 +20,7 @@ from data.tables import locate
 from engine.errors import DataError
 from engine.loaders import list_rows
 
-PROMPT = "Question: {} Answer:"  # BLIP-2's prompt for OPT; training and evaluation share this one line
+PROMPT = "Question: {} Answer:"  # BLIP-2's prompt; training and evaluation share this one line
 CONTEXT = "Context: {} "  # before it, where a data set has text about the picture
 MAX_TEXT = 32  # tokens of a text in the Q-Former, [CLS] and [SEP] among them
 MAX_ANSWER = 64  # tokens of an answer with its end of line, at most: more than short answers ever have, so that none is cut

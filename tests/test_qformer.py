@@ -608,6 +608,25 @@ def test_best_pt_and_the_exported_folder_hold_the_best_epochs_weights(prepare, m
     assert not any(same(a, b) for a, b in zip(after, after[1:]))
 
 
+def test_the_text_path_learns_at_a_rate_of_its_own(prepare):
+    """The first step of AdamW moves each number by its group's rate: the text path by a tenth of what the queries' own parts move."""
+    training, _, args = prepare("--text-lr", "0.1", "--warmup", "0", "--weight-decay", "0", "--lr", "1e-3")
+    before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    with training.open(False, vars(args), __file__):
+        training.wrapped.train()
+        step = next(training.steps(0))
+        pretrain_qformer.train_step(training, step)
+        step.update()
+    rate = training.lr(0)
+    far = {name: (p.detach() - before[name]).abs().max().item() for name, p in training.model.named_parameters() if p.requires_grad}
+    for name in ("embeddings.position_embeddings.weight", "qformer.layernorm.weight", "qformer.encoder.layer.1.output.dense.weight",
+                 "qformer.encoder.layer.0.attention.attention.key.weight"):
+        assert far[name] == pytest.approx(0.1 * rate, rel=1e-2), name
+    for name in ("qformer.encoder.layer.0.crossattention.attention.key.weight", "qformer.encoder.layer.1.output_query.dense.weight",
+                 "vision_projection.weight", "query_tokens", "itm_head.weight"):
+        assert far[name] == pytest.approx(rate, rel=1e-2), name
+
+
 def test_gradients_are_clipped_at_one_and_only_matrices_decay(prepare, monkeypatch):
     run, parts, args = prepare("--weight-decay", "0.5")
     clip, step, norms, ways = run.accelerator.clip_grad_norm_, torch.optim.AdamW.step, [], []

@@ -1,4 +1,4 @@
-"""What README.md, data/README.md, docs/faq.md, their Chinese pages and the scripts' docstrings tell people to type.
+"""What README.md, data/README.md, docs/faq.md, docs/small.md, their Chinese pages and the scripts' docstrings tell people to type.
 
 Every command parses, the two languages tell the same ones, and those of the indented blocks are run in the order of the page, on
 small stand-ins for what a reader would have (data, published weights), only shortened by the flags of SHORTER, and one gate map drawn.
@@ -22,29 +22,32 @@ import efficientnet_pretrain
 import eval_gated
 import metrics
 import pretrain_qformer
+import pretrain_stage2
 import train_blip_caption
 import train_cir
 import train_gated
 from engine import errors, loop
-from tools import bench, compare_gated, faithfulness, make_tiny, sample_cirr
+from tools import assemble, bench, compare_gated, faithfulness, make_tiny, sample_cirr
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = {"README.md": "README.zh-CN.md", "data/README.md": "data/README.zh-CN.md", "docs/faq.md": "docs/faq.zh-CN.md"}
+PAGES = {"README.md": "README.zh-CN.md", "data/README.md": "data/README.zh-CN.md", "docs/faq.md": "docs/faq.zh-CN.md",
+         "docs/small.md": "docs/small.zh-CN.md"}
 SCRIPTS = {"train_gated.py": train_gated, "eval_gated.py": eval_gated, "tools/compare_gated.py": compare_gated,
            "train_cir.py": train_cir,
            "efficientnet_pretrain.py": efficientnet_pretrain, "train_blip_caption.py": train_blip_caption, "metrics.py": metrics,
            "pretrain_qformer.py": pretrain_qformer, "tools/bench.py": bench, "tools/faithfulness.py": faithfulness,
-           "demo.py": demo,
+           "demo.py": demo, "pretrain_stage2.py": pretrain_stage2, "tools/assemble.py": assemble,
            "tools/make_tiny.py": make_tiny}
 # what the pages leave out of a command that they name in passing
 LEFT_OUT = {"eval_gated.py": ["--checkpoint", "x"], "train_gated.py": ["--data", "x"], "train_cir.py": ["--data", "x"],
             "train_blip_caption.py": ["--data", "x"], "efficientnet_pretrain.py": ["--data", "x"], "metrics.py": [],
-            "pretrain_qformer.py": ["--data", "x=y"], "tools/make_tiny.py": ["--out", "x"]}
+            "pretrain_qformer.py": ["--data", "x=y"], "pretrain_stage2.py": ["--data", "x=y"], "tools/make_tiny.py": ["--out", "x"]}
 SHORTER = {"train_gated.py": ["--epochs", "1"], "train_blip_caption.py": ["--epochs", "1"], "train_cir.py": ["--epochs", "1"],
-           "pretrain_qformer.py": ["--epochs", "1"], "efficientnet_pretrain.py": ["--epochs", "1", "--size", "32", "--batch-size", "8"]}
+           "pretrain_qformer.py": ["--epochs", "1"], "pretrain_stage2.py": ["--epochs", "1"], "efficientnet_pretrain.py": ["--epochs", "1", "--size", "32", "--batch-size", "8"]}
 WRITTEN = ("runs/gated/test.json", "runs/qformer/hf/config.json", "runs/lavis/hf/config.json", "submission/recall_submission.json",
            "runs/blip/test.json", "runs/cir/search.html")
-ELSEWHERE = {"tools/bench.py", "tools/make_sample.py"}  # test_bench.py (minutes), test_sample.py (writes into the project)
+# test_bench.py (minutes), test_sample.py (writes into the project), test_assemble.py (parts of other models)
+ELSEWHERE = {"tools/bench.py", "tools/make_sample.py", "tools/assemble.py"}
 
 
 def text_of(page):
