@@ -42,8 +42,9 @@ SCRIPTS = {"train_gated.py": train_gated, "eval_gated.py": eval_gated, "tools/co
 LEFT_OUT = {"eval_gated.py": ["--checkpoint", "x"], "train_gated.py": ["--data", "x"], "train_cir.py": ["--data", "x"],
             "train_blip_caption.py": ["--data", "x"], "efficientnet_pretrain.py": ["--data", "x"], "metrics.py": [],
             "pretrain_qformer.py": ["--data", "x=y"], "pretrain_stage2.py": ["--data", "x=y"], "tools/make_tiny.py": ["--out", "x"]}
-SHORTER = {"train_gated.py": ["--epochs", "1"], "train_blip_caption.py": ["--epochs", "1"], "train_cir.py": ["--epochs", "1"],
-           "pretrain_qformer.py": ["--epochs", "1"], "pretrain_stage2.py": ["--epochs", "1"], "efficientnet_pretrain.py": ["--epochs", "1", "--size", "32", "--batch-size", "8"]}
+SHORTER = {**{f"{name}.py": ["--epochs", "1"] for name in ("train_gated", "train_blip_caption", "train_cir", "pretrain_qformer",
+                                                           "pretrain_stage2")},
+           "efficientnet_pretrain.py": ["--epochs", "1", "--size", "32", "--batch-size", "8"]}
 WRITTEN = ("runs/gated/test.json", "runs/qformer/hf/config.json", "runs/lavis/hf/config.json", "submission/recall_submission.json",
            "runs/blip/test.json", "runs/cir/search.html")
 # test_bench.py (minutes), test_sample.py (writes into the project), test_assemble.py (parts of other models)
