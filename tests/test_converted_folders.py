@@ -18,6 +18,7 @@ from torch import nn
 
 import core
 import pretrain_qformer
+import pretrain_stage2
 import train_blip_caption
 import train_cir
 import train_gated
@@ -159,6 +160,8 @@ OPT, T5, ITM, BLIP, BLIP_ITM = FOLDERS
 STAGES = {  # (script and flag, its module, the flag's value -> the command line after --data)
     "train_gated.py --blip2": (train_gated, lambda here, known: ["--blip2", here]),
     "train_gated.py --qformer": (train_gated, lambda here, known: ["--blip2", known[OPT], "--qformer", here]),
+    "pretrain_stage2.py --blip2": (pretrain_stage2, lambda here, known: ["--blip2", here]),
+    "pretrain_stage2.py --qformer": (pretrain_stage2, lambda here, known: ["--blip2", known[OPT], "--qformer", here]),
     "train_cir.py --blip2": (train_cir, lambda here, known: ["--blip2", here]),
     "train_cir.py --qformer": (train_cir, lambda here, known: ["--blip2", known[ITM], "--qformer", here]),
     "pretrain_qformer.py --blip2": (pretrain_qformer, lambda here, known: ["--blip2", here, "--init", known["bert-base-uncased"]]),
@@ -170,10 +173,12 @@ NO_QFORMER = r"no Q-Former in .*: give a BLIP-2's folder"
 NO_BLIP = r"a blip-2 model and not a BLIP .*: give Salesforce/blip-image-captioning-base"
 # (stage, folder): why it is refused and what would work; every other pair is taken. data/README.md has the same table
 REFUSED = {
-    ("train_gated.py --blip2", ITM): r"for image-text retrieval and not one that answers.*: give Salesforce/blip2-opt-2.7b",
-    ("train_gated.py --blip2", BLIP): NO_BLIP2, ("train_gated.py --blip2", BLIP_ITM): NO_BLIP2,
-    ("train_gated.py --qformer", T5): "speaks to another language model .t5, here opt.: give that of a BLIP-2 with opt",
-    ("train_gated.py --qformer", BLIP): NO_QFORMER, ("train_gated.py --qformer", BLIP_ITM): NO_QFORMER,
+    **{(f"{script} --blip2", folder): why for script in ("train_gated.py", "pretrain_stage2.py") for folder, why in (
+        (ITM, r"for image-text retrieval and not one that answers.*: give Salesforce/blip2-opt-2.7b"), (BLIP, NO_BLIP2),
+        (BLIP_ITM, NO_BLIP2))},
+    **{(f"{script} --qformer", folder): why for script in ("train_gated.py", "pretrain_stage2.py") for folder, why in (
+        (T5, "speaks to another language model .t5, here opt.: give that of a BLIP-2 with opt"), (BLIP, NO_QFORMER),
+        (BLIP_ITM, NO_QFORMER))},
     ("train_cir.py --blip2", OPT): NO_TEXT, ("train_cir.py --blip2", T5): NO_TEXT,
     ("train_cir.py --blip2", BLIP): NO_BLIP2, ("train_cir.py --blip2", BLIP_ITM): NO_BLIP2,
     **{("train_cir.py --qformer", folder): "no embeddings.*: give an image-text-retrieval folder" for folder in (OPT, T5)},
@@ -190,6 +195,7 @@ REFUSED = {
 def rehearse(places, few, tiny, drawn, capsys):  # noqa: F811
     """Function: a stage and a folder -> (exit code, stdout, stderr) of its --dry-run."""
     data = {train_gated: [str(few), "--efficientnet", tiny[1]], train_cir: [str(drawn)], pretrain_qformer: [f"few={few}"],
+            pretrain_stage2: [f"few={few}"],
             train_blip_caption: [str(few)]}
 
     def run(stage, folder):
