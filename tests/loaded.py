@@ -29,7 +29,9 @@ def once(load):
         folder = pathlib.Path(name)
         if options or not folder.is_dir():  # quantised, or with another config
             return load(model_class, kind, name, dtype, trained, tower, **options)
-        key = str(folder.resolve()), files_of(folder), name, model_class.__bases__, model_class.__name__, kind, dtype, (*trained, tower)
+        inside = [str(cell.cell_contents) for cell in model_class.__init__.__closure__ or ()]  # what a class made for this call refuses
+        key = (str(folder.resolve()), files_of(folder), name, model_class.__bases__, model_class.__name__, kind, dtype, *trained, tower,
+               *inside)
         if key not in READ:
             before = torch.get_rng_state()
             found = load(model_class, kind, name, dtype, trained, tower)

@@ -511,7 +511,6 @@ def blip_case(case):
 @each_case("blip_captioning")
 @torch.no_grad()
 def test_blip_losses_of_three_recipes(case):
-    import train_blip_caption
     model, x, expected, tensors = blip_case(case)
     ids, mask, pixels = x["input_ids"].long(), x["attention_mask"].long(), x["pixel_values"]
     inputs = captioning.decoder_inputs(ids, mask, model.config.text_config.bos_token_id)
@@ -525,7 +524,7 @@ def test_blip_losses_of_three_recipes(case):
     assert loss(ids, ids, 0.0) == near(expected["loss_labels_eq_input_ids"])  # pads are targets
     assert loss(ids, inputs["labels"], 0.0) == near(expected["loss_pad_masked"])
     assert loss(inputs["input_ids"], inputs["labels"], 0.0) == near(expected["loss_pad_masked_bos_first"])
-    ours = loss(inputs["input_ids"], inputs["labels"], train_blip_caption.SMOOTHING)
+    ours = loss(inputs["input_ids"], inputs["labels"], captioning.SMOOTHING)
     assert ours == near(expected["original_salesforce_blip"]["loss"])
 
 

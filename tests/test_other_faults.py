@@ -413,7 +413,7 @@ FAULTS = [
     Fault("loader process is killed in scoring", CAPTIONS, dying_loader, ("loader process", "--workers 0"), "zero",
           ("--workers", "1")),
     Fault("Ctrl-C before the first step", BOTH, on_script("prepare", KeyboardInterrupt()), ("interrupted",), code=130),
-    Fault("package for the log is missing", BOTH, without_module("torch.utils.tensorboard"),
+    Fault("package for the log is missing", BOTH, without_module("tensorboard.summary.writer.record_writer"),
           ("tensorboard", "requirements.txt"), left="begun"),
     Fault("package for the page is missing", CAPTIONS, in_the_drawing("jinja2.py", WITHOUT_JINJA2),
           ("jinja2", "requirements.txt", "python -m show.report", "run/cases.results.json"), "zero", ("--cases", "1"),

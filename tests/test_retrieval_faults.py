@@ -370,7 +370,7 @@ FAULTS = [
     Fault("query tokens are missing", CIR, spoiled(without_tensor("query_tokens")), ("blip2", "missing", "query_tokens")),
     Fault("query tokens of --init are missing", QFORMER, spoiled(without_tensor("query_tokens"), "--init"),
           ("blip2", "no query_tokens")),
-    Fault("BLIP-2 with OPT", CIR, opt_blip2("--blip2"), ("blip2", "tensors are missing")),
+    Fault("BLIP-2 with OPT", CIR, opt_blip2("--blip2"), ("blip2", "not one for image-text retrieval", "blip2-itm-vit-g")),
     Fault("BLIP-2 with OPT as tower", QFORMER, opt_blip2("--blip2"), ("blip2", "image-text-retrieval", "--init")),
     Fault("BLIP-2 with OPT as --init", QFORMER, opt_blip2("--init"), ("blip2", "image-text-retrieval", "--init")),
     Fault("BLIP-2 with OPT as --qformer", CIR, opt_blip2("--qformer"), ("blip2", "image-text-retrieval folder")),
@@ -519,7 +519,7 @@ FAULTS = [
           more=("--workers", "1"),
           left="begun"),
     Fault("Ctrl-C before the first step", BOTH, on_script("prepare", KeyboardInterrupt()), ("interrupted",), code=130),
-    Fault("package for the log is missing", BOTH, without_module("torch.utils.tensorboard"),
+    Fault("package for the log is missing", BOTH, without_module("tensorboard.summary.writer.record_writer"),
           ("tensorboard", "requirements.txt"), left="begun"),
 
     # flags

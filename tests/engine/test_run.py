@@ -174,7 +174,7 @@ def test_the_loaders_of_an_epoch_end_before_its_validation(make):
         ended.append(epoch)
 
     toy, held = make(batches=batches), []
-    with toy.opened(False, {}, __file__):
+    with toy.open(False, {}, __file__):
         for epoch in toy.epochs():
             for step in toy.steps(epoch):
                 held += [step, *step]
