@@ -20,6 +20,7 @@ from tests import decoder_kinds
 from tests.decoder_kinds import CAUSAL, KINDS, SIZE, Q
 from tests.test_lean import gradients
 
+RUN = ("smollm", "qwen", "flan-t5")  # from training to export; OPT's way is every other test's
 QUESTIONS = ["What style is this painting?", "How many?", "What colour are the very many boats on the water?"]
 ANSWERS = ["Pop Art", "three", "red"]
 STYLES = ["Cubism", "Pointillism", "Pop Art"]
@@ -249,6 +250,7 @@ def trained(folders, few, tiny, tmp_path_factory):
     return train
 
 
+@pytest.mark.parametrize("kind", RUN)
 def test_training_writes_a_model_that_loads(trained, kind):
     run, _ = trained(kind)
     saved = checkpoints.load_checkpoint(run / "best.pt")
@@ -257,19 +259,23 @@ def test_training_writes_a_model_that_loads(trained, kind):
     assert sum(name.startswith("gates.") for name in saved["state"]) > 0
 
 
-@pytest.mark.parametrize("method", ["generate", "rank"])
-def test_evaluation_and_cache(trained, kind, method, tmp_path):
+@pytest.mark.parametrize("kind", RUN)
+def test_evaluation_and_cache(trained, kind, tmp_path):
     run, cache = trained(kind)
-    tables = []
-    for more in ([], ["--cache", str(cache)]):
+
+    def evaluated(*more):
         table, answers = tmp_path / "table.json", tmp_path / "answers.json"
-        eval_gated.main(["--checkpoint", str(run), "--workers", "0", "--no-baselines", "--beams", "2", "--method", method,
-                         "--table", str(table), "--predictions", str(answers), *more])
-        tables.append((json.loads(table.read_text())[-1], json.loads(answers.read_text())))
-    assert tables[0][1] == tables[1][1] and tables[0][0]["loss"] == pytest.approx(tables[1][0]["loss"], rel=1e-5)
-    assert tables[0][0]["loss"] == pytest.approx(checkpoints.load_checkpoint(run / "best.pt")["value"], rel=1e-4)
+        eval_gated.main(["--checkpoint", str(run), "--workers", "0", "--no-baselines", "--beams", "2", "--table", str(table),
+                         "--predictions", str(answers), *more])
+        return json.loads(table.read_text())[-1]["loss"], json.loads(answers.read_text())
+
+    live, cached, ranked = evaluated(), evaluated("--cache", str(cache)), evaluated("--cache", str(cache), "--method", "rank")
+    assert live[1] == cached[1] and live[0] == pytest.approx(cached[0], rel=1e-5) == pytest.approx(ranked[0], rel=1e-5)
+    assert live[0] == pytest.approx(checkpoints.load_checkpoint(run / "best.pt")["value"], rel=1e-4)
+    assert len(ranked[1]) == len(live[1]) and all(one["answer"] for one in ranked[1])
 
 
+@pytest.mark.parametrize("kind", RUN)
 def test_maps_and_export(trained, folders, tiny, kind, tmp_path):
     run, _ = trained(kind)
     eval_gated.main(["--checkpoint", str(run), "--workers", "0", "--no-baselines", "--beams", "1", "--maps", "1",
