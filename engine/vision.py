@@ -16,12 +16,15 @@ import pathlib
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from data.rows import BLIP_MEAN, BLIP_STD
 from engine.errors import DataError
 
 SETTINGS = ("arch", "mean", "std", "prefix", "grid")  # timm's name; of its pixels; tokens before the patches; their [rows, columns]
+# and "norm" where it is true: a LayerNorm without weights follows. A CNN's map comes out of an activation, while every ViT ends in a
+# norm and BLIP-2's tower in ln_vision; a Q-Former behind EfficientNet-Lite2 learns faster with it (docs/small.md)
 
 
 class TimmTower(nn.Module):
@@ -40,7 +43,8 @@ class TimmTower(nn.Module):
     @property
     def settings(self):
         """What the tokens depend on beside weights and code: of a cache's key and of a fingerprint."""
-        return {**{name: self.config.timm[name] for name in ("arch", "mean", "std")}, "image_size": self.config.image_size}
+        norm = {"norm": True} if self.config.timm.get("norm") else {}
+        return {**{name: self.config.timm[name] for name in ("arch", "mean", "std")}, **norm, "image_size": self.config.image_size}
 
     @property
     def tokens(self):
@@ -60,8 +64,10 @@ class TimmTower(nn.Module):
 
         pixels = (pixel_values.float() * of_channels(BLIP_STD) + of_channels(BLIP_MEAN)).clamp(0, 1)
         pixels = (pixels - of_channels(self.config.timm["mean"])) / of_channels(self.config.timm["std"])
-        found = self.net.forward_features(pixels.to(next(self.net.parameters()).dtype))
-        return SimpleNamespace(last_hidden_state=as_tokens(self.net, found))
+        tokens = as_tokens(self.net, self.net.forward_features(pixels.to(next(self.net.parameters()).dtype)))
+        if self.config.timm.get("norm"):
+            tokens = F.layer_norm(tokens, tokens.shape[-1:])
+        return SimpleNamespace(last_hidden_state=tokens)
 
 
 def build_net(arch, size, **loading):
@@ -102,11 +108,17 @@ def make_tower(arch, weights=None, size=None, log=print):
     grid = grid_of(net, found, prefix)
     width = as_tokens(net, found).shape[-1]
     config = Blip2VisionConfig(hidden_size=width, intermediate_size=width, num_hidden_layers=0, num_attention_heads=1, image_size=size,
-                               timm={"arch": arch, "mean": list(told["mean"]), "std": list(told["std"]), "prefix": prefix, "grid": grid})
+                               timm={"arch": arch, "mean": list(told["mean"]), "std": list(told["std"]), "prefix": prefix, "grid": grid,
+                                     **({"norm": True} if is_map(net, found) else {})})
     tower = TimmTower(config)
     tower.net.load_state_dict(net.state_dict())
     log(f"timm:{arch}: {tower.tokens} tokens of {width} at {size} pixels")
     return tower
+
+
+def is_map(net, found):
+    """Is what forward_features gave a CNN's map [B,W,h,w]?"""
+    return found.ndim == 4 and getattr(net, "output_fmt", "NCHW") != "NHWC"
 
 
 def grid_of(net, found, prefix):
