@@ -131,6 +131,24 @@ def test_answers_equal_transformers_generate(built, folders, kind, beams):
     assert found == expected and len(set(found)) > 1
 
 
+@pytest.mark.parametrize("kind", ["smollm", "qwen", "llama", "flan-t5"])
+@torch.no_grad()
+def test_an_answer_ends_where_the_model_ends_its_text(built, kind):
+    """Not with the newline alone, which a language model that was never trained on answers may not write."""
+    model = built(kind)
+    end = model.tokenizer.eos_token_id
+
+    def louder(head, args, logits):
+        logits[..., end] += 100
+        return logits
+
+    model.language_model.get_output_embeddings().register_forward_hook(louder)
+    images = training_batch(model)["images"]
+    asked = model._prompts(QUESTIONS, None, **model.image_features(images), gated=True, blind=False)
+    ids = model.decoder.generate(*asked, beams=1, new_tokens=8, length_penalty=0.0)
+    assert ids.shape[1] <= 3  # a token, since an answer has one at least, the end, and of T5 the start
+
+
 @torch.no_grad()
 def test_fresh_gates_are_the_identity_to_the_bit(built, kind):
     model = built(kind)
@@ -146,11 +164,13 @@ def test_pads_and_batch_change_nothing(built, kind):
     batch = training_batch(model)
     together, features = model(**batch)["lm"], model.image_features(batch["images"])
     answers = model.predict_answers(None, QUESTIONS, **features, max_new_tokens=8)
+    sure = model.confidence(QUESTIONS, ANSWERS, **features)
     for b, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
         own = {name: x[b:b + 1] for name, x in features.items()}
         alone = model(**core.encode_training(model.tokenizer, [question], [answer]), **own)["lm"]
         assert together[b].item() == pytest.approx(alone.item(), rel=1e-5)
         assert model.predict_answers(None, [question], **own, max_new_tokens=8) == [answers[b]]
+        assert model.confidence([question], [answer], **own).item() == pytest.approx(sure[b].item(), rel=1e-5)
 
 
 @torch.no_grad()
