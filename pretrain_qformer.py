@@ -97,9 +97,6 @@ def get_args(argv=None):
     other.add_argument("--convert", metavar="FILE", help="write OUT/hf of this LAVIS stage-1 .pth or best.pt, with the tower "
                                                               "of --blip2, and stop")
     args = flags.parse_args(parser, argv)
-    own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--data", action="append")
-    args.data = own.parse_known_args(argv)[0].data or args.data  # argparse would add them to those of --config
     if not args.data and (args.check_data or not args.convert):
         parser.error("--data NAME=PLACE is needed, but for --convert")
     if not args.init:
@@ -153,9 +150,8 @@ class Collate:
         self.tokenizer = tokenizer
 
     def __call__(self, samples):
-        for image, pair in samples:
-            if isinstance(image, DataError):
-                return {"fault": f"{pair.file}, {rows.locate(pair.file, pair.line)}: {image}"}
+        if fault := loaders.fault_of(samples):
+            return fault
         images, batch = zip(*samples)
         return {"images": torch.stack(images), **core.text_ids(self.tokenizer, [pair.text for pair in batch]),
                 "image_ids": torch.tensor([pair.image_id for pair in batch]), "pairs": batch}

@@ -82,9 +82,6 @@ def get_args(argv=None):
     look.add_argument("--untrained", action="store_true", help="the same before any training of this stage")
     look.add_argument("--captions", metavar="FILE.json", help="write {file: caption} of the validation pictures (of the best epoch)")
     args = flags.parse_args(parser, argv)
-    own = argparse.ArgumentParser(add_help=False)
-    own.add_argument("--data", action="append")
-    args.data = own.parse_known_args(argv)[0].data or args.data  # argparse would add them to those of --config
     if not args.data:
         parser.error("--data NAME=PLACE is needed")
     if args.untrained and args.checkpoint:
@@ -121,9 +118,8 @@ class Collate:
         self.tokenizer = tokenizer
 
     def __call__(self, samples):
-        for image, pair in samples:
-            if isinstance(image, DataError):
-                return {"fault": f"{pair.file}, {rows.locate(pair.file, pair.line)}: {image}"}
+        if fault := loaders.fault_of(samples):
+            return fault
         images, batch = zip(*samples)
         return {"images": torch.stack(images), **prompts.encode_captions(self.tokenizer, [pair.text for pair in batch], multiple=4)}
 

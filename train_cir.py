@@ -177,9 +177,8 @@ class Collate:
 
     def __call__(self, samples):
         images, queries, texts = zip(*samples)
-        for found, query, _ in samples:
-            if isinstance(found, DataError):
-                return {"fault": f"{query.file}, {rows.locate(query.file, query.line)}: {found}"}
+        if fault := loaders.fault_of((found, query) for found, query, _ in samples):
+            return fault
         targets = [query.target for query in queries]
         return {"images": torch.stack(images), **core.text_ids(self.tokenizer, texts),
                 "target_ids": torch.tensor([targets.index(name) for name in targets])}

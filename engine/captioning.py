@@ -18,7 +18,6 @@ from accelerate.utils import gather_object, send_to_device
 from tqdm import tqdm
 
 import metrics
-from data import rows
 from data.captions import token_ids
 from engine import errors, files, loaders, pages, published
 from engine.errors import DataError
@@ -76,9 +75,8 @@ class Collate:
         return cls(model.config.text_config.pad_token_id, model.config.text_config.bos_token_id)
 
     def __call__(self, samples):
-        for sample, picture in samples:
-            if isinstance(sample, DataError):
-                return {"fault": f"{picture.file}, {rows.locate(picture.file, picture.line)}: {sample}"}
+        if fault := loaders.fault_of(samples):
+            return fault
         batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample, _ in samples])}
         if "ids" in samples[0][0]:
             batch |= self.inputs([sample["ids"] for sample, _ in samples])

@@ -26,9 +26,16 @@ def parse_args(parser, argv=None):
         unknown = sorted(set(settings) - set(actions))
         if unknown:
             raise DataError(f"--config {path}: unknown settings {', '.join(map(str, unknown))}")
-        parser.set_defaults(**{name: _checked(actions[name], value, path) for name, value in settings.items()})
+        values = {name: _checked(actions[name], value, path) for name, value in settings.items()}
+        # of a flag that may be given several times argparse would add the command line's values to the file's
+        several = {name: values.pop(name) for name in settings if isinstance(actions[name], argparse._AppendAction)}
+        parser.set_defaults(**values)
         for name in settings:
             actions[name].required = False
+        args = parser.parse_args(argv)
+        for name, value in several.items():
+            setattr(args, name, getattr(args, name) or value)
+        return args
     return parser.parse_args(argv)
 
 

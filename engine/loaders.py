@@ -1,7 +1,7 @@
 """loaders.py: DataLoaders, and what is said when a picture is broken or a loader process dies.
 
     load_batches   over given row numbers; load_stream: over tar files
-    next_batch     on its device; LoaderError where a picture is broken
+    fault_of, next_batch    a batch in which a picture is broken; the next one on its device, LoaderError where it is such a one
     dead_loaders_named, list_rows    which rows a loader died at
 """
 
@@ -28,6 +28,14 @@ def load_stream(stream, collate, batch_size, workers):
     """A DataLoader over a stream of samples, each loader with its own part of it."""
     return DataLoader(stream, batch_size=batch_size, collate_fn=collate, num_workers=workers, timeout=600 if workers else 0,
                       worker_init_fn=outlive_signals if workers else None)
+
+
+def fault_of(samples):
+    """(what was read of a row, the row) of a batch -> {"fault": text}, as next_batch knows it, of the first DataError; else None."""
+    for found, row in samples:
+        if isinstance(found, DataError):
+            return {"fault": f"{row.file}, {locate(row.file, row.line)}: {found}"}
+    return None
 
 
 class LoaderError(DataError):

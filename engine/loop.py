@@ -3,7 +3,7 @@
     epoch_plan, seed_everything, cosine_lr  who sees which row when, and with which dropout: pure functions of whole numbers
     is_better, bad_loss                     whether best.pt is to be written; a loss that is no number, with its rows
     dry_run, activation_bytes, Pace         memory before a run, time to its end
-    StopSignal, stop_requested                     Ctrl-C, SIGTERM
+    StopSignal, stop_requested              Ctrl-C, SIGTERM
 """
 
 import math

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import default_collate
 
-from data.tables import locate
+from engine import loaders
 from engine.errors import DataError
-from engine.loaders import list_rows
 
 PROMPT = "Question: {} Answer:"  # BLIP-2's prompt; training and evaluation share this one line
 CONTEXT = "Context: {} "  # before it, where a data set has text about the picture
@@ -170,9 +169,8 @@ class Collate:
 
     def __call__(self, samples):
         features, group = zip(*samples)
-        for found, row in samples:
-            if isinstance(found, DataError):
-                return {"fault": f"{row.file}, {locate(row.file, row.line)}: {found}"}
+        if fault := loaders.fault_of(samples):
+            return fault
         batch = encode_training(self.tokenizer, [r.question for r in group], [r.answer for r in group], self.max_answer,
                                 [r.context for r in group], multiple=4)  # few distinct lengths
         batch |= default_collate(features)  # images [B,3,s,s], or image_embeds [B,P,W] and style_feature [B,F]
@@ -194,5 +192,5 @@ def log_cut_answers(tokenizer, splits, longest, log=print):
     """Say of every split {name: rows} how many answers have more than `longest` tokens; only those are not trained or scored whole."""
     for split, read in splits.items():
         cut = [r for r, n in zip(read, answer_lengths(tokenizer, [r.answer for r in read])) if n > longest]
-        first = f", first {list_rows(cut[:1])}: {cut[0].answer!r}" if cut else ""
+        first = f", first {loaders.list_rows(cut[:1])}: {cut[0].answer!r}" if cut else ""
         log(f"{split}: {len(cut)} of {len(read)} answers are cut at {longest} tokens{first}")

@@ -339,10 +339,11 @@ def refuse_unknown_words(tokenizer, texts, name):
     A tokenizer that was read wrongly makes them of all words (transformers 5's BertTokenizerFast(vocab_file=FILE) does), one of
     another language of most. At most 2000 of the texts are read, evenly taken."""
     texts = list(texts)
-    rows = tokenizer(texts[::len(texts) // 2000 + 1], add_special_tokens=False).input_ids if texts else []
+    texts = texts[::len(texts) // 2000 + 1]
+    rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
     unknown, tokens = sum(ids.count(tokenizer.unk_token_id) for ids in rows), sum(len(ids) for ids in rows)
     if unknown > UNKNOWN_SHARE * tokens:
-        first = next(text for text, ids in zip(texts[::len(texts) // 2000 + 1], rows) if tokenizer.unk_token_id in ids)
+        first = next(text for text, ids in zip(texts, rows) if tokenizer.unk_token_id in ids)
         raise DataError(f"{name}: its tokenizer reads {unknown} of {tokens} words as unknown, first in {excerpt(first, 60)!r} (at most "
                         f"{UNKNOWN_SHARE:.0%} may be): is it of another language, or are its files damaged?")
 
