@@ -51,16 +51,17 @@ DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  #
 class EfficientNet28(nn.Module):
     """Style classifier: timm's EfficientNet-B3 with a head of 28 classes (27 WikiArt styles and photographs).
 
-    forward takes images in BLIP's normalisation and at BLIP-2's size; the bridge to ImageNet's normalisation is inside.
+    forward takes images in BLIP's normalisation and at BLIP-2's size; the bridge to the net's own is inside. mean, std: three numbers
+    each, of its training pixels (ImageNet's; timm's Lite and tf_ nets have others).
     """
 
-    def __init__(self, num_classes=28, arch="efficientnet_b3", classes=None):
+    def __init__(self, num_classes=28, arch="efficientnet_b3", classes=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
         import timm
         self.net = timm.create_model(arch, num_classes=num_classes, pretrained=False)
         self.arch, self.num_classes, self.classes = arch, num_classes, classes
         for name, values in (("blip_mean", BLIP_MEAN), ("blip_std", BLIP_STD),
-                             ("net_mean", IMAGENET_MEAN), ("net_std", IMAGENET_STD)):
+                             ("net_mean", mean), ("net_std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     @property
@@ -70,8 +71,8 @@ class EfficientNet28(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, path, safe=False):
-        """Build the net with as many classes as the checkpoint holds, and load it strictly. `arch` and `classes` are
-        taken from the file where it has them (ours do); other files are taken for an EfficientNet-B3."""
+        """Build the net with as many classes as the checkpoint holds, and load it strictly. `arch`, `classes`, `mean`
+        and `std` are taken from the file where it has them (ours do); other files are taken for an EfficientNet-B3 of ImageNet's."""
         loaded = load_foreign(path, safe)
         state, where = unwrap_state(loaded, path)
         if "classifier.weight" not in state:
@@ -80,8 +81,9 @@ class EfficientNet28(nn.Module):
         extra = loaded if isinstance(loaded, dict) else {}
         arch = extra.get("arch") if isinstance(extra.get("arch"), str) else "efficientnet_b3"
         try:
-            net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"))
-        except RuntimeError as error:  # timm, of a name that it does not know
+            net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"),
+                      **{name: extra[name] for name in ("mean", "std") if name in extra})
+        except (RuntimeError, TypeError, ValueError) as error:  # timm, of a name that it does not know; a mean that is none
             raise DataError(f"{path}: arch {arch!r} cannot be built ({' '.join(str(error).split())})") from None
         load_strictly(net.net, state, f"{path} ({where}) as {arch}")
         return net

@@ -5,6 +5,7 @@
     python efficientnet_pretrain.py --data data/artquest --arch test_efficientnet --size 112 --epochs 15 --batch-size 16 \\
         --lr 1e-2 --cutmix 0 --dropout 0                            # the drawn sample, random weights, laptop CPU
     accelerate launch efficientnet_pretrain.py --data wikiart --pretrained      # several GPUs
+    python efficientnet_pretrain.py --data wikiart --pretrained --probe         # few pictures, or a first look: the head alone
 
 --data: ArtGAN's folder (style_train.csv, style_val.csv, style_class.txt), a folder with train/STYLE/ and val/STYLE/, one with
 STYLE/ alone (a tenth of each is held out), or a classes.csv (filename, subset; the style is the first folder of filename).
@@ -39,6 +40,7 @@ from engine.run import Run, resumes
 
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm", "top1", "top5", "f1", "balanced")
 CLIP = 5.0  # gradient norm: only spikes are cut
+PENALTIES, FOLDS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 5  # of --probe's logistic regression, and how one is chosen
 PANELS = [("loss", [("step", "loss", "training (smoothed, mixed)"), ("epoch", "loss", "validation")]),
           ("validation", [("epoch", "f1", "macro F1"), ("epoch", "balanced", "balanced accuracy"), ("epoch", "top1", "top-1"),
                           ("epoch", "top5", "top-5")]),
@@ -71,6 +73,8 @@ def get_args(argv=None):
     model.add_argument("--freeze-bn", action="store_true", help="leave the batch-norm statistics as the first weights have "
                                                                 "them; scale and shift are trained")
     run = parser.add_argument_group("training")
+    run.add_argument("--probe", action="store_true", help="train the classifier alone, by logistic regression on the features of "
+                                                          "--pretrained or --init; only --balance, --seed and --batch-size count")
     run.add_argument("--epochs", type=flags.positive, default=30, help="(default: 30)")
     run.add_argument("--batch-size", type=flags.positive, default=32, help="pictures a step and process (default: 32)")
     run.add_argument("--accumulation", type=flags.positive, default=1, help="batches an optimizer step (default: 1)")
@@ -94,6 +98,10 @@ def get_args(argv=None):
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     args = flags.parse_args(parser, argv)
+    if args.probe and not (args.pretrained or args.init):
+        parser.error("--probe needs weights that have seen pictures: --pretrained or --init FILE")
+    if args.probe:
+        args.epochs = 1
     if args.cutmix + args.mixup > 1:
         parser.error(f"--cutmix {args.cutmix:g} and --mixup {args.mixup:g} are shares of the same batches: more than 1 in all")
     return args
@@ -129,22 +137,22 @@ def balance_classes(labels, power, seed, epoch):
 
 
 class Paintings(Dataset):
-    """(row number, epoch, place in the epoch), or a row number -> (pixels [3,s,s] in ImageNet's normalisation, label, Row).
+    """(row number, epoch, place in the epoch), or a row number -> (pixels [3,s,s] in the net's normalisation, label, Row).
 
     With an epoch the picture is cropped, mirrored and tinted: a pure function of (seed, epoch, place), whichever process does it.
     Without, it is squashed to a square as Gated BLIP-2 does it for its classifier: validation sees what that will see.
     A broken picture's DataError is handed on in place of the pixels: raised in a loader it would keep the others from ending.
     """
 
-    def __init__(self, read, classes, size, crop=1.0, seed=0):
+    def __init__(self, read, classes, size, crop=1.0, seed=0, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         from torchvision.transforms import v2  # not above, as timm below: each takes as long as torch, and --help needs neither
-        self.rows, self.size, self.seed = read, size, seed
+        self.rows, self.size, self.seed, self.mean, self.std = read, size, seed, mean, std
         self.labels = [classes.index(row.style) for row in read]
         jitter = v2.ColorJitter(brightness=0.1, contrast=0.1, saturation=0.1, hue=0.02)  # light: colour is part of a style
         self.augment = v2.Compose([
             v2.RandomResizedCrop(size, scale=(max(crop, 0.01), 1.0), interpolation=v2.InterpolationMode.BICUBIC),
             v2.RandomHorizontalFlip(), v2.RandomApply([jitter], p=0.3), v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+            v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
     def __len__(self):
         return len(self.rows)
@@ -157,7 +165,7 @@ class Paintings(Dataset):
         except DataError as error:
             return error, self.labels[number], row
         if not when:
-            return rows.image_tensor(image, self.size, IMAGENET_MEAN, IMAGENET_STD), self.labels[number], row
+            return rows.image_tensor(image, self.size, self.mean, self.std), self.labels[number], row
         loop.seed_everything(self.seed, *when, 1)  # 1: not the numbers that seed dropout
         return self.augment(image), self.labels[number], row
 
@@ -276,6 +284,9 @@ def build(args, classes, log, blank=False):
         start_from(net, args.init, log)
     elif not args.pretrained and not blank:
         log("random weights: --pretrained or --init start from ImageNet's, which takes far fewer pictures")
+    if args.probe:
+        net.requires_grad_(False)
+        net.classifier.requires_grad_(True)
     return net.to(memory_format=torch.channels_last)
 
 
@@ -302,13 +313,69 @@ def mix_batch(images, labels, classes, cutmix, mixup):
     return images, F.one_hot(labels, classes).float()
 
 
+# --- the probe ------------
+
+@torch.no_grad()
+def pooled_features(net, data, accelerator, batch_size, workers):
+    """Every row as validation sees it -> float64 [N,F] on the CPU, in their order; every process computes all."""
+    net.eval()
+    batches = [list(range(len(data)))[i:i + batch_size] for i in range(0, len(data), batch_size)]
+    loaded, found = iter(loaders.load_batches(data, collate, batches, workers)), []
+    for _ in tqdm(batches, desc="features", leave=False, mininterval=1, disable=None if accelerator.is_main_process else True):
+        images = channels_last(loaders.next_batch(loaded, accelerator.device)["images"])
+        with accelerator.autocast():
+            found.append(net.forward_head(net.forward_features(images), pre_logits=True).double().cpu())  # [B,F]
+    return torch.cat(found)
+
+
+def fit_logistic(features, labels, classes, balance, penalty):
+    """Multinomial logistic regression: features [N,F], labels [N] -> weight [K,F], bias [K] for the features as they are.
+
+    Minimises the mean cross-entropy, a row of class c weighed by n_c^-balance, plus penalty/2 |weight|^2 on standardised features."""
+    mean, std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)  # [F] each
+    x, counts = (features - mean) / std, torch.bincount(labels, minlength=classes).double()
+    shares = counts[labels] ** -balance
+    shares /= shares.sum()  # [N]
+    weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
+    solver = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe", tolerance_change=1e-9)
+
+    def loss():
+        solver.zero_grad()
+        value = shares @ F.cross_entropy(x @ weight.T + bias, labels, reduction="none") + penalty / 2 * (weight ** 2).sum()
+        value.backward()
+        return value
+    solver.step(loss)
+    weight = (weight / std).detach()
+    return weight, bias.detach() - weight @ mean
+
+
+def best_penalty(features, labels, classes, balance, seed):
+    """The one of PENALTIES with the lowest mean loss [class-balanced as in fit_logistic] on FOLDS folds of the training rows."""
+    fold = torch.empty(len(labels), dtype=torch.long)
+    rng = np.random.default_rng([seed, 2])
+    for label in range(classes):  # each class spread evenly over the folds
+        members = np.flatnonzero(labels.numpy() == label)
+        fold[rng.permutation(members)] = torch.from_numpy(rng.permutation(FOLDS)[np.arange(len(members)) % FOLDS])
+    shares = torch.bincount(labels, minlength=classes).double()[labels] ** -balance  # [N]
+
+    def loss(penalty):
+        total = 0.0
+        for n in range(FOLDS):
+            seen, held = fold != n, fold == n
+            weight, bias = fit_logistic(features[seen], labels[seen], classes, balance, penalty)
+            total += (shares[held] * F.cross_entropy(features[held] @ weight.T + bias, labels[held], reduction="none")).sum().item()
+        return total
+    return min(PENALTIES, key=loss)
+
+
 # --- checkpoints ------------
 
 def best_of(args, parts):
     """What best.pt holds: the averaged weights and plain values; core.EfficientNet28.from_checkpoint takes it as it is."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in parts.ema.module.state_dict().items()}
-    return {"model": state, "arch": args.arch, "classes": parts.classes, "size": args.size, "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD), "args": vars(args)}
+    return {"model": state, "arch": args.arch, "classes": parts.classes, "size": args.size, "mean": list(parts.train.mean),
+            "std": list(parts.train.std), "args": vars(args)}
 
 
 def settings(args, parts, accelerator):
@@ -357,22 +424,46 @@ def train(args):
     resumed = resumes(accelerator, args.out, args.resume)
     run, parts = prepare(args, accelerator, resumed)
     with run.open(resumed, vars(args), __file__):
-        accelerator.print(f"{len(parts.train)} training and {len(parts.val)} validation pictures, {len(parts.classes)} classes; "
-                          f"{run.total} steps of {len(run.plan(0)[0][0])}, lr {args.lr:g}, "
+        how = "a probe" if args.probe else f"{run.total} steps of {len(run.plan(0)[0][0])}, lr {args.lr:g}"
+        accelerator.print(f"{len(parts.train)} training and {len(parts.val)} validation pictures, {len(parts.classes)} classes; {how}, "
                           f"precision {accelerator.mixed_precision}, {accelerator.device}")
-        rehearse(run, parts, args)
+        if not args.probe:
+            rehearse(run, parts, args)
         for epoch in run.epochs():
-            train_mode(run, args.freeze_bn)
-            for step in run.steps(epoch):
-                train_step(run, step, args)
-                step.update()
-                parts.ema.update(run.model, run.step)
+            if args.probe:
+                probe(run, parts, args)
+            else:
+                train_epoch(run, parts, epoch, args)
             numbers, confusion = validate(run, parts, parts.val, args)
             if run.end_epoch(numbers, confusion=confusion.tolist()):
                 run.save_best()
         if accelerator.is_main_process and run.progress["value"] is not None:
             report(run, parts)
     return run
+
+
+def train_epoch(run, parts, epoch, args):
+    """The steps of an epoch and the average of the weights."""
+    train_mode(run, args.freeze_bn)
+    for step in run.steps(epoch):
+        train_step(run, step, args)
+        step.update()
+        parts.ema.update(run.model, run.step)
+
+
+def probe(run, parts, args):
+    """--probe: the head of the averaged weights, which are still the first ones, fitted to the training pictures uncropped."""
+    net = parts.ema.module
+    features = pooled_features(net, parts.train, run.accelerator, args.batch_size, args.workers)  # [N,F]
+    labels = torch.tensor(parts.train.labels)
+    penalty = best_penalty(features, labels, len(parts.classes), args.balance, args.seed)
+    weight, bias = fit_logistic(features, labels, len(parts.classes), args.balance, penalty)
+    run.accelerator.print(f"logistic regression on features {list(features.shape)}, penalty {penalty:g}: of {PENALTIES} the one with the "
+                          f"lowest loss on {FOLDS} folds of the training pictures")
+    with torch.no_grad():
+        net.classifier.weight.copy_(weight)
+        net.classifier.bias.copy_(bias)
+    run.step = run.per_epoch  # it stands for the steps of its epoch
 
 
 def validate(run, parts, data, args):
@@ -398,7 +489,7 @@ def rehearse(run, parts, args):
     step.update()
     for buffer, value in zip(run.model.buffers(), before):
         buffer.copy_(value)
-    few = Paintings(parts.val.rows[:args.batch_size], parts.classes, args.size)
+    few = Paintings(parts.val.rows[:args.batch_size], parts.classes, args.size, mean=parts.val.mean, std=parts.val.std)
     evaluate(parts.ema.module, few, run.accelerator, args.batch_size, 0)
     loop.print_gpu_memory(run.accelerator)
 
@@ -416,7 +507,9 @@ def prepare(args, accelerator, resumed=False):
     # spans t^(2/3) steps and a run of 200 steps has a useful one too
     ema = ModelEmaV3(model, decay=args.ema, use_warmup=True)
     wrapped, optimizer = accelerator.prepare(model, loop.make_optimizer(model, args.lr, args.weight_decay))
-    parts = Parts(classes, *(Paintings(splits[split], classes, args.size, args.crop, args.seed) for split in ("train", "val")), ema)
+    pixels = {name: tuple(model.pretrained_cfg[name]) for name in ("mean", "std")}  # what timm says that its weights are fed with
+    parts = Parts(classes, *(Paintings(splits[split], classes, args.size, args.crop, args.seed, **pixels) for split in ("train", "val")),
+                  ema)
 
     def plan(epoch):
         """The steps of loop.epoch_plan, with Paintings' keys as the numbers."""

@@ -442,7 +442,79 @@ def test_init(tmp_path):
             assert ("head of 5 classes is left out, the new one has 3" in "".join(said)) is not kept
 
 
+# --- the probe ------------
+
+def test_logistic_regression_is_at_its_minimum():
+    """Two classes of 9 and 3 rows, weighed to equal shares: the gradient of the stated loss, written out here, is zero, and a
+    feature's unit does not matter."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 9 + [1] * 3)
+    x = torch.randn(12, 4, generator=generator, dtype=torch.float64) + labels[:, None]
+    weight, bias = pretrain.fit_logistic(x, labels, 2, 1.0, 0.1)
+    shares = torch.tensor([1 / 18] * 9 + [1 / 6] * 3, dtype=torch.float64)  # each class half of the loss
+    wrong = shares[:, None] * ((x @ weight.T + bias).softmax(1) - F.one_hot(labels))  # [N,K]
+    spread = x.std(0, correction=0)
+    standardised = (x - x.mean(0)) / spread
+    assert torch.allclose(wrong.T @ standardised + 0.1 * weight * spread, torch.zeros(2, 4, dtype=torch.float64), atol=1e-5)
+    assert torch.allclose(wrong.sum(0), torch.zeros(2, dtype=torch.float64), atol=1e-5)
+    scaled, _ = pretrain.fit_logistic(x * 1000 + 7, labels, 2, 1.0, 0.1)
+    assert torch.allclose(scaled * 1000, weight, rtol=1e-3, atol=1e-5)
+
+
+def test_penalty_follows_the_features():
+    """Features of pure noise want the heaviest penalty; a class told by one clear feature wants less."""
+    labels = torch.arange(60) % 3
+    noise = torch.randn(60, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert pretrain.best_penalty(noise, labels, 3, 1.0, 42) == max(pretrain.PENALTIES)
+    assert pretrain.best_penalty(noise + 8 * F.one_hot(labels, 20), labels, 3, 1.0, 42) < max(pretrain.PENALTIES)
+
+
+def test_probe_trains_the_head_alone(source, tmp_path, capsys):
+    torch.manual_seed(1)
+    state = timm.create_model(ARCH, num_classes=5).state_dict()
+    save_file(state, tmp_path / "first.safetensors")
+    run = pretrain.train(pretrain.get_args(flags(source, tmp_path / "run", "--probe", "--init", str(tmp_path / "first.safetensors"))))
+    assert "logistic regression on features [14, 256]" in capsys.readouterr().out and run.progress["epoch"] == 1
+    best = torch.load(tmp_path / "run/best.pt", weights_only=True)["model"]
+    assert all(torch.equal(best[n], t) for n, t in state.items() if not n.startswith("classifier"))
+    net = core.EfficientNet28.from_checkpoint(tmp_path / "run/best.pt", safe=True).eval()
+    classes, splits, _ = read(source)
+    data = pretrain.Paintings(splits["train"], classes, 32)
+    features = net.net.forward_head(net.net.forward_features(torch.stack([data[n][0] for n in range(len(data))])), pre_logits=True)
+    guess = net.logits(features).argmax(1)
+    assert (guess == torch.tensor(data.labels)).float().mean() > 0.9, "three colours are told apart"
+    assert (tmp_path / "run/per_class.csv").exists() and (tmp_path / "run/confusion.png").exists()
+
+
+def test_probe_needs_weights(capsys):
+    with pytest.raises(SystemExit):
+        pretrain.get_args(flags("x", "x", "--probe"))
+    assert "--pretrained or --init" in capsys.readouterr().err
+
+
 # --- runs ------------
+
+@torch.no_grad()
+def test_pixels_are_in_the_nets_own_normalisation(source, tmp_path):
+    """timm feeds its tf_ and Lite nets with mean and std of 0.5: white is 1, in training, in validation and behind BLIP's pixels."""
+    args = pretrain.get_args(flags(source, tmp_path / "run", "--arch", "tf_efficientnet_lite0"))
+    run, parts = pretrain.prepare(args, Accelerator(cpu=True))
+    white = tmp_path / "white.png"
+    Image.new("RGB", (32, 32), "white").save(white)
+    for paintings in (parts.train, parts.val):
+        paintings.rows = [rows.Row(str(white), "white.png", "", "", "", "Cubism", 1, "f")]
+        assert torch.allclose(paintings[0][0], torch.ones(3, 32, 32), atol=1e-6)
+    torch.save(pretrain.best_of(args, parts), tmp_path / "best.pt")
+    net = core.EfficientNet28.from_checkpoint(tmp_path / "best.pt", safe=True)
+    seen = []
+    net.net.forward_features = lambda pixels: seen.append(pixels) or torch.zeros(1, net.width, 1, 1)
+    blip = rows.image_tensor(Image.open(white), 32, rows.BLIP_MEAN, rows.BLIP_STD)
+    net(blip[None])
+    assert torch.allclose(seen[0], torch.ones(1, 3, 32, 32), atol=1e-5)
+    torch.save({**pretrain.best_of(args, parts), "mean": "none"}, tmp_path / "odd.pt")
+    with pytest.raises(DataError, match="odd.pt"):
+        core.EfficientNet28.from_checkpoint(tmp_path / "odd.pt", safe=True)
+
 
 def test_run_folder(finished):
     run, parts, out = finished
