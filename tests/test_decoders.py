@@ -17,7 +17,7 @@ import train_gated
 from engine import checkpoints, decoders, errors, memory, prompts, published
 from engine.errors import DataError
 from tests import decoder_kinds
-from tests.decoder_kinds import CAUSAL, KINDS, SIZE, Q
+from tests.decoder_kinds import KINDS, SIZE, Q
 from tests.test_lean import gradients
 
 RUN = ("smollm", "qwen", "flan-t5")  # from training to export; OPT's way is every other test's
@@ -311,8 +311,3 @@ def test_float16_is_refused_at_the_command(folders, few, tiny, tmp_path, capsys)
     assert errors.exit_code(train_gated.main, flags) == 2
     error = capsys.readouterr().err
     assert "overflow in float16" in error and error.count("\n") == 1 and not (tmp_path / "run/best.pt").exists()
-
-
-def test_causal_kinds_are_most(folders):
-    """The list that the texts of errors name is the one that is tested."""
-    assert set(KINDS) - set(CAUSAL) == {"flan-t5"}

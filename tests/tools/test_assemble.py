@@ -134,6 +134,9 @@ def test_stage_1_stage_2_and_the_gates(assembled, few, tiny, tmp_path, arch, no_
     far = max((live["state"][name] - tensor).abs().max() for name, tensor in cached["state"].items())
     assert live["frozen"] == cached["frozen"] and far <= (0 if arch == "test_vit" else 1e-4)  # a convolution adds in another order
     assert not eval_gated.main(["--checkpoint", str(tmp_path / "cached"), "--split", "test", "--workers", "0", *caches])
+    for more in (["--lm-precision", "nf4"], ["--export", str(tmp_path / "shared")]):  # export compares its logits bit by bit
+        assert not eval_gated.main(["--checkpoint", str(tmp_path / "live"), "--workers", "0", "--no-baselines", "--beams", "1", *more])
+    assert core.load_gated(tmp_path / "shared", blip2=folder, efficientnet=tiny[1], qformer=trained)[0].gates
     model, processor = core.load_gated(tmp_path / "live")
     images, question = processor(next((few / "images").iterdir())), "Which style is this painting?"
     assert len(model.predict_answers(images, [question])) == 1
