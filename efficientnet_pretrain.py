@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import rows, wikiart
 from data.rows import IMAGENET_MEAN, IMAGENET_STD
-from engine import checkpoints, environment, errors, files, flags, loaders, loop, runfolder
+from engine import checkpoints, environment, errors, files, flags, fonts, loaders, loop, runfolder
 from engine.errors import DataError
 from engine.run import Run, resumes
 
@@ -233,22 +233,23 @@ def draw_confusion(confusion, classes, path, title):
     count = len(classes)
     true = confusion.sum(1)
     share = confusion / np.maximum(true, 1)[:, None]  # [K,K], rows sum to 1
-    figure, axis = plt.subplots(figsize=(4 + 0.4 * count, 3 + 0.36 * count), layout="constrained")
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-    for i, j in zip(*np.nonzero(share >= 0.005)):
-        axis.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=8,
-                  color="white" if share[i, j] > 0.5 else "black")
-    axis.set_xticks(range(count), classes, rotation=60, ha="right", rotation_mode="anchor")
-    axis.set_yticks(range(count), [f"{name} ({n})" for name, n in zip(classes, true)])
-    axis.set_xticks(np.arange(count + 1) - 0.5, minor=True)
-    axis.set_yticks(np.arange(count + 1) - 0.5, minor=True)
-    axis.grid(which="minor", color="0.9", linewidth=0.5)
-    axis.tick_params(which="both", length=0)
-    axis.set(xlabel="predicted", ylabel="true (validation pictures)")
-    axis.set_title(title, loc="left", fontsize=11)
-    with files.whole_file(path, "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
+    with fonts.fonts_for("".join((title, *classes))) as note:
+        figure, axis = plt.subplots(figsize=(4 + 0.4 * count, 3 + 0.36 * count), layout="constrained")
+        axis.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        for i, j in zip(*np.nonzero(share >= 0.005)):
+            axis.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=8,
+                      color="white" if share[i, j] > 0.5 else "black")
+        axis.set_xticks(range(count), classes, rotation=60, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(count), [f"{name} ({n})" for name, n in zip(classes, true)])
+        axis.set_xticks(np.arange(count + 1) - 0.5, minor=True)
+        axis.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+        axis.grid(which="minor", color="0.9", linewidth=0.5)
+        axis.tick_params(which="both", length=0)
+        axis.set(xlabel="predicted", ylabel="true (validation pictures)")
+        axis.set_title("\n".join(filter(None, (title, note))), loc="left", fontsize=11)
+        with files.whole_file(path, "wb") as file:
+            figure.savefig(file, format="png", dpi=110)
+        plt.close(figure)
 
 
 def class_table(confusion, classes, trained_on):

@@ -464,20 +464,15 @@ def write_outputs(run, systems, command):
     elif args.table:
         with files.whole_file(args.table) as file:
             json.dump(table, file, indent=1)
+    drawn = draw_maps(run, trained) if args.maps else []
     if args.report:
         made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, {args.split}", seed=run.checkpoint["args"]["seed"],
                             **{"pictures that training saw": format_overlap(run.overlap)})
-        log = pathlib.Path(args.checkpoint).with_name("training_log.csv")
-        report.write(args.report, f"{args.checkpoint}: {args.split}",
-                     report.gated(questions, systems, table, log, PANELS, run.model.styles, [made]))
+        log, model = pathlib.Path(args.checkpoint).with_name("training_log.csv"), "BLIP-2" if run.model.gates is None else "Gated BLIP-2"
+        data = pathlib.Path(os.path.abspath(args.data)).name
+        report.write(args.report, report.outcome(f"{model} on {data} {args.split}", questions, systems),
+                     report.gated(questions, systems, table, log, PANELS, run.model.styles, drawn, [made]))
         print(f"report: {args.report}")
-    if args.maps:
-        folder = map_folder(args)
-        drawn = maps.draw_rows(run.model, questions, [one["prediction"] for one in trained], args.maps, folder, run.data.features)
-        frames = gate_frames.read_frames(folder.parent / gate_frames.FILE)
-        if frames and run.model.gates is not None:
-            maps.skyline(frames, folder / "gates.png", folder / "gates.gif")
-        print(f"maps of the first {len(drawn)} questions: {folder}")
     if args.export:
         batch = run.collate([run.data[i] for i in range(min(4, len(run.data)))])
         moved = {n: run.places.get(n) for n in ("blip2", "efficientnet", "lm_precision")}
@@ -485,6 +480,18 @@ def write_outputs(run, systems, command):
                        sharing.samples(questions, trained), command, batch, **moved, dtype=run.dtype, safe=args.safe_load,
                        model_class=model_class(args.script))
         print(f"exported, loaded again and compared: {args.export}")
+
+
+def draw_maps(run, trained):
+    """--maps: figures of the first questions and the gates by style -> their paths, the gates first."""
+    folder = map_folder(run.args)
+    drawn = maps.draw_rows(run.model, run.questions, [one["prediction"] for one in trained], run.args.maps, folder, run.data.features)
+    print(f"maps of the first {len(drawn)} questions: {folder}")
+    frames = gate_frames.read_frames(folder.parent / gate_frames.FILE)
+    if frames and run.model.gates is not None:
+        maps.skyline(frames, folder / "gates.png", folder / "gates.gif")
+        drawn.insert(0, folder / "gates.png")
+    return drawn
 
 
 def map_folder(args):

@@ -44,7 +44,8 @@ LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "itc", "itc chance", "itm"
 PANELS = [("losses", [("step", name, name) for name in ("itc", "itc chance", "itm", "itm chance", "itg")]),
           ("validation, recall in %", [("epoch", "mean", "ITC"), ("epoch", "reranked mean", "re-ranked by ITM"),
                                        ("epoch", "t2i R@1", "t2i R@1"), ("epoch", "i2t R@1", "i2t R@1")]),
-          ("learning", [("step", "grad_norm", "gradient norm"), ("epoch", "itg", "validation ITG")])]
+          ("validation ITG", [("epoch", "itg", "validation ITG")]),
+          ("gradient norm", [("step", "grad_norm", "gradient norm")])]
 
 
 def get_args(argv=None):

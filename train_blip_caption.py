@@ -44,7 +44,8 @@ LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm", "layers", "im
 PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation")]),
           ("validation", [("epoch", "score", "mean of the three"), ("epoch", "meteor", "METEOR"), ("epoch", "rouge_l", "ROUGE-L"),
                           ("epoch", "cider_d", "CIDEr-D")]),
-          ("learning", [("step", "grad_norm", "gradient norm"), ("epoch", "layers", "open vision layers")])]
+          ("gradient norm", [("step", "grad_norm", "gradient norm")]),
+          ("open vision layers", [("epoch", "layers", "open vision layers")])]
 
 
 def get_args(argv=None):

@@ -48,7 +48,8 @@ LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "itc", "rtc", "align", "pa
 PANELS = [("loss", [("step", name, label)
                     for name, label in (("loss", "sum"), ("itc", "itc"), ("rtc", "rtc"), ("align", "align"))]),
           ("validation", [("epoch", name, name) for name in ("mean", "R@1", "R@5", "R@10", "Rs@1")]),
-          ("learning", [("step", "grad_norm", "gradient norm"), ("epoch", "change", "change by the gate")])]
+          ("gradient norm", [("step", "grad_norm", "gradient norm")]),
+          ("change by the gate", [("epoch", "change", "relative change of the patches")])]
 
 
 def get_args(argv=None):
@@ -592,7 +593,7 @@ def score(args):
     if len(results) > 1:
         log(f"mean: {format_metrics(mean_of(results))}")
     if args.report and accelerator.is_main_process:
-        report_results(args, args.checkpoint, pools, scores)
+        report_results(args, args.checkpoint, pools, scores, [figure for page in maps for figure in figures_of(page)])
     for pool in unseen:
         features, vectors, _ = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
         if accelerator.is_main_process:
@@ -604,11 +605,11 @@ def score(args):
         pages.draw("report", args.report)
 
 
-def report_results(args, checkpoint, pools, scores):
-    """What --report draws of the validation pools, as a file. scores: [N,G] of each."""
+def report_results(args, checkpoint, pools, scores, figures=()):
+    """What --report draws of the validation pools, as a file. scores: [N,G] of each; figures: paths of those of --gate-maps."""
     log = os.path.abspath(pathlib.Path(checkpoint).with_name("training_log.csv"))
     made = environment.provenance(checkpoint=checkpoint, data=f"{args.data}, val")
-    retrieval.write_results(args.report, f"{checkpoint}: val", pools, scores, log=log, panels=PANELS, made=made)
+    retrieval.write_results(args.report, f"{checkpoint}: val", pools, scores, log=log, panels=PANELS, made=made, figures=figures)
 
 
 @torch.no_grad()
@@ -630,13 +631,19 @@ def gate_maps(args, model, pool, scores, opener):
     return page
 
 
-def index_gallery(args, best, model, accelerator, opener):
-    """The index of --gallery, made once beside the checkpoint -> (names, features [G,Q,E])."""
+def figures_of(page):
+    """The figures that show.gallery draws of a results file of gate_maps, as absolute paths."""
+    drawn = json.loads(pages.results_file(page).read_text(encoding="utf-8"))["maps"]
+    return [os.path.abspath(page.with_name(one["file"])) for one in drawn]
+
+
+def index_gallery(args, best, model, accelerator, opener, store=None):
+    """The index of --gallery, made once in `store`, or beside the checkpoint -> (names, features [G,Q,E])."""
     weights = f"{checkpoints.state_digest(best['state'])} {best['frozen']} {accelerator.mixed_precision}"
     about = json.dumps(cache.made_from(model, opener.preprocessing(), weights))  # a stale feature can never be read
     key = hashlib.sha256(about.encode()).hexdigest()
     place = hashlib.sha256(os.path.realpath(args.gallery).encode()).hexdigest()[:16]
-    store = pathlib.Path(args.checkpoint).parent / "galleries" / place
+    store = (store or pathlib.Path(args.checkpoint).parent / "galleries") / place
     width = model.query_tokens.shape[1], model.vision_projection.out_features  # (Q, E)
 
     def encode(images):

@@ -8,9 +8,10 @@ from engine import gate_frames, loaders
 
 # of curves.png and of the report: (heading, [(kind of row, column of training_log.csv, label)])
 PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation")]),
-          ("style", [("epoch", "hit", "mass on style words"), ("epoch", "hard_hit", "style word first"),
-                     ("epoch", "kl", "symmetric KL")]),
-          ("learning", [("step", "grad_norm", "gradient norm"), ("epoch", "em", "exact match")])]
+          ("exact match, validation", [("epoch", "em", "exact match")]),
+          ("style questions, share", [("epoch", "hit", "mass on style words"), ("epoch", "hard_hit", "style word first")]),
+          ("symmetric KL, nats", [("epoch", "kl", "symmetric KL")]),
+          ("gradient norm", [("step", "grad_norm", "gradient norm")])]
 OWN = ("total", "lm", "hit", "hard_hit", "hit_rows", "kl", "style_ce", "confidence")  # columns that loss_summary knows or leaves out
 
 

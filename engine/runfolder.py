@@ -13,6 +13,7 @@ What stands in a checkpoint is checkpoints.py's, command lines are flags.py's, t
 import contextlib
 import csv
 import io
+import math
 import os
 import pathlib
 import shlex
@@ -22,7 +23,7 @@ import time
 
 import yaml
 
-from engine import environment, files
+from engine import environment, files, fonts
 from engine.errors import DataError
 
 
@@ -188,26 +189,32 @@ def read_log(path):
 
 
 def draw_curves(log_path, png_path, panels, title):
-    """curves.png from training_log.csv. panels: [(heading, [(kind, column, label)])]; columns without values are left out."""
+    """curves.png from training_log.csv. panels: [(heading, [(kind, column, label)])]; what has no values is left out."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     rows = read_log(log_path)
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), layout="constrained", squeeze=False)
-    for axis, (heading, lines) in zip(axes[0], panels):
-        for kind, column, label in lines:
-            points = [(int(r["step"]), float(r[column])) for r in rows if r["kind"] == kind and r.get(column)]
-            if points:
+    drawn = [(heading, [(kind, label, points) for kind, column, label in lines
+                        if (points := [(int(r["step"]), float(r[column])) for r in rows if r["kind"] == kind and r.get(column)])])
+             for heading, lines in panels]
+    drawn = [(heading, lines) for heading, lines in drawn if lines] or [("no values yet", [])]
+    across = math.ceil(len(drawn) / math.ceil(len(drawn) / 3))  # of five panels three, of four two
+    down = math.ceil(len(drawn) / across)
+    with fonts.fonts_for(title) as note:
+        figure, axes = plt.subplots(down, across, figsize=(4.6 * across, 3.4 * down + 0.2), layout="constrained", squeeze=False)
+        for axis in axes.flat[len(drawn):]:
+            axis.axis("off")
+        for axis, (heading, lines) in zip(axes.flat, drawn):
+            for kind, label, points in lines:
                 marker = "o" if kind == "epoch" else None
-                axis.plot(*zip(*points), label=label, marker=marker, markersize=4, linewidth=1.6,
-                          alpha=1.0 if marker else 0.75)
-        axis.set_title(heading, fontsize=11, loc="left")
-        axis.set_xlabel("optimizer step")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.lines:
-            axis.legend(frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=12, x=0.01, ha="left")
-    with files.whole_file(png_path, "wb") as file:
-        figure.savefig(file, format="png", dpi=130)
-    plt.close(figure)
+                axis.plot(*zip(*points), label=label, marker=marker, markersize=4, linewidth=1.6, alpha=1.0 if marker else 0.75)
+            axis.set_title(heading, fontsize=11, loc="left")
+            axis.set_xlabel("optimizer step")
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+            if axis.lines:
+                axis.legend(frameon=False, fontsize=9)
+        figure.suptitle("\n".join(filter(None, (title, note))), fontsize=12, x=0.01, ha="left", parse_math=False)
+        with files.whole_file(png_path, "wb") as file:
+            figure.savefig(file, format="png", dpi=130)
+        plt.close(figure)

@@ -12,16 +12,13 @@ import io
 import sys
 import textwrap
 import unicodedata
-import warnings
 
 import numpy as np
 
 from data import cirr, rows
-from engine import errors, files, pages
+from engine import errors, files, fonts, pages
 from engine.errors import DataError
 
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei",
-         "WenQuanYi Zen Hei", "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "Arial Unicode MS")
 RIGHT, WRONG = "#1a7f37", "#c62828"  # of a frame; the words stand beside it
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
@@ -90,22 +87,14 @@ def draw_gate_map(path, reference, heat, text, target, found):
     reference: PIL, square, as the model saw it; heat: [n,n], relative change of each patch's features by the gate, 0 = none;
     text: the sentence; target: path; found: (path, is it the target), best first. Where no font has a
     character, the figure says so; letters that join, as in Arabic, stand side by side. DataError: a broken picture."""
-    import matplotlib
-    from matplotlib import font_manager
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox, TransformedBbox
-    fonts = [name for name in FONTS if name in font_manager.get_font_names()]
-    glyphs = [font_manager.get_font(font_manager.findfont(name)) for name in fonts]
-    lacking = any(not c.isspace() and not any(font.get_char_index(ord(c)) for font in glyphs) for c in wrapped(text))
-    with matplotlib.rc_context({"font.family": fonts, "text.usetex": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")
+    with fonts.fonts_for(wrapped(text)) as note:
         figure = Figure(figsize=(12, 7.5), facecolor="white")
         head = TransformedBbox(Bbox([[0.02, 0.88], [0.98, 0.98]]), figure.transFigure)  # wide letters, stacked accents
         figure.text(0.5, 0.93, wrapped(text) or "(no text)", ha="center", va="center", fontsize=14, parse_math=False,
                     clip_on=True, clip_box=head)
-        if lacking:
-            figure.text(0.5, 0.99, "no font on this machine has all of these characters: install Noto Sans CJK",
-                        ha="center", va="center", fontsize=8, color="#666")
+        figure.text(0.5, 0.99, note, ha="center", va="center", fontsize=8, color="#666")
         upper = figure.add_gridspec(1, 3, left=0.03, right=0.97, top=0.827, bottom=0.412, wspace=0.35)
         lower = figure.add_gridspec(1, 5, left=0.03, right=0.97, top=0.335, bottom=0.03, wspace=0.12)
         shapes = [upper[i] for i in range(3)] + [lower[i] for i in range(len(found[:5]))]

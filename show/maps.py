@@ -20,7 +20,6 @@ The model itself is not changed: its modules are watched through hooks, which ar
 import contextlib
 import math
 import pathlib
-import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ from PIL import Image
 
 import core
 from data import rows
-from engine import files, gate_frames, vision
+from engine import files, fonts, gate_frames, vision
 from show import gallery
 
 GUIDE = """Attention and the difference: shares of the
@@ -48,6 +47,7 @@ ROUNDING = """
 
 The language model ran in {}: falls
 below about 0.03 nats are rounding."""  # up to 0.029 between bfloat16 and float32 on the tiny model
+SKYLINE, DPI = 900, 100  # pixels across, so that the letters are read where a page shows it no wider
 NOTICE = "attention shows where the queries look, not why; occlusion is evidence"
 
 
@@ -280,20 +280,7 @@ def explain(model, features, question, answer, context="", pixels=None, window=N
                   str(model.language_model.get_input_embeddings().weight.dtype).removeprefix("torch."))
 
 
-@contextlib.contextmanager
-def quiet_fonts(text):
-    """Fonts that know most scripts, no TeX -> the note that a figure must carry where none has all characters of `text`."""
-    import matplotlib
-    from matplotlib import font_manager
-    fonts = [name for name in gallery.FONTS if name in font_manager.get_font_names()]
-    glyphs = [font_manager.get_font(font_manager.findfont(name)) for name in fonts]
-    lacking = any(not c.isspace() and not any(font.get_char_index(ord(c)) for font in glyphs) for c in text)
-    with matplotlib.rc_context({"font.family": fonts, "text.usetex": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph")
-        yield "no font on this machine has all of these characters: install Noto Sans CJK" if lacking else ""
-
-
-def save(figure, path, dpi=100):
+def save(figure, path, dpi=DPI):
     """A figure as a whole PNG."""
     with files.whole_file(path, "wb") as file:
         figure.savefig(file, format="png", dpi=dpi)
@@ -341,7 +328,7 @@ def draw(path, picture, question, answer, panels, truth=""):
     from matplotlib.transforms import Bbox, TransformedBbox
     question, answer, truth = (gallery.wrapped(text, 96, lines) for text, lines in ((question, 2), (answer, 1), (truth, 1)))
     said = f"{question or '(no text)'}\nanswer: {answer or '(empty)'}" + (f"   (the table says: {truth})" if truth else "")
-    with quiet_fonts(said) as note:
+    with fonts.fonts_for(said) as note:
         figure = Figure(figsize=(15, 10), facecolor="white")
         head = TransformedBbox(Bbox([[0.02, 0.905], [0.98, 0.985]]), figure.transFigure)  # wide letters, stacked accents
         figure.text(0.5, 0.945, said, ha="center", va="center", fontsize=13, parse_math=False, clip_on=True, clip_box=head)
@@ -448,7 +435,8 @@ def reach(frames):
 
 
 def draw_skyline(frame, top):
-    """A Figure: for K and V a row a layer, a block a head, in it a bar a style from 1 to the mean gate, a thin line its spread.
+    """A Figure of SKYLINE pixels a side: for K, then for V, a row a layer, a block a head, in it a bar a style from 1 to the mean gate, a
+    thin line its spread.
 
     top: [layers], how far each layer's scale reaches on both sides of 1."""
     import matplotlib
@@ -456,29 +444,27 @@ def draw_skyline(frame, top):
     names, layers = list(frame["styles"]), frame["layers"]
     palette = matplotlib.colormaps["tab10" if len(names) <= 10 else "turbo"]
     colours = [palette(i if len(names) <= 10 else i / (len(names) - 1)) for i in range(len(names))]
-    legend_rows = -(-len(names) // 5)
-    height = 1.5 + 1.3 * len(layers) + 0.22 * legend_rows
-    figure = Figure(figsize=(13, height), facecolor="white")
-    axes = figure.subplots(len(layers), 2, sharey="row", squeeze=False, gridspec_kw={
-        "left": 0.075, "right": 0.985, "top": 1 - 0.75 / height, "bottom": (0.65 + 0.22 * legend_rows) / height,
-        "wspace": 0.04, "hspace": 0.12})
-    for column, part in enumerate(("key", "value")):
+    legend_rows = -(-len(names) // 4)
+    each = 1.25 if len(layers) <= 3 else 0.8  # inches a row
+    height = 1.55 + 2 * each * len(layers) + 0.22 * legend_rows
+    figure = Figure(figsize=(SKYLINE / DPI, height), facecolor="white")
+    axes = figure.subplots(2 * len(layers), 1, sharex=True, squeeze=False, gridspec_kw={
+        "left": 0.1, "right": 0.99, "top": 1 - 0.75 / height, "bottom": (0.65 + 0.22 * legend_rows) / height, "hspace": 0.16})[:, 0]
+    for number, axis in enumerate(axes):
+        part, row = ("key", "value")[number // len(layers)], number % len(layers)
         # [S,layers,heads]
         mean, std = (np.asarray([found[part][kind] for found in frame["styles"].values()]) for kind in ("mean", "std"))
-        for row, axis in enumerate(axes[:, column]):
-            draw_blocks(axis, mean[:, row], std[:, row], colours, top[row])
-        axes[0, column].set_title(f"gate on {'K' if part == 'key' else 'V'}", fontsize=11)
-        axes[-1, column].set_xlabel("head", fontsize=9)
-    for row, layer in enumerate(layers):
-        axes[row, 0].set_ylabel(f"layer {layer}", fontsize=9)
-        for axis in axes[row]:
-            axis.tick_params(labelbottom=row == len(layers) - 1, labelsize=8)
-    handles = [matplotlib.lines.Line2D([], [], color=colour, linewidth=5) for colour in colours]
-    labels = [gallery.wrapped(name, 30, 1).replace("$", r"\$") + f" ({found['n']})" for name, found in frame["styles"].items()]
-    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=8)
+        draw_blocks(axis, mean[:, row], std[:, row], colours, top[row])
+        axis.set_ylabel(f"{'K' if part == 'key' else 'V'}, layer {layers[row]}", fontsize=9)
+        axis.tick_params(labelsize=9)
+    axes[-1].set_xlabel("head", fontsize=10)
+    handles = [matplotlib.lines.Line2D([], [], color=colour, linewidth=6) for colour in colours]
+    labels = [gallery.wrapped(name, 24, 1).replace("$", r"\$") + f" ({found['n']})" for name, found in frame["styles"].items()]
+    figure.legend(handles, labels, loc="lower center", ncols=4, frameon=False, fontsize=9, columnspacing=1.2, handlelength=1.2)
     when = f"after step {frame['step']}" if frame["step"] else "before training: the identity"
-    figure.suptitle(f"mean gate of each style by layer and head, {when} (thin: one standard deviation over its questions; "
-                    "own scale a layer)", fontsize=11, y=1 - 0.22 / height)
+    figure.suptitle(f"Mean gate on K and V of each style, by layer and head, {when}\n"
+                    "(thin line: one standard deviation over its questions; each layer has its own scale)",
+                    fontsize=11, y=1 - 0.12 / height)
     return figure
 
 
@@ -489,7 +475,7 @@ def draw_blocks(axis, mean, std, colours, top):
     ground = matplotlib.colormaps["RdBu_r"](0.5 + 0.5 * (mean.mean(0) - 1) / top)
     axis.bar(np.arange(heads), 2 * top, 0.96, 1 - top, color=ground, alpha=0.35)
     at = np.arange(heads) + ((np.arange(S) + 0.5) / S - 0.5)[:, None] * 0.84  # [S,heads]
-    width = max(1.2, min(4.0, 200 / (S * heads)))
+    width = max(1.2, min(6.0, 260 / (S * heads)))  # points
     axis.vlines(at, 1, mean, colors=np.repeat(colours, heads, 0), linewidth=width)
     axis.vlines(at, mean - std, mean + std, colors="#333", linewidth=0.25 * width)
     axis.axhline(1, color="#333", linewidth=0.8)
@@ -504,14 +490,14 @@ def skyline(frames, path_png, path_gif=None):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     names = "".join(frames[-1]["styles"])
     top = reach(frames)
-    with quiet_fonts(names):
+    with fonts.fonts_for(names):
         save(draw_skyline(frames[-1], top), path_png)
         if path_gif is None:
             return
         pages = []
         for frame in (identity_frame(frames[0]), *frames):
             canvas = FigureCanvasAgg(draw_skyline(frame, top))
-            canvas.figure.set_dpi(70)
+            canvas.figure.set_dpi(DPI)
             canvas.draw()
             pages.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").quantize(128, dither=Image.Dither.NONE))
     with files.whole_file(path_gif, "wb") as file:

@@ -1,7 +1,8 @@
 """report.py: an evaluation as one web page that needs no other file and runs no script.
 
-    write                           parts (Table, Charts, Cards, Note) -> a page; whatever a text holds is shown as text
+    write                           parts (Bars, Table, Charts, Cards, Figures, Note) -> a page; whatever a text holds is shown as text
     gated, captions, retrieval      what a stage has found -> its parts: write(path, title, gated(...))
+    outcome                         what came out in a line, for the title: exact match with the gates and without, the difference
     about                           lines on how it was made: command, version of this project, packages, date
     python -m show.report FILE      the page of the results that a training script left (PAGE.results.json): it draws nothing itself
     expected_calibration_error, resampled_means     the numbers that are computed here and nowhere else
@@ -10,6 +11,7 @@ Intervals are percentile bootstrap intervals (Efron 1979) over pictures: what is
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import hashlib
@@ -26,6 +28,7 @@ import numpy as np
 
 import metrics
 from data import cirr
+from data.rows import load_image
 from engine import environment, errors, files, pages, runfolder
 from engine.errors import DataError
 from show.gallery import thumbnail
@@ -34,6 +37,7 @@ LISTED, FIXED = 40, 12  # cards of a list, and of the samples that are the same 
 RESAMPLES = 1000
 SCORES = ("EM", "VQA", "BLEU", "ROUGE-L")  # of an answer, in percent, as in eval_gated
 UNGATED, CLOSED = "BLIP-2, no gates", "gates closed"  # systems of eval_gated
+FIGURE_SIDE = 1400
 SIDE, SMALLEST, BYTES = 240, 48, 6_000_000  # pixels of a picture; where all together have more bytes, they are made smaller
 POINTS = 400  # of a line; a longer one is thinned
 WIDTH, HEIGHT, LEFT, BOTTOM = 360, 220, 46, 26  # of a chart, and of the room for its numbers
@@ -78,8 +82,17 @@ PAGE = """
 </div>{% endif %}{% if card.head %}<p class="head">{{ say(card.head) }}</p>{% endif %}
 {% for line in card.lines %}<p><small>{{ say(line.label) }}</small> {{ say(line.text or "(nothing)") }}{{ verdict(line.mark) }}</p>
 {% endfor %}<small>{{ say(card.small) }}</small></figure>{% else %}<p>(none)</p>{% endfor %}</div>{% endmacro -%}
+{%- macro bars(part) %}<figure class="bars">{% for row in part.rows %}<p><span>{{ say(row.label) }}</span>
+<span><b>{{ row.text }}</b> <small>{{ row.small }}</small></span></p>
+<svg viewBox="0 0 {{ width }} 14" preserveAspectRatio="none" aria-hidden="true"><rect class="track" width="{{ width }}" height="14"/>
+<rect class="{{ "own" if loop.last }}" width="{{ row.value }}" height="14"/>{% if row.ends -%}
+<path class="ends" d="M{{ row.ends[0] }} 7H{{ row.ends[1] }}M{{ row.ends[0] }} 3V11M{{ row.ends[1] }} 3V11"/>{% endif %}</svg>
+{% endfor %}</figure>{{ note(part) }}{% endmacro -%}
+{%- macro figures(part) %}{{ note(part) }}{% for one in part.figures %}<div class="wide">
+{%- if one.path in numbers %}<div class="drawn p{{ numbers[one.path] }}" role="img" aria-label="{{ one.label }}"></div>
+{%- else %}<p>cannot be read</p>{% endif %}</div><p><small>{{ say(one.label) }}</small></p>{% endfor %}{% endmacro -%}
 {%- macro notes(part) %}{% for line in part.lines %}<p>{{ say(line) }}</p>{% endfor %}{% endmacro -%}
-{%- set show = {"table": table, "charts": charts, "cards": cards, "notes": notes} -%}
+{%- set show = {"table": table, "charts": charts, "cards": cards, "notes": notes, "bars": bars, "figures": figures} -%}
 <!doctype html><html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
@@ -116,10 +129,15 @@ svg .on{font-size:10px;fill:var(--ink);stroke:var(--box);stroke-width:3px;paint-
 polyline.c{{ loop.index0 }}{stroke:{{ colour }}}
 circle.c{{ loop.index0 }}{fill:{{ colour }}}i.c{{ loop.index0 }}{background:{{ colour }}}{% endfor %}
 
+.bars{max-width:46em}.bars p{display:flex;flex-wrap:wrap;justify-content:space-between;gap:0 1em;margin:.6em 0 .15em}
+.bars p:first-child{margin-top:0}.bars svg{max-width:none;height:.9em}.bars .track{fill:var(--line);opacity:.5}
+.bars .own{fill:rgba(var(--shade),.95)}
+.ends{stroke:var(--ink);stroke-width:1.5;fill:none;vector-effect:non-scaling-stroke}
+.drawn{background:center/100% 100% no-repeat;min-width:44em;print-color-adjust:exact;-webkit-print-color-adjust:exact}
 .key{display:flex;flex-wrap:wrap;gap:.2em 1em}
 .key i{display:inline-block;width:1.2em;height:.25em;margin-right:.4em;vertical-align:middle}
 {% for uri in uris %}.p{{ loop.index0 }}{background-image:url({{ uri }})}
-{% endfor %}</style><h1>{{ say(title) }}</h1>
+{% endfor %}{% for n, ratio in ratios.items() %}.drawn.p{{ n }}{aspect-ratio:{{ ratio }}}{% endfor %}</style><h1>{{ say(title) }}</h1>
 {% for part in parts %}<section>{% if part.folded is none %}<h2>{{ say(part.heading) }}</h2>{{ show[part.kind](part) }}
 {%- else %}<details{% if not part.folded %} open{% endif %}><summary>{{ say(part.heading) }}</summary>
 {{ show[part.kind](part) }}</details>{% endif %}</section>
@@ -191,6 +209,35 @@ class Charts:
     folded: bool | None = None
 
 
+class Bar(NamedTuple):
+    """A system's score: value and the two ends of its interval in the chart's units, None without any; text and small as in a Cell."""
+    label: str
+    text: str
+    small: str
+    value: float
+    ends: tuple | None
+
+
+@dataclass(frozen=True)
+class Bars:
+    """A bar for each system, the trained one last; see score_bars."""
+    kind: ClassVar = "bars"
+    heading: str
+    rows: list  # of Bar
+    note: str = ""
+    folded: bool | None = None
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures drawn elsewhere, each as wide as the page: Pictures with a label."""
+    kind: ClassVar = "figures"
+    heading: str
+    figures: list
+    note: str = ""
+    folded: bool | None = None
+
+
 @dataclass(frozen=True)
 class Cards:
     kind: ClassVar = "cards"
@@ -231,12 +278,24 @@ def template():
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
 
 
+def drawings(paths):
+    """Figures as thumbnails of FIGURE_SIDE pixels -> ({path: data URI}, {path: width / height}) of those that can be read."""
+    uris, ratios = {}, {}
+    for path in paths:
+        with contextlib.suppress(DataError):
+            uris[path] = thumbnail(path, FIGURE_SIDE)
+            ratios[path] = round(np.divide(*load_image(path).size), 4)
+    return uris, ratios
+
+
 def write(path, title, parts):
     """A page of `parts`. Every picture stands in the file once; one that cannot be read is a box that says so."""
     wanted = dict.fromkeys(one.path for part in parts if part.kind == "cards" for card in part.cards for one in card.pictures)
-    uris = thumbnails(list(wanted))
-    page = template().render(title=title, parts=parts, uris=list(uris.values()), numbers={name: n for n, name in enumerate(uris)},
-                             width=WIDTH, height=HEIGHT, left=LEFT)
+    drawn, ratios = drawings(dict.fromkeys(one.path for part in parts if part.kind == "figures" for one in part.figures))
+    uris = thumbnails(list(wanted)) | drawn
+    numbers = {name: n for n, name in enumerate(uris)}
+    page = template().render(title=title, parts=parts, uris=list(uris.values()), numbers=numbers, width=WIDTH, height=HEIGHT, left=LEFT,
+                             ratios={numbers[name]: ratio for name, ratio in ratios.items()})
     with files.whole_file(path) as file:
         file.write(page.encode("utf-8", "replace").decode())  # file names can hold bytes that are no UTF-8
 
@@ -392,6 +451,11 @@ def picture_of(row):
     return row.image or row.name
 
 
+def exact_matches(questions, results):
+    """Exact match of every answer in percent: [N]."""
+    return 100 * np.array([float(metrics.exact_match(one["prediction"], r.answer.strip())) for r, one in zip(questions, results)])
+
+
 def answer_scores(questions, results):
     """SCORES of every answer in percent: [N,4]."""
     triples = [(one["prediction"], r.answer.strip(), r.people) for r, one in zip(questions, results)]
@@ -414,6 +478,40 @@ def headline(values, names, units, unit, digits=1):
     head = ["system", names[0], *([f"{systems[-1]} minus this"] if len(systems) > 1 else []), *names[1:]]
     note = " A difference is of the same draws." if len(systems) > 1 else ""
     return Table("Scores", head, rows, interval_note(len(set(units)), unit) + note)
+
+
+def score_bars(values, units, name, digits=1, top=100.0):
+    """The first chart: the score `name` of every system with its interval. values: {system: [N]}; top: what the bar's full width is."""
+    means = resampled_means(np.column_stack(list(values.values())), units)
+    rows, across = [], scale(0, top, 0, WIDTH)
+    for s, (system, found) in enumerate(values.items()):
+        cell = with_interval(found.mean(), means[:, s], digits)
+        ends = None if np.isnan(means).any() else tuple(across(end) for end in np.percentile(means[:, s], [2.5, 97.5]))
+        rows.append(Bar(system, cell.text, cell.small, across(found.mean()), ends))
+    return Bars(name, rows, "The line on a bar is its 95 % interval." if rows[0].ends else "")
+
+
+def told_outcome(values, units, name, digits=1, base=None, called="", unit=""):
+    """"71.1 % exact match, ungated 48.6 %, +22.5 [18.9, 26.0]": the last system, and beside it `base`. values: {system: [N]}."""
+    own = list(values)[-1]
+    told = f"{values[own].mean():.{digits}f}{unit} {name}"
+    if base is None:
+        return told
+    means = resampled_means(np.column_stack([values[own], values[base]]), units)
+    gap = values[own].mean() - values[base].mean()
+    told += f", {called} {values[base].mean():.{digits}f}{unit}, {gap:+.{digits}f}"
+    if np.isnan(means).any():
+        return told
+    low, high = np.percentile(means[:, 0] - means[:, 1], [2.5, 97.5])
+    return f"{told} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def outcome(what, questions, systems):
+    """The title of a page of gated(): `what`, and the exact match of the trained system beside that without gates or with closed ones."""
+    values = {name: exact_matches(questions, found) for name, found in systems.items()}
+    base = next((name for name in (UNGATED, CLOSED) if name in systems and name != list(systems)[-1]), None)
+    called = "ungated" if base == UNGATED else CLOSED
+    return f"{what}: {told_outcome(values, [picture_of(r) for r in questions], 'exact match', 1, base, called, ' %')}"
 
 
 def by_type(questions, scores):
@@ -474,7 +572,7 @@ class Answers:
     def __init__(self, questions, systems, names):
         self.questions, self.systems, self.names, self.trained = questions, systems, names, list(systems)[-1]
         self.beside = [name for name in (UNGATED, CLOSED) if name in systems and name != self.trained]
-        self.base = UNGATED if UNGATED in self.beside else None
+        self.base = next(iter(self.beside), None)
 
     def right(self, i, system):
         return bool(metrics.exact_match(self.systems[system][i]["prediction"], self.questions[i].answer.strip()))
@@ -559,6 +657,11 @@ class Answers:
         return Charts("Confidence", charts, note)
 
 
+def map_figures(paths):
+    """The part with figures that a run drew, where it drew any."""
+    return [Figures("Maps", [Picture(str(path), pathlib.Path(path).name) for path in paths])] if paths else []
+
+
 def card_list(heading, members, card, note):
     """Cards of the first LISTED members."""
     few = f"{min(LISTED, len(members))} of {len(members):,}" if len(members) > LISTED else f"{len(members):,}"
@@ -580,20 +683,23 @@ def samples(order, keys, card, note, seed=0):
             *extremes(order, card, note), Cards(f"{len(drawn)} random ones", list(map(card, drawn)), f"Drawn with seed {seed}.")]
 
 
-def gated(questions, systems, table=(), log_path=None, panels=(), styles=(), last=()):
+def gated(questions, systems, table=(), log_path=None, panels=(), styles=(), figures=(), last=()):
     """Parts of the page of eval_gated.
 
     questions: N Rows; systems: {name: N dicts as evaluation.evaluate returns them, at least "prediction"}, the trained system
     last; "confidence": mean log-probability of the answer's tokens. table: of eval_gated.score_table. log_path, panels: see
-    curves. styles: names beside those in the rows. last: further parts, such as about()."""
+    curves. styles: names beside those in the rows. figures: paths of drawn maps. last: further parts, such as about()."""
     names = style_names(questions, systems, styles)
     scores = {name: answer_scores(questions, found) for name, found in systems.items()}
     answers = Answers(questions, systems, names)
     order = answers.order(scores[answers.trained])
     note = ("By exact match, then VQA accuracy and ROUGE-L, then confidence (the surest of the wrong are the worst, of the right "
             "the best), then the loss of the reference.")
-    parts = [headline(scores, SCORES, [picture_of(r) for r in questions], "pictures"), by_type(questions, scores)]
+    units = [picture_of(r) for r in questions]
+    parts = [score_bars({name: found[:, 0] for name, found in scores.items()}, units, "Exact match, percent"),
+             headline(scores, SCORES, units, "pictures"), by_type(questions, scores)]
     parts += [full_table(table)] if table else []
+    parts += map_figures(figures)
     parts += [curves(log_path, panels), answers.calibration()]
     if any(answers.is_style(i) for i in range(len(questions))):
         parts += [confusion(questions, systems[name], names, name) for name in filter(None, (answers.trained, answers.base))]
@@ -642,14 +748,25 @@ def captions(pictures, systems, log_path=None, panels=(), last=()):
     all_of_them = Captioned(pictures, systems)
     table = headline(all_of_them.values, all_of_them.names, [picture_of(p) for p in pictures], "pictures", 3)
     note = " In the intervals of CIDEr-D the words weigh what they do in all pictures." if "CIDEr-D" in all_of_them.names else ""
-    return [replace(table, note=table.note + note), all_of_them.corpus(), curves(log_path, panels),
+    name, units = all_of_them.names[-1], [picture_of(p) for p in pictures]
+    best = {system: found[:, -1] for system, found in all_of_them.values.items()}
+    top = max(1.0, *(found.mean() for found in best.values())) * 1.25
+    return [score_bars(best, units, name, 3, top), replace(table, note=table.note + note), all_of_them.corpus(), curves(log_path, panels),
             *samples(all_of_them.order, [(p.name,) for p in pictures], all_of_them.card, all_of_them.note), *last]
 
 
 def caption_cases(pictures, captions, count):
-    """Parts of the page of --cases: all scores, and the `count` worst and best of the captions `said`."""
+    """Parts of the page of --cases: the `count` worst and best of the `captions`, and all scores."""
     cases = Captioned(pictures, {"the model": [{"caption": text} for text in captions]})
-    return [cases.corpus(), *extremes(cases.order, cases.card, cases.note, count)]
+    return [*(replace(part, folded=False) for part in extremes(cases.order, cases.card, cases.note, count)), cases.corpus()]
+
+
+def caption_outcome(pictures, systems):
+    """What came out in a line, for the title of captions() and caption_cases()."""
+    found = Captioned(pictures, systems)
+    name, first = found.names[-1], list(systems)[0]
+    return told_outcome({system: values[:, -1] for system, values in found.values.items()}, [picture_of(p) for p in pictures], name, 3,
+                        first if len(systems) > 1 else None, first)
 
 
 # --- retrieval: train_cir ------------
@@ -704,44 +821,61 @@ def recall_table(pools):
                  interval_note(len({name for pool in pools for name in pool.units}), "reference pictures"))
 
 
-def retrieval(pools, log_path=None, panels=(), last=()):
-    """Parts of the page of train_cir. pools: [(cirr.Pool, engine.retrieval.rank_queries of it)]."""
+def recall_bars(pools):
+    """The first chart: all recalls of a pool, or the mean recall of several."""
+    if len(pools) == 1:
+        return score_bars(pools[0].hits(), pools[0].units, "Recall, percent")
+    of_pools = [score_bars({pool.pool.name: pool.hits()["mean"]}, pool.units, "Mean recall, percent") for pool in pools]
+    return replace(of_pools[0], rows=[row for part in of_pools for row in part.rows])
+
+
+def retrieval_outcome(pools):
+    """What came out in a line, for the title of retrieval(): the recalls, as a mean over the pools."""
+    hits = [Ranked(*one).hits() for one in pools]
+    told = {name: np.mean([found[name].mean() for found in hits]) for name in hits[0]}
+    return ", ".join(f"{'mean recall' if name == 'mean' else name} {told[name]:.1f} %" for name in (list(told)[0], "mean"))
+
+
+def retrieval(pools, log_path=None, panels=(), figures=(), last=()):
+    """Parts of the page of train_cir. pools: [(cirr.Pool, engine.retrieval.rank_queries of it)]; figures: of draw_gate_map."""
     pools = [Ranked(*one) for one in pools]
     where = [(pool, n) for pool in pools for n in range(len(pool.ranks))]
     order = sorted(range(len(where)), key=lambda i: (-where[i][0].ranks[where[i][1]], where[i][0].results[where[i][1]]["margin"]))
     queries = [(pool.pool.name, pool.pool.queries[n]) for pool, n in where]
     keys = [(name, query.reference, query.target, *query.captions) for name, query in queries]
-    return [recall_table(pools), curves(log_path, panels),
+    return [recall_bars(pools), recall_table(pools), *map_figures(figures), curves(log_path, panels),
             *samples(order, keys, lambda i: where[i][0].card(where[i][1]),
                      "By the rank of the target, then by how far its score stands above the best of the others."), *last]
 
 
 # --- pages from the files that a training script leaves ------------
 
-def caption_parts(content):
-    """Parts of the page of results of kind captions, see engine.captioning.write_results."""
-    pictures = [SimpleNamespace(**picture) for picture in content["pictures"]]
+def caption_page(content):
+    """Title and parts of results of kind captions, see engine.captioning.write_results."""
+    pictures, systems = [SimpleNamespace(**picture) for picture in content["pictures"]], content["systems"]
+    title = f"{content['title']}: {caption_outcome(pictures, systems)}"
     if content["cases"]:
-        (system,) = content["systems"].values()
-        return caption_cases(pictures, [one["caption"] for one in system], content["cases"])
-    return captions(pictures, content["systems"], content["log"], content["panels"], [made_table(content["made"])])
+        (system,) = systems.values()
+        return title, caption_cases(pictures, [one["caption"] for one in system], content["cases"])
+    return title, captions(pictures, systems, content["log"], content["panels"], [made_table(content["made"])])
 
 
-def retrieval_parts(content):
-    """Parts of the page of results of kind retrieval, see engine.retrieval.write_results."""
+def retrieval_page(content):
+    """Title and parts of results of kind retrieval, see engine.retrieval.write_results."""
     pools = [(cirr.Pool(one["name"], [cirr.Query(**query) for query in one["queries"]], one["gallery"], one["split"], one["file"]),
               one["results"]) for one in content["pools"]]
-    return retrieval(pools, content["log"], content["panels"], [made_table(content["made"])])
+    parts = retrieval(pools, content["log"], content["panels"], content.get("figures", ()), [made_table(content["made"])])
+    return f"{content['title']}: {retrieval_outcome(pools)}", parts
 
 
-KINDS = {"captions": caption_parts, "retrieval": retrieval_parts}
+KINDS = {"captions": caption_page, "retrieval": retrieval_page}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw a page from the results that train_blip_caption.py or train_cir.py left beside it")
     parser.add_argument("results", metavar="PAGE.results.json", help="PAGE.html is written beside it")
     content = pages.read_results(parser.parse_args(argv).results, KINDS)
-    write(content["page"], content["title"], KINDS[content["kind"]](content))
+    write(content["page"], *KINDS[content["kind"]](content))
     print(content["page"])
 
 

@@ -7,7 +7,10 @@
     efficientnet-28.pt   its style classifier, 28 classes as the real one
     blip/                --blip tiny of train_blip_caption.py: BlipForConditionalGeneration
     blip2-itm/           --blip2 tiny of train_cir.py and pretrain_qformer.py: Blip2ForImageTextRetrieval
-    gated/best.pt        gates that train_gated.py trained on the drawn sample, and examples/, test pictures, for demo.py
+    gated/best.pt        gates that train_gated.py trained on the drawn sample; examples/, test pictures, and examples.csv, their
+                         questions, for demo.py
+    cir/best.pt          what train_cir.py made of the drawn CIRR sample; gallery/ and examples.csv, pictures and queries of another
+                         sample, for demo.py
 
 Each has a record beside it, NAME.json: the recipe and its version, sha256 of every file, the figures it reached. The folders are
 in the published formats (save_pretrained, tokenizer, processor), so the code that loads them is the code that loads
@@ -24,6 +27,7 @@ image-text contrast.
 
 import argparse
 import contextlib
+import csv
 import functools
 import hashlib
 import json
@@ -49,14 +53,15 @@ import core
 import metrics
 from data import rows, wikiart
 from engine import captioning, checkpoints, errors, files, flags, loop, published
-from tools import drawing, make_sample
+from tools import drawing, make_sample, sample_cirr
 
 RECIPE = 2  # raise it whenever the same command would make other models
-PARTS = ("blip2", "efficientnet-28.pt", "blip2-itm", "blip", "gated")  # in this order: later ones take earlier ones
+PARTS = ("blip2", "efficientnet-28.pt", "blip2-itm", "blip", "gated", "cir")  # in this order: later ones take earlier ones
 LOG = logging.getLogger("make_tiny")
 SIZE, PATCH, WIDTH, QUERIES = 112, 14, 128, 8
 ARCH = "test_efficientnet"  # timm's smallest EfficientNet; 28 classes as the real one
 CAPTION_WIDTH = 96
+OTHER_CIRR, GALLERY_SETS = pathlib.Path("data/other-cirr"), 10  # a sample that no training saw; its image sets, of six pictures, that ship
 # everyday words of photo captions, so that the captioner's tokenizer does not spell them letter by letter
 PHOTO_WORDS = """
 a an the of in on at to with and or by for from near over under through into out up down off across along behind beside
@@ -96,6 +101,8 @@ def get_args(argv=None):
     parser.add_argument("--sample-pictures", type=flags.positive, default=480,
                         help="of the drawn sample, on which the gates are trained and all figures are taken (default: 480)")
     parser.add_argument("--gate-epochs", type=flags.positive, default=20, help="of train_gated.py (default: 20)")
+    parser.add_argument("--cir-pictures", type=flags.positive, default=1200, help="of the drawn CIRR sample (default: 1200)")
+    parser.add_argument("--cir-epochs", type=flags.positive, default=12, help="of train_cir.py (default: 12)")
     parser.add_argument("--seed", type=flags.whole, default=0, help="of scenes, weights and batches (default: 0)")
     return parser.parse_args(argv)
 
@@ -547,14 +554,49 @@ def make_gated(folder, args):
     train_gated.main(["--data", "data/artquest", "--blip2", blip2, "--efficientnet", classifier, "--accumulation", "1", "--batch-size", "32",
                       "--lr", "1e-3", "--epochs", str(args.gate_epochs), "--patience", "0", "--cache", "cache", "--workers", "0", "--seed",
                       str(args.seed), "--out", "runs/tiny"])
-    best, places = checkpoints.load_checkpoint("runs/tiny/best.pt"), {"blip2": "tiny", "efficientnet": None}
-    del best["command"]  # it tells places of this machine
+    keep_run("runs/tiny", folder, {"blip2": "tiny", "efficientnet": None})
+    (folder / "examples").mkdir()
+    asked = rows.read_split("data/artquest", "test")
+    shown = set({r.style: r.image for r in asked}.values())  # one a style
+    for path in sorted(shown):
+        shutil.copy(path, folder / "examples")
+    write_examples(folder, [{"image": r.name, "question": r.question, "answer": r.answer, "question_type": r.question_type,
+                             "style": r.style} for r in asked if r.image in shown])
+
+
+def keep_run(run, folder, places):
+    """best.pt of a run folder in half precision, without what tells places of this machine. places: its model's names from now on."""
+    best = checkpoints.load_checkpoint(f"{run}/best.pt")
+    best.pop("command", None)
     checkpoints.save_checkpoint(folder / "best.pt", {
         **best, "state": halves(best["state"]), "kept_in": "float16", "model_args": {**best["model_args"], **places},
         "args": {**best["args"], **places, "cache": None}})
-    (folder / "examples").mkdir()
-    for path in {r.style: r.image for r in rows.read_split("data/artquest", "test")}.values():  # one a style
-        shutil.copy(path, folder / "examples")
+
+
+def write_examples(folder, table):
+    """FOLDER/examples.csv, lines that end the same on every system."""
+    with files.whole_file(folder / "examples.csv") as file:
+        writer = csv.DictWriter(file, table[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def make_cir(folder, args):
+    """models/tiny/cir: best.pt, what train_cir.py makes of the tiny retrieval model and the drawn CIRR sample, in half precision;
+    gallery/: the validation pictures of another sample; examples.csv: a query of each of its image sets."""
+    import train_cir
+    sample_cirr.make(pathlib.Path("data/cirr"), args.seed, args.cir_pictures, sys.exit)
+    train_cir.main(["--data", "data/cirr", "--blip2", str(pathlib.Path(args.out) / "blip2-itm"), "--lr", "1e-3", "--epochs",
+                    str(args.cir_epochs), "--cache", "cache", "--workers", "0", "--seed", str(args.seed), "--out", "runs/cir"])
+    keep_run("runs/cir", folder, {"blip2": "tiny"})
+    sample_cirr.make(OTHER_CIRR, args.seed + 1, args.sample_pictures, sys.exit)
+    pictures, queries = OTHER_CIRR / "img_raw/dev", json.loads((OTHER_CIRR / "captions/cap.rc2.val.json").read_text())
+    shown = {one["img_set"]["id"]: one for one in queries if one["img_set"]["id"] < GALLERY_SETS}  # the last has two changes
+    (folder / "gallery").mkdir()
+    for name in (name for one in shown.values() for name in one["img_set"]["members"]):
+        shutil.copy(pictures / f"{name}.jpg", folder / "gallery")
+    write_examples(folder, [{"reference": f"{one['reference']}.jpg", "text": one["caption"], "target": f"{one['target_hard']}.jpg"}
+                            for one in shown.values()])
 
 
 @contextlib.contextmanager
@@ -642,11 +684,23 @@ def retrieval_figures(out):
             for name, s in (("text to picture", ranked), ("picture to text", ranked.T))}
 
 
+def cir_figures(out):
+    """Recalls on the validation queries of another sample than the trained one, by pictures that no training saw."""
+    import train_cir
+    args = train_cir.get_args(["--data", str(OTHER_CIRR), "--checkpoint", str(out / "cir"), "--blip2", str(out / "blip2-itm"),
+                               "--workers", "0"])
+    _, model, accelerator = train_cir.load_best(args)
+    pools = train_cir.read_data(args, "val")
+    opener = train_cir.picture_source(args, model, pools, accelerator)
+    (numbers, _), = train_cir.evaluate(model, pools, opener, accelerator, args.format, args.batch_size, args.workers)
+    return {f"{name} of {len(pools[0].gallery)} pictures, another drawn sample's queries": round(numbers[name], 1) for name in ("R@1", "R@5", "R@10")}
+
+
 # --- records ------------
 
 MAKERS = {"blip2": (make_blip2, blip2_figures), "efficientnet-28.pt": (make_efficientnet, style_figures),
           "blip2-itm": (make_retrieval_folder, retrieval_figures), "blip": (make_captioner_folder, caption_figures),
-          "gated": (make_gated, gated_figures)}
+          "gated": (make_gated, gated_figures), "cir": (make_cir, cir_figures)}
 
 
 def digests(place):
