@@ -21,6 +21,7 @@ import io
 import os
 import pathlib
 import re
+import shutil
 import sys
 import tempfile
 import unicodedata
@@ -50,8 +51,8 @@ WORDS = {  # English, Chinese
               "风格分类器与问答模型同时看画；它看到的风格控制一组门，门决定模型从画中读取什么。这里并排给出两个回答：有门控的和无门控的。"),
     "ask": ("Ask", "提问"), "caption": ("Caption", "描述"), "find": ("Find", "检索"), "errors": ("Errors", "错例"),
     "painting": ("Painting", "画作"), "question": ("Question", "问题"), "language": ("Language", "语言"),
-    "style": ("As if painted in ... (more cards)", "假设以……风格绘成（另加卡片）"), "as_if": ("As if: {}", "假设：{}"),
-    "mix": ("How far towards that style (1 = all the way)", "向该风格靠近的程度（1 为完全）"),
+    "style": ("As if painted in ... (more cards)", "假设以……风格绘成（另加卡片）"), "as_if": ("As if {}", "假设：{}"),
+    "mix": ("How far towards it (1: all the way)", "靠近的程度（1 为完全）"),
     "maps": ("Maps", "热图"), "attention_map": ("where it looks", "模型看哪里"), "occlusion_map": ("what the answer rests on (slower)", "回答依据何处（较慢）"),
     "examples": ("Examples: click one", "示例：点击一幅"), "questions": ("Questions to try", "可试的问题"),
     "gated": ("With the style gate", "有风格门控"), "closed": ("Without the gate", "无门控"), "confidence": ("Confidence", "置信度"),
@@ -64,8 +65,8 @@ WORDS = {  # English, Chinese
     "empty": ("Give a picture and a question.", "请给出图片和问题。"), "no_picture": ("Give a picture.", "请给出图片。"),
     "no_gates": ("This model was trained without gates: both cards are equal.", "该模型没有门控：两张卡片相同。"),
     "by_pictures": (f"A style to try is the mean of up to {EXAMPLES} example pictures.", f"所试的风格取至多 {EXAMPLES} 幅示例画作的均值。"),
-    "by_weights": ("A style to try is the classifier's weights for it: there are no example pictures (--data).",
-                   "所试的风格取自分类器权重：没有示例画作（--data）。"),
+    "by_weights": ("A style to try is the classifier's weights for it, for want of example pictures (--data).",
+                   "没有示例画作（--data），所试的风格取自分类器权重。"),
     "loading": ("Loading the model: a few seconds for the tiny one. Meanwhile: where a trained model looks with the gates and without, and "
                 "what its answer rests on.",
                 "正在加载模型：小模型只需几秒。请先看一个训练好的模型在有门控与无门控时看哪里，以及回答依据什么。"),
@@ -75,6 +76,8 @@ WORDS = {  # English, Chinese
     "spelled": ("Not in the model's vocabulary, read in pieces: {}. It has likely never been taught what that is.",
                 "不在模型的词表里、只能拆开来读的词：{}。模型多半没有学过它们。"),
     "caption_intro": ("A second model, BLIP, describes the picture in a sentence.", "另一个模型 BLIP 用一句话描述图片。"),
+    "caption_tiny": ("The one that ships is tiny and half trained, so that fine-tuning has something left to do: it is often wrong.",
+                     "自带的模型很小，只训练了一半，留给微调去提高：它常常说错。"),
     "find_intro": ("Give a picture and say what should be different: the folder's pictures that fit best, with their scores, are shown. A gate "
                    "lets the sentence decide what is read from the picture.",
                    "给出一幅图并说明应有何不同：显示文件夹中最相符的图片及得分。门控让这句话决定从图中读取什么。"),
@@ -96,27 +99,35 @@ WORDS = {  # English, Chinese
     "about_fall": ("What the answer rests on: each place is hidden in turn. Red: the answer becomes less likely without it; blue: more likely.",
                    "回答的依据：依次遮住每一处。红色：遮住后回答的概率下降；蓝色：上升。")}
 ABOUT = ("gate", "style", "answer", "attention", "difference", "fall")  # of WORDS, in the order of the page
-STYLE = """.demo{overflow-wrap:anywhere;color:var(--body-text-color)}.demo h3{margin:0 0 .2em;font-size:1em;font-weight:600}.demo p{margin:.2em 0}
-.demo h1{font-size:1.35em;font-weight:700;margin:0}.demo h4{margin:.7em 0 .2em;font-size:.9em;font-weight:600}.demo small,.demo .why{font-size:.85em}
+STYLE = """.demo{overflow-wrap:anywhere;color:var(--body-text-color)}.demo h3{margin:0 0 .2em!important;font-size:1em!important;font-weight:600}.demo p{margin:.2em 0}
+.demo h1{font-size:1.35em!important;font-weight:700;margin:0!important}
+.demo h4{margin:.7em 0 .2em!important;font-size:.9em!important;font-weight:600}.demo small,.demo .why{font-size:.85em}
 .demo .cards{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:.7em;margin:.6em 0}.demo .note{border-left:4px solid #d9822b;padding:.3em .7em}
 .demo .card{border:1px solid var(--border-color-primary);border-radius:8px;padding:.7em .8em;background:var(--background-fill-primary)}
 .demo .card.as-if{border-style:dashed}.demo .answer{font-size:1.5em;font-weight:700;line-height:1.25;max-height:6em;overflow:auto}
 .demo .bar{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:0 .6em;margin:.3em 0;font-size:.9em}.demo .bar b{font-weight:400}
 .demo .track{grid-column:1/-1;background:rgba(128,128,128,.22);border-radius:3px;height:.45em}.demo .bar i{display:block;height:100%;border-radius:3px;background:#1f6feb}
 .demo .share{text-align:right;font-variant-numeric:tabular-nums}.demo .seen{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:0 1em}
-.demo .seen .bar{align-content:end}.demo a{color:#1f6feb;text-decoration:underline;white-space:nowrap}.dark .demo a{color:#79b8ff}
-.demo .maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,15em),1fr));gap:1em}.demo figure{margin:0}
+.demo .seen .bar{margin:.1em 0!important}.demo a{color:#1f6feb;text-decoration:underline;white-space:nowrap}.dark .demo a{color:#79b8ff}
+.demo .maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(46%,15em),1fr));gap:1em}.demo figure{margin:0}
 .demo figure img{display:block;width:100%}.demo .soon{overflow-x:auto}.demo .soon img{max-width:56em;min-width:40em}
 .demo figcaption{font-size:.9em;margin-bottom:.25em}.demo .scale{display:flex;gap:.5em;align-items:center;font-size:.85em;margin-top:.2em}
 .demo .scale i{flex:1;height:.6em;min-width:3em}.demo .hits{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(30%,150px),1fr));gap:.8em}
 .demo .hits img{aspect-ratio:1;object-fit:contain;background:rgba(128,128,128,.15)}.demo .fault{color:#c62828;font-weight:600}
 .demo .about p{max-width:60em}.dark .demo .fault{color:#ff8a80}.demo iframe{width:100%;height:80vh;border:1px solid #8888;background:#fff}
 .top{flex-wrap:nowrap!important;align-items:start}.top>:last-child{flex:0 0 auto!important;min-width:0!important;width:auto}
-.picture .image-container{padding-top:2em}.strip .gallery{flex-wrap:nowrap!important;overflow-x:auto}.strip .gallery-item{flex:none}
-.strip img{width:64px!important;height:64px!important;object-fit:cover}
-@media(max-width:640px){.gradio-container main{padding:.6em!important}.demo h1{font-size:1.1em}.demo .intro{font-size:.85em;line-height:1.3}
-.tab-container button{padding:0 .5em!important;font-size:13px!important}.picture,.picture .image-container{height:150px!important}
-.strip img{width:44px!important;height:44px!important}.demo .answer{font-size:1.2em}.demo .card{padding:.5em .6em}.demo .seen{gap:0 .5em}}"""
+.picture .image-container{padding-top:2em}.strip>.gallery{display:grid!important;grid-template-columns:repeat(8,minmax(0,1fr));gap:4px!important}
+.strip .gallery-item{width:100%!important;min-width:0!important;aspect-ratio:1;overflow:hidden}
+.strip .gallery-item *{display:block;width:100%!important;height:100%!important;max-width:none!important}
+.strip img{object-fit:cover}#maps:not(:has(.demo)){display:none}
+@media(max-width:640px){.gradio-container .main{padding:8px!important}.gradio-container .column,.gradio-container .row{gap:8px!important}
+.demo h1{font-size:.95em!important;padding-top:.3em}.demo h4{font-size:.8em!important}.demo h3{font-size:.9em!important}
+.demo .intro{font-size:.8em;line-height:1.3}#language label{padding:.25em .5em!important;font-size:12px}
+.tab-container button{padding:0 .5em!important;font-size:13px!important}.picture,.picture .image-container{height:140px!important;min-height:0!important}
+.picture .image-container{padding-top:0}#question{padding:4px!important}.strip .label,#tries .label,#question label>span{display:none!important}
+.demo .answer{font-size:1.1em;overflow-wrap:break-word}.demo .card{padding:.4em .5em}.demo .bar{font-size:.8em;gap:0 .2em}
+.demo .seen{gap:0 .5em;grid-template-columns:repeat(2,minmax(0,1fr))}.demo .seen .bar:nth-child(n+3){display:none}
+#tries>.gallery{flex-wrap:nowrap!important;overflow-x:auto}#tries .gallery-item{flex:none}.gradio-container .html-container{padding:0!important}}"""
 
 
 def get_args(argv=None):
@@ -487,7 +498,11 @@ def about_html(words):
 
 
 def head_html(words):
-    return block(f'<h1>{html.escape(words["title"])}</h1><p class="intro">{html.escape(words["intro"])} {why("gate", words)}</p>')
+    return block(f'<h1>{html.escape(words["title"])}</h1>')
+
+
+def intro_html(words):
+    return block(f'<p class="intro">{html.escape(words["intro"])} {why("gate", words)}</p>')
 
 
 def hits_html(hits, words):
@@ -512,11 +527,11 @@ def loading_html(words):
     return block(f'<p>{html.escape(words["loading"])}</p><div class="soon"><img alt="" src="{uri}"></div>')
 
 
-def status_html(session, words):
-    """One line on what the model is, and where the styles come from."""
+def status(session, words):
+    """One line on what the model is, and where the styles to try come from."""
     if session.model.gates is None:
-        return lines_html(words["no_gates"])
-    return lines_html(words["by_pictures" if session.examples else "by_weights"])
+        return words["no_gates"]
+    return words["by_pictures" if session.examples else "by_weights"]
 
 
 def guarded(make, *inputs):
@@ -572,6 +587,15 @@ class Page:
         self.finder = functools.cache(lambda: load_finder(args.retrieval or published.tiny("cir"), args.gallery or self.shipped_gallery(),
                                                           None if args.retrieval else pathlib.Path(folder, "gallery")))
         self.examples = example_rows(args.data)
+        self.pictures = self.copies(dict.fromkeys(row.image for row in self.examples))
+
+    def copies(self, paths):
+        """Pictures for examples, copied to where gradio shows files from -> their new paths."""
+        made = []
+        for path in paths:
+            made.append(tempfile.mkdtemp(dir=self.folder) + "/" + os.path.basename(path))
+            shutil.copyfile(path, made[-1])
+        return made
 
     @staticmethod
     def shipped_gallery():
@@ -611,12 +635,11 @@ class Page:
 def ask_tab(page, language):
     """Tab Ask -> (what the page's first event runs once the language is known, what shows the answers, the state that holds them)."""
     gr, say, on = page.gr, page.say, page.on
-    pictures = list(dict.fromkeys(row.image for row in page.examples))
     questions = common_questions(page.examples)
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            image = page.picture("painting", pictures[0] if pictures else None)
-            strip = page.strip(pictures, image)
+            image = page.picture("painting", page.pictures[0])
+            strip = page.strip(page.pictures, image)
             question = say(gr.Textbox(value=QUESTION, max_length=LONGEST, elem_id="question"), label="question")
             tries = say(gr.Dataset(components=[question], samples=[[one] for one in questions], layout="gallery", elem_id="tries"),
                         label="questions")
@@ -629,7 +652,6 @@ def ask_tab(page, language):
             wanted = say(gr.CheckboxGroup(elem_id="wanted"), label="maps", choices=lambda words: [
                 (words["attention_map"], "attention"), (words["occlusion_map"], "occlusion")])
             drawn = gr.HTML(elem_id="maps")
-            status = gr.HTML(elem_id="status")
     say(gr.HTML(elem_id="about"), value=about_html)
     shown = gr.State()
 
@@ -642,24 +664,24 @@ def ask_tab(page, language):
 
     def ready(lang):
         found, fault = guarded(page.session)
-        return (fault, gr.update()) if found is None else (status_html(found, words_of(lang)), gr.update(choices=found.styles))
+        return (fault, gr.update()) if found is None else (gr.update(), gr.update(choices=found.styles, info=status(found, words_of(lang))))
 
     asking = {"fn": ask, "inputs": [language, image, question, style, mix, wanted], "outputs": [cards, drawn, shown], **on}
     for event in (button.click, question.submit, style.input, mix.release, wanted.input):
         event(**asking, trigger_mode="always_last")
-    strip.click(lambda number: pictures[number], strip, image, **on).then(**asking)
+    strip.click(lambda number: page.pictures[number], strip, image, **on).then(**asking)
     tries.click(lambda row: row[0], tries, question, **on).then(**asking)
 
     def begin(first):
-        first.then(ready, language, [status, style], show_progress="hidden", **on).then(**asking)
+        first.then(ready, language, [cards, style], show_progress="hidden", **on).then(**asking)
 
     def speak(lang, results):
         words = words_of(lang)
         if results is None:
             return gr.update(), gr.update(), gr.update()
-        return cards_html(results, words), maps_html(results, words), status_html(page.session(), words)
+        return cards_html(results, words), maps_html(results, words), gr.update(info=status(page.session(), words))
 
-    return begin, lambda switch: switch.then(speak, [language, shown], [cards, drawn, status], show_progress="hidden", **on)
+    return begin, lambda switch: switch.then(speak, [language, shown], [cards, drawn, style], show_progress="hidden", **on)
 
 
 def common_questions(examples, count=4):
@@ -670,12 +692,12 @@ def common_questions(examples, count=4):
 
 def caption_tab(page, tab, language):
     gr, say, on = page.gr, page.say, page.on
-    pictures = list(dict.fromkeys(row.image for row in page.examples))
-    say(gr.HTML(), value=lambda words: lines_html(words["caption_intro"]))
+    lines = ["caption_intro", "caption_tiny"] if page.args.captioner == published.tiny("blip") else ["caption_intro"]
+    say(gr.HTML(), value=lambda words: lines_html(*(words[line] for line in lines)))
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            image = page.picture("painting", pictures[0] if pictures else None)
-            strip = page.strip(pictures, image)
+            image = page.picture("painting", page.pictures[0])
+            strip = page.strip(page.pictures, image)
             button = say(gr.Button(variant="primary"), value="caption")
         with gr.Column(scale=4, min_width=320):
             out = gr.HTML(lines_html(page.words["wait"]), elem_id="caption")
@@ -689,13 +711,14 @@ def caption_tab(page, tab, language):
 
     asking = {"fn": caption, "inputs": [language, image], "outputs": out, **on}
     button.click(**asking)
-    strip.click(lambda number: pictures[number], strip, image, **on).then(**asking)
+    strip.click(lambda number: page.pictures[number], strip, image, **on).then(**asking)
     tab.select(**asking)
 
 
 def find_tab(page, tab, language):
     gr, say, on = page.gr, page.say, page.on
     queries = example_queries(page.args.gallery)
+    queries = list(zip(page.copies(path for path, _ in queries), (text for _, text in queries)))
     say(gr.HTML(), value=lambda words: lines_html(words["find_intro"]))
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -738,9 +761,10 @@ def build(gr, args, folder):
     with gr.Blocks(title="Gated BLIP-2", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
         page = Page(gr, args, folder)
         with gr.Row(elem_classes="top"):
-            page.say(gr.HTML(elem_id="head"), value=head_html)
+            page.say(gr.HTML(elem_id="head", padding=False), value=head_html)
             language = page.say(gr.Radio([("English", "en"), ("中文", "zh")], value="zh" if args.lang == "zh" else "en", container=False,
                                          show_label=False, elem_id="language"), label="language")
+        page.say(gr.HTML(elem_id="intro", padding=False), value=intro_html)
         with page.say(gr.Tab(id="ask"), label="ask"):
             begin, respeak = ask_tab(page, language)
         for name, fill in (("caption", caption_tab), ("find", find_tab)):
@@ -768,7 +792,8 @@ def main(argv=None):
         fonts = ["system-ui", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", "sans-serif"]
         build(gr, args, folder).launch(
             server_name="127.0.0.1", server_port=args.port, share=False, ssr_mode=False, mcp_server=False, pwa=False,
-            footer_links=[], max_file_size="64mb", inbrowser=args.open, app_kwargs={"middleware": [Middleware(Policy)]}, css=STYLE,
+            footer_links=[], max_file_size="64mb", inbrowser=args.open, app_kwargs={"middleware": [Middleware(Policy)]},
+            head=f"<style>{STYLE}</style>",  # gradio's css= would put its own selector before each of ours
             theme=gr.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"]))
 
 
