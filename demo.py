@@ -87,7 +87,7 @@ WORDS = {  # English, Chinese
     "about_gate": ("A gate is a number for each attention head that scales what the model reads from the picture. Where all are 1, the model "
                    "is the plain one: the card without the gate.",
                    "门是每个注意力头上的一个数，用来缩放模型从画中读取的内容。全部为 1 时就是原来的模型，即“无门控”的卡片。"),
-    "about_style": ("The bars: probabilities that the style classifier gives the painting. They, and the question, set the gates; “as if” "
+    "about_style": ("The bars: probabilities that the style classifier gives the painting. They, and the question, set the gates; 'as if' "
                     "puts another style in their place and changes nothing in the picture.",
                     "条形：风格分类器给这幅画的概率。门由它和问题共同决定；“假设”以另一种风格代替它，画面不变。"),
     "about_answer": ("Confidence: the probability of a token of the answer, on the (geometric) average. Below it: the probabilities of whole answers.",
@@ -310,15 +310,15 @@ def load_session(checkpoint, data, blip2=None, efficientnet=None):
 
 
 def example_rows(data):
-    """The questions about EXAMPLES pictures, one a style: of the validation pictures of --data, or else of those that ship."""
+    """The questions about EXAMPLES pictures, one a style first: of the validation pictures of --data, or else of those that ship."""
     if os.path.isdir(data):
         found = [row for row in rows.read_split(data, "val") if not row.fault]
     else:
         shipped = pathlib.Path(published.tiny("gated"))
         found = rows.read_split(str(shipped / "examples.csv"), "val", images=str(shipped / "examples"))
     of_styles = {row.style: row.image for row in reversed(found)}  # the first of each
-    pictures = list(dict.fromkeys([*list(of_styles.values())[::-1], *(row.image for row in found)]))[:EXAMPLES]
-    return [row for row in found if row.image in pictures]
+    pictures = list(dict.fromkeys([*(image for _, image in sorted(of_styles.items())), *(row.image for row in found)]))[:EXAMPLES]
+    return sorted((row for row in found if row.image in pictures), key=lambda row: pictures.index(row.image))
 
 
 def example_queries(gallery_folder):
