@@ -618,10 +618,10 @@ class Page:
         words = words_of(lang)
         return [self.gr.update(**told(words)) for _, told in self.spoken]
 
-    def picture(self, label, value=None):
-        """Where a picture is dropped; what it holds is a path, decoded by rows.load_image alone."""
+    def picture(self, label, value, place):
+        """Where a picture is dropped; what it holds is a path, decoded by rows.load_image alone. place: its id in the page."""
         image = self.gr.Image(value, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=260, buttons=[],
-                              elem_classes="picture")
+                              elem_classes="picture", elem_id=place)
         # gradio's own opens the file, and of a broken one says "Error" alone
         image.preprocess = lambda payload: payload and payload.path
         return self.say(image, label=label)
@@ -638,7 +638,7 @@ def ask_tab(page, language):
     questions = common_questions(page.examples)
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            image = page.picture("painting", page.pictures[0])
+            image = page.picture("painting", page.pictures[0], "painting")
             strip = page.strip(page.pictures, image)
             question = say(gr.Textbox(value=QUESTION, max_length=LONGEST, elem_id="question"), label="question")
             tries = say(gr.Dataset(components=[question], samples=[[one] for one in questions], layout="gallery", elem_id="tries"),
@@ -696,7 +696,7 @@ def caption_tab(page, tab, language):
     say(gr.HTML(), value=lambda words: lines_html(*(words[line] for line in lines)))
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            image = page.picture("painting", page.pictures[0])
+            image = page.picture("painting", page.pictures[0], "captioned")
             strip = page.strip(page.pictures, image)
             button = say(gr.Button(variant="primary"), value="caption")
         with gr.Column(scale=4, min_width=320):
@@ -722,7 +722,7 @@ def find_tab(page, tab, language):
     say(gr.HTML(), value=lambda words: lines_html(words["find_intro"]))
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
-            image = page.picture("reference", queries[0][0])
+            image = page.picture("reference", queries[0][0], "reference")
             strip = page.strip([path for path, _ in queries], image)
             text = say(gr.Textbox(queries[0][1], max_length=LONGEST, elem_id="change"), label="change")
             button = say(gr.Button(variant="primary"), value="find")

@@ -545,8 +545,8 @@ def test_the_page_in_a_browser(served, taught, run, sample, picture, tmp_path):
         visit = Visit(browser, home, locale="en-US")
         page, first = visit.page, visit.text()
         page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
-        page.locator("input[type=file]").first.set_input_files(upload)
-        page.locator(".picture img").first.wait_for()
+        page.locator("#painting input[type=file]").set_input_files(upload)
+        page.locator("#painting img").wait_for()
         page.locator("#question textarea").fill(HOSTILE)
         page.click("#ask")
         assert visit.changed(first) == Read(demo.cards_html(wanted[0], words)).text
@@ -565,9 +565,10 @@ def test_the_page_in_a_browser(served, taught, run, sample, picture, tmp_path):
         page.get_by_text("English").click()
         page.get_by_role("tab", name=words["find"]).wait_for()
         page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
-        page.locator("input[type=file]").first.set_input_files(broken)
-        page.locator(".picture img").first.wait_for(state="attached")
+        page.locator("#painting input[type=file]").set_input_files(broken)
+        page.locator("#painting img").wait_for(state="attached")
         page.click("#ask")
+        import time; time.sleep(4); page.screenshot(path="/tmp/demo/shots/dbg.png")
         assert "no picture in" in page.locator("#cards .fault").text_content()
         for name, result in (("caption", "#caption .answer"), ("find", "#found img >> nth=11"), ("errors", "#report iframe")):
             page.get_by_role("tab", name=words[name], exact=True).click()
