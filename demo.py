@@ -570,6 +570,8 @@ def import_gradio(folder):
         import gradio
     except ModuleNotFoundError as error:
         raise DataError(f'{error}: only demo.py needs it: pip install "gradio>=6,<7"') from None
+    # gradio's own opens the file, and of a broken one says "Error" alone; for the class, since a new label makes a new component
+    gradio.Image.preprocess = lambda self, payload: payload and payload.path
     return gradio
 
 
@@ -622,8 +624,6 @@ class Page:
         """Where a picture is dropped; what it holds is a path, decoded by rows.load_image alone. place: its id in the page."""
         image = self.gr.Image(value, type="filepath", image_mode=None, sources=["upload", "clipboard"], height=260, buttons=[],
                               elem_classes="picture", elem_id=place)
-        # gradio's own opens the file, and of a broken one says "Error" alone
-        image.preprocess = lambda payload: payload and payload.path
         return self.say(image, label=label)
 
     def strip(self, paths, into):

@@ -471,7 +471,7 @@ def write_outputs(run, systems, command):
         log, model = pathlib.Path(args.checkpoint).with_name("training_log.csv"), "BLIP-2" if run.model.gates is None else "Gated BLIP-2"
         data = pathlib.Path(os.path.abspath(args.data)).name
         report.write(args.report, report.outcome(f"{model} on {data} {args.split}", questions, systems),
-                     report.gated(questions, systems, table, log, PANELS, run.model.styles, drawn, [made]))
+                     report.gated(questions, systems, table, log, PANELS, run.model.styles, [made], drawn))
         print(f"report: {args.report}")
     if args.export:
         batch = run.collate([run.data[i] for i in range(min(4, len(run.data)))])

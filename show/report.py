@@ -683,12 +683,12 @@ def samples(order, keys, card, note, seed=0):
             *extremes(order, card, note), Cards(f"{len(drawn)} random ones", list(map(card, drawn)), f"Drawn with seed {seed}.")]
 
 
-def gated(questions, systems, table=(), log_path=None, panels=(), styles=(), figures=(), last=()):
+def gated(questions, systems, table=(), log_path=None, panels=(), styles=(), last=(), figures=()):
     """Parts of the page of eval_gated.
 
     questions: N Rows; systems: {name: N dicts as evaluation.evaluate returns them, at least "prediction"}, the trained system
     last; "confidence": mean log-probability of the answer's tokens. table: of eval_gated.score_table. log_path, panels: see
-    curves. styles: names beside those in the rows. figures: paths of drawn maps. last: further parts, such as about()."""
+    curves. styles: names beside those in the rows. last: further parts, such as about(). figures: paths of drawn maps."""
     names = style_names(questions, systems, styles)
     scores = {name: answer_scores(questions, found) for name, found in systems.items()}
     answers = Answers(questions, systems, names)
@@ -836,7 +836,7 @@ def retrieval_outcome(pools):
     return ", ".join(f"{'mean recall' if name == 'mean' else name} {told[name]:.1f} %" for name in (list(told)[0], "mean"))
 
 
-def retrieval(pools, log_path=None, panels=(), figures=(), last=()):
+def retrieval(pools, log_path=None, panels=(), last=(), figures=()):
     """Parts of the page of train_cir. pools: [(cirr.Pool, engine.retrieval.rank_queries of it)]; figures: of draw_gate_map."""
     pools = [Ranked(*one) for one in pools]
     where = [(pool, n) for pool in pools for n in range(len(pool.ranks))]
@@ -864,7 +864,7 @@ def retrieval_page(content):
     """Title and parts of results of kind retrieval, see engine.retrieval.write_results."""
     pools = [(cirr.Pool(one["name"], [cirr.Query(**query) for query in one["queries"]], one["gallery"], one["split"], one["file"]),
               one["results"]) for one in content["pools"]]
-    parts = retrieval(pools, content["log"], content["panels"], content.get("figures", ()), [made_table(content["made"])])
+    parts = retrieval(pools, content["log"], content["panels"], [made_table(content["made"])], content.get("figures", ()))
     return f"{content['title']}: {retrieval_outcome(pools)}", parts
 
 

@@ -42,7 +42,8 @@ HOSTILE_ANSWERS = [HOSTILE, HOSTILE + "2", HOSTILE_NAME]
 TAUGHT = f"""
 import sys
 import core, demo
-core.Blip2OPTGated.predict_answers = lambda self, images, questions, **more: [{HOSTILE_ANSWERS!r} for _ in questions]
+core.Blip2OPTGated.predict_answers = lambda self, images, questions, best=0, **more: [
+    {HOSTILE_ANSWERS!r} if best else {HOSTILE!r} for _ in questions]
 demo.main(sys.argv[1:])
 """
 QUESTION = "Which style is this painting?"
@@ -568,7 +569,6 @@ def test_the_page_in_a_browser(served, taught, run, sample, picture, tmp_path):
         page.locator("#painting input[type=file]").set_input_files(broken)
         page.locator("#painting img").wait_for(state="attached")
         page.click("#ask")
-        import time; time.sleep(4); page.screenshot(path="/tmp/demo/shots/dbg.png")
         assert "no picture in" in page.locator("#cards .fault").text_content()
         for name, result in (("caption", "#caption .answer"), ("find", "#found img >> nth=11"), ("errors", "#report iframe")):
             page.get_by_role("tab", name=words[name], exact=True).click()

@@ -50,10 +50,12 @@ def test_the_page_of_captions_is_that_of_their_results(tmp_path, pictures, log, 
     assert file == tmp_path / "page.results.json"
     pages.draw("report", tmp_path / "page.html")
     assert capsys.readouterr().out == f"report: {tmp_path / 'page.html'}\n"
-    same_page(tmp_path, report.captions(rows, systems, log, PANELS, [report.made_table(MADE)]), "a title")
+    same_page(tmp_path, report.captions(rows, systems, log, PANELS, [report.made_table(MADE)]),
+              f"a title: {report.caption_outcome(rows, systems)}")
     captioning.write_results(tmp_path / "page.html", "cases", rows, {"the model": systems["trained"]}, 1)
     assert report.main([str(file)]) is None
-    same_page(tmp_path, report.caption_cases(rows, [one["caption"] for one in systems["trained"]], 1), "cases")
+    same_page(tmp_path, report.caption_cases(rows, [one["caption"] for one in systems["trained"]], 1),
+              f"cases: {report.caption_outcome(rows, {'the model': systems['trained']})}")
 
 
 @pytest.mark.parametrize("members", (("a", "b", "c", "d"), ()))
@@ -70,7 +72,8 @@ def test_the_page_of_retrieval_is_that_of_its_results(tmp_path, pictures, log, m
     there = {**os.environ, "PYTHONPATH": str(pages.files.PROJECT)}
     process = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=there)
     assert process.returncode == 0 and process.stdout == f"{tmp_path / 'page.html'}\n", process.stderr
-    same_page(tmp_path, report.retrieval([(pool, retrieval.rank_queries(pool, scores))], log, PANELS, [report.made_table(MADE)]), "a title")
+    found = [(pool, retrieval.rank_queries(pool, scores))]
+    same_page(tmp_path, report.retrieval(found, log, PANELS, [report.made_table(MADE)]), f"a title: {report.retrieval_outcome(found)}")
 
 
 def test_queries_are_ranked_without_their_reference_in_cirr_alone():

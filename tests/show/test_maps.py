@@ -423,7 +423,7 @@ def test_skyline_opens_from_the_identity(tmp_path, monkeypatch):
             gif.seek(number)
             pages.append(np.asarray(gif.convert("RGB"), dtype=int))
     assert all(np.abs(a - b).max() > 100 for a, b in zip(pages, pages[1:]))
-    assert Image.open(tmp_path / "gates.png").size[0] == 1300
+    assert Image.open(tmp_path / "gates.png").size[0] == 900  # as wide as README shows it
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gates.gif", "gates.png"]
 
 
@@ -431,7 +431,7 @@ def test_skyline_bars_are_the_numbers(tmp_path):
     summary = summary_of(1.2)
     summary["styles"]["Cubism"]["value"]["mean"][1][2] = 0.7
     figure = maps.draw_skyline({"step": 7, **summary}, [0.3, 0.5, 0.4])
-    axis = figure.axes[1 * 2 + 1]  # layer 2, V
+    axis = figure.axes[3 + 1]  # layer 2, V, below the three layers of K
     bars, spread = (lines.get_segments() for lines in axis.collections)
     assert len(bars) == len(spread) == 8  # 2 styles x 4 heads
     np.testing.assert_allclose(bars[2][:, 1], [1, 0.7])
@@ -439,7 +439,9 @@ def test_skyline_bars_are_the_numbers(tmp_path):
     assert abs(bars[2][0, 0] - 2) < 0.5  # in the block of head 2
     assert axis.get_ylim() == (0.5, 1.5)
     texts = texts_of(figure)
-    assert {"gate on K", "gate on V", "layer 0", "layer 2", "layer 4"} <= set(texts) and any("after step 7" in t for t in texts)
+    assert {f"{part}, layer {layer}" for part in "KV" for layer in (0, 2, 4)} <= set(texts) and any("after step 7" in t for t in texts)
+    sizes = [text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()]
+    assert min(sizes) * maps.DPI / 72 >= 12  # pixels of a page that shows the figure in its own size
     assert any(r"Pop \$Art\$ (3)" in t for t in texts)
 
 

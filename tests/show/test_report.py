@@ -220,6 +220,38 @@ def test_the_difference_of_two_systems_is_paired():
     assert [row[1].text for row in table.rows] == [f"{v.mean():.2f}" for v in values.values()]
 
 
+def test_the_first_chart_and_the_title_say_what_came_out(tmp_path, small):
+    """Both of the numbers of the table: 4 of 6 right with the gates, 1 without; the difference is of the same draws."""
+    questions, systems = small
+    parts = report.gated(questions, systems)
+    line, values = report.outcome("Gated BLIP-2 on x val", questions, systems), {name: report.exact_matches(questions, systems[name])
+                                                                                for name in (report.UNGATED, "gated")}
+    drawn = report.resampled_means(np.column_stack([values["gated"], values[report.UNGATED]]), [r.image for r in questions])
+    low, high = np.percentile(drawn[:, 0] - drawn[:, 1], [2.5, 97.5])
+    assert line == f"Gated BLIP-2 on x val: 66.7 % exact match, ungated 33.3 %, +33.3 [{low:.1f}, {high:.1f}]"
+    assert parts[0].kind == "bars" and [(row.label, row.text, row.small) for row in parts[0].rows] == [
+        (row[0], row[1].text, row[1].small) for row in parts[1].rows]
+    assert [row.value for row in parts[0].rows] == pytest.approx([float(row.text) / 100 * report.WIDTH for row in parts[0].rows], abs=0.3)
+    page = written(tmp_path, parts, line)
+    assert page.source.index("class=\"bars\"") < page.source.index("<table") and f"<h1><bdi>{line}" in page.source.replace("&#43;", "+")
+    closed = {report.CLOSED: systems[report.UNGATED], "gated": systems["gated"]}
+    assert "gates closed 33.3 %" in report.outcome("x", questions, closed)
+    assert report.outcome("x", questions, {"gated": systems["gated"]}) == "x: 66.7 % exact match"
+
+
+def test_maps_that_were_drawn_are_in_the_page_as_wide_as_it_is(tmp_path, small):
+    Image.new("RGB", (1500, 1000), "red").save(tmp_path / "001.png")
+    figures = [tmp_path / "001.png", tmp_path / "gone.png"]
+    page = written(tmp_path, report.gated(*small, figures=figures))
+    part = page.part("Maps")
+    number = re.search(r'class="drawn p(\d+)" role="img" aria-label="001.png"', part)[1]
+    uri = page.source.split(f".p{number}{{background-image:url(data:image/jpeg;base64,")[1].split(")")[0]
+    with Image.open(io.BytesIO(base64.b64decode(uri))) as shown:
+        assert shown.width == report.FIGURE_SIDE
+    assert f".drawn.p{number}{{aspect-ratio:1.5}}" in page.source and part.count("cannot be read") == 1
+    assert "Maps" not in written(tmp_path, report.gated(*small)).text
+
+
 def test_interval_stands_on_both_sides_of_the_value():
     low, high = map(float, report.with_interval(50.0, np.arange(1001) / 10).small.split(" to "))
     assert (low, high) == (2.5, 97.5)
@@ -228,7 +260,7 @@ def test_interval_stands_on_both_sides_of_the_value():
 def test_pictures_are_told_apart_by_their_files_or_else_by_their_names():
     places = (("/a/1", "1"), ("/b/1", "1"), ("", "2"), ("", "3"), ("", "3"))
     questions = [row(image, "q?", " yes ", name=name) for image, name in places]
-    headline = report.gated(questions, {"gated": said(*["yes"] * 5)})[0]
+    headline = report.gated(questions, {"gated": said(*["yes"] * 5)})[1]
     assert "the 4 pictures" in headline.note and headline.rows[0][1].text == "100.0"  # spaces around an answer do not count
 
 
@@ -236,7 +268,9 @@ def test_one_picture_has_no_interval(tmp_path):
     image, = pictures(tmp_path, 1)
     questions = [row(image, "a?", "x"), row(image, "b?", "y")]
     systems = {"majority answer": said("x", "x"), "gated": said("x", "y")}
-    table = report.gated(questions, systems)[0]
+    bars, table = report.gated(questions, systems)[:2]
+    assert bars.rows[1].text == "100.0" and bars.rows[1].ends is None
+    assert report.outcome("x", questions, systems) == "x: 100.0 % exact match"
     assert table.rows[1][1] == report.Cell("100.0") and table.rows[0][2] == report.Cell("+50.0") and "no interval" in table.note
     assert "nan" not in written(tmp_path, report.gated(questions, systems)).text
 
@@ -447,7 +481,7 @@ def test_every_interval_belongs_to_its_value(small):
 def test_headline_is_the_table_of_eval_gated(small):
     import eval_gated
     scores = {r["system"]: r for r in eval_gated.score_table(*small) if r["type"] == "all"}
-    headline = report.gated(*small)[0]
+    headline = report.gated(*small)[1]
     for line in headline.rows:
         assert [cell.text for cell in line[1:2] + line[3:]] == [f"{scores[line[0]][name]:.1f}" for name in report.SCORES]
 
@@ -604,6 +638,8 @@ def test_caption_cases(tmp_path):
     many = [Picture(path, f"{n}.png", (f"picture number {n}",), n, "f") for n, path in enumerate(pictures(tmp_path, 5))]
     page = written(tmp_path, report.caption_cases(many, ["a dog", *(f"picture number {n}" for n in range(1, 5))], 9))
     assert names(page.part("The 2 worst of 5"))[0] == "0.png" and "0.png" not in page.part("The 2 best of 5")
+    headings = re.findall(r"<(?:h2|summary)><bdi>(.*?)</bdi>", page.source)
+    assert headings == ["The 2 worst of 5", "The 2 best of 5", "All scores"] and page.source.count("<details open>") == 2
     assert page.source.count("<figure>") == 4 and "BLEU-4" in page.part("All scores") and "what the model says" in page.text
     assert names(written(tmp_path, report.caption_cases(many, ["a dog"] * 5, 1)).part("The 1 worst of 5")) == ["0.png"]
 
