@@ -23,12 +23,13 @@ def families_for(characters):
     if not left:
         return families, left
     known = {entry.fname: entry.name for entry in font_manager.fontManager.ttflist}
+    boxes = {path for path in known if "LastResort" in path}  # matplotlib's own: a box with a name for every character
 
     def plainest(path):  # regular before bold, sans before serif
         name = pathlib.Path(path).name
         return "Regular" not in name, "Sans" not in name and "Hei" not in name, len(name), name
 
-    for path in sorted({*known, *font_manager.findSystemFonts()}, key=plainest):
+    for path in sorted({*known, *font_manager.findSystemFonts()} - boxes, key=plainest):
         try:
             found = left - lacking("".join(left), font_manager.get_font(path))
             if found and path not in known:
