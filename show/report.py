@@ -824,7 +824,7 @@ def recall_table(pools):
 def recall_bars(pools):
     """The first chart: all recalls of a pool, or the mean recall of several."""
     if len(pools) == 1:
-        return score_bars(pools[0].hits(), pools[0].units, "Recall, percent")
+        return score_bars(pools[0].hits(), pools[0].units, "Targets found, percent")
     of_pools = [score_bars({pool.pool.name: pool.hits()["mean"]}, pool.units, "Mean recall, percent") for pool in pools]
     return replace(of_pools[0], rows=[row for part in of_pools for row in part.rows])
 

@@ -473,7 +473,7 @@ def test_types_stand_beside_the_baselines(small):
 def test_every_interval_belongs_to_its_value(small):
     questions, _ = small
     systems = {"wrong": said(*["x"] * 6), "gated": said(*(r.answer for r in questions))}
-    headline, types = report.gated(questions, systems)[:2]
+    _, headline, types = report.gated(questions, systems)[:3]
     assert [line[1] for line in headline.rows] == [("0.0", "0.0 to 0.0", 0), ("100.0", "100.0 to 100.0", 0)]
     assert types.rows[1][1:] == [("100.0", "100.0 to 100.0", 0), ("0.0", "0.0 to 0.0", 0)]
 
