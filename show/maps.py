@@ -475,7 +475,7 @@ def draw_blocks(axis, mean, std, colours, top):
     ground = matplotlib.colormaps["RdBu_r"](0.5 + 0.5 * (mean.mean(0) - 1) / top)
     axis.bar(np.arange(heads), 2 * top, 0.96, 1 - top, color=ground, alpha=0.35)
     at = np.arange(heads) + ((np.arange(S) + 0.5) / S - 0.5)[:, None] * 0.84  # [S,heads]
-    width = max(1.2, min(6.0, 260 / (S * heads)))  # points
+    width = max(1.2, min(7.0, 420 / (S * heads)))  # points
     axis.vlines(at, 1, mean, colors=np.repeat(colours, heads, 0), linewidth=width)
     axis.vlines(at, mean - std, mean + std, colors="#333", linewidth=0.25 * width)
     axis.axhline(1, color="#333", linewidth=0.8)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 import core
 import metrics
-from data import rows
+from data import rows, tables
 from engine import checkpoints, published
 from tools import make_tiny
 
@@ -71,7 +71,7 @@ def test_a_missing_part_says_how_to_get_it_back(tmp_path, monkeypatch):
 # --- the recipe ------------
 
 SMALL = ["--pictures", "40", "--vision-steps", "2", "--language-steps", "2", "--style-steps", "2", "--caption-steps", "2", "2",
-         "--retrieval-steps", "2", "--sample-pictures", "64", "--gate-epochs", "1"]
+         "--retrieval-steps", "2", "--sample-pictures", "64", "--gate-epochs", "1", "--cir-pictures", "64", "--cir-epochs", "1"]
 
 
 def test_the_same_recipe_makes_the_same_files(tmp_path, capsys, monkeypatch):
@@ -83,9 +83,14 @@ def test_the_same_recipe_makes_the_same_files(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(make_tiny, "record", lambda *args: None)
         monkeypatch.setattr(make_tiny, "drawn_sample", lambda args: contextlib.nullcontext())
     assert {part: digests[0][part] for part in digests[1]} == digests[1]
-    best = checkpoints.load_checkpoint(tmp_path / "first/gated/best.pt")
-    assert best["model_args"]["blip2"] == "tiny" and {t.dtype for t in best["state"].values()} == {torch.float32}
-    assert len(list((tmp_path / "first/gated/examples").iterdir())) == 8
+    for folder in ("gated", "cir"):
+        best = checkpoints.load_checkpoint(tmp_path / "first" / folder / "best.pt")
+        assert best["model_args"]["blip2"] == best["args"]["blip2"] == "tiny" and {t.dtype for t in best["state"].values()} == {torch.float32}
+    for folder, held, key in (("gated", "examples", "image"), ("cir", "gallery", "reference")):
+        names = {path.name for path in (tmp_path / "first" / folder / held).iterdir()}
+        listed = [row for _, row in tables.read_table(tmp_path / "first" / folder / "examples.csv")]
+        assert len(names) == (8 if folder == "gated" else 12) and {row[key] for row in listed} <= names and len(listed) == (40 if key == "image" else 2)
+    assert {row["target"] for row in listed} <= names
     for part in make_tiny.PARTS:
         record = json.loads((tmp_path / "first" / RECORDS[part].name).read_text(encoding="utf-8"))
         assert record["sha256"] == digests[0][part] and record["settings"]["vision_steps"] == 2
