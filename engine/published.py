@@ -174,7 +174,7 @@ TINY = PROJECT / "models/tiny"
 
 
 def tiny(part):
-    """Place of a tiny model that ships with the project: blip2, blip, blip2-itm, efficientnet-28.pt or gated."""
+    """Place of a tiny model that ships with the project: blip2, blip, blip2-itm, efficientnet-28.pt, gated or cir."""
     if not (TINY / part).exists():
         raise DataError(f"{TINY / part}: missing, though it ships with the project: git checkout -- models/tiny")
     return str(TINY / part)
