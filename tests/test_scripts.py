@@ -402,7 +402,7 @@ def test_report_of_an_evaluation(trained, few, tmp_path, capsys):
         assert system in page.part("Scores")
     exact = 100 * sum(metrics.exact_match(one["prediction"], one["answer"]) for one in found) / len(found)
     assert f"{exact:.1f}" in page.part("Scores").split("gated</bdi>")[-1]
-    assert page.part("Training").count("<svg") == 3  # of the training_log.csv beside the checkpoint
+    assert page.part("Training").count("<svg") == 4  # of the training_log.csv beside the checkpoint: shares and KL each on their own
     confidence = page.part("Confidence")
     counts = [int(n) for n in re.findall(r'text-anchor="middle">(\d+)</text>\s*(?=<text class="on"|</svg>)', confidence)]
     assert sum(counts) == len(found) and "gated" in confidence
