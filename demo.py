@@ -38,7 +38,7 @@ from engine.errors import DataError
 from show import gallery, maps, report
 
 BEST, TOP_STYLES, EXAMPLES, LONGEST = 3, 3, 8, 500  # candidates, styles shown, pictures a style, letters of a text
-OTHERS, ASKED = 4, 80  # styles to try at once, questions of the report that tab Errors makes
+OTHERS, ASKED, SHOWN = 4, 80, 840  # styles to try at once, questions of the report that tab Errors makes, pixels of a picture under a map
 UNREAD, SPELLED = 0.2, 0.6  # share of a question's letters, of a word's letters that are tokens of their own: from there on it is said
 QUESTION = "Which style is this painting?"
 FIGURE = pathlib.Path(__file__).resolve().parent / "data/maps.png"
@@ -233,6 +233,7 @@ def look(session, image):
     if session.last.get("key") != key:
         picture = rows.load_image(image)
         pixels = rows.image_tensor(picture, session.model.image_size)[None].to(session.model.query_tokens.device)
+        picture.thumbnail((SHOWN, SHOWN))  # for the maps; every visitor's is kept
         session.last = {"key": key, "picture": picture, "features": session.model.image_features(pixels), "sides": {}}
     return session.last
 
@@ -311,9 +312,8 @@ def load_session(checkpoint, data, blip2=None, efficientnet=None):
 
 def example_rows(data):
     """The questions about EXAMPLES pictures, one a style first: of the validation pictures of --data, or else of those that ship."""
-    if os.path.isdir(data):
-        found = [row for row in rows.read_split(data, "val") if not row.fault]
-    else:
+    found = [row for row in rows.read_split(data, "val") if not row.fault] if os.path.isdir(data) else []
+    if not found:
         shipped = pathlib.Path(published.tiny("gated"))
         found = rows.read_split(str(shipped / "examples.csv"), "val", images=str(shipped / "examples"))
     of_styles = {row.style: row.image for row in reversed(found)}  # the first of each
@@ -653,7 +653,7 @@ def ask_tab(page, language):
                 (words["attention_map"], "attention"), (words["occlusion_map"], "occlusion")])
             drawn = gr.HTML(elem_id="maps")
     say(gr.HTML(elem_id="about"), value=about_html)
-    shown = gr.State()
+    shown = gr.State(time_to_live=3600)
 
     def ask(lang, *inputs):
         words = words_of(lang)
