@@ -119,7 +119,7 @@ STYLE = """.demo{overflow-wrap:anywhere;color:var(--body-text-color)}.demo h3{ma
 .picture .image-container{padding-top:2em}.strip>.gallery{display:grid!important;grid-template-columns:repeat(8,minmax(0,1fr));gap:4px!important}
 .strip .gallery-item{width:100%!important;min-width:0!important;aspect-ratio:1;overflow:hidden}
 .strip .gallery-item *{display:block;width:100%!important;height:100%!important;max-width:none!important}
-.strip img{object-fit:cover}#maps:not(:has(.demo)){display:none}
+.strip img{object-fit:cover}#intro{margin-top:-1em}#maps:not(:has(.demo)){display:none}
 @media(max-width:640px){.gradio-container .main{padding:8px!important}.gradio-container .column,.gradio-container .row{gap:8px!important}
 .demo h1{font-size:.95em!important;padding-top:.3em}.demo h4{font-size:.8em!important}.demo h3{font-size:.9em!important}
 .demo .intro{font-size:.8em;line-height:1.3}#language label{padding:.25em .5em!important;font-size:12px}
@@ -284,7 +284,7 @@ def unread(tokenizer, text):
     A tokenizer of bytes takes Chinese apart into thirds of characters, one of words gives [UNK]; a word of Latin letters counts where
     more than SPELLED of its letters are tokens of their own."""
     def ids_of(part):
-        return [i for i in tokenizer(part, add_special_tokens=False).input_ids if i != tokenizer.unk_token_id]
+        return tokenizer(part, add_special_tokens=False).input_ids
 
     def folded(part):  # as a tokenizer without capitals and accents reads it
         return [c for c in unicodedata.normalize("NFD", part.casefold()) if not c.isspace() and not unicodedata.combining(c)]
@@ -641,9 +641,9 @@ def ask_tab(page, language):
             image = page.picture("painting", page.pictures[0], "painting")
             strip = page.strip(page.pictures, image)
             question = say(gr.Textbox(value=QUESTION, max_length=LONGEST, elem_id="question"), label="question")
+            button = say(gr.Button(variant="primary", elem_id="ask"), value="ask")
             tries = say(gr.Dataset(components=[question], samples=[[one] for one in questions], layout="gallery", elem_id="tries"),
                         label="questions")
-            button = say(gr.Button(variant="primary", elem_id="ask"), value="ask")
         with gr.Column(scale=4, min_width=320):
             cards = gr.HTML(loading_html(page.words), elem_id="cards")
             with gr.Row():

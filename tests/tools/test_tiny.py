@@ -71,7 +71,7 @@ def test_a_missing_part_says_how_to_get_it_back(tmp_path, monkeypatch):
 # --- the recipe ------------
 
 SMALL = ["--pictures", "40", "--vision-steps", "2", "--language-steps", "2", "--style-steps", "2", "--caption-steps", "2", "2",
-         "--retrieval-steps", "2", "--sample-pictures", "64", "--gate-epochs", "1", "--cir-pictures", "64", "--cir-epochs", "1"]
+         "--retrieval-steps", "2", "--sample-pictures", "64", "--gate-epochs", "1", "--cir-pictures", "12", "--cir-epochs", "1"]
 
 
 def test_the_same_recipe_makes_the_same_files(tmp_path, capsys, monkeypatch):
