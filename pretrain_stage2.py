@@ -24,7 +24,7 @@ import core
 import metrics
 from data import pairs, rows
 from data.pairs import Captioned
-from engine import checkpoints, environment, errors, files, flags, loaders, loop, memory, prompts, published, runfolder
+from engine import checkpoints, environment, errors, files, flags, loaders, loop, memory, packing, prompts, published, runfolder
 from engine.errors import DataError
 from engine.run import Run, resumes
 from engine.text import text_of, texts_of
@@ -260,6 +260,7 @@ def build(args, accelerator):
         model = core.Blip2OPTGated.build(places["blip2"], None, [], "none", qformer=places["qformer"], lm_precision=args.lm_precision,
                                          dtype=core.DTYPES[accelerator.mixed_precision], train_qformer=True, log=accelerator.print)
     memory.save_activations(model.language_model, args.activations)
+    packing.pack_samples(model.language_model, accelerator.print)
     return model
 
 

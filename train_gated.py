@@ -21,7 +21,7 @@ import core
 import metrics
 from data import rows
 from data.questions import Questions, read_questions
-from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, memory, published, runfolder
+from engine import checkpoints, environment, errors, files, flags, gate_frames, loaders, loop, memory, packing, published, runfolder
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary, text_length
 from engine.features import cached_features, predicted_styles
@@ -87,9 +87,6 @@ def get_args(argv=None):
     run.add_argument("--epochs", type=flags.positive, default=10, help="(default: 10)")
     run.add_argument("--batch-size", type=flags.positive, default=16, help="questions a step and process (default: 16)")
     run.add_argument("--accumulation", type=flags.positive, default=2, help="batches an optimizer step (default: 2)")
-    run.add_argument("--length-pool", type=flags.positive, default=1, metavar="N",
-                     help="optimizer steps whose questions are sorted by length together: more saves pads, but makes batches of "
-                          "one kind of question (default: 1, the batches of a step alone)")
     run.add_argument("--lr", type=flags.rate, default=1e-4, help="peak learning rate (default: 1e-4)")
     run.add_argument("--warmup", type=flags.share, default=0.05, help="share of all steps spent warming up (default: 0.05)")
     run.add_argument("--weight-decay", type=flags.weight, default=0.01, help="not on biases and norms (default: 0.01)")
@@ -291,6 +288,7 @@ def settings(args, parts, accelerator):
     free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "safe_load", "skip_bad",
             "semart", "cache", "activations")
     return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
+            "--length-pool": 1,  # what it has come to: an earlier version's last.pt with another one had its rows in another order
             "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
             "a cache of features": args.cache is not None, "training rows (hash)": rows.fingerprint(parts.train.rows),
             "validation rows (hash)": rows.fingerprint(parts.val.rows), "processes": accelerator.num_processes}
@@ -398,6 +396,7 @@ def prepare(args, accelerator, command=()):
     loop.seed_everything(args.seed)
     model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None, log=accelerator.print)
     memory.save_activations(model.language_model, args.activations)
+    packing.pack_samples(model.language_model, accelerator.print)
     parts = Parts(Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features),
                   Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from,
                   sorted(set(rows.picture_digests(train_rows, args.workers).values())))
@@ -414,7 +413,7 @@ def make_run(args, accelerator, model, parts, frozen, command=()):
 
     def plan(epoch):
         return loop.epoch_plan(len(read), args.batch_size, args.accumulation, args.seed, epoch, accelerator.process_index,
-                               accelerator.num_processes, lengths, args.length_pool)
+                               accelerator.num_processes, lengths)
 
     return Run("gated", args.out, accelerator, model, wrapped, optimizer, rows=read, plan=plan, epochs=args.epochs, seed=args.seed,
                batches=lambda epoch, left: loaders.load_batches(parts.train, parts.collate, loop.keys_of(left), args.workers),

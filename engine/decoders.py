@@ -14,6 +14,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 
+from engine import packing
 from engine.errors import DataError
 from engine.memory import beam_cache, cache_rows
 from engine.prompts import pad_ids, stop_ids
@@ -113,8 +114,10 @@ class Causal(Decoder):
     def answer_logits(self, visual, input_ids, attention_mask, labels):
         """See Decoder."""
         inputs = self.inputs(visual, input_ids, attention_mask)
-        inputs["attention_mask"] = None  # pads are on the right, where no word looks; without a mask the flash kernel may run
-        states = self.body(**inputs, use_cache=False).last_hidden_state
+        if self.language_model.config._attn_implementation == packing.NAME:
+            states = packing.Packing.of(inputs["attention_mask"]).run(self.body, inputs["inputs_embeds"])
+        else:  # pads are on the right, where no word looks; without a mask the flash kernel may run
+            states = self.body(**{**inputs, "attention_mask": None}, use_cache=False).last_hidden_state  # [B,Q+L,D]
         owner, position = (labels != -100).nonzero(as_tuple=True)
         before = visual.shape[1] + position - 1  # the state before each token predicts it
         return self.language_model.get_output_embeddings()(states[owner, before]), labels[owner, position], owner

@@ -14,11 +14,11 @@ from transformers import Blip2ForConditionalGeneration
 import core
 import eval_gated
 import train_gated
-from engine import checkpoints, decoders, errors, memory, prompts, published
+from engine import checkpoints, decoders, errors, loop, memory, packing, prompts, published
 from engine.errors import DataError
 from tests import decoder_kinds
-from tests.decoder_kinds import KINDS, SIZE, Q
-from tests.test_lean import gradients
+from tests.decoder_kinds import CAUSAL, KINDS, SIZE, Q, W
+from tests.test_lean import WEIGHTS, gradients
 
 RUN = ("smollm", "qwen", "flan-t5")  # from training to export; OPT's way is every other test's
 QUESTIONS = ["What style is this painting?", "How many?", "What colour are the very many boats on the water?"]
@@ -250,6 +250,107 @@ def test_what_is_not_built_in_is_refused(more, message):
     config = type("Config", (), {"model_type": "some", "is_encoder_decoder": False, **more})
     with pytest.raises(DataError, match=message):
         decoders.refuse_decoder(config, "models/some", torch.float32)
+
+
+# --- without pads ------------
+
+def without_pads(model):
+    packing.pack_samples(model.language_model, log=pytest.fail)
+    return model
+
+
+def distance(found, expected):
+    """Of gradients {name: tensor}, relative to the length of the expected ones."""
+    assert found.keys() == expected.keys()
+    a, b = (torch.cat([one[name].flatten() for name in expected]).double() for one in (found, expected))
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def place(request, monkeypatch):
+    """Attention keeps what it keeps on a CPU, or on a GPU."""
+    monkeypatch.setattr(packing, "saves_memory", lambda x: request.param == "gpu")
+    return request.param
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_without_pads_loss_and_gradients_are_those_of_padded_batches(built, kind, place):
+    model, seen = built(kind, opened=True), []
+    batch = training_batch(model)
+    model.language_model.base_model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape),
+                                                              with_kwargs=True)
+    loss, grads = gradients(model, batch)
+    found, packed = gradients(without_pads(model), batch)
+    real = int(batch["attention_mask"].sum()) + 3 * Q
+    columns = batch["labels"].shape[1] + Q
+    assert [list(shape) for shape in seen] == [[3, columns, W], [1, real, W]] and real < 3 * columns
+    assert found.item() == pytest.approx(loss.item(), rel=1e-6) and distance(packed, grads) < 1e-6
+    with torch.no_grad():
+        assert model(**batch, **WEIGHTS)["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+    other = {**batch, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][0, 0] += 1  # the first sample's first word is read by the first sample alone
+    moved = model(**other)["lm"] - model(**batch)["lm"]
+    assert moved[0] != 0 and not moved[1:].any()
+
+
+@pytest.mark.parametrize("kind, name", [("opt", "bf16"), ("smollm", "fp16"), ("opt", "int8"), ("smollm", "nf4")])
+def test_without_pads_in_another_precision(built, kind, name):
+    """Nearer to the padded pass than that is to float32."""
+    if name in ("int8", "nf4"):
+        pytest.importorskip("bitsandbytes")
+    model = built(kind, opened=True, lm_precision=name)
+    batch = training_batch(model)
+    (loss, grads), (exact, exact_grads) = gradients(model, batch), gradients(built(kind, opened=True), batch)
+    found, packed = gradients(without_pads(model), batch)
+    assert abs(found - loss) < 0.1 * abs(loss - exact) and distance(packed, grads) < 0.1 * distance(grads, exact_grads)
+
+
+@pytest.mark.parametrize("how", ["keep", "bits", "recompute"])
+def test_without_pads_less_is_kept(built, how, place):
+    """By the share of pads, with every --activations, but of attention on a CPU; the gradients stay the same."""
+    model = built("opt", opened=True)
+    batch = training_batch(model)
+    memory.save_activations(model.language_model, how)
+    mask = torch.cat([torch.ones(3, Q, dtype=torch.long), batch["attention_mask"]], 1)
+    rows, embeds = packing.Packing.of(mask), torch.randn(*mask.shape, W)
+    lm, (loss, grads) = model.language_model.base_model, gradients(model, batch)
+    padded = loop.activation_bytes(lm, lambda: lm(inputs_embeds=embeds.clone().requires_grad_(), use_cache=False))
+    found, packed = gradients(without_pads(model), batch)
+    kept = loop.activation_bytes(lm, lambda: rows.run(lm, embeds.clone().requires_grad_()))
+    share = mask.float().mean().item()  # of real tokens
+    assert kept < (0.9 if place == "cpu" and how != "recompute" else 1.03 * share) * padded
+    assert found.item() == pytest.approx(loss.item(), rel=1e-6) and distance(packed, grads) < 1e-6
+
+
+def test_who_cannot_run_without_pads_is_trained_on_them(built):
+    model, said = built("flan-t5"), []
+    packing.pack_samples(model.language_model, said.append)
+    assert said == ["t5 is trained on padded batches: an encoder-decoder, whose attention has biases of its own"]
+    assert len(model(**training_batch(model))["lm"]) == 3
+    for why, spoil in (("its tokens meet outside of attention too", lambda lm: setattr(lm.config, "layer_types", ["conv"])),
+                       ("its attention cannot be replaced", lambda lm: lm.set_attn_implementation("eager"))):
+        lm = built("llama").language_model
+        spoil(lm)
+        packing.pack_samples(lm, said.append)
+        assert said[-1] == f"llama is trained on padded batches: {why}" and lm.config._attn_implementation != packing.NAME
+
+
+def test_a_window_of_attention_is_never_ignored():
+    rows = packing.Packing.of(torch.ones(2, 5))
+    with pytest.raises(DataError, match="texts of 5 tokens, and the language model looks back 4"):
+        packing.packed_attention(None, *[torch.zeros(1, 2, 10, 8)] * 3, None, packing=rows, sliding_window=4)
+
+
+@pytest.mark.parametrize("kind", ["opt", "smollm"])
+@torch.no_grad()
+def test_answers_of_a_model_that_trains_without_pads(built, kind):
+    model = built(kind, opened=True)
+    images = training_batch(model)["images"]
+    plain = [model.predict_answers(images, QUESTIONS, beams=beams, max_new_tokens=8) for beams in (1, 3)]
+    scores = model.score_answers(QUESTIONS, ANSWERS, **model.image_features(images))
+    packing.pack_samples(model.language_model, lambda words: None)
+    assert plain == [model.predict_answers(images, QUESTIONS, beams=beams, max_new_tokens=8) for beams in (1, 3)]
+    assert torch.allclose(model.score_answers(QUESTIONS, ANSWERS, **model.image_features(images)), scores, rtol=1e-6)
 
 
 # --- from training to export ------------
