@@ -167,7 +167,7 @@ def seed_everything(*numbers):
     torch.manual_seed(state)
 
 
-def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1, lengths=None, pool=1):
+def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1, lengths=None):
     """Who sees which row when: a pure function of its arguments.
 
     Returns for every optimizer step (group, micro-batches): group = row numbers of the whole effective batch
@@ -176,21 +176,15 @@ def epoch_plan(count, batch_size, accumulation, seed, epoch, rank=0, processes=1
     seeds dropout: 1 process with accumulation 2 trains to the same weights as 2 processes with accumulation 1. An
     incomplete last group is left out, unless it is the only one, which is then split evenly.
 
-    lengths: tokens of every row. The rows of `pool` groups are then sorted by length, so that those of a micro-batch are about
-    equally long and few pads are computed. With a pool of 1 the groups are those of a random order, only sorted within; with
-    more, groups are put together anew from whole micro-batches.
+    lengths: tokens of every row. The rows of a group, which stay those of a random order, are then sorted by length: those of a
+    micro-batch are about equally long.
     """
-    draw = np.random.default_rng([seed, epoch])
-    order = draw.permutation(count)
+    order = np.random.default_rng([seed, epoch]).permutation(count)
     size = batch_size * accumulation * processes
     order = order[:max(count - count % size, min(count, size))]  # before the sorting, which would always leave out the longest
-    if lengths is not None:
-        lengths = np.asarray(lengths)
-        parts = [order[i:i + pool * size] for i in range(0, len(order), pool * size)]
-        order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
-        if pool > 1 and len(order) >= size:
-            order = draw.permutation(order.reshape(-1, batch_size)).reshape(-1)
     groups = [order[i:i + size].tolist() for i in range(0, len(order), size)]
+    if lengths is not None:
+        groups = [sorted(group, key=lambda n: lengths[n]) for group in groups]
     if groups and len(groups[0]) < processes:
         raise DataError(f"{count} training rows are fewer than the {processes} processes")
     plan = []

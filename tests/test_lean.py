@@ -128,51 +128,32 @@ def spread(plan, lengths):
                     for _, share in plan for _, numbers in share])
 
 
-def test_bucketed_plan_has_few_pads_and_every_row_once():
-    lengths = np.random.default_rng(0).integers(5, 40, 400)
-    plain, sorted_ = loop.epoch_plan(400, 8, 1, 3, 0), loop.epoch_plan(400, 8, 1, 3, 0, lengths=lengths, pool=16)
-    assert sorted(n for group, _ in sorted_ for n in group) == list(range(400))
-    assert spread(sorted_, lengths) < 0.2 * spread(plain, lengths)
-    again, next_epoch = (loop.epoch_plan(400, 8, 1, 3, epoch, lengths=lengths, pool=16) for epoch in (0, 1))
-    assert sorted_ == again != next_epoch
-    means = [np.mean(lengths[group]) for group, _ in sorted_[:16]]
-    assert means != sorted(means)  # the order of the groups is drawn again: no ramp from short to long
-
-
-def test_bucketed_plan_mixes_lengths_within_a_step():
-    """Rows of about equal length are often of one kind of question; a step whose micro-batches are all of one kind has a noisier
-    gradient."""
+def test_sorted_by_length_every_step_has_the_rows_of_a_random_order():
+    """The gradient of a step is that of plain batches, of every row once; only which rows share a micro-batch depends on their lengths."""
     lengths = np.random.default_rng(0).integers(5, 40, 1000)
-    plan = loop.epoch_plan(1000, 8, 4, 3, 0, lengths=lengths, pool=16)
-    means = [[np.mean([lengths[n] for n in numbers]) for _, numbers in share] for _, share in plan]
-    assert all(len(share) == 4 and all(len(numbers) == 8 for _, numbers in share) for _, share in plan)
-    assert spread(plan, lengths) < 0.1 and np.mean([np.ptp(one) for one in means]) > 15  # of 35: four drawn at random have 21
-
-
-def test_a_pool_of_one_leaves_every_step_the_rows_of_a_random_order():
-    """The gradient of a step is that of plain batches; only which rows share a micro-batch depends on their lengths."""
-    lengths = np.random.default_rng(0).integers(5, 40, 1000)
-    plain, sorted_ = loop.epoch_plan(1000, 8, 4, 3, 0), loop.epoch_plan(1000, 8, 4, 3, 0, lengths=lengths)
+    plain, sorted_, again, other = (loop.epoch_plan(1000, 8, 4, 3, epoch, lengths=order)
+                                    for epoch, order in ((0, None), (0, lengths), (0, lengths), (1, lengths)))
+    assert sorted_ == again != other
     assert [set(group) for group, _ in plain] == [set(group) for group, _ in sorted_]
     assert spread(sorted_, lengths) < 0.5 * spread(plain, lengths)
     assert all(np.ptp(lengths[numbers]) <= np.ptp(lengths[group]) / 2 for group, share in sorted_ for _, numbers in share[1:3])
+    assert sorted(n for group, _ in loop.epoch_plan(992, 8, 4, 3, 0, lengths=lengths) for n in group) == list(range(992))
     few = loop.epoch_plan(20, 8, 4, 3, 0, lengths=lengths)  # fewer rows than a step has
     assert [sorted(group) for group, _ in few] == [list(range(20))]
 
 
-def test_bucketed_plan_leaves_no_length_out():
+def test_a_plan_sorted_by_length_leaves_no_length_out():
     """403 rows, 3 are left out an epoch: over the epochs not always the longest."""
     lengths = np.arange(403)
-    out = [set(range(403)) - {n for group, _ in loop.epoch_plan(403, 8, 1, 3, epoch, lengths=lengths, pool=16) for n in group}
+    out = [set(range(403)) - {n for group, _ in loop.epoch_plan(403, 8, 1, 3, epoch, lengths=lengths) for n in group}
            for epoch in range(30)]
     assert all(len(one) == 3 for one in out) and np.mean([n for one in out for n in one]) < 300
 
 
-@pytest.mark.parametrize("pool", [1, 16])
-def test_bucketed_plan_is_the_same_for_two_processes(pool):
+def test_a_plan_sorted_by_length_is_the_same_for_two_processes():
     lengths = np.random.default_rng(1).integers(5, 40, 100)
-    one = loop.epoch_plan(100, 4, 2, 5, 0, lengths=lengths, pool=pool)
-    two = [loop.epoch_plan(100, 4, 1, 5, 0, rank, 2, lengths=lengths, pool=pool) for rank in (0, 1)]
+    one = loop.epoch_plan(100, 4, 2, 5, 0, lengths=lengths)
+    two = [loop.epoch_plan(100, 4, 1, 5, 0, rank, 2, lengths=lengths) for rank in (0, 1)]
     assert [group for group, _ in one] == [group for group, _ in two[0]]
     for (_, whole), (_, first), (_, second) in zip(one, *two):
         assert sorted(first + second) == whole
