@@ -51,12 +51,16 @@ class BitReLU(nn.Module):
         return PackedReLU.apply(x)
 
 
+def layers_of(language_model):
+    """The layers of a transformers model, in order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    return [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def save_activations(language_model, how):
     """How training keeps the activations of a frozen language model: "keep" as they are; "bits": PackedReLU for OPT's; "recompute":
     each layer's input alone, the rest is computed again in the backward pass (Chen et al. 2016). Gradients are the same."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-    layers = [module for module in language_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers if how != "keep" else ():
+    for layer in layers_of(language_model) if how != "keep" else ():
         if how == "bits":
             acts = [(parent, name) for parent in layer.modules() for name, _ in parent.named_children() if name.startswith("act")]
             others = {type(getattr(*act)).__name__ for act in acts} - {"ReLU"}

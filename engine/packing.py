@@ -81,7 +81,8 @@ def packed_attention(module, query, key, value, attention_mask, packing=None, **
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if (kwargs.get("sliding_window") or packing.S) < packing.S:
-        raise DataError(f"texts of {packing.S} tokens, and the language model looks back {kwargs['sliding_window']} only: not built in here")
+        raise DataError(f"texts of {packing.S} tokens, of which the language model looks back {kwargs['sliding_window']} only: this is not "
+                        "built in here")
 
     def attend(*rows):
         apart = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in rows)  # [B,heads,S,D/heads]

@@ -8,13 +8,14 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import Blip2ForConditionalGeneration
 
 import core
 import eval_gated
 import train_gated
-from engine import checkpoints, decoders, errors, loop, memory, packing, prompts, published
+from engine import checkpoints, compiling, decoders, errors, loop, memory, packing, prompts, published
 from engine.errors import DataError
 from tests import decoder_kinds
 from tests.decoder_kinds import CAUSAL, KINDS, SIZE, Q, W
@@ -337,7 +338,7 @@ def test_who_cannot_run_without_pads_is_trained_on_them(built):
 
 def test_a_window_of_attention_is_never_ignored():
     rows = packing.Packing.of(torch.ones(2, 5))
-    with pytest.raises(DataError, match="texts of 5 tokens, and the language model looks back 4"):
+    with pytest.raises(DataError, match="texts of 5 tokens, of which the language model looks back 4"):
         packing.packed_attention(None, *[torch.zeros(1, 2, 10, 8)] * 3, None, packing=rows, sliding_window=4)
 
 
@@ -351,6 +352,37 @@ def test_answers_of_a_model_that_trains_without_pads(built, kind):
     packing.pack_samples(model.language_model, lambda words: None)
     assert plain == [model.predict_answers(images, QUESTIONS, beams=beams, max_new_tokens=8) for beams in (1, 3)]
     assert torch.allclose(model.score_answers(QUESTIONS, ANSWERS, **model.image_features(images)), scores, rtol=1e-6)
+
+
+# --- compiled ------------
+
+def test_compiled_layers_give_the_same_to_the_bit(built, capsys):
+    """Traced and not translated (backend "eager"): what a compiler makes of it is another rounding."""
+    model = without_pads(built("opt", opened=True))
+    batch, compiled = training_batch(model), torch._dynamo.utils.counters["stats"]
+    (loss, grads), answers = gradients(model, batch), model.predict_answers(batch["images"], QUESTIONS, max_new_tokens=4)
+    compiled.clear()
+    compiling.compile_layers(model.language_model, Accelerator(cpu=True), backend="eager")
+    assert "--compile: 2 layers compiled in " in capsys.readouterr().out
+    assert compiled["unique_graphs"] == 2  # for all layers: with gradients and without
+    again, same = gradients(model, batch)
+    assert torch.equal(again, loss) and distance(same, grads) == 0
+    assert model.predict_answers(batch["images"], QUESTIONS, max_new_tokens=4) == answers
+    assert compiled["unique_graphs"] == 2  # another length is no other graph, and answers need none
+
+
+def test_what_cannot_be_compiled_goes_on_uncompiled(built, capsys):
+    def failing(graph, inputs):
+        raise RuntimeError("no compiler here\nand more")
+
+    model = without_pads(built("opt"))
+    before = [layer.forward for layer in memory.layers_of(model.language_model)]
+    compiling.compile_layers(model.language_model, Accelerator(cpu=True), backend=failing)
+    said = capsys.readouterr().out
+    assert said.startswith("--compile: goes on uncompiled, ") and "no compiler here" in said and said.count("\n") == 1
+    assert [layer.forward for layer in memory.layers_of(model.language_model)] == before
+    compiling.compile_layers(built("flan-t5").language_model, Accelerator(cpu=True))
+    assert "not for a language model that is trained on padded batches" in capsys.readouterr().out
 
 
 # --- from training to export ------------
