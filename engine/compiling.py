@@ -24,7 +24,8 @@ def compile_layers(language_model, accelerator, backend="inductor"):
     except Exception as error:  # of torch's many parts, and of the compiler behind them
         for layer, forward in zip(layers, before):
             layer.forward = forward
-        accelerator.print(f"--compile: goes on uncompiled, {type(error).__name__}: {str(error).strip().splitlines()[0][:160]}")
+        accelerator.print(f"--compile: goes on uncompiled, {type(error).__name__}: "
+                          + " ".join(str(error).split("\n\n")[0].split())[:160])  # behind the first paragraph comes what to set
         return
     accelerator.print(f"--compile: {len(layers)} layers compiled in {time.monotonic() - start:.0f} s")
 
