@@ -96,6 +96,7 @@ def get_args(argv=None):
     run.add_argument("--out", default="runs/efficientnet-28", metavar="DIR", help="run folder (default: runs/efficientnet-28)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
+    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, and in OUT/profile.csv")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     args = flags.parse_args(parser, argv)
     if args.probe and not (args.pretrained or args.init):
@@ -381,7 +382,7 @@ def best_of(args, parts):
 
 def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "photos", "check_data", "dry_run", "pretrained",
+    free = ("out", "resume", "save_last", "profile", "config", "workers", "images", "data", "photos", "check_data", "dry_run", "pretrained",
             "init")
     return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
             "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
@@ -532,7 +533,7 @@ def prepare(args, accelerator, resumed=False):
                seed=args.seed, metric="f1", settings=settings(args, parts, accelerator),
                best=lambda: best_of(args, parts), state=lambda: {"state": model.state_dict(), "ema": ema.module.state_dict()},
                load_state=load_state, clip=CLIP, columns=LOG_COLUMNS, panels=PANELS, unit="pictures", save_last=args.save_last,
-               title=f"{pathlib.Path(args.out).name}: {args.arch}, {args.size} px",
+               profile=args.profile, title=f"{pathlib.Path(args.out).name}: {args.arch}, {args.size} px",
                # best.pt; last.pt with weights, average and AdamW's two; of each the old and the new file
                disk=sum(t.nbytes for t in model.state_dict().values()) * (10 if args.save_last else 2)), parts
 

@@ -93,6 +93,7 @@ def get_args(argv=None):
     run.add_argument("--out", default="runs/qformer", metavar="DIR", help="run folder (default: runs/qformer)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
+    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, and in OUT/profile.csv")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     other = parser.add_argument_group("without training")
     other.add_argument("--convert", metavar="FILE", help="write OUT/hf of this LAVIS stage-1 .pth or best.pt, with the tower "
@@ -450,7 +451,8 @@ def best_of(args, model, frozen, precision):
 
 def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ["out", "resume", "save_last", "config", "images", "data", "check_data", "dry_run", "skip_bad", "skip_broken", "convert"]
+    free = ["out", "resume", "save_last", "profile", "config", "images", "data", "check_data", "dry_run", "skip_bad", "skip_broken",
+            "convert"]
     if not parts.stream.shards:
         free.append("workers")  # which of them reads what of a tar file decides the order
     return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
@@ -577,7 +579,7 @@ def make_run(args, accelerator, model, parts):
                settings=settings(args, parts, accelerator), frozen=frozen, base=("vision tower", "--blip2"),
                best=lambda: best_of(args, model, frozen, accelerator.mixed_precision),
                # AdamW keeps twice the weights; old and new file; at the end OUT/hf
-               disk=trained * (9 if args.save_last else 3) + tower, save_last=args.save_last, unit="pairs",
+               disk=trained * (9 if args.save_last else 3) + tower, save_last=args.save_last, profile=args.profile, unit="pairs",
                columns=LOG_COLUMNS, panels=PANELS, title=f"{pathlib.Path(args.out).name}: {args.blip2}, Q-Former from {args.init}",
                format_metrics=lambda numbers: format_metrics({name: value for name, value in numbers.items() if name != "temp"}))
 

@@ -76,6 +76,7 @@ def get_args(argv=None):
     run.add_argument("--out", default="runs/stage2", metavar="DIR", help="run folder (default: runs/stage2)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
+    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, and in OUT/profile.csv")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     look = parser.add_argument_group("evaluation")
     look.add_argument("--checkpoint", metavar="DIR|FILE", help="a run folder or its best.pt: caption the validation pictures, score, stop")
@@ -188,8 +189,8 @@ def best_of(args, model, frozen, precision):
 
 def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "images", "data", "dry_run", "skip_bad", "workers", "patience", "activations",
-            "checkpoint", "untrained", "captions")
+    free = ("out", "resume", "save_last", "profile", "config", "images", "data", "dry_run", "skip_bad", "workers", "patience",
+            "activations", "checkpoint", "untrained", "captions")
     return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
             "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
             "training pairs (hash)": pairs.fingerprint(parts.train.rows),
@@ -293,7 +294,8 @@ def make_run(args, accelerator, model, parts):
                epochs=args.epochs, seed=args.seed, metric="loss", lowest=True, settings=settings(args, parts, accelerator), frozen=frozen,
                lr=lambda step, total: loop.cosine_lr(step, total, min(args.warmup, total // 10), args.lr, min(args.min_lr, args.lr)),
                best=lambda: best_of(args, model, frozen, accelerator.mixed_precision), columns=LOG_COLUMNS, panels=PANELS,
-               title=f"{pathlib.Path(args.out).name}: {args.blip2}", unit="pairs", format_metrics=format_metrics, save_last=args.save_last)
+               title=f"{pathlib.Path(args.out).name}: {args.blip2}", unit="pairs", format_metrics=format_metrics, save_last=args.save_last,
+               profile=args.profile)
 
 
 def dry_run(args):

@@ -92,6 +92,7 @@ def get_args(argv=None):
     run.add_argument("--out", default="runs/blip", metavar="DIR", help="run folder (default: runs/blip)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
+    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, and in OUT/profile.csv")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     look = parser.add_argument_group("evaluation")
     look.add_argument("--max-val", type=flags.positive, metavar="N", help="score N pictures only (default: the whole split)")
@@ -228,7 +229,7 @@ def load_trained(name, best, path):
 
 def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "cases",
+    free = ("out", "resume", "save_last", "profile", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "cases",
             "json", "val_batch", "checkpoint", "caption", "captions", "report", "zero_shot")
     return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
             "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
@@ -375,7 +376,7 @@ def make_run(args, accelerator, model, parts):
                load_state=lambda last: put_back(model, last, pathlib.Path(args.out) / "last.pt"),
                best=lambda: best_of(args, model, accelerator.mixed_precision), columns=LOG_COLUMNS, panels=PANELS,
                title=f"{pathlib.Path(args.out).name}: {args.blip}, {args.recipe}", unit="pictures", format_metrics=format_metrics,
-               save_last=args.save_last)
+               save_last=args.save_last, profile=args.profile)
 
 
 def dry_run(args):

@@ -40,7 +40,7 @@ from engine.text import text_of
 DEFAULT = published.DEFAULTS["blip2-itm"]
 RECALLS = {"cirr": ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"), "fashioniq": ("R@10", "R@50", "mean")}
 MODEL_ARGS = ("blip2", "no_gate", "spatial_attention", "transform", "target_ratio", "loss_rtc")  # kept in best.pt
-FREE = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "checkpoint",
+FREE = ("out", "resume", "save_last", "profile", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "checkpoint",
         "submit", "gate_maps", "report", "search", "image", "gallery", "top", "cache")  # flags that may differ on --resume
 MAPS = 8  # queries that --gate-maps draws
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "itc", "rtc", "align", "patch", "temp", "grad_norm", "change",
@@ -104,6 +104,7 @@ def get_args(argv=None):
     run.add_argument("--out", default="runs/cir", metavar="DIR", help="run folder (default: runs/cir)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every validation")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
+    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, and in OUT/profile.csv")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     look = parser.add_argument_group("evaluation and search")
     look.add_argument("--checkpoint", metavar="DIR|FILE",
@@ -557,7 +558,7 @@ def prepare(args, accelerator):
                best=lambda: best_of(args, model, frozen, accelerator.mixed_precision), frozen=frozen,
                base=("vision tower", "--blip2"), columns=LOG_COLUMNS, panels=PANELS, unit="queries", format_metrics=format_metrics,
                title=f"{pathlib.Path(args.out).name}: {'without gate' if args.no_gate else 'gated'}, {args.blip2 or DEFAULT}",
-               save_last=args.save_last), parts
+               save_last=args.save_last, profile=args.profile), parts
 
 
 def dry_run(args):

@@ -111,6 +111,7 @@ def get_args(argv=None):
     run.add_argument("--out", default="runs/gated", metavar="DIR", help="run folder (default: runs/gated)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
+    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, and in OUT/profile.csv")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     args = flags.parse_args(parser, argv)
     if os.path.isfile(args.data) and not args.val_share:
@@ -288,8 +289,8 @@ def majority_answers(train_rows):
 
 def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "config", "workers", "images", "data", "check_data", "dry_run", "safe_load", "skip_bad",
-            "semart", "cache", "activations")
+    free = ("out", "resume", "save_last", "profile", "config", "workers", "images", "data", "check_data", "dry_run", "safe_load",
+            "skip_bad", "semart", "cache", "activations")
     return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
             "--length-pool": 1,  # what it has come to: an earlier version's last.pt with another one had its rows in another order
             "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
@@ -426,7 +427,8 @@ def make_run(args, accelerator, model, parts, frozen, command=()):
                metric=args.select, lowest=args.select == "loss", settings=settings(args, parts, accelerator),
                frozen=frozen, base=("BLIP-2 or style classifier", "--blip2 and --efficientnet"),
                best=lambda: best_of(args, model, parts, frozen, command), columns=LOG_COLUMNS, panels=PANELS,
-               title=f"{pathlib.Path(args.out).name}: gating {args.gating}, per {args.per}", unit="questions", save_last=args.save_last)
+               title=f"{pathlib.Path(args.out).name}: gating {args.gating}, per {args.per}", unit="questions", save_last=args.save_last,
+               profile=args.profile)
 
 
 def dry_run(args):

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from engine import checkpoints, environment, files, loaders, loop, runfolder
 from engine.errors import DEAD_LOADER, DataError, dead_loader
+from engine.profiling import Profile
 
 LOG_EVERY = 10  # optimizer steps between two rows of training_log.csv
 CLIP = 1.0  # gradient norm
@@ -78,12 +79,14 @@ class Run:
     of a step. metric: the number of an epoch that best.pt is chosen by; lowest: a low one is good.
     settings: {name: value}, what must be the same on --resume; frozen: fingerprint of what is not trained (None: everything is).
     best: () -> what best.pt holds beside stage, progress and versions. state, load_state: () -> dict of what is trained, for last.pt,
-    and how it is put back. base: what must be the same frozen model, in words, and the flags that name it.
+    and how it is put back. base: what must be the same frozen model, in words, and the flags that name it. profile: measure the phases
+    of the steps, see profiling.Profile.
     """
 
     def __init__(self, stage, out, accelerator, model, wrapped, optimizer, *, rows, plan, batches, epochs, lr, seed, metric, settings,
                  best, lowest=False, frozen=None, base=("base model", "--blip2"), state=None, load_state=None, weigh=len, clip=CLIP,
-                 columns=COLUMNS, panels=PANELS, title="", unit="rows", format_metrics=loop.format_metrics, save_last=False, disk=None):
+                 columns=COLUMNS, panels=PANELS, title="", unit="rows", format_metrics=loop.format_metrics, save_last=False, disk=None,
+                 profile=False):
         self.stage, self.out, self.accelerator = stage, pathlib.Path(out), accelerator
         self.model, self.wrapped, self.optimizer = model, wrapped, optimizer
         self.rows, self.plan, self.batches, self.weigh, self.clip = rows, plan, batches, weigh, clip
@@ -94,7 +97,7 @@ class Run:
         self.per_epoch = len(plan(0))
         self.last_epoch, self.total = epochs, epochs * self.per_epoch
         self._lr = lr
-        self.pace = loop.Pace(self, unit)
+        self.pace, self.profile = loop.Pace(self, unit), Profile(profile)
         self.progress = {"metric": metric, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
         self.step, self.log, self.stop, self.group = 0, None, loop.StopSignal(), ()
 
@@ -128,6 +131,7 @@ class Run:
                     raise
                 self._save_what_is_done()
                 raise loaders.LoaderError(f"{dead_loader(error)}; it was at {loaders.list_rows(self.rows_of(self.group))}") from None
+            self.profile.finish(self.out, self.accelerator)
         self.accelerator.end_training()
 
     def _begin(self, resumed, flags, script):
@@ -236,8 +240,10 @@ class Run:
             for part in self.optimizer.param_groups:
                 part["lr"] = rate * part.get("scale", 1.0)
             step = Step(self, epoch, group, share, batches)
-            yield step
-            bar.set_postfix(**{name: f"{value:.3f}" for name, value in step.means().items()}, lr=f"{rate:.1e}")
+            with self.profile.step():
+                yield step
+                with self.profile.phase("logging"):
+                    bar.set_postfix(**{name: f"{value:.3f}" for name, value in step.means().items()}, lr=f"{rate:.1e}")
             if loop.stop_requested(self.accelerator, self.stop):
                 raise Stopped
         next(batches, None)  # its loaders end here: the script still holds the last step, and the validation's loaders would inherit them
@@ -285,7 +291,8 @@ class Step:
         """This process's micro-batches, on its device. Dropout is seeded by (seed, step, micro-batch): exact resume and equal
         processes depend on it. Not before the batch is there: with --workers 0 the loader may seed this very process."""
         for i, (number, keys) in enumerate(self.share):
-            batch = loaders.next_batch(self.batches, self.run.accelerator.device)
+            with self.run.profile.phase("waiting for data"):
+                batch = loaders.next_batch(self.batches, self.run.accelerator.device)
             loop.seed_everything(self.run.seed, self.run.step, number)
             self.keys, self.is_last = keys, i == len(self.share) - 1
             yield batch
@@ -294,7 +301,8 @@ class Step:
     def forward(self):
         """Mixed precision; the processes exchange their gradients after the last micro-batch alone."""
         accelerator = self.run.accelerator
-        with contextlib.nullcontext() if self.is_last else accelerator.no_sync(self.run.wrapped), accelerator.autocast():
+        sync = contextlib.nullcontext() if self.is_last else accelerator.no_sync(self.run.wrapped)
+        with self.run.profile.phase("forward"), sync, accelerator.autocast():
             yield
 
     def backward(self, loss, **terms):
@@ -305,10 +313,12 @@ class Step:
         if not torch.isfinite(loss):
             raise DataError(loop.bad_loss(f"loss is {loss.item()}", run.step, self.rows or run.rows_of(self.keys)))
         weight = run.weigh(self.keys)
-        run.accelerator.backward(loss * (weight * run.accelerator.num_processes / run.weigh(self.group)))
-        for name, value in {"loss": loss, **terms}.items():
-            summed, total = self.sums.get(name, (0.0, 0))
-            self.sums[name] = summed + value.detach().float().mean().item() * weight, total + weight
+        with run.profile.phase("backward"):
+            run.accelerator.backward(loss * (weight * run.accelerator.num_processes / run.weigh(self.group)))
+        with run.profile.phase("logging"):
+            for name, value in {"loss": loss, **terms}.items():
+                summed, total = self.sums.get(name, (0.0, 0))
+                self.sums[name] = summed + value.detach().float().mean().item() * weight, total + weight
 
     def means(self):
         """{"loss" and the terms: mean over this process's rows}."""
@@ -320,18 +330,23 @@ class Step:
         if not self.real:
             run.optimizer.zero_grad()
             return
-        trained = [p for p in run.model.parameters() if p.requires_grad]
-        norm = float(accelerator.clip_grad_norm_(trained, run.clip))
-        if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
-            raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, self.rows or run.rows_of(self.group)))
-        rate = run.lr(run.step)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+        rate, trained = run.lr(run.step), [p for p in run.model.parameters() if p.requires_grad]
+        with run.profile.phase("optimizer"):
+            norm = float(accelerator.clip_grad_norm_(trained, run.clip))
+            if not math.isfinite(norm) and accelerator.scaler is None:  # fp16's scaler skips such a step by itself
+                raise DataError(loop.bad_loss(f"gradient is {norm}", run.step, self.rows or run.rows_of(self.group)))
+            run.optimizer.step()
+            run.optimizer.zero_grad()
         run.step += 1
         run.pace.step(len(self.group))
         if run.step % LOG_EVERY == 0:
-            sums = accelerator.reduce(torch.tensor(list(self.sums.values()), dtype=torch.float64, device=accelerator.device), "sum")
-            if run.log:
-                means = dict(zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist()))
-                run.log.write("step", run.step, epoch=self.epoch + 1, lr=rate, grad_norm=norm, **means, **{
-                    name: value.item() if isinstance(value, torch.Tensor) else value for name, value in log.items()})
+            with run.profile.phase("logging"):
+                self._write_row(rate, norm, log)
+
+    def _write_row(self, rate, norm, log):
+        run, accelerator = self.run, self.run.accelerator
+        sums = accelerator.reduce(torch.tensor(list(self.sums.values()), dtype=torch.float64, device=accelerator.device), "sum")
+        if run.log:
+            means = dict(zip(self.sums, (sums[:, 0] / sums[:, 1]).tolist()))
+            run.log.write("step", run.step, epoch=self.epoch + 1, lr=rate, grad_norm=norm, **means, **{
+                name: value.item() if isinstance(value, torch.Tensor) else value for name, value in log.items()})

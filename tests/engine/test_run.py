@@ -4,8 +4,11 @@ Checked by hand: clipping, learning rate, weight decay, means over micro-batches
 strike every stage, so each promise of engine/run.py has a test named for it.
 """
 
+import csv
 import math
 import os
+import pathlib
+import re
 import signal
 from types import SimpleNamespace
 
@@ -14,7 +17,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from engine import checkpoints, loaders, loop, run, runfolder
+import efficientnet_pretrain
+import pretrain_qformer
+import pretrain_stage2
+import train_blip_caption
+import train_cir
+import train_gated
+from engine import checkpoints, loaders, loop, profiling, run, runfolder
 from engine.errors import DataError
 
 
@@ -377,3 +386,52 @@ def test_what_the_first_process_decides_holds_for_all(monkeypatch):
     for accelerator, decide in ((first, refuse), (other, never)):
         with pytest.raises(DataError, match="already holds"):
             run.first_decides(accelerator, decide)
+
+
+# --- where the time goes ------------
+
+def test_a_profile_tells_the_phases_of_all_steps_but_the_first(make, tmp_path, monkeypatch, capsys):
+    """On a clock that only this test moves; a rehearsal, the first step and what lies between two steps are not counted."""
+    now = [0.0]
+
+    def takes(seconds, function=None):
+        def slow(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs) if function else None
+        return slow
+
+    monkeypatch.setattr(profiling, "_now", lambda: now[0])
+    model = Toy()
+    toy = make(model=model, epochs=2, profile=True)
+    monkeypatch.setattr(loaders, "next_batch", takes(1.0, loaders.next_batch))
+    monkeypatch.setattr(model, "forward", takes(2.0, model.forward))
+    monkeypatch.setattr(toy.accelerator, "backward", takes(3.0, toy.accelerator.backward))
+    monkeypatch.setattr(toy.optimizer, "step", takes(5.0, toy.optimizer.step))
+    monkeypatch.setattr(loop, "is_better", takes(100.0, loop.is_better))
+    rehearsed = toy.rehearsal({"x": X[:2]}, [0, 1])
+    for batch in rehearsed:
+        with rehearsed.forward():
+            parts = model(**batch)
+        rehearsed.backward(**parts)
+    train(toy, on_step=lambda step: takes(1000.0 if toy.step == 0 else 0.5)())
+    printed = capsys.readouterr().out.splitlines()
+    table = {row["phase"]: row for row in csv.DictReader((tmp_path / "run/profile.csv").open())}
+    assert {name: float(row["ms a step"]) for name, row in table.items()} == {  # two micro-batches each
+        "waiting for data": 2000, "forward": 4000, "backward": 6000, "optimizer": 5000, "logging": 0, "the rest of the step": 500,
+        "a step": 17500}
+    assert float(table["forward"]["seconds"]) == 5 * 4 and float(table["forward"]["share"]) == pytest.approx(4 / 17.5, abs=1e-4)
+    at = printed.index(next(line for line in printed if line.startswith("of 6 steps, but the first")))
+    assert [line.rsplit(maxsplit=2)[0] for line in printed[at + 1:at + 8]] == list(table) and "22.9%" in printed[at + 2]
+
+
+def test_without_profile_nothing_is_measured_or_written(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(profiling, "_now", lambda: pytest.fail("measured"))
+    train(make())
+    assert not (tmp_path / "run/profile.csv").exists()
+
+
+@pytest.mark.parametrize("script", [efficientnet_pretrain, pretrain_qformer, pretrain_stage2, train_blip_caption, train_cir, train_gated])
+def test_every_training_script_can_be_profiled_and_resumed_with_or_without(script):
+    source = pathlib.Path(script.__file__).read_text(encoding="utf-8")
+    assert script.get_args(["--data", "a=b", "--profile"]).profile and source.count("profile=args.profile") == 1
+    assert re.search(r'(?i)free = [(\[]"out", "resume", "save_last", "profile"', source)
