@@ -18,7 +18,7 @@ import core
 import eval_gated
 import train_gated
 from conftest import prepared
-from engine import checkpoints, errors, loop, memory, published
+from engine import checkpoints, errors, loop, memory, packing, published
 from engine.errors import DataError
 
 WEIGHTS = {"hit_weight": 0.1, "kl_weight": 0.05}
@@ -118,6 +118,16 @@ def test_no_graph_below_the_first_trained_part(build, batch):
     model.qformer.encoder.layer[0].crossattention.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
     gradients(model, batch)
     assert seen == [False, True]  # frozen queries need none; behind the first gate everything does
+
+
+def test_training_runs_without_pads_and_is_compiled_where_asked(flags, monkeypatch):
+    """What that means for loss, gradients and memory: test_decoders.py, for every kind of language model."""
+    compiled = []
+    monkeypatch.setattr(train_gated.compiling, "compile_layers", lambda model, accelerator: compiled.append(model))
+    for more in ([], ["--compile"]):
+        run, _ = prepared(train_gated.get_args(flags(*more)))
+        assert run.model.language_model.config._attn_implementation == packing.NAME
+        assert compiled == [run.model.language_model] * len(more)
 
 
 # --- batches of about equal length ------------

@@ -16,7 +16,7 @@ import pretrain_stage2
 import train_gated
 from data import pairs
 from data.pairs import Captioned, Pair
-from engine import checkpoints, errors, prompts, published
+from engine import checkpoints, errors, packing, prompts, published
 from tests import decoder_kinds
 from tests.decoder_kinds import SIZE, Q
 
@@ -90,6 +90,12 @@ def test_qformer_and_projection_learn_and_nothing_else(flags, tiny, tmp_path):
     assert not still, still
     assert saved["frozen"].keys() == {"vision_model", "language_model", checkpoints.LINEAR}
     assert checkpoints.other_parts(saved["frozen"], checkpoints.fingerprint(model)) == []
+
+
+def test_it_trains_without_pads(flags):
+    args = pretrain_stage2.get_args(flags())
+    run, _ = pretrain_stage2.prepare(args, pretrain_stage2.start(args))
+    assert run.model.language_model.config._attn_implementation == packing.NAME
 
 
 def test_training_lowers_the_loss_and_writes_captions(flags, tmp_path, capsys):

@@ -390,7 +390,7 @@ def test_what_the_first_process_decides_holds_for_all(monkeypatch):
 
 # --- where the time goes ------------
 
-def test_a_profile_tells_the_phases_of_all_steps_but_the_first(make, tmp_path, monkeypatch, capsys):
+def test_a_profile_tells_the_phases_of_all_steps_but_the_first(make, tmp_path, monkeypatch, no_curves, capsys):
     """On a clock that only this test moves; a rehearsal, the first step and what lies between two steps are not counted."""
     now = [0.0]
 
@@ -424,7 +424,7 @@ def test_a_profile_tells_the_phases_of_all_steps_but_the_first(make, tmp_path, m
     assert [line.rsplit(maxsplit=2)[0] for line in printed[at + 1:at + 8]] == list(table) and "22.9%" in printed[at + 2]
 
 
-def test_without_profile_nothing_is_measured_or_written(make, tmp_path, monkeypatch):
+def test_without_profile_nothing_is_measured_or_written(make, tmp_path, monkeypatch, no_curves):
     monkeypatch.setattr(profiling, "_now", lambda: pytest.fail("measured"))
     train(make())
     assert not (tmp_path / "run/profile.csv").exists()
