@@ -11,7 +11,7 @@ Every score lies between 0 and 1 (the exceptions are said: CIDEr-D goes up to 10
 VQAv2 evaluator, BLEU, ROUGE-L and CIDEr-D the COCO caption tools, exact match and sentence BLEU the ArtQuest code,
 their oddities included, so that the numbers compare with published ones. METEOR is NLTK's, which is NOT the METEOR 1.5
 of the COCO tools and of papers: see meteor and coco_meteor. Recalls (cirr_scores, fashioniq_scores, retrieval_scores) are
-percent.
+percent. Intervals of means come from estimate, of comparisons from paired_difference.
 """
 
 import argparse
@@ -28,6 +28,7 @@ import sys
 import types
 import zipfile
 from collections import Counter
+from typing import NamedTuple
 
 import numpy as np
 
@@ -542,6 +543,67 @@ def retrieval_chance(texts, images):
     scores = {f"{side} R@{k}": 100 * min(1.0, k / count * more) for side, count, more in
               (("i2t", texts, texts / images), ("t2i", images, 1)) for k in (1, 5, 10)}
     return scores | {"mean": float(np.mean(list(scores.values())))}
+
+
+# --------------------------------------------------------------------------- intervals
+
+RESAMPLES = 1000
+
+
+class Estimate(NamedTuple):
+    """A mean with the ends of its 95 % interval, which are None where there is but one picture."""
+    value: float
+    low: float | None
+    high: float | None
+
+    def __format__(self, form):
+        """f"{estimate:.1f}" is "74.3 [71.2, 77.0]"; f"{estimate:+.1f}" shows the signs."""
+        form = form or ".1f"
+        return format(self.value, form) + ("" if self.low is None else f" [{self.low:{form}}, {self.high:{form}}]")
+
+
+def resampled_means(values, units, resamples=RESAMPLES, seed=0):
+    """Means of values [N,K] over draws of units with replacement -> [resamples,K]; all rows of a drawn unit come along.
+
+    units: N names, the pictures. All columns share the draws, so that a difference of two is paired. NaN where there is but one
+    unit, whose draws are all the same. (The bootstrap of clusters: Efron 1979; Davison & Hinkley 1997, section 3.8.)"""
+    values, place = np.asarray(values, float), {name: number for number, name in enumerate(sorted(set(units)))}
+    if len(place) == 1:
+        return np.full((resamples, values.shape[1]), np.nan)
+    sums = np.zeros((len(place), values.shape[1] + 1))  # the last column: how many rows
+    np.add.at(sums, [place[name] for name in units], np.column_stack([values, np.ones(len(values))]))
+    rng, count = np.random.default_rng(seed), len(place)
+    drawn = np.stack([np.bincount(rng.integers(0, count, count), minlength=count) @ sums for _ in range(resamples)])
+    return drawn[:, :-1] / drawn[:, -1:]
+
+
+def estimate(values, units, resamples=RESAMPLES, seed=0):
+    """The mean of values [N], or [N,S] of S seeds of training, with its 95 % percentile interval -> Estimate.
+
+    units: N names, the pictures: what is asked about one picture is not independent. Pictures and seeds are drawn with replacement,
+    independently of each other (Owen 2007, "The pigeonhole bootstrap"). Of S seeds S - 1 are drawn: S draws of so few have a
+    variance that is too small by (S - 1) / S (Rao & Wu 1988). Of one seed the interval says nothing of what another would change.
+    ValueError: no values, or not one unit for each."""
+    values, units = np.asarray(values, float), list(units)
+    if not len(values) or len(values) != len(units):
+        raise ValueError(f"{len(values)} values of {len(units)} units")
+    values = values.reshape(len(values), -1)  # [N,S]
+    means, seeds = resampled_means(values, units, resamples, seed), values.shape[1]  # [R,S]
+    if seeds > 1:
+        drawn = np.random.default_rng([seed, seeds]).integers(0, seeds, (resamples, seeds - 1))
+        means = np.take_along_axis(means, drawn, axis=1)  # [R,S-1]
+    ends = np.percentile(means.mean(axis=1), [2.5, 97.5])
+    return Estimate(float(values.mean()), *([None, None] if np.isnan(ends).any() else ends.tolist()))
+
+
+def paired_difference(ours, theirs, units, resamples=RESAMPLES, seed=0):
+    """estimate of ours minus theirs, row by row and seed by seed: both [N] or [N,S], or one [N] against all S seeds of the other.
+
+    A difference whose interval holds 0 is not shown. ValueError: other numbers of rows or of seeds."""
+    ours, theirs = (np.asarray(side, float).reshape(len(side), -1) for side in (ours, theirs))  # [N,S]
+    if len(ours) != len(theirs) or (ours.shape[1] != theirs.shape[1] and 1 not in (ours.shape[1], theirs.shape[1])):
+        raise ValueError(f"{ours.shape} against {theirs.shape} (rows, seeds): no pairs")
+    return estimate(ours - theirs, units, resamples, seed)
 
 
 # --------------------------------------------------------------------------- command line

@@ -5,9 +5,9 @@
     outcome                         what came out in a line, for the title: exact match with the gates and without, the difference
     about                           lines on how it was made: command, version of this project, packages, date
     python -m show.report FILE      the page of the results that a training script left (PAGE.results.json): it draws nothing itself
-    expected_calibration_error, resampled_means     the numbers that are computed here and nowhere else
+    expected_calibration_error      computed here and nowhere else
 
-Intervals are percentile bootstrap intervals (Efron 1979) over pictures: what is asked about one picture is not independent.
+Intervals are those of metrics.resampled_means over pictures: what is asked about one picture is not independent.
 """
 
 import argparse
@@ -34,7 +34,6 @@ from engine.errors import DataError
 from show.gallery import thumbnail
 
 LISTED, FIXED = 40, 12  # cards of a list, and of the samples that are the same at every evaluation
-RESAMPLES = 1000
 SCORES = ("EM", "VQA", "BLEU", "ROUGE-L")  # of an answer, in percent, as in eval_gated
 UNGATED, CLOSED = "BLIP-2, no gates", "gates closed"  # systems of eval_gated
 FIGURE_SIDE = 1400
@@ -312,21 +311,6 @@ def made_table(lines):
 
 # --- numbers ------------
 
-def resampled_means(values, units, resamples=RESAMPLES, seed=0):
-    """Means of values [N,K] over draws of units with replacement -> [resamples,K]; all rows of a drawn unit come along.
-
-    units: N names, the pictures. All columns share the draws, so that a difference of two is paired. NaN where there is but one
-    unit, whose draws are all the same."""
-    values, place = np.asarray(values, float), {name: number for number, name in enumerate(sorted(set(units)))}
-    if len(place) == 1:
-        return np.full((resamples, values.shape[1]), np.nan)
-    sums = np.zeros((len(place), values.shape[1] + 1))  # the last column: how many rows
-    np.add.at(sums, [place[name] for name in units], np.column_stack([values, np.ones(len(values))]))
-    rng, count = np.random.default_rng(seed), len(place)
-    drawn = np.stack([np.bincount(rng.integers(0, count, count), minlength=count) @ sums for _ in range(resamples)])
-    return drawn[:, :-1] / drawn[:, -1:]
-
-
 def with_interval(value, means, digits=1, sign=""):
     """A Cell of a value and its 95 % interval from its resampled means [R]; no interval where these are NaN."""
     if np.isnan(means).any():
@@ -369,7 +353,7 @@ def interval_note(count, what):
     """What the figures below a value are, in a line."""
     if count == 1:
         return f"One of the {what} only: no interval can be given."
-    return (f"Below each value: 95 % bootstrap interval from {RESAMPLES:,} draws of the {count:,} {what} with replacement, all "
+    return (f"Below each value: 95 % bootstrap interval from {metrics.RESAMPLES:,} draws of the {count:,} {what} with replacement, all "
             "that belongs to a drawn one together. It does not cover what another seed of training would change.")
 
 
@@ -468,7 +452,7 @@ def headline(values, names, units, unit, digits=1):
 
     unit: what they are called. Beside the first score stands by how much the trained system is better in it."""
     systems, averages, rows = list(values), {name: found.mean(0) for name, found in values.items()}, []
-    means = resampled_means(np.concatenate(list(values.values()), axis=1), units).reshape(RESAMPLES, len(systems), len(names))
+    means = metrics.resampled_means(np.concatenate(list(values.values()), axis=1), units).reshape(-1, len(systems), len(names))
     for s, system in enumerate(systems):
         row = [system, *with_intervals(averages[system], means[:, s], digits)]
         if len(systems) > 1:
@@ -522,7 +506,7 @@ def by_type(questions, scores):
         chosen = [i for i, r in enumerate(questions) if r.question_type == kind]
         units = [picture_of(questions[i]) for i in chosen]
         values = np.column_stack([scores[name][chosen, 0] for name in systems])  # [n,S]
-        means = resampled_means(values, units)
+        means = metrics.resampled_means(values, units)
         rows.append([Cell(kind, f"{len(chosen):,} questions")] + with_intervals(values.mean(0), means))
     return Table("Exact match by question type", ["type", *systems], rows)
 
@@ -811,7 +795,7 @@ def recall_table(pools):
     for number, (pool, found) in enumerate(zip(pools, hits)):
         table = np.column_stack(list(found.values()))  # [N,K]
         values.append(table.mean(0))
-        means.append(resampled_means(table, pool.units, seed=number))
+        means.append(metrics.resampled_means(table, pool.units, seed=number))
         rows.append([Cell(pool.pool.name, f"{len(table):,} queries")] + with_intervals(values[-1], means[-1]))
     if len(pools) > 1:
         rows.append(["mean of them"] + with_intervals(np.mean(values, axis=0), np.mean(means, axis=0)))

@@ -27,6 +27,7 @@ import yaml
 from accelerate.utils import send_to_device
 
 import core
+import metrics
 from engine import checkpoints, environment, files
 from engine.errors import DataError
 from engine.saved import ADAPTER, ADAPTER_CONFIG, CONFIG, FORMAT, GATES, PLACES, revision_of, sizes_of, to_peft
@@ -178,7 +179,7 @@ def scores(questions, systems):
     lines = []
     for system, kind in wanted:
         chosen = [i for i, r in enumerate(questions) if kind in (r.question_type, "all")]
-        means = report.resampled_means(values[system][chosen], [units[i] for i in chosen])
+        means = metrics.resampled_means(values[system][chosen], [units[i] for i in chosen])
         lines.append((system, kind, len(chosen), report.with_intervals(values[system][chosen].mean(0), means)))
     return Scores(pathlib.PurePath(questions[0].file).name, len(questions), len(set(units)), lines)
 

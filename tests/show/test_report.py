@@ -190,7 +190,7 @@ def test_hostile_captions_and_queries(tmp_path):
 
 def test_interval_of_a_mean_is_that_of_the_normal_distribution():
     values = np.random.default_rng(1).normal(5, 2, (400, 1))
-    low, high = np.percentile(report.resampled_means(values, [str(n) for n in range(400)]), [2.5, 97.5])
+    low, high = np.percentile(metrics.resampled_means(values, [str(n) for n in range(400)]), [2.5, 97.5])
     error = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - error, abs=0.15 * error)
     assert high == pytest.approx(values.mean() + error, abs=0.15 * error)
@@ -198,17 +198,52 @@ def test_interval_of_a_mean_is_that_of_the_normal_distribution():
 
 def test_pictures_are_the_unit_of_the_interval():
     values, units = np.random.default_rng(2).random((60, 1)), [f"{n}.jpg" for n in range(60)]
-    once = report.resampled_means(values, units)
-    assert np.allclose(report.resampled_means(np.repeat(values, 5, 0), [u for u in units for _ in range(5)]), once)
+    once = metrics.resampled_means(values, units)
+    assert np.allclose(metrics.resampled_means(np.repeat(values, 5, 0), [u for u in units for _ in range(5)]), once)
     shuffled = np.random.default_rng(3).permutation(60)
-    assert np.allclose(report.resampled_means(values[shuffled], [units[i] for i in shuffled]), once)
-    assert np.ptp(report.resampled_means(np.repeat(values, 5, 0), [str(n) for n in range(300)])) < 0.7 * np.ptp(once)
+    assert np.allclose(metrics.resampled_means(values[shuffled], [units[i] for i in shuffled]), once)
+    assert np.ptp(metrics.resampled_means(np.repeat(values, 5, 0), [str(n) for n in range(300)])) < 0.7 * np.ptp(once)
 
 
 def test_a_resample_weighs_every_row_alike():
-    drawn = report.resampled_means([[0.0], [1.0], [1.0], [1.0]], ["a", "b", "b", "b"])
+    drawn = metrics.resampled_means([[0.0], [1.0], [1.0], [1.0]], ["a", "b", "b", "b"])
     assert set(np.unique(drawn)) == {0.0, 0.75, 1.0} and (drawn == 0.75).mean() == pytest.approx(0.5, abs=0.06)
-    assert np.array_equal(drawn, report.resampled_means([[0.0], [1.0], [1.0], [1.0]], ["a", "b", "b", "b"]))
+    assert np.array_equal(drawn, metrics.resampled_means([[0.0], [1.0], [1.0], [1.0]], ["a", "b", "b", "b"]))
+
+
+def test_an_estimate_of_one_seed_is_its_mean_between_the_ends_of_the_draws():
+    values, units = np.random.default_rng(5).random(40), [f"{n // 2}.jpg" for n in range(40)]
+    found = metrics.estimate(values, units)
+    assert found == (values.mean(), *np.percentile(metrics.resampled_means(values[:, None], units), [2.5, 97.5]))
+    assert f"{metrics.Estimate(74.26, 71.0, 77.04):.1f}" == "74.3 [71.0, 77.0]"
+    assert f"{metrics.Estimate(1.0, -0.5, 2.0):+.2f}" == "+1.00 [-0.50, +2.00]" and f"{metrics.Estimate(2.0, None, None)}" == "2.0"
+
+
+def test_an_estimate_of_several_seeds_draws_one_seed_fewer_than_there_are():
+    """Pictures all alike, so that only the seeds differ: three draws of (0, 0, 0, 4), of which 3 fours come once in 64."""
+    values, units = np.tile([0.0, 0.0, 0.0, 4.0], (6, 1)), [f"{n}.jpg" for n in range(6)]
+    assert metrics.estimate(values, units, 20_000) == (1.0, 0.0, pytest.approx(8 / 3))
+    pictures = np.repeat(np.random.default_rng(6).random((50, 1)), 3, axis=1)  # seeds all alike: the pictures alone differ
+    assert metrics.estimate(pictures, range(50)) == pytest.approx(metrics.estimate(pictures[:, 0], range(50)))
+
+
+def test_pictures_and_seeds_together_are_wider_than_either():
+    rng = np.random.default_rng(7)
+    of_pictures, of_seeds = rng.normal(0, 1, (200, 1)), rng.normal(0, 0.1, (1, 5))
+    widths = [np.ptp(metrics.estimate(np.broadcast_to(table, (200, 5)), range(200))[1:])
+              for table in (of_pictures, of_seeds, of_pictures + of_seeds)]
+    assert widths[2] == pytest.approx(math.hypot(*widths[:2]), rel=0.15)
+
+
+def test_a_paired_difference_is_of_the_same_rows_and_seeds():
+    ours, units = np.random.default_rng(8).random((60, 3)), [f"{n // 3}.jpg" for n in range(60)]
+    assert metrics.paired_difference(ours, ours - 0.25, units) == pytest.approx((0.25, 0.25, 0.25))
+    assert metrics.paired_difference(ours, ours[:, 0], units) == metrics.estimate(ours - ours[:, :1], units)
+    for other in (ours[:, :2], ours[:59]):
+        with pytest.raises(ValueError, match="no pairs"):
+            metrics.paired_difference(ours, other, units)
+    with pytest.raises(ValueError, match="0 values"):
+        metrics.estimate([], [])
 
 
 def test_the_difference_of_two_systems_is_paired():
