@@ -3,6 +3,7 @@
     python eval_gated.py --checkpoint runs/gated                              # data and models as in training
     python eval_gated.py --checkpoint runs/gated/best.pt --split test --predictions runs/gated/test.json
     python eval_gated.py --checkpoint runs/gated/best.pt --report runs/gated/report.html     # a page to look at
+    python eval_gated.py --checkpoint runs/gated --against runs/other        # in pairs, with intervals; also --against test.json
     python eval_gated.py --checkpoint runs/gated/best.pt --ask "What style is this?" --images photos --answers answers.csv
 
 One table: per question type and overall, loss, style hit, KL, exact match, VQA accuracy, BLEU and ROUGE-L of (1) the commonest
@@ -29,7 +30,7 @@ import core
 import metrics
 from data import rows
 from data.questions import Questions, read_questions
-from engine import checkpoints, errors, files, flags, folders, gate_frames, loop, published
+from engine import checkpoints, comparison, errors, files, flags, folders, gate_frames, loop, published
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary
 from engine.features import cached_features, predicted_styles
@@ -39,8 +40,9 @@ from show import maps, report, sharing
 LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
 SCORES = ("EM", "VQA", "BLEU", "BLEU-AQ", "ROUGE-L")  # percent; AQ: with ArtQuest's order of the arguments
 ANSWERS = ("image", "question", "answer", "confidence")  # columns of --answers
-ABOUT_TABLES = ("data", "predictions", "table", "report", "no_baselines", "shuffle_style", "merge_lora", "cache", "skip_bad",
+ABOUT_TABLES = ("data", "predictions", "against", "table", "report", "no_baselines", "shuffle_style", "merge_lora", "cache", "skip_bad",
                 "maps", "export")  # not with --ask
+NEEDED = ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen")  # of a best.pt
 # what train_gated.py did before a flag about data was there: for checkpoints that lack it
 BEFORE = {"val_share": 0.1, "images": None, "columns": [], "encoding": "utf-8", "separator": None, "style": "column",
           "semart": None, "context": None}
@@ -48,7 +50,8 @@ BEFORE = {"val_share": 0.1, "images": None, "columns": [], "encoding": "utf-8", 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, metavar="DIR|FILE", help="run folder of train_gated.py, or its best.pt")
+    parser.add_argument("--checkpoint", metavar="DIR|FILE", help="run folder of train_gated.py, or its best.pt; not needed with "
+                                                                 "--predictions and --against, two files of earlier evaluations")
     parser.add_argument("--data", metavar="DIR", help="folder with the CSV files (default: the one of training)")
     parser.add_argument("--images", metavar="DIR", help="image root (default: as in training, or DATA/images); with --ask "
                                                         "the folder of pictures")
@@ -65,6 +68,10 @@ def get_args(argv=None):
     parser.add_argument("--predictions", metavar="FILE.json", help="answers in VQAv2's result format, and beside it FILE.csv with "
                                                                    "image, question, answer, prediction, confidence, and with rank "
                                                                    "margin: log-likelihood above that of the runner-up")
+    parser.add_argument("--against", metavar="DIR|FILE", help="compare in pairs with another run (its folder or best.pt), or with "
+                                                              "another's --predictions: by type, with intervals over pictures and the "
+                                                              "rows that changed; written as PREDICTIONS.against.json and .csv, or as "
+                                                              "SPLIT.against.json and .csv beside the checkpoint")
     parser.add_argument("--method", choices=("generate", "rank"), default="generate",
                         help="generate: beam search; rank: the likeliest of all training answers (default: generate)")
     parser.add_argument("--beams", type=flags.positive, default=5, help="beams of generate (default: 5)")
@@ -112,10 +119,15 @@ def get_args(argv=None):
 
 def flags_at_odds(args):
     """What is wrong with the flags in one line, "" where they go together."""
+    if not args.checkpoint:
+        if not (args.predictions and (args.against or "").endswith((".json", ".csv"))) or args.ask:
+            return "--checkpoint is needed, but for --predictions and --against, two files of earlier evaluations"
+        other = [f"--{name.replace('_', '-')}" for name in ABOUT_TABLES if getattr(args, name) and name not in ("predictions", "against")]
+        return f"without --checkpoint nothing is evaluated: leave {', '.join(other)} out" if other else ""
     if (args.ask is None) != (args.answers is None):
         return "--ask and --answers go together"
-    if args.merge_lora and (args.report or args.abstain_below is not None):
-        return "--merge-lora answers nothing: leave --report and --abstain-below out"
+    if args.merge_lora and (args.report or args.against or args.abstain_below is not None):
+        return "--merge-lora answers nothing: leave --report, --against and --abstain-below out"
     if not args.ask:
         return ""
     other = [f"--{name.replace('_', '-')}" for name in ABOUT_TABLES if getattr(args, name)]
@@ -494,6 +506,36 @@ def draw_maps(run, trained):
     return drawn
 
 
+def rows_against(args):
+    """The rows of the file that --against names, read before an hour of answers; None where it is a run, which is asked afterwards."""
+    if args.against and args.against.endswith((".json", ".csv")):
+        return comparison.read_predictions(args.against)
+    if args.against:
+        checkpoints.checkpoint_file(args.against, "a file of --predictions")
+    return None
+
+
+def answers_of_other(args, accelerator):
+    """Rows of the run that --against names, asked the same questions."""
+    args = argparse.Namespace(**{**vars(args), "checkpoint": str(checkpoints.checkpoint_file(args.against)), "blip2": None,
+                                 "efficientnet": None})
+    run = prepare(args, checkpoints.load_checkpoint(args.checkpoint, NEEDED), accelerator)
+    checkpoints.load_trainable(run.model, run.checkpoint["state"], args.checkpoint)
+    return comparison.rows_of(run.ids, run.questions, run.answer())
+
+
+def compare(args, ours, theirs):
+    """--against: print and write what engine.comparison finds. DataError: other questions."""
+    us = args.checkpoint or args.predictions
+    comparison.report(ours, comparison.in_order(ours, theirs, us, args.against), us, args.against, against_place(args))
+
+
+def against_place(args):
+    """What --against writes, without .json and .csv."""
+    beside = os.path.splitext(args.predictions)[0] if args.predictions else pathlib.Path(args.checkpoint).with_name(args.split)
+    return f"{beside}.against"
+
+
 def map_folder(args):
     return pathlib.Path(args.checkpoint).parent / "maps"
 
@@ -502,8 +544,8 @@ def refuse_places(args):
     """DataError where something that the flags ask for cannot be written, before anything is loaded."""
     if args.predictions and not args.predictions.endswith(".json"):
         raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
-    for path in filter(None, (args.predictions, args.table, args.report, args.answers, args.merge_lora,
-                              args.maps and map_folder(args) / "001.png")):
+    for path in filter(None, (args.predictions, args.against and against_place(args), args.table, args.report, args.answers,
+                              args.merge_lora, args.maps and map_folder(args) / "001.png")):
         files.refuse_unwritable(path)
     if args.export:
         if args.merge_lora:
@@ -513,10 +555,12 @@ def refuse_places(args):
 
 def main(argv=None):
     args = get_args(argv)
+    theirs = rows_against(args)
+    if not args.checkpoint:
+        return compare(args, comparison.read_predictions(args.predictions), theirs)
     args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # maps/ and the report's curves go by its folder
     refuse_places(args)
-    checkpoint = checkpoints.load_checkpoint(
-        args.checkpoint, ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen"))
+    checkpoint = checkpoints.load_checkpoint(args.checkpoint, NEEDED)
     accelerator = loop.make_accelerator(args.precision)
     if args.merge_lora:
         model = load_model(args, checkpoint, torch.float32)
@@ -525,9 +569,18 @@ def main(argv=None):
     if args.ask:
         return ask(args, checkpoint, accelerator)
     run = prepare(args, checkpoint, accelerator)
+    if theirs:  # other questions are refused before the first is answered
+        unanswered = comparison.rows_of(run.ids, run.questions, [{"prediction": ""}] * len(run.ids))
+        comparison.in_order(unanswered, theirs, args.checkpoint, args.against)
     systems = answers_of_systems(run)
     if accelerator.is_main_process:
         write_outputs(run, systems, ["eval_gated.py", *(sys.argv[1:] if argv is None else argv)])
+    if args.against:
+        ours = comparison.rows_of(run.ids, run.questions, list(systems.values())[-1])
+        del run  # with its model: the other run has one of its own
+        theirs = theirs or answers_of_other(args, accelerator)
+        if accelerator.is_main_process:
+            compare(args, ours, theirs)
 
 
 if __name__ == "__main__":

@@ -756,6 +756,12 @@ def test_compare_gated(few, tiny, tmp_path, capsys, monkeypatch):
     style = [r for r in table if r["type"] in ("style", "technique") and r["system"] == "gated"]
     assert result["results"]["gated, Q-Former frozen"][0]["style"] == pytest.approx(sum(r["EM"] for r in style) / 2)
     assert None not in result["results"]["gated, Q-Former frozen"][0].values()
+    assert result["reference"] == "ungated, Q-Former frozen" and list(result["compared"]) == list(compare_gated.SYSTEMS)
+    for system, found in result["compared"].items():
+        ours, theirs = (result["results"][name][0] for name in (system, result["reference"]))
+        for kind in ("style", "content"):
+            assert found[kind]["ours"]["value"] == pytest.approx(ours[kind]) and found[kind]["pictures"] == 3
+            assert found[kind]["difference"]["value"] == pytest.approx(ours[kind] - theirs[kind])
     monkeypatch.setattr(train_gated, "train", lambda *a: pytest.fail("a finished run was repeated"))
     compare_gated.main(command)
     assert errors.exit_code(compare_gated.main, [*command, "--weight-decay", "0.5"]) == 2

@@ -6,7 +6,8 @@ Four systems: with gates or without, the Q-Former frozen or trained. Each has th
 run for each of --lrs on the first seed, the best by validation loss; with that rate a run for each of --seeds. Every run is
 train_gated.py and eval_gated.py as they stand (its folder is OUT/<name>), on features of the frozen towers computed once
 (--cache OUT/cache); seconds a step are therefore without the towers. Finished runs are not repeated when the command is given
-again. All other flags go to train_gated.py.
+again. All other flags go to train_gated.py. Every system is compared with --reference in pairs, question by question and seed by
+seed; intervals are over pictures and seeds together (metrics.estimate).
 """
 
 import argparse
@@ -21,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the p
 
 import eval_gated
 import train_gated
-from engine import errors, files
+from engine import comparison, errors, files
 from engine.errors import DataError
 
 SYSTEMS = {"ungated, Q-Former frozen": ["--gating", "none"], "gated, Q-Former frozen": [],
@@ -38,6 +39,8 @@ def get_args(argv=None):
     parser.add_argument("--split", default="test", help="which split is scored (default: test)")
     parser.add_argument("--style-types", nargs="+", default=["style", "technique"], metavar="TYPE",
                         help="question types that ask for style; all others are content (default: style technique)")
+    parser.add_argument("--reference", choices=tuple(SYSTEMS), default=next(iter(SYSTEMS)), metavar="SYSTEM",
+                        help="what the others are compared with in pairs (default: %(default)s)")
     parser.add_argument("--out", default="runs/compare", metavar="DIR", help="(default: runs/compare)")
     return parser.parse_known_args(argv)
 
@@ -83,12 +86,35 @@ def step_seconds(others, system, rounds=5, steps=10):
 
 
 def scores(args, others, folder):
-    """Rows of eval_gated's table for the run in `folder`."""
+    """Rows of eval_gated's table for the run in `folder`, whose answers are then in its file of answers_of."""
     table = folder / f"{args.split}.json"
-    if not table.exists():
+    if not (table.exists() and answers_of(args, folder).exists()):
         eval_gated.main(["--checkpoint", str(folder / "best.pt"), "--split", args.split, "--table", str(table), "--shuffle-style",
-                         "--workers", "0", "--cache", others[-1]])
+                         "--workers", "0", "--cache", others[-1], "--predictions", str(answers_of(args, folder))])
     return json.loads(table.read_text(encoding="utf-8"))
+
+
+def answers_of(args, folder):
+    return folder / f"{args.split}-answers.json"
+
+
+def differences(args, folders):
+    """{system: comparison.compare with --reference, of the style and of the content questions}. folders: {system: one for each seed}."""
+    answered = {system: [comparison.read_predictions(answers_of(args, folder)) for folder in some] for system, some in folders.items()}
+    rows = answered[args.reference][0]
+    where = {"style": [n for n, row in enumerate(rows) if row["question_type"] in args.style_types]}
+    where["content"] = sorted({*range(len(rows))} - {*where["style"]})
+    hits = {system: list(zip(*(comparison.hits(one) for one in some))) for system, some in answered.items()}  # [N,S]
+    return {system: comparison.compare(rows, hits[system], hits[args.reference], {kind: some for kind, some in where.items() if some})
+            for system in folders}
+
+
+def print_differences(args, found):
+    print(f"\nexact match in % with 95 % intervals over pictures and seeds, and the difference to {args.reference} in pairs")
+    print(f"{'system':28}" + "".join(f"{kind:>24}{'difference':>24}" for kind in next(iter(found.values()))))
+    for system, kinds in found.items():
+        print(f"{system:28}" + "".join(f"{format(one['ours'], '.1f'):>24}{format(one['difference'], '+.1f'):>24}"
+                                       for one in kinds.values()))
 
 
 def exact_match(table, kinds, systems):
@@ -118,10 +144,11 @@ def main(argv=None):
         tried = {lr: one_run(args, others, system, lr, args.seeds[0])[0]["value"] for lr in args.lrs}
         rates[system] = min(tried, key=lambda lr: float("inf") if tried[lr] is None else tried[lr])
         print(f"{system}: validation loss by lr {tried}, chosen {rates[system]:g}")
-    results = {system: [] for system in SYSTEMS}
+    results, folders = {system: [] for system in SYSTEMS}, {system: [] for system in SYSTEMS}
     for seed in args.seeds:  # seeds outside, so that a slow hour of the machine falls on all systems alike
         for system in SYSTEMS:
             held, folder = one_run(args, others, system, rates[system], seed)
+            folders[system].append(folder)
             results[system].append({**held, **style_and_content(scores(args, others, folder), args.style_types)})
     print(f"\nexact match in % on {args.split}, mean +- standard deviation over the seeds {args.seeds}, "
           f"{held['steps']} steps at most")
@@ -132,22 +159,25 @@ def main(argv=None):
                    for seen in SEEN for kind in ("style", "content")]
         print(f"{system:28}{rates[system]:>8g}{found[0]['trained']:>13,}"
               + "".join(f"{c:>13}" for c in columns))
-    write_results(args, rates, results, {})
+    paired = differences(args, folders)
+    print_differences(args, paired)
+    write_results(args, rates, results, paired, {})
     seconds = {}  # last: what cost hours is safe, and memory that runs out here loses nothing
     for system in SYSTEMS:
         seconds[system] = step_seconds(others, system)
         print(f"{system}: {seconds[system]:.3f} s a step")
-        write_results(args, rates, results, seconds)
+        write_results(args, rates, results, paired, seconds)
 
 
-def write_results(args, rates, results, seconds):
-    """OUT/compare.json: the learning rate, the scores of each seed and, where they are measured, the seconds of a step by system;
-    OUT/compare.csv: the scores, a row for each system and seed."""
+def write_results(args, rates, results, paired, seconds):
+    """OUT/compare.json: the learning rate, the scores of each seed, the differences to the reference and, where they are measured, the
+    seconds of a step by system; OUT/compare.csv: the scores, a row for each system and seed."""
     files.write_csv(pathlib.Path(args.out) / "compare.csv", [{"system": system, "seed": seed, "lr": rates[system], **{
         name: value for name, value in one.items() if name != "flags"}} for system, found in results.items()
         for seed, one in zip(args.seeds, found)])
     with files.whole_file(pathlib.Path(args.out) / "compare.json") as file:
-        json.dump({"rates": rates, "seconds_per_step": seconds, "results": results}, file, indent=1)
+        json.dump({"rates": rates, "seconds_per_step": seconds, "results": results, "reference": args.reference, "compared": {
+            system: comparison.as_plain(kinds) for system, kinds in paired.items()}}, file, indent=1)
 
 
 if __name__ == "__main__":
