@@ -19,6 +19,7 @@ import core
 import metrics
 import pretrain_qformer
 import train_cir
+from data import rows
 from engine import checkpoints, errors, loop, published, run, runfolder, stage1
 from engine.errors import DataError
 from conftest import ROOT
@@ -340,7 +341,11 @@ def test_export_loads_in_transformers_and_in_the_next_stages(build, tmp_path):
         wanted = theirs.eval()(pixel_values=images, **text, use_image_text_matching_head=False).logits_per_image
         ours = core.max_similarity(model.text_features(**text), model.image_features(model.image_embeds(images))).T
     assert torch.allclose(ours, wanted, atol=1e-5)
-    assert AutoProcessor.from_pretrained(tmp_path / "hf").tokenizer("a house").input_ids == model.tokenizer("a house").input_ids
+    processor = AutoProcessor.from_pretrained(tmp_path / "hf")
+    assert processor.tokenizer("a house").input_ids == model.tokenizer("a house").input_ids
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (112, 112, 3), dtype=np.uint8))
+    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+    assert torch.allclose(pixels, rows.image_tensor(picture, 112), atol=1e-5)
     again = pretrain_qformer.load_model(pretrain_qformer.get_args(["--data", "x=y", "--blip2", str(tmp_path / "hf"), "--init",
                                                                    str(tmp_path / "hf")]),
                                         torch.float32, lambda *words: None)

@@ -48,7 +48,8 @@ def test_rows_that_changed_are_listed_short_and_written_whole(tmp_path):
     assert "lost   a.jpg: style? 'two': 'three', there 'two'" in told and "seven" not in told
     whole = comparison.read_table(tmp_path / "test.against.csv")
     assert [(r["change"], r["prediction"], r["other"]) for _, r in whole] == [
-        ("gained", "Cubism", "x"), ("lost", "three", "two"), ("same", "Pop Art", "Pop Art"), ("neither", "two", "seven"), ("same", "x", "x")]
+        ("gained", "Cubism", "x"), ("lost", "three", "two"), ("same", "Pop Art", "Pop Art"), ("neither", "two", "seven"),
+        ("same", "x", "x")]
     numbers = json.loads((tmp_path / "test.against.json").read_text())
     assert numbers["exact match in percent"]["style"]["ours"]["value"] == pytest.approx(200 / 3) and numbers["theirs"] == "runs/b"
 
@@ -60,7 +61,8 @@ def test_files_are_read_whatever_their_order_and_other_questions_are_refused_in_
         assert not errors.exit_code(eval_gated.main, ["--predictions", one, "--against", theirs])
         assert "2 of 5 answers differ: 2 gained, 0 lost" in capsys.readouterr().out
     assert (tmp_path / "a.against.csv").is_file()
-    spoilt = {"question_id 4 is not: compare": ROWS[:4], "question_id 2: question is": [*ROWS[:2], {**ROWS[2], "question": "who?"}, *ROWS[3:]],
+    spoilt = {"question_id 4 is not: compare": ROWS[:4],
+              "question_id 2: question is": [*ROWS[:2], {**ROWS[2], "question": "who?"}, *ROWS[3:]],
               "question_id 0: image is": [{**ROWS[0], "image": "z.jpg"}, *ROWS[1:]],
               "question_id stands there twice": [*ROWS, ROWS[0]]}
     for wanted, rows in spoilt.items():

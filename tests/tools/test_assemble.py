@@ -92,6 +92,8 @@ def test_a_fresh_qformer_has_no_text_path(lm_folder, tmp_path, tiny):
     assemble.main(["--vision", tiny[0], "--lm", lm_folder, "--qformer", "fresh", "--width", "128", "--layers", "2", "--queries", "4",
                    "--out", str(out)])
     assert not (out / "qformer").exists()
+    pixels = json.loads((out / "preprocessor_config.json").read_text())
+    assert pixels["image_mean"] == [0.48145466, 0.4578275, 0.40821073] and pixels["image_std"] == [0.26862954, 0.26130258, 0.27577711]
     state, theirs = load_file(out / "model.safetensors"), load_file(f"{tiny[0]}/model.safetensors")
     assert all(torch.equal(state[name], tensor) for name, tensor in theirs.items() if name.startswith("vision_model."))
     assert 0.018 < state["qformer.encoder.layer.0.attention.attention.key.weight"].std() < 0.022
