@@ -518,6 +518,44 @@ def fashioniq_scores(scores, target):
     return found | {"mean": (found["R@10"] + found["R@50"]) / 2}
 
 
+def average_precision(scores, right, ks=(5, 10, 25, 50)):
+    """AP@k in percent of each query with several right answers -> {k: [N]}. scores [N,G], right [N,G] bool.
+
+    The sum over the places up to k that hold a right answer of the precision there, over min(k, number of right answers): CIRCO's
+    (Baldrati et al. 2023, "Zero-shot composed image retrieval with textual inversion", equation 7). Ties with a right answer and NaN
+    stand before it, as in target_ranks. ValueError: a query without a right answer."""
+    scores, right = np.asarray(scores, float), np.asarray(right, bool)
+    if scores.shape != right.shape or not right.any(axis=1).all():
+        raise ValueError(f"scores {scores.shape} and right {right.shape}: alike, with a right answer in every row")
+    found = {k: np.zeros(len(scores)) for k in ks}
+    for n, (row, own) in enumerate(zip(scores, right)):
+        best = np.sort(np.nan_to_num(row[own], nan=-np.inf))[::-1]  # [R] the right answers, best first
+        count = np.arange(1, len(best) + 1)
+        place = count + (~(row[~own] < best[:, None])).sum(axis=1)  # [R] where they stand
+        for k in ks:
+            found[k][n] = 100 * (count / place)[place <= k].sum() / min(k, len(best))
+    return found
+
+
+def circo_scores(scores, right, target):
+    """CIRCO's mAP@k over all right answers and R@k of the one that the sentence was written for, in percent. The reference is not left
+    out. scores [N,G], right [N,G] bool, target [N] columns. mean: mAP@10, which papers rank by."""
+    found = {f"mAP@{k}": float(values.mean()) for k, values in average_precision(scores, right).items()}
+    ranks = target_ranks(scores, target)
+    return found | {f"R@{k}": recall_at(ranks, k) for k in (5, 10, 25, 50)} | {"mean": found["mAP@10"]}
+
+
+def circo_chance(gallery, counts):
+    """circo_scores of a random ranking of `gallery` pictures; counts: right answers of each query."""
+    places = np.arange(1, min(50, gallery) + 1)
+    found = {}
+    for k in (5, 10, 25, 50):
+        at = places[:k]  # a right answer stands there with R / G, and R - 1 others are spread evenly over the other places
+        each = [r / gallery * ((1 + (at - 1) * (r - 1) / max(1, gallery - 1)) / at).sum() / min(k, r) for r in counts]
+        found[f"mAP@{k}"] = 100 * float(np.mean(each))
+    return found | {f"R@{k}": 100 * min(1.0, k / gallery) for k in (5, 10, 25, 50)} | {"mean": found["mAP@10"]}
+
+
 def chance_level(gallery, members=None):
     """The scores of a random ranking of `gallery` pictures: cirr_scores' where members (6) is given, else fashioniq_scores'."""
     def recall(k, candidates):

@@ -33,12 +33,14 @@ from data import cirr, rows
 from engine import (cache, checkpoints, environment, errors, files, flags, loaders, loop, pages, picture_index, published, retrieval,
                     runfolder, vision)
 from engine.errors import DataError
-from engine.retrieval import Gallery, Opener, chance, chance_text, collate_gallery, mean_of, recalls
+from engine.retrieval import (Gallery, Opener, chance, chance_text, collate_gallery, mean_of, print_shortcuts, recalls, shortcuts,
+                              write_shortcuts)
 from engine.run import Run, resumes
 from engine.text import text_of
 
 DEFAULT = published.DEFAULTS["blip2-itm"]
 RECALLS = {"cirr": ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"), "fashioniq": ("R@10", "R@50", "mean")}
+FORMATS = (*RECALLS, "circo")  # CIRCO has no training split
 MODEL_ARGS = ("blip2", "no_gate", "spatial_attention", "transform", "target_ratio", "loss_rtc")  # kept in best.pt
 FREE = ("out", "resume", "save_last", "profile", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "checkpoint",
         "submit", "gate_maps", "report", "search", "image", "gallery", "top", "cache")  # flags that may differ on --resume
@@ -56,7 +58,8 @@ def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", help="folder with captions/ and image_splits/ of CIRR or FashionIQ")
-    data.add_argument("--format", choices=tuple(RECALLS), default="cirr", help="whose layout it is (default: cirr)")
+    data.add_argument("--format", choices=FORMATS, default="cirr",
+                      help="whose layout it is; circo, several right answers a query, is for --checkpoint alone (default: cirr)")
     data.add_argument("--images", metavar="DIR",
                       help="image root (default: the first of DATA/img_raw, DATA/images, DATA that fits)")
     data.add_argument("--transform", choices=("targetpad", "squarepad", "plain"), default="targetpad",
@@ -109,7 +112,8 @@ def get_args(argv=None):
     look = parser.add_argument_group("evaluation and search")
     look.add_argument("--checkpoint", metavar="DIR|FILE",
                       help="a run folder or its best.pt: score the validation split, or use it for --search")
-    look.add_argument("--submit", metavar="DIR", help="write the two files of CIRR's test server for the split test1")
+    look.add_argument("--submit", metavar="DIR", help="write the two files of CIRR's test server for the split test1, or the one of "
+                                                      "CIRCO's for test")
     look.add_argument("--gate-maps", metavar="DIR",
                       help="a picture for each of 8 validation queries: what the gate changed, what was found")
     look.add_argument("--report", metavar="FILE.html", help="a page with recalls and their intervals, curves and queries with what "
@@ -127,10 +131,13 @@ def get_args(argv=None):
         parser.error("--submit and --gate-maps need --checkpoint")
     if args.report and args.search is not None:
         parser.error("--report is of an evaluation: leave --search out")
-    if args.submit and args.format != "cirr":
-        parser.error("--submit writes what CIRR's test server wants: FashionIQ has none")
+    if args.submit and args.format not in cirr.UNSEEN:
+        parser.error("--submit writes what CIRR's or CIRCO's test server wants: FashionIQ has none")
+    if args.format == "circo" and (args.report or not (args.checkpoint or args.check_data)):
+        parser.error("--format circo has no training split and more than one right answer: it goes with --checkpoint or --check-data, "
+                     "without --report")
     if args.hard_set > (4 if args.format == "cirr" else 0):
-        parser.error("--hard-set is at most 4, the other members of CIRR's image sets; FashionIQ has none")
+        parser.error("--hard-set is at most 4, the other members of CIRR's image sets; FashionIQ and CIRCO have none")
     if args.spatial_attention and args.no_gate:
         parser.error("--spatial-attention weighs the gated fusion: leave --no-gate out")
     if args.target_ratio < 1:
@@ -394,12 +401,28 @@ def score_gallery(vectors, features, chunk=256):
     return torch.cat([core.max_similarity(part, features) for part in vectors.split(chunk)]).numpy()
 
 
+@torch.no_grad()
+def score_alone(model, pool, features, accelerator, batch_size):
+    """What either half of the queries finds without the other -> {"text alone", "picture alone": scores [N,G]}.
+
+    Text: the learned prompts with the sentence, which --loss-rtc trains to find the target; without that loss the sentence's own vector.
+    Picture: the mean over the reference's query tokens, among the others of the gallery. features: [G,Q,E]."""
+    place, vectors = {name: column for column, name in enumerate(pool.gallery)}, []
+    sentence_vector = model.prompted if model.prompt_tokens.requires_grad else model.text_features
+    for start in range(0, len(pool.queries), batch_size):
+        texts = [cirr.text_of(query) for query in pool.queries[start:start + batch_size]]
+        with accelerator.autocast():
+            vectors.append(sentence_vector(**send_to_device(core.text_ids(model.tokenizer, texts), accelerator.device)).float().cpu())
+    pictures = F.normalize(features[[place[query.reference] for query in pool.queries]].mean(1), dim=-1)  # [N,E]
+    return {"text alone": score_gallery(torch.cat(vectors), features), "picture alone": score_gallery(pictures, features)}
+
+
 def evaluate(model, pools, opener, accelerator, layout, batch_size, workers):
-    """Every pool -> (recalls and the change by the gate, scores [N,G])."""
+    """Every pool -> (recalls and the change by the gate, {"both", "text alone", "picture alone": scores [N,G]})."""
     for pool in pools:
         features, vectors, change = encode(model, pool, opener, accelerator, batch_size, workers)
-        scores = score_gallery(vectors, features)
-        yield {**recalls(scores, pool, layout), "change": change}, scores
+        scores = {**score_alone(model, pool, features, accelerator, batch_size), "both": score_gallery(vectors, features)}
+        yield {**recalls(scores["both"], pool, layout), "change": change}, scores
 
 
 def format_metrics(numbers):
@@ -492,6 +515,8 @@ def train(args):
             numbers, scores = validate(run, parts, args)
             if run.end_epoch({**numbers, "temp": run.model.temp.item()}):
                 run.save_best()
+                if accelerator.is_main_process:
+                    tell_shortcuts(args, run.out / "best.pt", parts.val, scores, accelerator.print)
                 if args.report and accelerator.is_main_process:
                     report_results(args, run.out / "best.pt", parts.val, scores)
     return run
@@ -507,7 +532,7 @@ def print_start(run, parts, args):
 
 
 def validate(run, parts, args):
-    """The validation pools -> (mean of what evaluate tells of them, scores [N,G] of each)."""
+    """The validation pools -> (mean of what evaluate tells of them, scores of each)."""
     results, scores = zip(*evaluate(run.model, parts.val, parts.opener, run.accelerator, args.format, args.batch_size, args.workers))
     return mean_of(results), scores
 
@@ -577,7 +602,7 @@ def score(args):
     best, model, accelerator = load_best(args)
     log = accelerator.print
     pools = read_data(args, "val", log)
-    unseen = read_data(args, "test1", log) if args.submit else []
+    unseen = read_data(args, cirr.UNSEEN[args.format], log) if args.submit else []
     for folder in filter(None, (args.submit, args.gate_maps)):  # now, and not after everything has been encoded
         files.refuse_unwritable(pathlib.Path(folder, "a file"))
     if args.report:
@@ -590,27 +615,41 @@ def score(args):
         scores.append(ranked)
         log(f"{pool.name}: {format_metrics(numbers)}")
         if args.gate_maps and accelerator.is_main_process:
-            maps.append(gate_maps(args, model, pool, ranked, opener))
+            maps.append(gate_maps(args, model, pool, ranked["both"], opener))
     if len(results) > 1:
         log(f"mean: {format_metrics(mean_of(results))}")
+    if accelerator.is_main_process:
+        tell_shortcuts(args, args.checkpoint, pools, scores, log)
     if args.report and accelerator.is_main_process:
         report_results(args, args.checkpoint, pools, scores, [figure for page in maps for figure in figures_of(page)])
     for pool in unseen:
         features, vectors, _ = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
         if accelerator.is_main_process:
-            paths = cirr.write_submission(args.submit, pool.queries, pool.gallery, score_gallery(vectors, features))
-            log(f"for CIRR's test server: {', '.join(map(str, paths))}")
+            write = cirr.write_circo if args.format == "circo" else cirr.write_submission
+            paths = write(args.submit, pool.queries, pool.gallery, score_gallery(vectors, features))
+            log(f"for the test server: {', '.join(map(str, paths))}")
     for page in maps:
         pages.draw("gallery", page, f"{args.gate_maps}: gate maps of {min(MAPS, len(pools[0].queries))} queries")
     if args.report and accelerator.is_main_process:
         pages.draw("report", args.report)
 
 
+def tell_shortcuts(args, checkpoint, pools, scores, log):
+    """Print what text alone and picture alone find beside both, and keep it as shortcuts.json beside the checkpoint. scores: of each
+    pool, as evaluate gives them."""
+    found = [shortcuts(pool, one, args.format) for pool, one in zip(pools, scores)]
+    for pool, one in zip(pools, found):
+        print_shortcuts(pool, one, log)
+    write_shortcuts(pathlib.Path(checkpoint).with_name("shortcuts.json"), pools, found)
+
+
 def report_results(args, checkpoint, pools, scores, figures=()):
-    """What --report draws of the validation pools, as a file. scores: [N,G] of each; figures: paths of those of --gate-maps."""
+    """What --report draws of the validation pools, as a file. scores: of each, as evaluate gives them; figures: paths of those of
+    --gate-maps."""
     log = os.path.abspath(pathlib.Path(checkpoint).with_name("training_log.csv"))
     made = environment.provenance(checkpoint=checkpoint, data=f"{args.data}, val")
-    retrieval.write_results(args.report, f"{checkpoint}: val", pools, scores, log=log, panels=PANELS, made=made, figures=figures)
+    retrieval.write_results(args.report, f"{checkpoint}: val", pools, [one["both"] for one in scores], log=log, panels=PANELS, made=made,
+                            figures=figures)
 
 
 @torch.no_grad()

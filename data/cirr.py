@@ -1,10 +1,11 @@
-"""cirr.py: everything around composed image retrieval (CIRR, FashionIQ) that is not the model.
+"""cirr.py: everything around composed image retrieval (CIRR, FashionIQ, CIRCO) that is not the model.
 
     annotations, read_split     a split -> [Pool]: queries and the gallery they are ranked in; then with pictures found
     clean_text, text_of         captions as LAVIS cleans them; the text of a query
     check                       what --check-data prints
     pad_to_ratio, prepare       a picture -> [3, size, size] as SPRC prepares it
     write_submission            the two files of CIRR's test server: ranking, submission, check_submission
+    write_circo                 the one file of CIRCO's
 
 Bad input raises DataError, whose text is one line that names the file, the row and what to do about it.
 """
@@ -26,7 +27,9 @@ from data.tables import cell, locate, parse_json, read_json, read_text, excerpt
 from engine import files
 from engine.errors import DataError
 
-SPLITS = {"cirr": ("train", "val", "test1"), "fashioniq": ("train", "val")}  # what check looks at
+SPLITS = {"cirr": ("train", "val", "test1"), "fashioniq": ("train", "val"), "circo": ("val", "test")}  # what check looks at
+UNSEEN = {"cirr": "test1", "circo": "test"}  # the split whose targets a server alone knows
+COCO = "COCO2017_unlabeled"  # CIRCO's gallery, beside its annotations
 CATEGORIES = ("dress", "shirt", "toptee")  # of FashionIQ
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MEMBERS = 6  # pictures of an image set
@@ -46,6 +49,7 @@ class Query:
     file: str
     line: int  # the row's number, from 1
     fault: str = ""  # why it was left out
+    answers: tuple = ()  # of CIRCO: all right answers, the target the first of them
 
     @property
     def name(self):
@@ -55,7 +59,7 @@ class Query:
 @dataclass(frozen=True, slots=True)
 class Pool:
     """Queries and the gallery each of them is ranked in: all of a CIRR split, or one category of a FashionIQ split."""
-    name: str  # cirr, dress, shirt or toptee
+    name: str  # cirr, dress, shirt, toptee or circo
     queries: list  # of Query
     gallery: dict  # {picture's name: absolute path}; from annotations(): the path as the split file has it
     split: str
@@ -82,8 +86,13 @@ def text_of(query, draw=None):
 
 # --- annotations ------------
 
-def annotation_folder(data):
-    """The folder that holds captions/ and image_splits/: `data`, or cirr/ in it."""
+def annotation_folder(data, format="cirr"):
+    """The folder that holds captions/ and image_splits/ (of CIRCO annotations/): `data`, or cirr/ in it."""
+    if format == "circo":
+        if not os.path.isdir(os.path.join(data, "annotations")):
+            raise DataError(f"{data}: no folder annotations/ in it: --data is the folder that holds annotations/ and {COCO}/ "
+                            "(github.com/miccunifi/CIRCO)")
+        return str(data)
     for folder in (str(data), os.path.join(data, "cirr")):
         if os.path.isdir(os.path.join(folder, "captions")):
             return folder
@@ -177,10 +186,59 @@ def read_pool(folder, name, label, split, query_of):
     return Pool(name, queries, gallery, split, split_file)
 
 
+def image_id(where, cells, key, what):
+    """The number of a COCO picture as its name in the gallery."""
+    value = cells.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise DataError(f"{where}: {excerpt(key)} is {excerpt(json.dumps(value))} and no number of a {what}: mend the row")
+    return str(value)
+
+
+def circo_query(where, line, cells, path, split):
+    """A Query of a row of annotations/{val,test}.json; in test there is neither a target nor a list of right answers."""
+    target, answers = "", ()
+    if not split.startswith("test"):
+        target, listed = image_id(where, cells, "target_img_id", "target picture"), cells.get("gt_img_ids")
+        answers = tuple(image_id(where, {"gt_img_ids": one}, "gt_img_ids", "right answer") for one in listed) \
+            if isinstance(listed, list) else ()
+        if target not in answers or len(set(answers)) < len(answers):
+            raise DataError(f"{where}: gt_img_ids is {excerpt(json.dumps(listed))}: the target and all other right answers belong in "
+                            "it, each once: mend the row")
+    reference = image_id(where, cells, "reference_img_id", "reference picture")
+    if reference in answers:
+        raise DataError(f"{where}: {excerpt(reference)} is reference and right answer: mend the row")
+    caption = clean_text(cell(where, cells, "relative_caption", "caption"))
+    return Query(image_id(where, cells, "id", "query"), reference, target, (caption,), (), path, line, answers=answers)
+
+
+def read_circo(folder, split):
+    """annotations/SPLIT.json with COCO's list of unlabeled pictures -> Pool; a picture's name is its number."""
+    path = needed_file(folder, "annotations", f"{split}.json")
+    listed = needed_file(folder, f"{COCO}/annotations", "image_info_unlabeled2017.json")
+    content = parse_json(listed, read_text(listed, "utf-8"))
+    images = content.get("images") if isinstance(content, dict) else None
+    if not images or not all(isinstance(one, dict) and {"id", "file_name"} <= one.keys() for one in images):
+        raise DataError(f"{listed}: no list of images with id and file_name: download it again")
+    gallery, queries, seen = {str(one["id"]): f"{COCO}/unlabeled2017/{one['file_name']}" for one in images}, [], {}
+    for line, cells in read_json(path)[1]:
+        where = f"{path}, {locate(path, line)}"
+        query = circo_query(where, line, cells, path, split)
+        if query.pairid in seen:
+            raise DataError(f"{where}: query {excerpt(query.pairid)} is that of row {seen[query.pairid]} as well: remove one")
+        for picture in (query.reference, *query.answers):
+            if picture not in gallery:
+                raise DataError(f"{where}: picture {excerpt(picture)} is not in {listed}: take both files from their releases")
+        seen[query.pairid] = line
+        queries.append(query)
+    return Pool("circo", queries, gallery, split, listed)
+
+
 def annotations(data, format, split, category="all"):
-    """A split -> [Pool] without looking for pictures. CIRR has one pool; FashionIQ one for each category, since each
+    """A split -> [Pool] without looking for pictures. CIRR and CIRCO have one pool; FashionIQ one for each category, since each
     query is ranked among its own category. DataError: a missing or damaged file, a row that breaks the format's rules."""
-    folder = annotation_folder(data)
+    folder = annotation_folder(data, format)
+    if format == "circo":
+        return [read_circo(folder, split)]
     if format == "cirr":
         return [read_pool(folder, "cirr", "rc2", split, cirr_query)]
     wanted = CATEGORIES if category == "all" else (category,)
@@ -196,7 +254,7 @@ def find_images(gallery, root, find=rows.find_picture):
             {name: found[relative][1] for name, relative in gallery.items() if found[relative][1]})
 
 
-def image_root(data, images, pools):
+def image_root(data, images, pools, format="cirr"):
     """The folder that the split files' paths start from: `images`, else whichever of img_raw/, images/ and the folder itself,
     in `data`, beside the annotations and one above, has most of fifty pictures, by their file names alone only where none has any
     otherwise. The last is SPRC's layout."""
@@ -204,7 +262,7 @@ def image_root(data, images, pools):
         if not os.path.isdir(images):
             raise DataError(f"{images}: there is no such image folder: check --images")
         return str(images)
-    folder = annotation_folder(data)
+    folder = annotation_folder(data, format)
     places = (str(data), folder, os.path.dirname(os.path.abspath(folder)))
     roots = [str(pathlib.Path(place, inner)) for place in places for inner in ("img_raw", "images", "")]
     roots = [root for root in dict.fromkeys(roots) if os.path.isdir(root)]
@@ -226,7 +284,7 @@ def broken_images(gallery, workers):
 def without(pool, faults, log):
     """The pool without the pictures in `faults` and the queries that need one of them, be it for the image set; says so."""
     def fault(query):
-        return next((faults[name] for name in (query.reference, query.target, *query.members) if name in faults), "")
+        return next((faults[name] for name in (query.reference, query.target, *query.members, *query.answers) if name in faults), "")
 
     queries = [replace(query, fault=fault(query)) for query in pool.queries]
     good, bad = [q for q in queries if not q.fault], [q for q in queries if q.fault]
@@ -260,11 +318,11 @@ def with_images(pool, root, skip_bad, workers, log):
 
 
 def read_split(data, format, split, images=None, category="all", skip_bad=0.0, workers=2, log=print):
-    """A split of `format` cirr or fashioniq -> [Pool], every picture found. category: one of CATEGORIES, or all of them.
+    """A split of `format` cirr, fashioniq or circo -> [Pool], every picture found. category: one of CATEGORIES, or all of them.
 
     DataError: as annotations; pictures that are missing, more than the share skip_bad."""
     pools = annotations(data, format, split, category)
-    root = image_root(data, images, pools)
+    root = image_root(data, images, pools, format)
     return [with_images(pool, root, skip_bad, workers, log) for pool in pools]
 
 
@@ -282,13 +340,13 @@ def check(data, format, chance_text, images=None, category="all", splits=None, w
     chance_text: Pool -> what a random ranking scores in it. splits: which; default those of SPLITS, test1 only where there is a
     file of it."""
     if splits is None:
-        there = rows.entries(os.path.join(annotation_folder(data), "captions"))
+        there = rows.entries(os.path.join(annotation_folder(data, format), "captions"))
         splits = [split for split in SPLITS[format] if split != "test1" or "cap.rc2.test1.json" in there]
     failed, homes = False, {}
     for split in splits:
         try:
             pools = annotations(data, format, split, category)
-            root = image_root(data, images, pools)
+            root = image_root(data, images, pools, format)
         except DataError as error:
             log(f"{split}: error: {error}")
             failed = True
@@ -409,3 +467,14 @@ def write_submission(folder, queries, gallery, scores):
         with files.whole_file(paths[-1]) as file:
             file.write(as_json(content))
     return paths
+
+
+def write_circo(folder, queries, gallery, scores):
+    """Write circo_submission.json, {query: the numbers of the best 50 pictures}, of scores [N,G] into `folder` -> [its path]. The
+    reference is not left out, as on CIRCO's server."""
+    content = {query.pairid: [int(name) for name in names[:LISTED["recall"]]]
+               for query, names in zip(queries, ranking(scores, gallery), strict=True)}
+    path = pathlib.Path(folder) / "circo_submission.json"
+    with files.whole_file(path) as file:
+        file.write(as_json(content))
+    return [path]

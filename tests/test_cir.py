@@ -23,6 +23,7 @@ from data import cirr
 from engine import checkpoints, errors, loop, pages, published, runfolder
 from engine.errors import DataError
 from tools import make_sample, make_tiny
+from test_cirr import circo
 from test_report import Page, check_safe
 
 
@@ -445,6 +446,36 @@ def test_checkpoint_scores_what_training_said_and_submits(trained, drawn, tmp_pa
     for metric in ("recall", "recall_subset"):
         content = json.loads((tmp_path / f"submission/{metric}_submission.json").read_text())
         cirr.check_submission(content, pool.queries, pool.gallery)
+
+
+def test_shortcuts_of_the_best_epoch_are_kept_and_told_again(trained, drawn, tmp_path, capsys):
+    kept = json.loads((trained[0] / "shortcuts.json").read_text())
+    pool, = cirr.read_split(drawn, "cirr", "val", log=lambda *words: None)
+    rows = {row["input"]: row for row in kept[0]["rows"]}
+    assert kept[0]["queries"] == [query.pairid for query in pool.queries]
+    assert set(kept[0]["ranks"]) == {"text alone", "picture alone", "both"}
+    assert rows["both"]["mean"]["value"] == pytest.approx(checkpoints.load_checkpoint(trained[0] / "best.pt")["value"])
+    shutil.copy(trained[0] / "best.pt", tmp_path)
+    train_cir.main(["--data", str(drawn), "--checkpoint", str(tmp_path / "best.pt"), "--workers", "0"])
+    again = json.loads((tmp_path / "shortcuts.json").read_text())
+    assert again[0]["ranks"] == kept[0]["ranks"] and again[0]["rows"] == kept[0]["rows"]
+    printed = capsys.readouterr().out
+    assert re.search(rf"text alone +{len(pool.queries)} ", printed) and "both, of those that neither alone" in printed
+
+
+def test_circo_is_scored_by_a_checkpoint_and_submitted(trained, tmp_path, capsys):
+    shutil.copy(trained[0] / "best.pt", tmp_path)
+    data = circo(tmp_path / "circo")
+    assert train_cir.main(["--data", str(data), "--format", "circo", "--checkpoint", str(tmp_path / "best.pt"), "--workers", "0",
+                           "--submit", str(tmp_path / "out")]) is None
+    printed = capsys.readouterr().out
+    assert all(f"mAP@{k}" in printed for k in (5, 10, 25, 50)) and "shortcuts of circo" in printed
+    listed = json.loads((tmp_path / "out/circo_submission.json").read_text())
+    assert list(listed) == ["0"] and sorted(listed["0"]) == list(range(10, 17))
+    assert train_cir.main(["--data", str(data), "--format", "circo", "--check-data"]) == 0
+    for more in (["--out", "x"], ["--checkpoint", str(tmp_path / "best.pt"), "--report", "r.html"]):
+        with pytest.raises(SystemExit):
+            train_cir.main(["--data", str(data), "--format", "circo", *more])
 
 
 def test_report_of_an_evaluation(trained, drawn, tmp_path, capsys):

@@ -28,6 +28,7 @@ from data.questions import Questions
 from data.rows import Row
 from engine import cache, captioning, checkpoints, comparison, evaluation, loop, picture_index, published, retrieval
 from engine.prompts import Collate
+from test_cir import random_retrieval
 from tools import compare_gated
 
 STYLES = ["Cubism", "Pop Art"]
@@ -284,6 +285,51 @@ def test_ranks_are_of_the_target_with_the_reference_left_out():
     found = retrieval.recalls(scores, pool, "cirr")
     assert (found["R@1"], found["R@5"], found["Rs@1"], found["Rs@2"], found["Rs@3"]) == (0, 100, 0, 50, 100) and found["mean"] == 50
     assert retrieval.mean_of([{"R@10": 10.0}, {"R@10": 40.0}]) == {"R@10": 25.0}
+
+
+def test_shortcuts_are_told_beside_both_and_what_neither_finds_apart():
+    """Four queries: the sentence alone finds the first, the picture alone the second, both all but the last."""
+    pool = pool_of([query("p0", f"p{n}") for n in (1, 2, 3, 4)])
+
+    def table(*first):  # the picture that stands first for each query, all others alike
+        scores = np.zeros((4, 10))
+        scores[range(4), first] = 1
+        return scores
+
+    scores = {"text alone": table(1, 9, 9, 9), "picture alone": table(9, 2, 9, 9), "both": table(1, 2, 3, 9)}
+    found = retrieval.shortcuts(pool, scores, "cirr")
+    text, picture, both, hard = found["rows"]
+    assert [(row["queries"], row["recalls"]["R@1"]) for row in found["rows"]] == [(4, 25), (4, 25), (4, 75), (2, 50)]
+    assert "neither alone" in hard["input"] and found["ranks"]["both"] == [1, 1, 1, 9]
+    assert both["mean"].value == pytest.approx(both["recalls"]["mean"]) and text["both minus this"].value == pytest.approx(
+        both["recalls"]["mean"] - text["recalls"]["mean"])
+    lines = []
+    retrieval.print_shortcuts(pool, found, lines.append)
+    assert len(lines) == 6 and lines[3].startswith("picture alone") and "25.0" in lines[3]
+
+
+def test_each_half_of_a_query_is_scored_without_the_other(tmp_path_factory):
+    """Other sentences change what the text alone finds and nothing of the picture, another reference the other way round."""
+    model = train_cir.Sprc.load(random_retrieval(tmp_path_factory.mktemp("retrieval"))).eval()
+    features = torch.nn.functional.normalize(torch.randn(10, 4, model.vision_projection.out_features,
+                                                         generator=torch.Generator().manual_seed(1)), dim=-1)
+    asked = [query("p0", "p1"), query("p2", "p3")]
+
+    def scores(queries):
+        return train_cir.score_alone(model, pool_of(queries), features, Accelerator(cpu=True), 1)
+
+    plain = scores(asked)
+    other_text = scores([replace(one, captions=("two red boats on the water",)) for one in asked])
+    other_picture = scores([replace(one, reference="p5") for one in asked])
+    assert np.array_equal(plain["picture alone"], other_text["picture alone"])
+    assert apart_arrays(plain["text alone"], other_text["text alone"])
+    assert np.array_equal(plain["text alone"], other_picture["text alone"])
+    assert apart_arrays(plain["picture alone"], other_picture["picture alone"])
+    assert plain["picture alone"][0].argmax() == 0  # of all pictures the reference is the most like itself, and recalls leave it out
+
+
+def apart_arrays(one, other):
+    return np.abs(one - other).max() > 1e-3
 
 
 @pytest.mark.parametrize("other", [(28, "plain", 1.25), (28, "targetpad", 1.5), (56, "targetpad", 1.25), (28, "squarepad", 1.25)])

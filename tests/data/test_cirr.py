@@ -61,6 +61,82 @@ def read_val(folder, **more):
     return pool
 
 
+# --- CIRCO ------------
+
+def circo(folder, **changes):
+    """CIRCO's layout: seven pictures, two queries of three and of one right answer in val, one in test. changes: of val's first row."""
+    rows = [{"reference_img_id": 10, "target_img_id": 11, "relative_caption": "Is held by a girl.", "shared_concept": "a bear",
+             "gt_img_ids": [11, 13, 15], "id": 0, **changes},
+            {"reference_img_id": 12, "target_img_id": 16, "relative_caption": "at night", "shared_concept": "a car", "gt_img_ids": [16],
+             "id": 1}]
+    write(folder / "annotations/val.json", rows)
+    write(folder / "annotations/test.json", [{"reference_img_id": 14, "relative_caption": "in red", "shared_concept": "a bus", "id": 0}])
+    images = [{"id": n, "file_name": f"{n:012}.jpg"} for n in range(10, 17)]
+    write(folder / "COCO2017_unlabeled/annotations/image_info_unlabeled2017.json", {"info": {}, "images": images})
+    for n in range(10, 17):
+        path = folder / f"COCO2017_unlabeled/unlabeled2017/{n:012}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), (10 * n, 90, 90)).save(path)
+    return folder
+
+
+def test_average_precision_by_hand():
+    """Right answers at the places 1, 3 and 6 of the first query, at 2 of the second, which says the same of two pictures."""
+    scores = [[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], [0.1, 0.9, 0.9, 0.2, 0.0, 0.3, 0.05]]
+    right = np.zeros((2, 7), bool)
+    right[0, [0, 2, 5]] = right[1, 1] = True
+    found = metrics.average_precision(scores, right, (1, 2, 5, 10))
+    assert found[1].tolist() == pytest.approx([100, 0])  # min(k, right answers) = 1
+    assert found[2].tolist() == pytest.approx([50, 50])  # 1/1 over 2; a tie counts against
+    assert found[5].tolist() == pytest.approx([100 * (1 + 2 / 3) / 3, 50])
+    assert found[10].tolist() == pytest.approx([100 * (1 + 2 / 3 + 3 / 6) / 3, 50])
+    broken = np.array(scores)
+    broken[0, 0] = np.nan  # a right answer of no score comes last: places 2, 5 and 7
+    assert metrics.average_precision(broken, right, (10,))[10][0] == pytest.approx(100 * (1 / 2 + 2 / 5 + 3 / 7) / 3)
+    with pytest.raises(ValueError, match="a right answer in every row"):
+        metrics.average_precision(scores, right & False)
+
+
+def test_average_precision_equals_that_of_the_list_of_a_submission():
+    """CIRCO's server: of the best 50 names, precision at the places of right answers, over min(k, right answers)."""
+    rng = np.random.default_rng(3)
+    scores, right = rng.random((30, 80)), rng.random((30, 80)) < 0.06
+    right[:, 7] = True
+    listed = [names[:50] for names in cirr.ranking(scores, range(80))]
+    for k, values in metrics.average_precision(scores, right).items():
+        hits = np.array([[own[name] for name in names] for own, names in zip(right, listed)])
+        precision = hits.cumsum(1) / np.arange(1, 51) * hits
+        assert values == pytest.approx(100 * precision[:, :k].sum(1) / np.minimum(k, right.sum(1)))
+    found = metrics.circo_scores(scores, right, np.full(30, 7))
+    assert found["mean"] == found["mAP@10"] and found["R@50"] == 100 * np.mean([7 in names for names in listed])
+    scores = rng.random((4000, 20))
+    right = np.arange(20)[None] < rng.integers(1, 6, 4000)[:, None]
+    assert metrics.circo_scores(scores, right, np.zeros(4000, int)) == pytest.approx(metrics.circo_chance(20, right.sum(1)), abs=2)
+
+
+def test_circo_is_read_with_all_its_right_answers(tmp_path):
+    pool, = cirr.read_split(str(circo(tmp_path)), "circo", "val", log=lambda line: None)
+    first, second = pool.queries
+    assert (first.reference, first.target, first.answers, first.captions) == ("10", "11", ("11", "13", "15"), ("is held by a girl",))
+    assert len(pool.gallery) == 7 and all(pathlib.Path(path).is_file() for path in pool.gallery.values()) and second.answers == ("16",)
+    elsewhere, = cirr.read_split(str(tmp_path), "circo", "val", str(tmp_path / "COCO2017_unlabeled"), log=lambda line: None)
+    assert elsewhere.gallery == pool.gallery
+    unseen, = cirr.read_split(str(tmp_path), "circo", "test", log=lambda line: None)
+    assert unseen.queries[0].target == "" and unseen.queries[0].answers == ()
+    path, = cirr.write_circo(tmp_path, unseen.queries, unseen.gallery, np.array([[3, 1, 9, 2, 5, 4, 0]]))
+    assert read(path) == {"0": [12, 14, 15, 10, 13, 11, 16]}  # the reference, 14, among them
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"gt_img_ids": [13, 15]}, "the target and all other right answers"), ({"gt_img_ids": [11, 11]}, "each once"),
+    ({"gt_img_ids": 11}, "the target and all other"), ({"gt_img_ids": [11, 10]}, "reference and right answer"),
+    ({"target_img_id": "11"}, "no number of a target picture"), ({"gt_img_ids": [11, 99]}, "picture '99' is not in"),
+    ({"id": 1}, "that of row 1 as well"), ({"relative_caption": ""}, "caption")])
+def test_bad_rows_of_circo(tmp_path, change, message):
+    with pytest.raises(DataError, match=message):
+        cirr.annotations(str(circo(tmp_path, **change)), "circo", "val")
+
+
 # --- recall ------------
 
 def rank_by_hand(scores, target, left_out=()):
