@@ -141,7 +141,8 @@ class Paintings(Dataset):
     """(row number, epoch, place in the epoch), or a row number -> (pixels [3,s,s] in the net's normalisation, label, Row).
 
     With an epoch the picture is cropped, mirrored and tinted: a pure function of (seed, epoch, place), whichever process does it.
-    Without, it is squashed to a square as Gated BLIP-2 does it for its classifier: validation sees what that will see.
+    Without, it is squashed to a square as Gated BLIP-2 does it for its classifier, but at --size: BLIP-2 shows its classifier pictures
+    of its own size, 224 pixels, and --size 224 validates on what that will see.
     A broken picture's DataError is handed on in place of the pixels: raised in a loader it would keep the others from ending.
     """
 

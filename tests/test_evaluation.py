@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import nn
 
 import core
@@ -23,7 +24,7 @@ import metrics
 import train_blip_caption
 import train_cir
 import train_gated
-from data import cirr, wikiart
+from data import cirr, rows, wikiart
 from data.questions import Questions
 from data.rows import Row
 from engine import cache, captioning, checkpoints, comparison, evaluation, loop, picture_index, published, retrieval
@@ -394,10 +395,29 @@ def test_mixup_leaves_most_of_one_picture():
 
 
 def test_half_of_the_training_pictures_are_mirrored_and_none_in_validation(tmp_path):
-    from PIL import Image
     (tmp_path / "Cubism").mkdir()
     Image.fromarray(np.repeat([[0] * 16 + [255] * 16], 32, 0).astype(np.uint8)).convert("RGB").save(tmp_path / "Cubism/a.png")
     row, = wikiart.make_rows([("Cubism/a.png", "Cubism", "", 0)], str(tmp_path))
     data = efficientnet_pretrain.Paintings([row], ["Cubism"], 16, 0.9)
     light = [pixels[:, :, :4].mean() > pixels[:, :, -4:].mean() for pixels in (data[0, 0, place][0] for place in range(60))]
     assert 18 < sum(light) < 42 and data[0][0][:, :, :4].mean() < data[0][0][:, :, -4:].mean()
+
+
+@torch.no_grad()
+def test_a_net_is_fed_in_the_normalisation_that_timm_states_and_its_file_says_so(tmp_path):
+    """Google's Lite0 was trained on pixels around 0.5, B3 around ImageNet's mean; the classifier in Gated BLIP-2 follows the file."""
+    import timm
+    assert timm.create_model("efficientnet_b3", num_classes=2).pretrained_cfg["mean"] == rows.IMAGENET_MEAN
+    net = timm.create_model("tf_efficientnet_lite0", num_classes=2).eval()
+    half = net.pretrained_cfg["mean"]
+    assert half == (0.5, 0.5, 0.5)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    row, = wikiart.make_rows([("a.png", "Cubism", "", 0)], str(tmp_path))
+    data = efficientnet_pretrain.Paintings([row], ["Cubism"], 32, mean=half, std=half)
+    assert data[0][0].min() < -0.9 and data[0][0].max() > 0.9
+    parts = types.SimpleNamespace(ema=types.SimpleNamespace(module=net), classes=["Cubism", "Pop Art"], train=data)
+    held = efficientnet_pretrain.best_of(argparse.Namespace(arch="tf_efficientnet_lite0", size=32), parts)
+    checkpoints.save_checkpoint(tmp_path / "best.pt", held)
+    classifier = core.EfficientNet28.from_checkpoint(tmp_path / "best.pt", safe=True).eval()
+    assert torch.allclose(classifier.logits(classifier(rows.image_tensor(image, 32)[None])), net(data[0][0][None]), atol=1e-4)
