@@ -27,6 +27,7 @@ import train_blip_caption
 import train_cir
 import train_gated
 from engine import errors, loop
+from test_cirr import circo
 from tools import assemble, bench, compare_gated, faithfulness, make_tiny, sample_cirr
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -184,6 +185,7 @@ def data_sets(few):
     """data/, wikiart, shards/ and the loose pictures that the pages name."""
     shutil.copytree(few, "data/artquest")
     sample_cirr.make(pathlib.Path("data/cirr"), 0, 24, pytest.fail)
+    circo(pathlib.Path("data/circo"))
     here = pathlib.Path.cwd()
     for link in ("data/captions", "wikiart"):
         pathlib.Path(link).symlink_to(here / "data/artquest")

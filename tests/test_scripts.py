@@ -300,6 +300,29 @@ def test_score_table_by_hand():
         ("a", 2, 50, 100), ("b", 1, 0, 0), ("all", 3, pytest.approx(100 / 3), pytest.approx(200 / 3))]
 
 
+def test_another_run_is_asked_the_same_questions_and_compared_in_pairs(trained, tmp_path, capsys, monkeypatch):
+    """As two files of predictions are; and other questions are refused before the first is answered."""
+    other = checkpoints.load_checkpoint(trained / "best.pt")
+    other["state"]["language_projection.weight"].neg_()
+    (tmp_path / "other").mkdir()
+    checkpoints.save_checkpoint(tmp_path / "other/best.pt", other)
+    more = ["--workers", "0", "--beams", "1", "--no-baselines"]
+    for checkpoint, name in ((trained, "a"), (tmp_path / "other", "b")):
+        eval_gated.main(["--checkpoint", str(checkpoint), *more, "--predictions", str(tmp_path / f"{name}.json")])
+    eval_gated.main(["--predictions", str(tmp_path / "a.json"), "--against", str(tmp_path / "b.json")])
+    ours = ["--checkpoint", str(trained), *more, "--predictions", str(tmp_path / "c.json"), "--against"]
+    eval_gated.main([*ours, str(tmp_path / "other")])
+    files, runs = (json.loads((tmp_path / f"{name}.against.json").read_text())["exact match in percent"] for name in "ac")
+    assert files == runs and (tmp_path / "a.against.csv").read_text() == (tmp_path / "c.against.csv").read_text()
+    assert "answers differ" in capsys.readouterr().out
+    (tmp_path / "b.csv").unlink()
+    answers = json.loads((tmp_path / "b.json").read_text())
+    (tmp_path / "b.json").write_text(json.dumps(answers[1:]))
+    monkeypatch.setattr(eval_gated, "evaluate", lambda *args: pytest.fail("something was answered"))
+    assert errors.exit_code(eval_gated.main, [*ours, str(tmp_path / "b.json")]) == 2
+    assert "question_id 0 is not: compare answers to the same questions" in capsys.readouterr().err
+
+
 # --- confidence, --abstain-below, --report ------------
 
 def read_csv(path):
