@@ -186,8 +186,9 @@ class Stage1(core.Blip2Retrieval):
 
     def forward(self, image_embeds, input_ids, attention_mask, image_ids, negatives=None):
         """Losses of a batch of pairs: image_embeds [B,P,W] of the vision tower, text [B,L], image_ids [B]: one number for all
-        pairs of an image. Features are gathered over all processes, with gradient: two processes train as one with the
-        whole batch. negatives: (image of each text, text of each image), [B] each, instead of drawing them.
+        pairs of an image. Features are gathered over all processes, with gradient: the ITC of two processes is that of one with the
+        whole batch, and so is ITM but for the negatives drawn; ITG is the mean over each process's own words, which weighs words of short
+        captions a little otherwise. negatives: (image of each text, text of each image), [B] each, instead of drawing them.
         Returns {"loss", "itc", "itm", "itg"}: scalars.
         """
         decoder_ids = input_ids.clone()
