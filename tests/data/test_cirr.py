@@ -130,8 +130,8 @@ def test_circo_is_read_with_all_its_right_answers(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"gt_img_ids": [13, 15]}, "the target and all other right answers"), ({"gt_img_ids": [11, 11]}, "each once"),
     ({"gt_img_ids": 11}, "the target and all other"), ({"gt_img_ids": [11, 10]}, "reference and right answer"),
-    ({"target_img_id": "11"}, "no number of a target picture"), ({"gt_img_ids": [11, 99]}, "picture '99' is not in"),
-    ({"id": 1}, "that of row 1 as well"), ({"relative_caption": ""}, "caption")])
+    ({"target_img_id": "a11"}, "no number of a target picture"), ({"gt_img_ids": [11, 99]}, "picture '99' is not in"),
+    ({"id": 1}, "that of row 1 as well"), ({"relative_caption": None}, "give the caption as text")])
 def test_bad_rows_of_circo(tmp_path, change, message):
     with pytest.raises(DataError, match=message):
         cirr.annotations(str(circo(tmp_path, **change)), "circo", "val")
