@@ -516,7 +516,7 @@ def train(args):
             if run.end_epoch({**numbers, "temp": run.model.temp.item()}):
                 run.save_best()
                 if accelerator.is_main_process:
-                    tell_shortcuts(args, run.out / "best.pt", parts.val, scores, accelerator.print)
+                    keep_shortcuts(args, run.out / "best.pt", parts.val, scores)
                 if args.report and accelerator.is_main_process:
                     report_results(args, run.out / "best.pt", parts.val, scores)
     return run
@@ -619,7 +619,8 @@ def score(args):
     if len(results) > 1:
         log(f"mean: {format_metrics(mean_of(results))}")
     if accelerator.is_main_process:
-        tell_shortcuts(args, args.checkpoint, pools, scores, log)
+        for pool, found in zip(pools, keep_shortcuts(args, args.checkpoint, pools, scores)):
+            print_shortcuts(pool, found, log)
     if args.report and accelerator.is_main_process:
         report_results(args, args.checkpoint, pools, scores, [figure for page in maps for figure in figures_of(page)])
     for pool in unseen:
@@ -634,13 +635,12 @@ def score(args):
         pages.draw("report", args.report)
 
 
-def tell_shortcuts(args, checkpoint, pools, scores, log):
-    """Print what text alone and picture alone find beside both, and keep it as shortcuts.json beside the checkpoint. scores: of each
-    pool, as evaluate gives them."""
+def keep_shortcuts(args, checkpoint, pools, scores):
+    """What text alone and picture alone find beside both, kept as shortcuts-FORMAT.json beside the checkpoint -> retrieval.shortcuts of
+    each pool. scores: of each, as evaluate gives them."""
     found = [shortcuts(pool, one, args.format) for pool, one in zip(pools, scores)]
-    for pool, one in zip(pools, found):
-        print_shortcuts(pool, one, log)
-    write_shortcuts(pathlib.Path(checkpoint).with_name("shortcuts.json"), pools, found)
+    write_shortcuts(pathlib.Path(checkpoint).with_name(f"shortcuts-{args.format}.json"), pools, found)
+    return found
 
 
 def report_results(args, checkpoint, pools, scores, figures=()):

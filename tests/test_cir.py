@@ -449,7 +449,7 @@ def test_checkpoint_scores_what_training_said_and_submits(trained, drawn, tmp_pa
 
 
 def test_shortcuts_of_the_best_epoch_are_kept_and_told_again(trained, drawn, tmp_path, capsys):
-    kept = json.loads((trained[0] / "shortcuts.json").read_text())
+    kept = json.loads((trained[0] / "shortcuts-cirr.json").read_text())
     pool, = cirr.read_split(drawn, "cirr", "val", log=lambda *words: None)
     rows = {row["input"]: row for row in kept[0]["rows"]}
     assert kept[0]["queries"] == [query.pairid for query in pool.queries]
@@ -457,7 +457,7 @@ def test_shortcuts_of_the_best_epoch_are_kept_and_told_again(trained, drawn, tmp
     assert rows["both"]["mean"]["value"] == pytest.approx(checkpoints.load_checkpoint(trained[0] / "best.pt")["value"])
     shutil.copy(trained[0] / "best.pt", tmp_path)
     train_cir.main(["--data", str(drawn), "--checkpoint", str(tmp_path / "best.pt"), "--workers", "0"])
-    again = json.loads((tmp_path / "shortcuts.json").read_text())
+    again = json.loads((tmp_path / "shortcuts-cirr.json").read_text())
     assert again[0]["ranks"] == kept[0]["ranks"] and again[0]["rows"] == kept[0]["rows"]
     printed = capsys.readouterr().out
     assert re.search(rf"text alone +{len(pool.queries)} ", printed) and "both, of those that neither alone" in printed
