@@ -137,7 +137,7 @@ def get_args(argv=None):
         parser.error("--format circo has no training split and more than one right answer: it goes with --checkpoint or --check-data, "
                      "without --report")
     if args.hard_set > (4 if args.format == "cirr" else 0):
-        parser.error("--hard-set is at most 4, the other members of CIRR's image sets; FashionIQ and CIRCO have none")
+        parser.error("--hard-set is at most 4, the other members of CIRR's image sets; FashionIQ has none, nor has CIRCO")
     if args.spatial_attention and args.no_gate:
         parser.error("--spatial-attention weighs the gated fusion: leave --no-gate out")
     if args.target_ratio < 1:
