@@ -288,6 +288,13 @@ def test_ranks_are_of_the_target_with_the_reference_left_out():
     assert retrieval.mean_of([{"R@10": 10.0}, {"R@10": 40.0}]) == {"R@10": 25.0}
 
 
+def test_every_right_answer_of_circo_counts_and_the_reference_is_ranked():
+    asked = cirr.Query("0", "p0", "p2", ("bluer",), (), "val.json", 1, answers=("p2", "p4"))
+    pool = cirr.Pool("circo", [asked], {f"p{n}": f"p{n}.png" for n in range(6)}, "val", "list.json")
+    found = retrieval.recalls(np.array([[0.8, 0.1, 0.7, 0.0, 0.9, 0.2]]), pool, "circo")  # p4, p0, p2: right, the reference, right
+    assert found["mAP@5"] == pytest.approx(100 * (1 + 2 / 3) / 2) == found["mean"] and found["R@5"] == 100
+
+
 def test_shortcuts_are_told_beside_both_and_what_neither_finds_apart():
     """Four queries: the sentence alone finds the first, the picture alone the second, both all but the last."""
     pool = pool_of([query("p0", f"p{n}") for n in (1, 2, 3, 4)])
