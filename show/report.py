@@ -466,7 +466,7 @@ def headline(values, names, units, unit, digits=1):
 
 def score_bars(values, units, name, digits=1, top=100.0):
     """The first chart: the score `name` of every system with its interval. values: {system: [N]}; top: what the bar's full width is."""
-    means = resampled_means(np.column_stack(list(values.values())), units)
+    means = metrics.resampled_means(np.column_stack(list(values.values())), units)
     rows, across = [], scale(0, top, 0, WIDTH)
     for s, (system, found) in enumerate(values.items()):
         cell = with_interval(found.mean(), means[:, s], digits)
@@ -481,7 +481,7 @@ def told_outcome(values, units, name, digits=1, base=None, called="", unit=""):
     told = f"{values[own].mean():.{digits}f}{unit} {name}"
     if base is None:
         return told
-    means = resampled_means(np.column_stack([values[own], values[base]]), units)
+    means = metrics.resampled_means(np.column_stack([values[own], values[base]]), units)
     gap = values[own].mean() - values[base].mean()
     told += f", {called} {values[base].mean():.{digits}f}{unit}, {gap:+.{digits}f}"
     if np.isnan(means).any():

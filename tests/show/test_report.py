@@ -261,7 +261,7 @@ def test_the_first_chart_and_the_title_say_what_came_out(tmp_path, small):
     parts = report.gated(questions, systems)
     line, values = report.outcome("Gated BLIP-2 on x val", questions, systems), {name: report.exact_matches(questions, systems[name])
                                                                                 for name in (report.UNGATED, "gated")}
-    drawn = report.resampled_means(np.column_stack([values["gated"], values[report.UNGATED]]), [r.image for r in questions])
+    drawn = metrics.resampled_means(np.column_stack([values["gated"], values[report.UNGATED]]), [r.image for r in questions])
     low, high = np.percentile(drawn[:, 0] - drawn[:, 1], [2.5, 97.5])
     assert line == f"Gated BLIP-2 on x val: 66.7 % exact match, ungated 33.3 %, +33.3 [{low:.1f}, {high:.1f}]"
     assert parts[0].kind == "bars" and [(row.label, row.text, row.small) for row in parts[0].rows] == [
