@@ -5,6 +5,7 @@ Reading order (building blocks first, the whole last):
   masks            padding_mask, unimodal_mask, unilm_mask
   Q-Former         QFormer, TextEmbeddings
   gates            KVGate with its kinds, PromptMapper, GatedFusionModule
+  further ways     Way with its kinds: where else style can come in
   style terms      style_vocabulary, style_hit, style_kl
   stage 1          Blip2Retrieval, itc_targets, itc_loss, max_similarity
   the system       Blip2OPTGated
@@ -40,7 +41,7 @@ from engine.errors import DataError
 from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_TEXT, PROMPT, answer_ids, answer_lengths, encode_prompts,  # noqa: F401
                             encode_training, end_id, inner_ids, newline_id, pad_ids, prompt_ids, stop_ids, text_ids, text_lengths)
 from engine.published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
-from engine.saved import PLACES, part_paths, read, refuse_other_base, refuse_other_dtypes
+from engine.saved import PLACES, part_paths, read, refuse_other_base, refuse_other_dtypes, sees_style
 from engine.text import texts_of
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
@@ -303,10 +304,7 @@ class KVGate(nn.Module):
         self.norm = nn.LayerNorm(control_width)
         self.mlp = nn.Sequential(nn.Linear(control_width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU())
         for name in self.learned:
-            last = nn.Linear(hidden, width)
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
-            self.add_module(name, last)
+            self.add_module(name, zero_linear(hidden, width))
         self.scale = nn.Parameter(torch.tensor(float(scale)))
 
     def forward(self, control):
@@ -327,6 +325,22 @@ class FilmGate(KVGate):
         return Gate(1 + key, 1 + value, shift)
 
 
+class FilmKeyGate(FilmGate):
+    """FilmGate on K alone: where a query looks, not what it reads there."""
+    learned = ("key",)
+
+    def act(self, key):
+        return Gate(1 + key, 1.0, 0.0)
+
+
+class FilmValueGate(FilmGate):
+    """FilmGate on V alone: what a query reads, not where it looks."""
+    learned = ("value", "shift")
+
+    def act(self, value, shift):
+        return Gate(1.0, 1 + value, shift)
+
+
 class SigmoidGate(KVGate):
     """K 2 sigmoid(g_k), V 2 sigmoid(g_v); the factor 2 makes it start at 1 and not at a half."""
     learned = ("key", "value")
@@ -335,7 +349,8 @@ class SigmoidGate(KVGate):
         return Gate(2 * torch.sigmoid(key), 2 * torch.sigmoid(value), 0.0)
 
 
-GATES = {"film": FilmGate, "gate": SigmoidGate}  # --gating: a new kind stands in here, see docs/recipes.md
+# --gating: a new kind stands in here, see docs/recipes.md
+GATES = {"film": FilmGate, "film-key": FilmKeyGate, "film-value": FilmValueGate, "gate": SigmoidGate}
 
 
 def masked_mean(x, mask):
@@ -349,25 +364,28 @@ class PromptMapper(nn.Module):
 
     The T tokens come from one Linear to T*C, so that they differ from each other (the original repeated one vector T
     times). The text joins as its mean over real tokens, so padding changes nothing and long questions do not drown the
-    image.
+    image. reads_text=False: the image alone, and nothing is built for the text.
     """
 
-    def __init__(self, image_width, text_width, width=768, tokens=4, hidden=1024, dropout=0.1):
+    def __init__(self, image_width, text_width, width=768, tokens=4, hidden=1024, dropout=0.1, reads_text=True):
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.reads_text = tokens, reads_text
         # both inputs are normalised first: word embeddings are so small (OPT's about 0.05) that biases would drown them
-        self.image_norm, self.text_norm = nn.LayerNorm(image_width), nn.LayerNorm(text_width)
+        self.image_norm = nn.LayerNorm(image_width)
         self.image_proj = nn.Linear(image_width, width)
         self.image_mlp = nn.Sequential(nn.GELU(), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout),
                                        nn.Linear(hidden, tokens * width))
-        self.text_proj = nn.Linear(text_width, width)
-        self.text_mlp = nn.Sequential(nn.GELU(), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout),
-                                      nn.Linear(hidden, width))
+        if reads_text:
+            self.text_norm, self.text_proj = nn.LayerNorm(text_width), nn.Linear(text_width, width)
+            self.text_mlp = nn.Sequential(nn.GELU(), nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout),
+                                          nn.Linear(hidden, width))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, image_feature, text_embeds, text_mask):
         """image_feature [B,F], text_embeds [B,L,D], text_mask [B,L] -> [B,T,C]."""
         image = self.image_mlp(self.image_proj(self.image_norm(image_feature))).unflatten(-1, (self.tokens, -1))  # [B,T,C]
+        if not self.reads_text:
+            return self.norm(image)
         text = masked_mean(self.text_mlp(self.text_proj(self.text_norm(text_embeds))), text_mask)  # [B,C]
         return self.norm(image + text[:, None])
 
@@ -398,6 +416,85 @@ class GatedFusionModule(nn.Module):
         both = F.linear(image, first.weight[:, :t.shape[-1]], first.bias) + F.linear(t, first.weight[:, t.shape[-1]:])
         gate = torch.sigmoid(nn.Sequential(*rest)(both))  # [B,N,H]
         return image + self.alpha * gate * torch.tanh(self.delta(t))
+
+
+# --- further ways for style to come in, beside the gates or instead of them ------------
+
+class Way(nn.Module):
+    """Where the control tokens [B,T,H] come in. The three methods are all places there are, and give back what they are given:
+    a way overrides one of them. control, vision, language: the widths H, W and D."""
+
+    def __init__(self, control, vision, language):
+        super().__init__()
+
+    def patches(self, image_embeds, control):
+        """What the queries look at: image_embeds [B,P,W] -> [B,any,W]."""
+        return image_embeds
+
+    def queries(self, queries, control):
+        """queries [B,Q,H] -> [B,Q or more,H]; the language model sees the first Q."""
+        return queries
+
+    def visual(self, visual, control):
+        """What the language model sees of the picture: visual [B,Q,D] -> [B,any,D]."""
+        return visual
+
+
+class SoftPrompt(Way):
+    """Further tokens of the language model, behind the picture's. Zeros at the start, yet not the identity: they take attention."""
+
+    def __init__(self, control, vision, language):
+        super().__init__(control, vision, language)
+        self.project = zero_linear(control, language)
+
+    def visual(self, visual, control):
+        return torch.cat([visual, self.project(control).to(visual.dtype)], 1)  # [B,Q+T,D]
+
+
+class PatchTokens(Way):
+    """Further patches for the queries to look at. Zeros at the start, yet not the identity: they take attention."""
+
+    def __init__(self, control, vision, language):
+        super().__init__(control, vision, language)
+        self.project = zero_linear(control, vision)
+
+    def patches(self, image_embeds, control):
+        return torch.cat([image_embeds, self.project(control).to(image_embeds.dtype)], 1)  # [B,P+T,W]
+
+
+class QueryTokens(Way):
+    """Further queries, which the others attend to in self-attention, as InstructBLIP's attend to the question. They begin as noise
+    (behind a LayerNorm zeros would have no gradient to speak of), so this is not the identity."""
+
+    def __init__(self, control, vision, language):
+        super().__init__(control, vision, language)
+        self.project = nn.Linear(control, control)
+
+    def queries(self, queries, control):
+        return torch.cat([queries, self.project(control).to(queries.dtype)], 1)  # [B,Q+T,H]
+
+
+class PatchFusion(Way):
+    """GatedFusionModule of the control tokens into every patch; its last layer starts at zero: the identity to the bit."""
+
+    def __init__(self, control, vision, language):
+        super().__init__(control, vision, language)
+        self.project, self.fusion = nn.Linear(control, vision), GatedFusionModule(vision)
+        nn.init.zeros_(self.fusion.delta[3].weight)
+
+    def patches(self, image_embeds, control):
+        return self.fusion(image_embeds, self.project(control)).to(image_embeds.dtype)
+
+
+def zero_linear(width, out):
+    """A Linear that starts at zero: what is behind it gets a gradient in the first step, what is before it in the second."""
+    last = nn.Linear(width, out)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return last
+
+
+WAYS = {"soft-prompt": SoftPrompt, "patches": PatchTokens, "queries": QueryTokens, "fusion": PatchFusion}  # --steer
 
 
 # --- style terms ------------
@@ -561,11 +658,12 @@ class Blip2OPTGated(nn.Module):
     Named after the first of its language models, OPT; Flan-T5 and every causal decoder work too, see engine/decoders.py.
 
     blip2: a transformers Blip2ForConditionalGeneration; its parts are taken over, its Q-Former's weights go into core's.
-    efficientnet: an EfficientNet28 or None (only with gating "none"). styles: the style vocabulary ([] = no style terms).
+    efficientnet: an EfficientNet28 or None (only with gating "none" and no way). steer: names of WAYS, beside the gates; control_from:
+    what the control tokens are made of, "style+question" or "style". styles: the style vocabulary ([] = no style terms).
     style_head=False leaves out the head of the KL term: a trained part without a gradient would hang several processes.
     max_answer: tokens of the longest answer with its end of line, to which predict_answers generates; a training sets it from its
     own answers, and it travels with the checkpoint.
-    Trained: gates, mapper, language_projection, style_head; with train_qformer the Q-Former and its queries too; with
+    Trained: gates, ways, mapper, language_projection, style_head; with train_qformer the Q-Former and its queries too; with
     lora_rank LoRA on the cross-attention's key and value, with own_kv these two whole (what a merged LoRA becomes).
     Everything else is frozen and stays in eval mode.
     """
@@ -573,7 +671,7 @@ class Blip2OPTGated(nn.Module):
 
     def __init__(self, blip2, tokenizer, efficientnet=None, styles=(), gating="film", per="head", gate_hidden=512,
                  gate_scale=1.0, control_tokens=4, mapper_hidden=1024, train_qformer=False, lora_rank=0, own_kv=False,
-                 style_head=True, max_answer=16):
+                 style_head=True, max_answer=16, steer=(), control_from="style+question"):
         super().__init__()
         config = blip2.config
         refuse_decoder(config.text_config, "this BLIP-2")
@@ -585,8 +683,12 @@ class Blip2OPTGated(nn.Module):
             self.qformer = QFormer(config.qformer_config)
         weights = {n: p.float() for n, p in blip2.qformer.state_dict().items()}
         self.qformer.load_state_dict(weights, strict=True, assign=True)  # assign: works on the meta device as well
-        self._build_gates(config.qformer_config, efficientnet, gating, per, gate_hidden, gate_scale, control_tokens,
-                          mapper_hidden)
+        self.efficientnet = efficientnet
+        self.gates, self.mapper, self.ways = None, None, nn.ModuleList()
+        if gating != "none" or steer:
+            self._build_mapper(config.qformer_config.hidden_size, control_tokens, mapper_hidden, control_from)
+            self._build_gates(config.qformer_config, gating, per, gate_hidden, gate_scale)
+            self._build_ways(config, steer)
         self._build_style_terms(styles, style_head)
         if lora_rank:
             from peft import LoraConfig, inject_adapter_in_model
@@ -601,7 +703,7 @@ class Blip2OPTGated(nn.Module):
         """From names and plain values (best.pt's model_args): blip2 an id or folder, efficientnet a checkpoint, qformer the
         folder or file of another Q-Former, whose ln_vision comes with it (see towers.join; without `tower` it is in the features
         already). dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
-        net = cls.style_tower.from_checkpoint(efficientnet, safe) if gating != "none" else None
+        net = cls.style_tower.from_checkpoint(efficientnet, safe) if sees_style({"gating": gating, **settings}) else None
         name, (blip2, tokenizer) = blip2, load_blip2(blip2, dtype, lm_precision, tower)
         if not tower:
             blip2.vision_model = None
@@ -611,21 +713,34 @@ class Blip2OPTGated(nn.Module):
                 towers.join(blip2.vision_model, qformer, name, log)
         return cls(blip2, tokenizer, net, styles, gating, **settings)
 
-    def _build_gates(self, qconfig, efficientnet, gating, per, hidden, scale, tokens, mapper_hidden):
-        self.efficientnet = efficientnet
-        self.gates = self.mapper = None
+    def _build_mapper(self, width, tokens, hidden, control_from):
+        if self.efficientnet is None:
+            raise DataError("steering by style needs an EfficientNet style checkpoint (--efficientnet), or use --gating none without "
+                            "--steer")
+        if control_from not in ("style+question", "style"):
+            raise ValueError(f"control tokens are made from style+question or style; got {control_from!r}")
+        text_width = self.language_model.get_input_embeddings().embedding_dim
+        with torch.device(self.query_tokens.device):
+            self.mapper = PromptMapper(self.efficientnet.width, text_width, width, tokens, hidden, reads_text=control_from != "style")
+
+    def _build_gates(self, qconfig, gating, per, hidden, scale):
         if gating == "none":
             return
-        if efficientnet is None:
-            raise DataError("gating needs an EfficientNet style checkpoint (--efficientnet), or use --gating none")
         if gating not in GATES:
             raise DataError(f"gating {gating!r} is not known here, only {', '.join(GATES)}; where a script of your own adds it: "
                             "eval_gated.py --script FILE")
         H, heads = qconfig.hidden_size, qconfig.num_attention_heads
-        text_width = self.language_model.get_input_embeddings().embedding_dim
         with torch.device(self.query_tokens.device):
-            self.mapper = PromptMapper(efficientnet.width, text_width, H, tokens, mapper_hidden)
             self.gates = nn.ModuleList([GATES[gating](H, heads, H // heads, per, hidden, scale) for _ in self.qformer.cross_layers])
+
+    def _build_ways(self, config, steer):
+        unknown = [name for name in steer if name not in WAYS]
+        if unknown:
+            raise DataError(f"steer {unknown[0]!r} is not known here, only {', '.join(WAYS)}; where a script of your own adds it: "
+                            "eval_gated.py --script FILE")
+        widths = config.qformer_config.hidden_size, config.qformer_config.encoder_hidden_size, self.language_projection.out_features
+        with torch.device(self.query_tokens.device):
+            self.ways = nn.ModuleList([WAYS[name](*widths) for name in steer])
 
     def _build_style_terms(self, styles, style_head):
         self.styles, self.style_head = list(styles), None
@@ -639,7 +754,7 @@ class Blip2OPTGated(nn.Module):
 
     def _freeze(self, train_qformer, own_kv):
         self.requires_grad_(False)
-        trained = [self.gates, self.mapper, self.style_head, self.language_projection]
+        trained = [self.gates, self.ways, self.mapper, self.style_head, self.language_projection]
         if train_qformer:
             trained.append(self.qformer)
             self.query_tokens.requires_grad_(True)
@@ -687,24 +802,35 @@ class Blip2OPTGated(nn.Module):
         style_images = images if style_images is None else style_images
         return {"image_embeds": embeds, "style_feature": self.efficientnet(style_images) if self.efficientnet else None}
 
-    def control(self, style_feature, input_ids, prompt_mask):
-        """Style and question -> control vector [B,H]: the mean of the mapper's control tokens."""
+    def control_tokens(self, style_feature, input_ids, prompt_mask):
+        """Style and question -> control tokens [B,T,H]."""
         with torch.no_grad():
             words = self.language_model.get_input_embeddings()(input_ids)  # [B,L,D]
-        return self.mapper(style_feature.float(), words.float(), prompt_mask).mean(1)
+        return self.mapper(style_feature.float(), words.float(), prompt_mask)
+
+    def control(self, style_feature, input_ids, prompt_mask):
+        """Style and question -> control vector [B,H] of the gates: the mean of the control tokens."""
+        return self.control_tokens(style_feature, input_ids, prompt_mask).mean(1)
 
     def visual_prompt(self, image_embeds, style_feature, input_ids, prompt_mask, gated=True, blind=False):
-        """Q-Former and projection -> what the language model sees of the image, [B,Q,D]; blind: nothing, [B,0,D]."""
+        """Q-Former and projection -> what the language model sees of the image, [B,Q,D], with a soft prompt more; blind: nothing,
+        [B,0,D]. gated=False: gates and further ways are closed."""
         if blind:
             return image_embeds.new_zeros(len(image_embeds), 0, self.language_projection.out_features)
-        gates = None
+        control, gates, ways = None, None, []
+        if gated and self.mapper is not None:
+            control, ways = self.control_tokens(style_feature, input_ids, prompt_mask), self.ways  # [B,T,H]
         if gated and self.gates is not None:
-            control = self.control(style_feature, input_ids, prompt_mask)
             with no_rounding(control.device):  # in bf16 a gate of 1.003 is 1
-                gates = [gate(control.float()) for gate in self.gates]
-        queries = self.query_tokens.expand(len(image_embeds), -1, -1)  # [B,Q,H]
-        out = self.qformer(queries, image_embeds.to(self.query_tokens.dtype), gates=gates)
-        return self.language_projection(out)
+                gates = [gate(control.float().mean(1)) for gate in self.gates]
+        patches, queries = image_embeds.to(self.query_tokens.dtype), self.query_tokens.expand(len(image_embeds), -1, -1)  # [B,Q,H]
+        for way in ways:
+            patches, queries = way.patches(patches, control), way.queries(queries, control)
+        out = self.qformer(queries, patches, gates=gates)[:, :self.query_tokens.shape[1]]
+        visual = self.language_projection(out)  # [B,Q,D]
+        for way in ways:
+            visual = way.visual(visual, control)
+        return visual
 
     @property
     def decoder(self):
@@ -813,7 +939,7 @@ class Blip2OPTGated(nn.Module):
             contexts = [contexts] if isinstance(contexts, str) else _texts(contexts, "contexts")
         if not isinstance(image_embeds, torch.Tensor) or image_embeds.ndim != 3:
             raise ValueError(f"image_embeds must be [B,P,W], as image_features gives them, got {_kind(image_embeds)}")
-        if gated and self.gates is not None and style_feature is None:
+        if gated and self.mapper is not None and style_feature is None:
             raise ValueError("the gates need style_feature [B,F] too: image_features gives it beside image_embeds")
         counts = {"pictures": len(image_embeds), "questions": len(questions), "contexts": len(contexts or [""])}
         B = max(counts.values())

@@ -33,8 +33,9 @@ from data.questions import Questions, read_questions
 from engine import checkpoints, comparison, errors, files, flags, folders, gate_frames, loop, published
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary
-from engine.features import cached_features, predicted_styles
+from engine.features import cached_features, likeliest_styles, predicted_styles
 from engine.prompts import Collate, log_cut_answers
+from engine.saved import sees_style
 from show import maps, report, sharing
 
 LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
@@ -288,23 +289,28 @@ def ask(args, checkpoint, accelerator):
             return
         model = load_model(args, checkpoint, core.DTYPES[accelerator.mixed_precision]).to(accelerator.device).eval()
         checkpoints.load_trainable(model, checkpoint["state"], args.checkpoint)
-        if checkpoint["args"].get("context"):
+        context, net = checkpoint["args"].get("context"), None
+        if context == "efficientnet":
+            net = model_class(args.script).style_tower.from_checkpoint(places["efficientnet"], args.safe_load).to(accelerator.device).eval()
+        elif context:
             print("note: this model was trained with a text before the question (--context); here there is none")
 
         def answer_batch(images, keys):
-            return answer_pictures(model, images, keys, args, sorted(checkpoint["answers"]))
+            return answer_pictures(model, images, keys, args, sorted(checkpoint["answers"]), net)
         folders.fill(table, args.images, todo, answer_batch, model.image_size, max(1, args.batch_size // len(asked)), args.workers,
                      accelerator.device)
 
 
-def answer_pictures(model, images, keys, args, candidates):
-    """images [B,3,s,s] and of each its keys (image, question) -> (N keys, N (answer, confidence)), see folders.fill."""
-    features = model.image_features(images)
+def answer_pictures(model, images, keys, args, candidates, net=None):
+    """images [B,3,s,s] and of each its keys (image, question) -> (N keys, N (answer, confidence)), see folders.fill. net: the style
+    classifier whose label stood before each question in training."""
+    features, labels = model.image_features(images), likeliest_styles(net, images) if net else None
     asked, cells = [(n, key) for n, own in enumerate(keys) for key in own], []
     for part in (asked[start:start + args.batch_size] for start in range(0, len(asked), args.batch_size)):
         numbers = torch.tensor([n for n, _ in part], device=images.device)
         own = {name: x if x is None else x[numbers] for name, x in features.items()}  # [N,P,W] and [N,F]
-        found = answers_to(model, [question for _, (_, question) in part], None, own, args, candidates)
+        contexts = [labels[n] for n, _ in part] if labels else None
+        found = answers_to(model, [question for _, (_, question) in part], contexts, own, args, candidates)
         sure = [math.exp(value) for value in found["confidence"]]
         cells += [(text if value >= (args.abstain_below or 0) else "", f"{value:.4f}")
                   for text, value in zip(found["prediction"], sure)]
@@ -428,16 +434,16 @@ def prepare(args, checkpoint, accelerator):
         return model_class(args.script).style_tower.from_checkpoint(places["efficientnet"], args.safe_load).eval()
 
     features, towers = cached_features(args.cache, places["blip2"], places.get("qformer"),
-                                       load_style if places["gating"] != "none" else None, questions, accelerator, dtype, args.workers)
+                                       load_style if sees_style(places) else None, questions, accelerator, dtype, args.workers)
     model = load_model(args, checkpoint, dtype, towers).to(accelerator.device)
     if places.get("lm_precision") != checkpoint["model_args"].get("lm_precision"):
         accelerator.print(f"the language model is in {places['lm_precision']}, in training it was in "
                           f"{checkpoint['model_args'].get('lm_precision') or 'the precision of the towers'}")
     published.refuse_unknown_words(model.tokenizer, [row.question for row in questions], places["blip2"])
     log_cut_answers(model.tokenizer, {args.split: questions}, model.max_answer, accelerator.print)
-    if args.style == "efficientnet":
+    for field in (name for name in ("style", "context") if getattr(args, name) == "efficientnet"):
         questions, = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
-                                      places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print)
+                                      places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print, field)
     questions = rows.unify_spelling(questions, model.styles, accelerator.print)
     return Evaluation(args, checkpoint, accelerator, model, questions, ids, seen,
                       Questions(questions, model.image_size, features),
@@ -452,11 +458,11 @@ def answers_of_systems(run):
         systems["no image"] = run.answer(trained=False, blind=True)
         systems["BLIP-2, no gates"] = run.answer(trained=False, gated=False)
     checkpoints.load_trainable(model, run.checkpoint["state"], args.checkpoint)
-    if not args.no_baselines and model.gates is not None:
+    if not args.no_baselines and model.mapper is not None:
         systems["gates closed"] = run.answer(gated=False)
-    if args.shuffle_style and model.gates is not None:
+    if args.shuffle_style and model.mapper is not None:
         systems["another's style"] = run.answer(OtherStyle(run.questions, model.image_size, run.data.features))
-    name = "gated" if model.gates is not None else "trained, no gates"
+    name = "gated" if model.gates is not None else "steered" if model.mapper is not None else "trained, no gates"
     systems[name] = run.answer(with_confidence=bool(args.predictions or args.abstain_below is not None))
     return systems
 

@@ -28,6 +28,7 @@ from engine.evaluation import PANELS, evaluate, loss_summary, text_length
 from engine.features import cached_features, predicted_styles
 from engine.prompts import Collate, answer_length, log_cut_answers
 from engine.run import Run, resumes
+from engine.saved import sees_style
 from engine.text import text_of
 
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "lm", "hit", "hard_hit", "kl", "grad_norm", "em")
@@ -53,8 +54,9 @@ def get_args(argv=None):
                            "column of --semart (SCHOOL, TYPE, TIMEFRAME), or none (default: column)")
     data.add_argument("--semart", metavar="DIR|FILE", help="SemArt's table, or the folder with semart_train.csv ...; joined by "
                                                            "picture name")
-    data.add_argument("--context", metavar="COLUMN", help="text put before the question: a column of the table, with --semart "
-                                                          "of SemArt's (DESCRIPTION) (default: none)")
+    data.add_argument("--context", metavar="SOURCE",
+                      help="text put before the question: a column of the table, with --semart of SemArt's (DESCRIPTION), or "
+                           "efficientnet, the style that the classifier predicts (default: none)")
     data.add_argument("--skip-bad", type=flags.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                       help="leave bad rows and broken or missing images out and list them, up to this share of a split "
                            "(0.01 where no number is given)")
@@ -74,10 +76,19 @@ def get_args(argv=None):
                                                               "with --blip2 tiny its own)")
     model.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
     model.add_argument("--gating", choices=(*core.GATES, "none"), default="film",
-                       help="film: scale K, scale and shift V; gate: 2 sigmoid on K and V; none: BLIP-2 as it is (default: film)")
+                       help="film: scale K, scale and shift V; film-key, film-value: only one of them; gate: 2 sigmoid on K and V; "
+                            "none: no gates (default: film)")
     model.add_argument("--per", choices=("head", "channel"), default="head",
                        help="one gate value a head or a channel (default: head)")
     model.add_argument("--gate-scale", type=flags.rate, default=1.0, help="start value of the learned gate scale (default: 1)")
+    model.add_argument("--steer", choices=tuple(core.WAYS), nargs="+", default=[], metavar="WAY",
+                       help="further ways for style to come in, with --gating none instead of the gates. soft-prompt: tokens of the "
+                            "language model; patches: for the queries to look at; queries: beside the others; fusion: into every "
+                            "patch (default: none)")
+    model.add_argument("--control-tokens", type=flags.positive, default=4, metavar="N",
+                       help="of the mapper: so many tokens --steer adds; the gates take their mean (default: 4)")
+    model.add_argument("--control-from", choices=("style+question", "style"), default="style+question",
+                       help="what they are made of (default: style+question)")
     model.add_argument("--train-qformer", action="store_true", help="train the Q-Former and its queries too")
     model.add_argument("--lora-rank", type=flags.whole, default=0,
                        help="LoRA on the cross-attention's W_K and W_V (default: 0 = off)")
@@ -162,7 +173,7 @@ def missing_data(args):
 def missing_classifier(args):
     """Lines about a style classifier that is not tiny's own, see `missing`."""
     place = published.classifier_place(None, args.efficientnet)
-    if os.path.isfile(place) or (args.gating == "none" and args.style != "efficientnet"):
+    if os.path.isfile(place) or not (sees_style(vars(args)) or "efficientnet" in (args.style, args.context)):
         return []
     return [f"{place}: no such file",
             "--blip2 tiny has its own",
@@ -254,7 +265,8 @@ def model_args(args, train_rows, max_answer):
     styles = sorted({r.style.strip() for r in train_rows if r.style.strip()})
     return {"blip2": args.blip2, "qformer": args.qformer, "efficientnet": args.efficientnet, "gating": args.gating, "per": args.per,
             "gate_scale": args.gate_scale, "train_qformer": args.train_qformer, "lora_rank": args.lora_rank,
-            "style_head": args.kl_weight != 0, "styles": styles, "lm_precision": args.lm_precision, "max_answer": max_answer}
+            "style_head": args.kl_weight != 0, "styles": styles, "lm_precision": args.lm_precision, "max_answer": max_answer,
+            "steer": args.steer, "control_tokens": args.control_tokens, "control_from": args.control_from}
 
 
 def loss_weights(args, model, log):
@@ -264,7 +276,7 @@ def loss_weights(args, model, log):
         log("no style in the training rows: both style terms are off (--style names other places to take it from)")
         return {"hit_weight": 0.0, "kl_weight": 0.0}
     if model.style_head is None and args.kl_weight:
-        log("no EfficientNet with --gating none: the KL term is off")
+        log("no EfficientNet with --gating none and no --steer: the KL term is off")
         weights["kl_weight"] = 0.0
     return weights
 
@@ -384,9 +396,9 @@ def prepare(args, accelerator, command=()):
     def load_style():
         return Model.style_tower.from_checkpoint(places["efficientnet"], args.safe_load).eval()
 
-    if args.style == "efficientnet":
+    for field in (name for name in ("style", "context") if getattr(args, name) == "efficientnet"):
         splits = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
-                                  places["efficientnet"], splits, args.workers, accelerator.device, accelerator.print)
+                                  places["efficientnet"], splits, args.workers, accelerator.device, accelerator.print, field)
     train_rows, val_rows = splits
     val_rows = rows.unify_spelling(val_rows, {r.style.strip() for r in train_rows}, accelerator.print)  # as they are trained
     tokenizer = published.load_tokenizer(places["blip2"])
@@ -395,7 +407,7 @@ def prepare(args, accelerator, command=()):
     built_from = model_args(args, train_rows, answer_length(tokenizer, train_rows, args.max_answer))
     log_cut_answers(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)
     dtype = core.DTYPES[accelerator.mixed_precision]  # of the frozen towers; everything that is trained is in float32
-    features, towers = cached_features(args.cache, places["blip2"], places["qformer"], load_style if args.gating != "none" else None,
+    features, towers = cached_features(args.cache, places["blip2"], places["qformer"], load_style if sees_style(built_from) else None,
                                        train_rows + val_rows, accelerator, dtype, args.workers)
     loop.seed_everything(args.seed)
     model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None, log=accelerator.print)
@@ -427,8 +439,8 @@ def make_run(args, accelerator, model, parts, frozen, command=()):
                metric=args.select, lowest=args.select == "loss", settings=settings(args, parts, accelerator),
                frozen=frozen, base=("BLIP-2 or style classifier", "--blip2 and --efficientnet"),
                best=lambda: best_of(args, model, parts, frozen, command), columns=LOG_COLUMNS, panels=PANELS,
-               title=f"{pathlib.Path(args.out).name}: gating {args.gating}, per {args.per}", unit="questions", save_last=args.save_last,
-               profile=args.profile)
+               title=f"{pathlib.Path(args.out).name}: {' and '.join([f'gating {args.gating}, per {args.per}', *args.steer])}",
+               unit="questions", save_last=args.save_last, profile=args.profile)
 
 
 def dry_run(args):

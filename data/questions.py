@@ -18,6 +18,7 @@ def read_questions(place, split, columns=(), images=None, encoding="utf-8", sepa
     train_gated.py's flags have it; val_share: of the pictures, held out as val where `place` is one table (0: the split is the whole
     table). DataError: another split than train and val of such a table."""
     columns = dict(pair.partition("=")[::2] for pair in columns)
+    context = None if context == "efficientnet" else context  # put in later, as a style that is predicted
     if context and not semart:
         columns["context"] = context
     read, understood = rows.read_layout(place, split, columns, images, encoding, separator)

@@ -12,21 +12,26 @@ from engine import cache, published, towers
 
 
 @torch.no_grad()
-def predicted_styles(net, size, checkpoint, splits, workers, device, log=print):
-    """--style efficientnet: the rows of every split with the classifier's likeliest style of their picture.
+def predicted_styles(net, size, checkpoint, splits, workers, device, log=print, field="style"):
+    """--style or --context efficientnet: the rows of every split with the classifier's likeliest style of their picture in `field`.
 
     net: the EfficientNet28 on `device`; size: of the pictures; checkpoint: its file, for the message."""
-    names = net.style_names()
     paths = list(dict.fromkeys(row.image for read in splits for row in read))
     style = {}
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for start in tqdm(range(0, len(paths), 32), desc="styles", leave=False, mininterval=1, disable=None):
             chunk = paths[start:start + 32]
             images = torch.stack(list(pool.map(lambda path: rows.picture_tensor(path, size), chunk)))
-            best = net.logits(net(images.to(device))).argmax(-1).tolist()
-            style |= {path: names[index] for path, index in zip(chunk, best)}
+            style |= dict(zip(chunk, likeliest_styles(net, images.to(device))))
     log(f"style of {len(paths)} pictures predicted by {checkpoint}: {rows.histogram(style.values(), 30)}")
-    return [[replace(row, style=style[row.image]) for row in read] for read in splits]
+    return [[replace(row, **{field: style[row.image]}) for row in read] for read in splits]
+
+
+@torch.no_grad()
+def likeliest_styles(net, images):
+    """images [B,3,h,w] -> B names: what the style classifier takes them for."""
+    names = net.style_names()
+    return [names[index] for index in net.logits(net(images)).argmax(-1).tolist()]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """saved.py: what a training of gates left, as it is read again: a best.pt, or a folder that eval_gated.py --export wrote.
 
     read                                       either -> Saved
-    part_paths, refuse_other_base, refuse_other_dtypes    what must be there, and fit, before the tensors go into a model
+    sees_style, part_paths, refuse_other_base, refuse_other_dtypes    what must be there, and fit, before the tensors go into a model
     to_peft, from_peft, sizes_of, revision_of   what writing such a folder needs as well
 
 Files from elsewhere are data: safetensors, JSON, and torch.load with weights_only=True. Any tensor that is missing, unknown or of
@@ -132,6 +132,11 @@ def from_peft(name):
 
 # --- fitting ------------
 
+def sees_style(settings):
+    """Does a model of these settings (best.pt's model_args) have a style classifier?"""
+    return settings["gating"] != "none" or bool(settings.get("steer"))
+
+
 def part_paths(saved, overrides):
     """The settings with names made into places, those in `overrides` first. DataError: a local one that is not there."""
     is_local = saved.config.get("base_model", {}).get("kind") == "folder"
@@ -139,7 +144,7 @@ def part_paths(saved, overrides):
         raise DataError(f"{saved.source}: its base model was a folder called {saved.settings['blip2']!r} where it was trained: "
                         "pass blip2= (--blip2) with where it lies here")
     places = {"lm_precision": None, "qformer": None, **published.resolve_paths({**saved.settings, **overrides})}
-    if places["gating"] != "none" and not pathlib.Path(places["efficientnet"]).is_file():
+    if sees_style(places) and not pathlib.Path(places["efficientnet"]).is_file():
         raise DataError(f"{saved.source}: no style classifier at {places['efficientnet']}: pass efficientnet= (--efficientnet) "
                         "with the one of the training")
     if places["qformer"] and not pathlib.Path(places["qformer"]).exists():
