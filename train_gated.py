@@ -78,8 +78,8 @@ def get_args(argv=None):
     model.add_argument("--gating", choices=(*core.GATES, "none"), default="film",
                        help="film: scale K, scale and shift V; film-key, film-value: only one of them; gate: 2 sigmoid on K and V; "
                             "none: no gates (default: film)")
-    model.add_argument("--per", choices=("head", "channel"), default="head",
-                       help="one gate value a head or a channel (default: head)")
+    model.add_argument("--per", choices=("head", "channel"), default="channel",
+                       help="one gate value a head or a channel (default: channel, which learns sooner)")
     model.add_argument("--gate-scale", type=flags.rate, default=1.0, help="start value of the learned gate scale (default: 1)")
     model.add_argument("--steer", choices=tuple(core.WAYS), nargs="+", default=[], metavar="WAY",
                        help="further ways for style to come in, with --gating none instead of the gates. soft-prompt: tokens of the "

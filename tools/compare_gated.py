@@ -1,57 +1,82 @@
-"""compare_gated.py: do the gates help? Gated against ungated BLIP-2, everything else equal.
+"""compare_gated.py: do the gates help, and is a gate a good way to bring style in? Ways beside each other, everything else equal.
 
     python tools/compare_gated.py --data data/artquest --blip2 tiny --epochs 5 --batch-size 32 --accumulation 1
+    python tools/compare_gated.py --systems fair --no-probes --data ...         # docs/results.md
 
-Four systems: with gates or without, the Q-Former frozen or trained. Each has the same data and steps and the same search: one
-run for each of --lrs on the first seed, the best by validation loss; with that rate a run for each of --seeds. Every run is
+By default four systems: with gates or without, the Q-Former frozen or trained. Each has the same data and steps and the same search:
+one run for each of --lrs on the first seed, the best by validation loss; with that rate a run for each of --seeds. Every run is
 train_gated.py and eval_gated.py as they stand (its folder is OUT/<name>), on features of the frozen towers computed once
 (--cache OUT/cache); seconds a step are therefore without the towers. Finished runs are not repeated when the command is given
-again. All other flags go to train_gated.py. Every system is compared with --reference in pairs, question by question and seed by
-seed; intervals are over pictures and seeds together (metrics.estimate).
+again, with more seeds or systems too. All other flags go to train_gated.py. Every system is compared with --reference in pairs,
+question by question and seed by seed; intervals are over pictures and seeds together (metrics.estimate).
 """
 
 import argparse
 import itertools
 import json
 import pathlib
+import re
 import statistics
 import sys
 import time
+from collections import Counter
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the project's root, from wherever this is started
 
 import eval_gated
 import train_gated
-from engine import comparison, errors, files
+from engine import comparison, errors, features, files, published
 from engine.errors import DataError
 
-SYSTEMS = {"ungated, Q-Former frozen": ["--gating", "none"], "gated, Q-Former frozen": [],
-           "ungated, Q-Former trained": ["--gating", "none", "--train-qformer"], "gated, Q-Former trained": ["--train-qformer"]}
+UNGATED = ["--gating", "none"]
+SYSTEMS = {"ungated, Q-Former frozen": UNGATED, "gated, Q-Former frozen": [],
+           "ungated, Q-Former trained": [*UNGATED, "--train-qformer"], "gated, Q-Former trained": ["--train-qformer"]}
+# the style classifier's label in place of its feature; the first two train nothing, nor does BLIP-2 as it is
+LABEL_ANSWER, LABEL_UNTRAINED, LABEL = "label as the answer", "label as text, untrained", "label as text"
+UNTRAINED = {"BLIP-2 as it is": UNGATED, LABEL_UNTRAINED: [*UNGATED, "--context", "efficientnet"]}
+FAIR = {**UNTRAINED, LABEL_ANSWER: [], LABEL: UNTRAINED[LABEL_UNTRAINED],
+        "soft prompt of 1 token": [*UNGATED, "--steer", "soft-prompt", "--control-tokens", "1"],
+        "soft prompt of 4 tokens": [*UNGATED, "--steer", "soft-prompt"], "4 further patches": [*UNGATED, "--steer", "patches"],
+        "4 further queries": [*UNGATED, "--steer", "queries"], "fusion into the patches": [*UNGATED, "--steer", "fusion"],
+        "film per head": ["--per", "head"], "film per channel": ["--per", "channel"],
+        "film on K": ["--gating", "film-key"], "film on V": ["--gating", "film-value"],
+        "sigmoid per head": ["--gating", "gate", "--per", "head"], "sigmoid per channel": ["--gating", "gate", "--per", "channel"],
+        "gates that read no question": ["--control-from", "style"], "gates and soft prompt": ["--steer", "soft-prompt"]}
+FLAGS = {**SYSTEMS, **FAIR}  # of train_gated.py
 # of eval_gated
-SEEN = {"": ("gated", "trained, no gates"), ", gates closed": ("gates closed",), ", another's style": ("another's style",)}
+SEEN = {"": ("gated", "steered", "trained, no gates"), ", gates closed": ("gates closed",), ", another's style": ("another's style",)}
 
 
 def get_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--systems", nargs="+", choices=(*FLAGS, "fair"), default=list(SYSTEMS), metavar="NAME",
+                        help=f"what is compared (default: the four); others: {'; '.join(FAIR)}; fair: all these others")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3],
                         help="learning rates that every system may choose from (default: 3e-4 1e-3 3e-3)")
     parser.add_argument("--split", default="test", help="which split is scored (default: test)")
     parser.add_argument("--style-types", nargs="+", default=["style", "technique"], metavar="TYPE",
                         help="question types that ask for style; all others are content (default: style technique)")
-    parser.add_argument("--reference", choices=tuple(SYSTEMS), default=next(iter(SYSTEMS)), metavar="SYSTEM",
-                        help="what the others are compared with in pairs (default: %(default)s)")
+    parser.add_argument("--reference", choices=tuple(FLAGS), metavar="SYSTEM",
+                        help=f"what the others are compared with in pairs (default: {LABEL}, where that is not among them the first)")
+    parser.add_argument("--no-probes", action="store_true", help="score the trained model alone, not with its gates closed and with "
+                                                                 "another picture's style too; measure no seconds")
     parser.add_argument("--out", default="runs/compare", metavar="DIR", help="(default: runs/compare)")
-    return parser.parse_known_args(argv)
+    args, others = parser.parse_known_args(argv)
+    args.systems = list(dict.fromkeys(name for chosen in args.systems for name in (FAIR if chosen == "fair" else [chosen])))
+    args.reference = args.reference or (LABEL if LABEL in args.systems else args.systems[0])
+    if args.reference not in args.systems:
+        parser.error(f"--reference {args.reference}: is not one of --systems")
+    return args, others
 
 
 # --- runs ------------
 
 def one_run(args, others, system, lr, seed):
-    """Train one system (where that is not done yet) -> what run.json holds, and the folder."""
-    name = system.replace(", Q-Former", "").replace(" ", "-")
+    """Train one system, where that is not done yet and it is to be trained at all -> what run.json holds, and the folder."""
+    name = re.sub(r"\W+", "-", system.replace(", Q-Former", ""))
     folder = pathlib.Path(args.out) / f"{name}-lr{lr:g}-seed{seed}"
-    flags = [*others, *SYSTEMS[system], "--lr", str(lr), "--seed", str(seed)]
+    flags = [*others, *FLAGS[system], "--lr", str(lr), "--seed", str(seed)]
     done = folder / "run.json"
     if done.exists():
         held = json.loads(done.read_text(encoding="utf-8"))
@@ -59,10 +84,15 @@ def one_run(args, others, system, lr, seed):
             raise DataError(f"{done} is of other flags ({' '.join(held['flags'])}): choose another --out")
         return held, folder
     settings = train_gated.get_args([*flags, "--out", str(folder), "--resume", "--save-last"])
-    run = train_gated.train(settings)
+    if system in UNTRAINED:
+        run, _ = train_gated.prepare(settings, train_gated.start(settings))
+        folder.mkdir(parents=True, exist_ok=True)
+        run.save_best()
+    else:
+        run = train_gated.train(settings)
     if run.stop.number:
         raise KeyboardInterrupt
-    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    trained = 0 if system in UNTRAINED else sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     held = {"flags": flags, "value": run.progress["value"], "trained": trained, "steps": run.step}
     with files.whole_file(done) as file:
         json.dump(held, file, indent=1)
@@ -71,7 +101,7 @@ def one_run(args, others, system, lr, seed):
 
 def step_seconds(others, system, rounds=5, steps=10):
     """Median seconds of an optimizer step of one system, whose model is the only one in memory and gone again afterwards."""
-    settings = train_gated.get_args([*others, *SYSTEMS[system]])
+    settings = train_gated.get_args([*others, *FLAGS[system]])
     run, parts = train_gated.prepare(settings, train_gated.start(settings))
     found = []
     for _ in range(rounds):
@@ -89,8 +119,9 @@ def scores(args, others, folder):
     """Rows of eval_gated's table for the run in `folder`, whose answers are then in its file of answers_of."""
     table = folder / f"{args.split}.json"
     if not (table.exists() and answers_of(args, folder).exists()):
-        eval_gated.main(["--checkpoint", str(folder / "best.pt"), "--split", args.split, "--table", str(table), "--shuffle-style",
-                         "--workers", "0", "--cache", others[-1], "--predictions", str(answers_of(args, folder))])
+        eval_gated.main(["--checkpoint", str(folder / "best.pt"), "--split", args.split, "--table", str(table), "--workers", "0",
+                         "--cache", others[-1], "--predictions", str(answers_of(args, folder)),
+                         "--no-baselines" if args.no_probes else "--shuffle-style"])
     return json.loads(table.read_text(encoding="utf-8"))
 
 
@@ -98,8 +129,32 @@ def answers_of(args, folder):
     return folder / f"{args.split}-answers.json"
 
 
+def label_answers(args, others):
+    """`label as the answer` -> its folder with its answers, as `scores` leaves them. Nothing is trained.
+
+    The answer is the commonest one of training to a question of this type about a picture of the style that the classifier sees: the
+    style itself, the technique that goes with it; of a question on content that says next to nothing."""
+    settings = train_gated.get_args(others)
+    train, asked = (train_gated.read_data(settings, split, lambda line: None) for split in ("train", args.split))
+    places = published.resolve_paths({"blip2": settings.blip2, "efficientnet": settings.efficientnet})
+    net = train_gated.Model.style_tower.from_checkpoint(places["efficientnet"], settings.safe_load).eval()
+    asked, = features.predicted_styles(net, published.image_size_of(places["blip2"]), places["efficientnet"], [asked],
+                                       settings.workers, "cpu", field="context")
+    answers = {}
+    for row in train:
+        for style in {row.style.strip(), ""}:
+            answers.setdefault((row.question_type, style), Counter())[row.answer.strip()] += 1
+    found = [answers.get((row.question_type, row.context)) or answers[row.question_type, ""] for row in asked]
+    folder = pathlib.Path(args.out) / "label-as-the-answer"
+    folder.mkdir(parents=True, exist_ok=True)
+    eval_gated.write_predictions(answers_of(args, folder), eval_gated.question_ids(asked), asked,
+                                 [{"prediction": counts.most_common(1)[0][0], "confidence": 0.0} for counts in found])
+    return folder
+
+
 def differences(args, folders):
-    """{system: comparison.compare with --reference, of the style and of the content questions}. folders: {system: one for each seed}."""
+    """{system: comparison.compare with --reference, of the style and of the content questions}. folders: {system: one for each seed, one
+    alone where nothing is trained}."""
     answered = {system: [comparison.read_predictions(answers_of(args, folder)) for folder in some] for system, some in folders.items()}
     rows = answered[args.reference][0]
     where = {"style": [n for n, row in enumerate(rows) if row["question_type"] in args.style_types]}
@@ -107,14 +162,6 @@ def differences(args, folders):
     hits = {system: list(zip(*(comparison.hits(one) for one in some))) for system, some in answered.items()}  # [N,S]
     return {system: comparison.compare(rows, hits[system], hits[args.reference], {kind: some for kind, some in where.items() if some})
             for system in folders}
-
-
-def print_differences(args, found):
-    print(f"\nexact match in % with 95 % intervals over pictures and seeds, and the difference to {args.reference} in pairs")
-    print(f"{'system':28}" + "".join(f"{kind:>24}{'difference':>24}" for kind in next(iter(found.values()))))
-    for system, kinds in found.items():
-        print(f"{system:28}" + "".join(f"{format(one['ours'], '.1f'):>24}{format(one['difference'], '+.1f'):>24}"
-                                       for one in kinds.values()))
 
 
 def exact_match(table, kinds, systems):
@@ -135,35 +182,72 @@ def spread(values):
     return f"{statistics.mean(values):.1f} +- {deviation:.1f}"
 
 
+# --- the comparison ------------
+
+def chosen_rates(args, others):
+    """{system: learning rate}: the best by validation loss on the first seed; None where nothing is trained."""
+    rates = {}
+    for system in args.systems:
+        if system in UNTRAINED or system == LABEL_ANSWER:
+            rates[system] = None
+            continue
+        tried = {lr: one_run(args, others, system, lr, args.seeds[0])[0]["value"] for lr in args.lrs}
+        rates[system] = min(tried, key=lambda lr: float("inf") if tried[lr] is None else tried[lr])
+        print(f"{system}: validation loss by lr {tried}, chosen {rates[system]:g}")
+    return rates
+
+
+def run_all(args, others, rates):
+    """-> {system: [what run.json holds and the scores]} and {system: [folder]}, of each seed; of one where nothing is trained."""
+    results, folders = {system: [] for system in args.systems}, {system: [] for system in args.systems}
+    for seed in args.seeds:  # seeds outside, so that a slow hour of the machine falls on all systems alike
+        for system in args.systems:
+            if folders[system] and rates[system] is None:
+                continue
+            if system == LABEL_ANSWER:
+                held, folder, table = {"flags": [], "value": None, "trained": 0, "steps": 0}, label_answers(args, others), []
+            else:
+                held, folder = one_run(args, others, system, rates[system] or args.lrs[0], seed)
+                table = scores(args, others, folder)
+            folders[system].append(folder)
+            results[system].append({**held, **style_and_content(table, args.style_types)})
+    return results, folders
+
+
+def print_differences(args, rates, results, found):
+    steps = max(one["steps"] for runs in results.values() for one in runs)
+    print(f"\nexact match in % on {args.split} with 95 % intervals over pictures and seeds ({' '.join(map(str, args.seeds))}), and the "
+          f"difference to {args.reference} in pairs; {steps} steps at most")
+    print(f"{'system':28}{'lr':>8}{'trained':>12}" + "".join(f"{kind:>20}{'difference':>22}" for kind in next(iter(found.values()))))
+    for system, kinds in found.items():
+        print(f"{system:28}{rates[system] or '-':>8}{results[system][0]['trained']:>12,}" + "".join(
+            f"{format(one['ours'], '.1f'):>20}{format(one['difference'], '+.1f') if system != args.reference else '-':>22}"
+            for one in kinds.values()))
+
+
+def print_probes(results):
+    print(f"\nmean +- standard deviation over the seeds\n{'':28}{'as trained':>26}{'gates closed':>26}{'another style':>26}")
+    print(f"{'system':28}" + f"{'style':>13}{'content':>13}" * len(SEEN))
+    for system, runs in results.items():
+        columns = [spread([one[kind + seen] for one in runs]) if runs[0][kind + seen] is not None else "-"
+                   for seen in SEEN for kind in ("style", "content")]
+        print(f"{system:28}" + "".join(f"{c:>13}" for c in columns))
+
+
 def main(argv=None):
     args, others = get_args(argv)
     train_gated.read_data(train_gated.get_args(others), args.split, lambda line: None)  # a split that is not there shows now
     others += ["--workers", "0", "--cache", str(pathlib.Path(args.out) / "cache")]
-    rates = {}
-    for system in SYSTEMS:
-        tried = {lr: one_run(args, others, system, lr, args.seeds[0])[0]["value"] for lr in args.lrs}
-        rates[system] = min(tried, key=lambda lr: float("inf") if tried[lr] is None else tried[lr])
-        print(f"{system}: validation loss by lr {tried}, chosen {rates[system]:g}")
-    results, folders = {system: [] for system in SYSTEMS}, {system: [] for system in SYSTEMS}
-    for seed in args.seeds:  # seeds outside, so that a slow hour of the machine falls on all systems alike
-        for system in SYSTEMS:
-            held, folder = one_run(args, others, system, rates[system], seed)
-            folders[system].append(folder)
-            results[system].append({**held, **style_and_content(scores(args, others, folder), args.style_types)})
-    print(f"\nexact match in % on {args.split}, mean +- standard deviation over the seeds {args.seeds}, "
-          f"{held['steps']} steps at most")
-    print(f"{'':28}{'':21}{'as trained':>26}{'gates closed':>26}{'another style':>26}")
-    print(f"{'system':28}{'lr':>8}{'trained':>13}" + f"{'style':>13}{'content':>13}" * len(SEEN))
-    for system, found in results.items():
-        columns = [spread([one[kind + seen] for one in found]) if found[0][kind + seen] is not None else "-"
-                   for seen in SEEN for kind in ("style", "content")]
-        print(f"{system:28}{rates[system]:>8g}{found[0]['trained']:>13,}"
-              + "".join(f"{c:>13}" for c in columns))
+    rates = chosen_rates(args, others)
+    results, folders = run_all(args, others, rates)
     paired = differences(args, folders)
-    print_differences(args, paired)
+    print_differences(args, rates, results, paired)
     write_results(args, rates, results, paired, {})
+    if args.no_probes:
+        return
+    print_probes(results)
     seconds = {}  # last: what cost hours is safe, and memory that runs out here loses nothing
-    for system in SYSTEMS:
+    for system in (name for name in args.systems if rates[name]):
         seconds[system] = step_seconds(others, system)
         print(f"{system}: {seconds[system]:.3f} s a step")
         write_results(args, rates, results, paired, seconds)
