@@ -254,18 +254,21 @@ def _facts(config, checkpoint):
     layers = ", ".join(map(str, config["layers"]))
     gating = "none" if config["gating"] == "none" else f"{config['gating']}, per {config['per']}, in layers {layers}"
     rank, whole = config["lora_rank"], "W_K and W_V of the cross-attention"
-    parts = {"gates and prompt mapper": config["gating"] != "none", "language projection": True,
+    steer = config.get("steer") or []
+    parts = {"gates": config["gating"] != "none", "prompt mapper": config["gating"] != "none" or steer, ", ".join(steer): steer,
+             "language projection": True,
              "style head": any(name.startswith("style_head.") for name in checkpoint["state"]),
              "Q-Former and its queries": config["train_qformer"], whole: config.get("own_kv"),
              f"LoRA of rank {rank} on {whole}": rank}
     weights = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in config["loss_weights"].items())
     facts = [("base model", plain(base["name"]) + kind), ("revision", base["revision"] or "not known"),
              ("style classifier", plain(config["style_classifier"] or "the project's own")), ("gating", gating),
+             *([("further ways for style to come in", ", ".join(steer))] if steer else []),
              ("trained", ", ".join(name for name, there in parts.items() if there)), ("trained parameters", f"{trained:,}"),
              ("style vocabulary", plain(", ".join(config["style_vocabulary"]), 2000) or "none"),
              ("loss", weights), ("precision", f"{config['precision']}, language model {config['lm_precision'] or 'the same'}"),
              ("fingerprints of the frozen parts", "; ".join(f"{name}: {value}" for name, value in config["fingerprints"].items()))]
-    return [fact for fact in facts if config["gating"] != "none" or fact[0] != "style classifier"]
+    return [fact for fact in facts if config["gating"] != "none" or steer or fact[0] != "style classifier"]
 
 
 def _versions(config):

@@ -552,7 +552,7 @@ def make_gated(folder, args):
     import train_gated
     blip2, classifier = (str(pathlib.Path(args.out) / part) for part in ("blip2", "efficientnet-28.pt"))
     train_gated.main(["--data", "data/artquest", "--blip2", blip2, "--efficientnet", classifier, "--accumulation", "1", "--batch-size", "32",
-                      "--lr", "1e-3", "--epochs", str(args.gate_epochs), "--patience", "0", "--cache", "cache", "--workers", "0", "--seed",
+                      "--lr", "1e-3", "--epochs", str(args.gate_epochs), "--per", "head", "--patience", "0", "--cache", "cache", "--workers", "0", "--seed",
                       str(args.seed), "--out", "runs/tiny"])
     keep_run("runs/tiny", folder, {"blip2": "tiny", "efficientnet": None})
     (folder / "examples").mkdir()
