@@ -132,7 +132,7 @@ def load_trainable(model, state, source):
     if wrong:
         raise DataError(f"{source} does not fit this model: {len(wrong)} of {len(own)} tensors are missing, unknown or of "
                         f"another shape, first {sorted(wrong)[:3]}: was it trained on another model, "
-                        "or with other flags (--gating, --per, --no-gate)?")
+                        "or with other flags (--gating, --per, --steer, --no-gate)?")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name])

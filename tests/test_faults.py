@@ -372,7 +372,7 @@ FAULTS = [
           ("best.pt", "not a checkpoint of this stage"), "eval", numbers="24B"),
     Fault("best.pt where last.pt belongs", GATED, lambda w: shutil.copy(w.best, w.last),
           ("last.pt", "not a checkpoint of this stage"), "resume", numbers="24B"),
-    Fault("best.pt of other gates a channel", GATED, built_otherwise(per="channel"), ("best.pt", "does not fit", "--per"),
+    Fault("best.pt of other gates a head", GATED, built_otherwise(per="head"), ("best.pt", "does not fit", "--per"),
           "eval", numbers="24B"),
     Fault("best.pt of another gating", GATED, built_otherwise(gating="gate"), ("best.pt", "does not fit", "--gating"), "eval",
           numbers="24B"),

@@ -63,7 +63,7 @@ def test_what_a_resumed_run_is_compared_by_is_what_auto_became(script):
 
 def resume_arguments(data, out):
     return ["--data", data, "--blip2", "tiny", "--gating", "none", "--epochs", "2", "--batch-size", "4", "--accumulation", "1", "--lr",
-            "1e-2", "--workers", "0", "--save-last", "--out", str(out), "--resume"]
+            "1e-2", "--workers", "0", "--save-last", "--out", str(out), "--resume", "--per", "head"]  # the default of then
 
 
 def test_an_old_last_pt_with_the_word_auto_is_resumed(data, tmp_path, no_curves):

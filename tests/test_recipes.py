@@ -20,8 +20,9 @@ RECIPES = dict(re.findall(r"^## (.+?)\n.*?```diff\n(.*?)```", PAGE, re.S | re.M)
 
 @pytest.fixture
 def edited(tmp_path, monkeypatch):
-    """Function: the name of a recipe -> (path of the edited copy, its module). Kinds of gates that it adds are gone afterwards."""
+    """Function: the name of a recipe -> (path of the edited copy, its module). Kinds of gates and ways that it adds are gone afterwards."""
     monkeypatch.setattr(core, "GATES", dict(core.GATES))
+    monkeypatch.setattr(core, "WAYS", dict(core.WAYS))
 
     def apply(recipe):
         shutil.copy(ROOT / "train_gated.py", tmp_path)
@@ -44,8 +45,9 @@ def evaluated(run, script, capsys, *more):
     return said.out
 
 
-def test_the_page_has_four_small_recipes_in_one_file():
-    assert list(RECIPES) == ["A new kind of gate", "A new loss term", "Another data set", "Another vision feature"]
+def test_the_page_has_five_small_recipes_in_one_file():
+    assert list(RECIPES) == ["A new kind of gate", "A new way for style to come in", "A new loss term", "Another data set",
+                             "Another vision feature"]
     for name, diff in RECIPES.items():
         lines = diff.splitlines()
         assert re.findall(r"^(?:---|\+\+\+) (.+)", diff, re.M) == ["train_gated.py"] * 2, name
@@ -69,6 +71,17 @@ def test_a_new_kind_of_gate(edited, flags, tmp_path, capsys):
     del core.GATES["additive"]
     assert errors.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "run"), "--workers", "0"]) == 2
     assert "gating 'additive' is not known here" in (told := capsys.readouterr().err) and "--script" in told
+
+
+def test_a_new_way_for_style_to_come_in(edited, flags, tmp_path, capsys):
+    script, module = edited("A new way for style to come in")
+    assert not module.main(flags("--gating", "none", "--steer", "query-shift", "--epochs", "1"))
+    best = checkpoints.load_checkpoint(tmp_path / "run/best.pt")
+    assert best["model_args"]["steer"] == ["query-shift"] and best["state"]["ways.0.project.weight"].abs().sum()
+    assert "gates closed" in evaluated(tmp_path / "run", script, capsys)
+    del core.WAYS["query-shift"]
+    assert errors.exit_code(eval_gated.main, ["--checkpoint", str(tmp_path / "run"), "--workers", "0"]) == 2
+    assert "'query-shift' is not known here" in (told := capsys.readouterr().err) and "--script" in told
 
 
 def test_a_new_loss_term(edited, flags, tmp_path, capsys, no_curves, monkeypatch):
