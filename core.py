@@ -452,14 +452,15 @@ class SoftPrompt(Way):
 
 
 class PatchTokens(Way):
-    """Further patches for the queries to look at. Zeros at the start, yet not the identity: they take attention."""
+    """Further patches for the queries to look at, before the picture's, as registers are. Zeros at the start, yet not the identity:
+    they take attention."""
 
     def __init__(self, control, vision, language):
         super().__init__(control, vision, language)
         self.project = zero_linear(control, vision)
 
     def patches(self, image_embeds, control):
-        return torch.cat([image_embeds, self.project(control).to(image_embeds.dtype)], 1)  # [B,P+T,W]
+        return torch.cat([self.project(control).to(image_embeds.dtype), image_embeds], 1)  # [B,T+P,W]
 
 
 class QueryTokens(Way):

@@ -104,13 +104,14 @@ def visual_prompt(model, features, question, context, gated):
 
 @torch.no_grad()
 def attention_maps(model, features, question, context="", gated=True):
-    """Cross-attention for one question -> {layer: [heads,Q,P]}; each row sums to 1, CLS comes first.
+    """Cross-attention for one question -> {layer: [heads,Q,P]}; each row sums to 1, CLS comes first. Of further queries and patches
+    (core.WAYS) nothing is told, and with the latter a row sums to less.
 
     Without gates, or with gated=False, the question changes nothing: BLIP-2's queries never read it."""
-    found = {}
+    found, Q, P = {}, model.query_tokens.shape[1], features["image_embeds"].shape[1]
 
     def keep(layer, module, given, named):
-        found[layer] = attention_of(module, *given, **named)[0][0].cpu().numpy()
+        found[layer] = attention_of(module, *given, **named)[0][0, :, :Q, -P:].cpu().numpy()
 
     with hooked(model, before_attention=keep):
         visual_prompt(model, features, question, context, gated)
@@ -196,7 +197,8 @@ def occlusion(model, features, question, answer, context="", window=None, chunk=
         mask = core.padding_mask(~dropped.to(device), queries=prefix)  # [n,1,1,P], CLS is always seen
 
         def hide(layer, module, given, named):
-            return given, {**named, "mask": mask}
+            further = given[1].shape[1] - mask.shape[-1]  # patches that a way of core.WAYS put before these
+            return given, {**named, "mask": torch.nn.functional.pad(mask, (further, 0))}
 
         with hooked(model, before_attention=hide):
             return scores(model, repeated(features, len(dropped)), question, answer, context)

@@ -1,6 +1,7 @@
 """pytest tests/test_steering.py: every way for style to come in: what it changes, what it trains, and that best.pt alone brings it back."""
 
 import csv
+import json
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 import core
 import eval_gated
 import train_gated
-from engine import checkpoints, errors, features
+from engine import checkpoints, comparison, errors, features, files
+from show import maps
 from tools import compare_gated
 
 ASKED = {"input_ids": torch.tensor([[5, 6, 7], [8, 9, 4]]), "prompt_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
@@ -126,6 +128,19 @@ def test_best_pt_alone_brings_the_ways_back(flags, few, tmp_path, capsys):
         assert told == [row["prediction"] for row in rows[:3]]
 
 
+def test_maps_are_of_the_pictures_own_patches(build):
+    model = moved(build(gating="none", steer=["patches", "queries"], control_tokens=3))
+    features = {"image_embeds": torch.randn(1, 5, model.qformer.config.encoder_hidden_size),  # CLS and 2 x 2 patches
+                "style_feature": torch.randn(1, model.efficientnet.width)}
+    attention = maps.attention_maps(model, features, "Which style?")
+    closed = maps.attention_maps(model, features, "Which style?", gated=False)
+    for layer, found in attention.items():
+        assert found.shape == closed[layer].shape == (model.qformer.config.num_attention_heads, model.query_tokens.shape[1], 5)
+        assert (found.sum(-1) < 0.99).all() and found.sum(-1).min() > 0.1
+    for drawn in (maps.occlusion(model, features, "Which style?", "Cubism"), maps.gradient_map(model, features, "Which style?", "Cubism")):
+        assert drawn.shape == (2, 2) and drawn.any()
+
+
 # --- the label as text ------------
 
 @pytest.fixture
@@ -165,10 +180,12 @@ def test_the_label_stands_before_the_question_in_training_evaluation_and_ask(fla
 
 # --- compare_gated.py's table ------------
 
-def test_the_label_as_the_answer_takes_the_technique_from_the_style(few, tiny, labels):
+def test_the_label_as_the_answer_takes_the_technique_from_the_style(few, tiny, labels, tmp_path):
     args, others = compare_gated.get_args(["--systems", compare_gated.LABEL_ANSWER, "--split", "test", "--data", str(few),
                                            "--blip2", tiny[0], "--efficientnet", tiny[1], "--workers", "0"])
-    hits = compare_gated.label_answers(args, others)
+    args.out = tmp_path
+    hits = [(row["image"], row["question_type"], row["prediction"] == row["answer"])
+            for row in comparison.read_predictions(compare_gated.answers_of(args, compare_gated.label_answers(args, others)))]
     styles = {row["image"]: row["style"] for row in csv.DictReader((few / "test.csv").open(encoding="utf-8"))}
     size = core.published.image_size_of(tiny[0])
     label = {name: features.likeliest_styles(None, [core.rows.picture_tensor(few / "images" / name, size)])[0] for name in styles}
@@ -178,19 +195,32 @@ def test_the_label_as_the_answer_takes_the_technique_from_the_style(few, tiny, l
     assert len(hits) == 15 and {kind for _, kind, _ in hits} == {"what", "count", "colour", "style", "technique"}
 
 
-def test_differences_are_paired_by_question_over_pictures_and_seeds():
-    def hits(style, content):
-        return [[f"{n}.jpg", kind, hit] for n in range(8) for kind, hit in (("style", style[n % 2]), ("what", content))]
-    args, _ = compare_gated.get_args(["--systems", "fair", "--data", "x"])
-    found = compare_gated.estimates(args, {compare_gated.LABEL: [hits((0, 1), 1)] * 2, "film per head": [hits((1, 1), 1)] * 2,
-                                           compare_gated.LABEL_ANSWER: [hits((0, 1), 0)]})
-    assert found["film per head"]["style"].value == 100 and found["film per head"]["style, difference"].value == 50
-    assert found["film per head"]["content, difference"] == (0, 0, 0) and found[compare_gated.LABEL].keys() == {"style", "content"}
-    assert found[compare_gated.LABEL_ANSWER]["content, difference"].value == -100  # one column against two seeds
-    assert compare_gated.LABEL == args.against and not set(args.systems) & set(compare_gated.QUARTET)
+def test_every_system_is_compared_with_the_label_as_text(tmp_path):
+    """One column of what is not trained against all seeds of the other; one system is the reference."""
+    args, _ = compare_gated.get_args(["--systems", "fair", "--no-probes", "--data", "x"])
+    assert args.reference == compare_gated.LABEL in args.systems and not set(args.systems) & set(compare_gated.SYSTEMS)
+    with pytest.raises(SystemExit):
+        compare_gated.get_args(["--systems", "film on K", "--reference", compare_gated.LABEL])
+
+    def folder(name, style, content):
+        (tmp_path / name).mkdir()
+        rows = [{"question_id": str(2 * n + m), "image": f"{n}.jpg", "question": "q", "answer": "right", "prediction": right,
+                 "question_type": kind, "style": ""} for n in range(8) for m, (kind, right) in enumerate(
+                     (("style", style[n % 2]), ("what", content)))]
+        place = compare_gated.answers_of(args, tmp_path / name)
+        place.write_text(json.dumps([{"question_id": int(row["question_id"]), "answer": row["prediction"]} for row in rows]))
+        files.write_csv(place.with_suffix(".csv"), rows)
+        return tmp_path / name
+    found = compare_gated.differences(args, {
+        compare_gated.LABEL: [folder(f"label{n}", ("right", "wrong"), "right") for n in range(2)],
+        "film per head": [folder(f"film{n}", ("right", "right"), "right") for n in range(2)],
+        compare_gated.LABEL_ANSWER: [folder("answer", ("right", "wrong"), "wrong")]})
+    assert found["film per head"]["style"]["ours"].value == 100 and found["film per head"]["style"]["difference"].value == 50
+    assert found["film per head"]["content"]["difference"] == (0, 0, 0)
+    assert found[compare_gated.LABEL_ANSWER]["content"]["difference"].value == -100
 
 
 def test_systems_are_built_by_flags_that_are_there():
-    for system, flags in compare_gated.SYSTEMS.items():
+    for system, flags in compare_gated.FLAGS.items():
         settings = train_gated.get_args(["--data", "x", *flags])
         assert set(settings.steer) <= set(core.WAYS) and settings.gating in (*core.GATES, "none"), system
