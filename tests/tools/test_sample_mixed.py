@@ -9,13 +9,14 @@ import pytest
 
 from tools import drawing, make_sample, sample_mixed
 
+PICTURES = 24
 TECHNIQUE_OF = {technique: style for style, technique in drawing.TECHNIQUES.items()}
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     out = tmp_path_factory.mktemp("mixed") / "set"
-    make_sample.main(["--mixed", "--out", str(out), "--pictures", "64", "--seed", "3"])
+    sample_mixed.make(out, 3, PICTURES, pytest.fail)
     return out, [row for split in drawing.SPLITS for row in csv.DictReader((out / f"{split}.csv").open(encoding="utf-8"))]
 
 
@@ -28,7 +29,7 @@ def by_picture(rows):
 
 def test_every_answer_is_what_the_design_says(drawn):
     out, rows = drawn
-    designed = sample_mixed.design(64, 3)
+    designed = sample_mixed.design(PICTURES, 3)
     for image, asked in by_picture(rows).items():
         row = designed[int(image[:4]) - 1]
         if row["two"]:
@@ -39,7 +40,7 @@ def test_every_answer_is_what_the_design_says(drawn):
             counts = about["style"] in ("Pointillism", "Impressionism", "Expressionism", "Northern Renaissance")
             assert about["style"] == row["styles"][0] and about["answer"] == (row["kinds"] if counts else row["colours"])[0]
             assert control["answer"] == {"what": row["kinds"], "colour": row["colours"]}[control["question_type"]][0]
-    assert len({r["image"] for r in rows}) == len(list((out / "images").iterdir())) == 64 and len(rows) == 128
+    assert len({r["image"] for r in rows}) == len(list((out / "images").iterdir())) == PICTURES and len(rows) == 2 * PICTURES
 
 
 def test_who_sees_what_is_there_and_no_manner_is_right_every_second_time():
@@ -73,18 +74,23 @@ def test_two_runs_give_the_same_bytes_and_nobody_elses_data_is_touched(drawn, tm
 
     def digests(folder):
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.*"))}
-    command = ["--mixed", "--pictures", "64", "--seed", "3", "--out"]
-    make_sample.main([*command, str(out)])
+    sample_mixed.make(out, 3, PICTURES, pytest.fail)
     assert "already holds this set" in capsys.readouterr().out
     before = digests(out)
     next((out / "images").iterdir()).unlink()
-    make_sample.main([*command, str(out)])  # drawn again, to the bit
+    sample_mixed.make(out, 3, PICTURES, pytest.fail)  # drawn again, to the bit
     assert digests(out) == before
-    other = tmp_path / "artquest"
-    other.mkdir()
-    (other / "train.csv").write_text("image,question,answer\na.jpg,b,c\n")
-    with pytest.raises(SystemExit):
-        make_sample.main([*command, str(other)])
-    assert "another data set" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        make_sample.main(["--mixed", "--cirr"])
+    (tmp_path / "train.csv").write_text("image,question,answer\na.jpg,b,c\n")
+    for command in (["--mixed", "--out", str(tmp_path)], ["--mixed", "--cirr"]):
+        with pytest.raises(SystemExit):
+            make_sample.main(command)
+    told = capsys.readouterr().err
+    assert "another data set" in told and "not allowed with" in told
+
+
+def test_the_command_draws_960_pictures_where_no_number_is_given(monkeypatch):
+    asked = []
+    monkeypatch.setattr(sample_mixed, "make", lambda *given: asked.append(given[:3]))
+    make_sample.main(["--mixed"])
+    make_sample.main(["--mixed", "--pictures", "64", "--seed", "2", "--out", "x"])
+    assert [(str(out), *numbers) for out, *numbers in asked] == [("data/mixed", 0, 960), ("x", 2, 64)]
