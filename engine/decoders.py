@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from engine import packing
+from engine.answering import Rows, Tree, search
 from engine.errors import DataError
-from engine.memory import beam_cache, cache_rows
+from engine.memory import cache_rows
 from engine.prompts import pad_ids, stop_ids
 
 ENCODER_DECODERS = ("t5", "mt5")
@@ -92,15 +93,18 @@ class Decoder:
         return sums
 
     def generate(self, visual, prompts, beams, new_tokens, length_penalty, best=1):
-        """Beam search, at most new_tokens each -> ids, `best` rows a prompt; of a causal decoder the new ones alone."""
-        settings = {"length_penalty": length_penalty} if beams > 1 else {}
-        return self.language_model.generate(
-            **self._generation_inputs(visual, prompts, beams, new_tokens), **settings, num_beams=beams, num_return_sequences=best,
-            do_sample=False, max_new_tokens=new_tokens, min_new_tokens=1, eos_token_id=stop_ids(self.tokenizer),
-            pad_token_id=self.tokenizer.pad_token_id)
+        """Greedy or beam search, at most new_tokens each -> ids of the new tokens, `best` rows a prompt, the likeliest first."""
+        return search(self._state(visual, prompts, beams, new_tokens), beams, new_tokens, stop_ids(self.tokenizer),
+                      self.tokenizer.pad_token_id, length_penalty, best)
 
-    def _generation_inputs(self, visual, prompts, beams, new_tokens):
-        return self.inputs(visual, **prompts)
+    def _state(self, visual, prompts, beams, new_tokens):
+        """What `search` runs on."""
+        raise NotImplementedError
+
+    def with_cache(self, cache):
+        """The cache as the language model takes it: past_key_values before transformers 5.24, cache since."""
+        names = inspect.signature(type(self.language_model).forward).parameters
+        return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 class Causal(Decoder):
@@ -111,6 +115,10 @@ class Causal(Decoder):
         """The layers without the word head."""
         return self.language_model.base_model
 
+    def head(self, states):
+        """States [...,D] -> logits [...,V]."""
+        return self.language_model.get_output_embeddings()(states)
+
     def answer_logits(self, visual, input_ids, attention_mask, labels):
         """See Decoder."""
         inputs = self.inputs(visual, input_ids, attention_mask)
@@ -120,7 +128,7 @@ class Causal(Decoder):
             states = self.body(**{**inputs, "attention_mask": None}, use_cache=False).last_hidden_state  # [B,Q+L,D]
         owner, position = (labels != -100).nonzero(as_tuple=True)
         before = visual.shape[1] + position - 1  # the state before each token predicts it
-        return self.language_model.get_output_embeddings()(states[owner, before]), labels[owner, position], owner
+        return self.head(states[owner, before]), labels[owner, position], owner
 
     def prefill(self, visual, input_ids, attention_mask):
         """-> (cache of all positions but the last, mask [B,Q+L], last token [B,1], never a pad, whose state predicts the answer)."""
@@ -133,34 +141,35 @@ class Causal(Decoder):
         real, before = targets != -100, targets[:, :-1]  # the last token of an answer predicts nothing
         ids = torch.cat([last[rows], before.clamp(min=0)], 1)  # [N,A], right-padded
         mask = torch.cat([mask[rows], real[:, :-1]], 1)  # [N,Q+L-1+A]; a pad takes no position
-        out = self.body(input_ids=ids, attention_mask=mask, **self._positions(mask, ids.shape[1]),
-                        **self._with_cache(cache_rows(cache, rows)))
-        return self.language_model.get_output_embeddings()(out.last_hidden_state[real])  # [N,A,D] -> [M,D] -> [M,V]
+        out = self.body(input_ids=ids, attention_mask=mask, **self.positions(mask, ids.shape[1]),
+                        **self.with_cache(cache_rows(cache, rows)))
+        return self.head(out.last_hidden_state[real])  # [N,A,D] -> [M,D] -> [M,V]
 
-    def _generation_inputs(self, visual, prompts, beams, new_tokens):
-        # the prompt goes through here once: generate would repeat it for every beam before it has a cache to share; it wants the
-        # whole inputs all the same, and runs what the cache lacks
-        inputs = self.inputs(visual, **prompts)
-        return inputs | self._with_cache(beam_cache(self._cached(inputs), beams, new_tokens))
+    def generate(self, visual, prompts, beams, new_tokens, length_penalty, best=1):
+        """See Decoder."""
+        if "position_ids" in inspect.signature(type(self.body).forward).parameters:
+            return super().generate(visual, prompts, beams, new_tokens, length_penalty, best)
+        settings = {"length_penalty": length_penalty} if beams > 1 else {}  # Bloom, MPT: where a key stands is its position
+        return self.language_model.generate(
+            **self.inputs(visual, **prompts), **settings, num_beams=beams, num_return_sequences=best, do_sample=False,
+            max_new_tokens=new_tokens, min_new_tokens=1, eos_token_id=stop_ids(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id)
+
+    def _state(self, visual, prompts, beams, new_tokens):
+        return Tree(self, self.inputs(visual, **prompts), beams, new_tokens)
 
     def _cached(self, inputs):
         """`inputs` -> DynamicCache of all positions but the last, [B,heads,Q+L-1,D/heads] a layer."""
         from transformers import DynamicCache
         cache, before = DynamicCache(), {name: x[:, :-1] for name, x in inputs.items()}
         if before["inputs_embeds"].shape[1]:  # else nothing stands before the last
-            self.body(**before, **self._positions(before["attention_mask"], before["inputs_embeds"].shape[1]), **self._with_cache(cache))
+            self.body(**before, **self.positions(before["attention_mask"], before["inputs_embeds"].shape[1]), **self.with_cache(cache))
         return cache
 
-    def _positions(self, mask, n):
+    def positions(self, mask, n):
         """Positions of the last n columns of a mask [B,L], as keywords: a pad takes none, so that it moves nothing."""
         if "position_ids" not in inspect.signature(type(self.body).forward).parameters:
             return {}
         return {"position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)[:, -n:]}
-
-    def _with_cache(self, cache):
-        """The cache as the language model and its generate() take it: past_key_values before transformers 5.24, cache since."""
-        names = inspect.signature(type(self.language_model).forward).parameters
-        return {"cache" if "cache" in names else "past_key_values": cache}
 
 
 class Seq2Seq(Decoder):
@@ -184,6 +193,9 @@ class Seq2Seq(Decoder):
         """-> (the encoder's states [B,Q+L,D], mask [B,Q+L])."""
         inputs = self.inputs(visual, input_ids, attention_mask)
         return self.language_model.get_encoder()(**inputs).last_hidden_state, inputs["attention_mask"]
+
+    def _state(self, visual, prompts, beams, new_tokens):
+        return Rows(self, *self.prefill(visual, **prompts), beams)
 
     def scores(self, prefilled, rows, targets):
         """See Decoder."""

@@ -1,7 +1,7 @@
 """memory.py: what the frozen language model keeps in memory: activations in training, keys and values while it answers.
 
     save_activations, PackedReLU    training keeps a bit a number, or nothing, in place of OPT's ReLU outputs
-    beam_cache, cache_rows          keys and values of a prompt, once for all its beams
+    cache_rows                      keys and values of a prompt, for each of its given answers
 
 Capitals in shape comments: B prompts, P tokens of a prompt, D width, N numbers.
 """
@@ -74,42 +74,6 @@ def save_activations(language_model, how):
 
 
 # --- keys and values, while it answers ------------
-
-def beam_cache(cache, beams, new_tokens):
-    """DynamicCache of B prompts, each [B,heads,P,D/heads] -> one of B*beams beams with room for new_tokens.
-
-    A step writes its keys and values in place, and choosing among the beams moves only what was generated: they share the prompt.
-    transformers' own layer copies everything in both, which takes longer than the step itself.
-    """
-    from transformers.cache_utils import DynamicLayer
-
-    class BeamLayer(DynamicLayer):
-        def __init__(self, prompt):
-            super().__init__()
-            B, heads, self.prompt, width = prompt.keys.shape
-            self.room = [x.new_empty(B * beams, heads, self.prompt + new_tokens, width) for x in (prompt.keys, prompt.values)]
-            for room, x in zip(self.room, (prompt.keys, prompt.values)):
-                room[:, :, :self.prompt] = x.repeat_interleave(beams, 0)
-            self.dtype, self.device, self.is_initialized = prompt.keys.dtype, prompt.keys.device, True
-            self._show(self.prompt)
-
-        def _show(self, length):
-            self.keys, self.values = (room[:, :, :length] for room in self.room)  # [B*beams,heads,length,D/heads]
-
-        def update(self, key_states, value_states, *args, **kwargs):
-            start, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-            for room, x in zip(self.room, (key_states, value_states)):
-                room[:, :, start:end] = x
-            self._show(end)
-            return self.keys, self.values
-
-        def reorder_cache(self, beam_idx):
-            for shown in (self.keys, self.values):
-                shown[:, :, self.prompt:] = shown[:, :, self.prompt:].index_select(0, beam_idx)
-
-    cache.layers = [BeamLayer(layer) for layer in cache.layers]  # none where a prompt has one token: generate makes its own
-    return cache
-
 
 def cache_rows(cache, rows):
     """Rows of a DynamicCache as a new one; the cache itself stays, since only its layers' tensors are ever replaced."""
