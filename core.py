@@ -33,7 +33,7 @@ from torch import nn
 from data import rows
 from data.rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from data.wikiart import WIKIART
-from engine import environment, published, towers
+from engine import environment, memory, published, towers
 from engine.checkpoints import load_foreign, load_strictly, load_trainable, unwrap_state
 from engine.decoders import decoder_of, refuse_decoder
 from engine.errors import DataError
@@ -878,13 +878,15 @@ class Blip2OPTGated(nn.Module):
 
     @torch.no_grad()
     def predict_answers(self, images, questions, contexts=None, image_embeds=None, style_feature=None, method="generate",
-                        answers=None, beams=5, max_new_tokens=None, length_penalty=0.0, gated=True, blind=False, best=None):
+                        answers=None, beams=5, max_new_tokens=None, length_penalty=0.0, gated=True, blind=False, best=None,
+                        batch_size=memory.ANSWERS):
         """Answers as strings, one a question; prompt never repeated, cut at the newline.
 
         images [B,3,h,w] as Processor makes them, or None with image_embeds [B,P,W] and style_feature [B,F] computed before. A single
         picture, question or context stands for all others. ValueError: anything else that does not go together. method "generate":
         beam search (BLIP-2's VQA settings as defaults) up to max_new_tokens (None: max_answer of the model); with best=N a list for each
-        question, the N best of the beams, equal ones once. method "rank": the likeliest of the given list `answers`.
+        question, the N best of the beams, equal ones once; batch_size questions at a time, "auto": as many as the GPU's memory holds.
+        method "rank": the likeliest of the given list `answers`.
         """
         if self.training:
             raise RuntimeError("call model.eval() before predict_answers: dropout would change the answers")
@@ -897,11 +899,21 @@ class Blip2OPTGated(nn.Module):
         if method != "generate":
             raise ValueError(f"method must be generate or rank, got {method!r}")
         asked = self._asked(questions, contexts, **features, gated=gated and not blind)
-        ids = self.decoder.generate(*self._prompts(*asked, gated, blind), beams, max_new_tokens or self.max_answer, length_penalty,
-                                    best or 1)
-        texts = texts_of(self.tokenizer, ids.tolist())
-        texts = [text.split("\n")[0].strip() for text in texts]
-        return texts if best is None else [list(dict.fromkeys(texts[i:i + best])) for i in range(0, len(texts), best)]
+        new_tokens, found = max_new_tokens or self.max_answer, {}
+        for part in self._parts(*asked[:2], memory.answer_batch(batch_size, self.language_model, beams, new_tokens)):
+            own = (x if x is None else x[part] if isinstance(x, torch.Tensor) else [x[i] for i in part] for x in asked)
+            ids = self.decoder.generate(*self._prompts(*own, gated, blind), beams, new_tokens, length_penalty, best or 1)
+            texts = [text.split("\n")[0].strip() for text in texts_of(self.tokenizer, ids.tolist())]
+            found |= {i: texts[k:k + (best or 1)] for i, k in zip(part, range(0, len(texts), best or 1))}
+        return [found[i][0] if best is None else list(dict.fromkeys(found[i])) for i in range(len(found))]
+
+    @staticmethod
+    def _parts(questions, contexts, size):
+        """Numbers of the questions in lists of `size` at most, like lengths together: few pads."""
+        order = range(len(questions))
+        if len(order) > size:
+            order = sorted(order, key=lambda i: len(questions[i]) + len(contexts[i] if contexts else ""))
+        return [list(order[start:start + size]) for start in range(0, len(order), size)]
 
     @torch.no_grad()
     def score_answers(self, questions, answers, image_embeds, style_feature=None, contexts=None, gated=True, blind=False,

@@ -30,7 +30,7 @@ import core
 import metrics
 from data import rows
 from data.questions import Questions, read_questions
-from engine import checkpoints, comparison, errors, files, flags, folders, gate_frames, loop, published
+from engine import checkpoints, comparison, errors, files, flags, folders, gate_frames, loop, memory, published
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary
 from engine.features import cached_features, likeliest_styles, predicted_styles
@@ -103,7 +103,8 @@ def get_args(argv=None):
     parser.add_argument("--script", metavar="FILE.py", help="the edited copy of train_gated.py that trained it: its Model is used, and "
                                                             "the kinds of gates that it adds are known; the file is run")
     parser.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
-    parser.add_argument("--batch-size", type=flags.positive, default=16, help="questions at a time (default: 16)")
+    parser.add_argument("--batch-size", type=flags.positive_or_auto, default=memory.ANSWERS, metavar="N|auto",
+                        help="questions at a time; auto: as many as the GPU's memory holds (default: 64)")
     parser.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
     parser.add_argument("--cache", metavar="DIR",
                         help="keep the frozen towers' features there, computed once, also those of training")
@@ -254,13 +255,19 @@ def answers_to(model, questions, contexts, features, args, candidates, with_conf
             first, second = scores.topk(2).values.unbind(-1)  # [B]
             results["margin"] = (first - second).tolist()
     else:
-        results["prediction"] = model.predict_answers(None, beams=args.beams, max_new_tokens=args.max_new_tokens, **asked)
+        results["prediction"] = model.predict_answers(None, beams=args.beams, max_new_tokens=args.max_new_tokens,
+                                                      batch_size=args.batch_size, **asked)
     if with_confidence:
         results["confidence"] = model.confidence(answers=results["prediction"], **asked).tolist()
         for question, value in zip(questions, results["confidence"]):
             if not math.isfinite(value):
                 raise DataError(f"{question!r}: the probability of the answer is {value}; use --precision bf16 or no")
     return results
+
+
+def questions_at_once(args, model):
+    """--batch-size as a number, now that the model is there."""
+    return memory.answer_batch(args.batch_size, model.language_model, args.beams, args.max_new_tokens or model.max_answer)
 
 
 def coverage(questions, results, least):
@@ -289,6 +296,7 @@ def ask(args, checkpoint, accelerator):
             return
         model = load_model(args, checkpoint, core.DTYPES[accelerator.mixed_precision]).to(accelerator.device).eval()
         checkpoints.load_trainable(model, checkpoint["state"], args.checkpoint)
+        args.batch_size = questions_at_once(args, model)
         context, net = checkpoint["args"].get("context"), None
         if context == "efficientnet":
             net = model_class(args.script).style_tower.from_checkpoint(places["efficientnet"], args.safe_load).to(accelerator.device).eval()
@@ -439,6 +447,7 @@ def prepare(args, checkpoint, accelerator):
     if places.get("lm_precision") != checkpoint["model_args"].get("lm_precision"):
         accelerator.print(f"the language model is in {places['lm_precision']}, in training it was in "
                           f"{checkpoint['model_args'].get('lm_precision') or 'the precision of the towers'}")
+    args.batch_size = questions_at_once(args, model)
     published.refuse_unknown_words(model.tokenizer, [row.question for row in questions], places["blip2"])
     log_cut_answers(model.tokenizer, {args.split: questions}, model.max_answer, accelerator.print)
     for field in (name for name in ("style", "context") if getattr(args, name) == "efficientnet"):

@@ -98,6 +98,8 @@ def get_args(argv=None):
     run = parser.add_argument_group("training")
     run.add_argument("--epochs", type=flags.positive, default=10, help="(default: 10)")
     run.add_argument("--batch-size", type=flags.positive, default=16, help="questions a step and process (default: 16)")
+    run.add_argument("--eval-batch-size", type=flags.positive_or_auto, default=memory.ANSWERS, metavar="N|auto",
+                     help="questions at a time in validation; auto: as many as the GPU's memory holds (default: 64)")
     run.add_argument("--accumulation", type=flags.positive, default=2, help="batches an optimizer step (default: 2)")
     run.add_argument("--lr", type=flags.rate, default=1e-4, help="peak learning rate (default: 1e-4)")
     run.add_argument("--warmup", type=flags.share, default=0.05, help="share of all steps spent warming up (default: 0.05)")
@@ -302,7 +304,7 @@ def majority_answers(train_rows):
 def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
     free = ("out", "resume", "save_last", "profile", "config", "workers", "images", "data", "check_data", "dry_run", "safe_load",
-            "skip_bad", "semart", "cache", "activations")
+            "skip_bad", "semart", "cache", "activations", "eval_batch_size")
     return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
             "--length-pool": 1,  # what it has come to: an earlier version's last.pt with another one had its rows in another order
             "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
@@ -358,7 +360,9 @@ def train(args, command=()):
 def validate(run, parts, data, args):
     """The numbers of an epoch, exact match (greedy) only where best.pt is chosen by it; and the gates by style, None without gates."""
     answer = greedy_answers if args.select == "em" else None
-    found = evaluate(run.model, data, parts.collate, run.accelerator, args.batch_size, args.workers, parts.weights, answer, gates=True)
+    batch_size = memory.answer_batch(args.eval_batch_size, run.model.language_model, 1, run.model.max_answer)
+    with errors.batch_size_in_memory_errors(batch_size, "--eval-batch-size"):
+        found = evaluate(run.model, data, parts.collate, run.accelerator, batch_size, args.workers, parts.weights, answer, gates=True)
     numbers = loss_summary(found)
     if answer:
         hits = [metrics.exact_match(one["prediction"], data.rows[one["row"]].answer.strip()) for one in found]
@@ -369,15 +373,17 @@ def validate(run, parts, data, args):
 def rehearse(run, parts, args):
     """The longest training batch and the longest validation batch, before anything is trained: memory that runs out, or a
     score that fails, shows now and not in the night."""
-    def longest(data):
-        return sorted(range(len(data)), key=lambda n: text_length(data.rows[n]))[-args.batch_size:]
+    def longest(data, count):
+        return sorted(range(len(data)), key=lambda n: text_length(data.rows[n]))[-count:]
 
-    picked = longest(parts.train)
+    picked = longest(parts.train, args.batch_size)
     run.wrapped.train()
     step = run.rehearsal(parts.collate([parts.train[n] for n in picked]), picked)
     train_step(run, step, parts.weights)
     step.update()
-    validate(run, parts, Questions([parts.val.rows[n] for n in longest(parts.val)], parts.val.image_size, parts.val.features), args)
+    count = memory.answer_batch(args.eval_batch_size, run.model.language_model, 1, run.model.max_answer)
+    asked = [parts.val.rows[n] for n in longest(parts.val, count)]
+    validate(run, parts, Questions(asked, parts.val.image_size, parts.val.features), args)
     loop.print_gpu_memory(run.accelerator)
 
 

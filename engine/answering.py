@@ -206,8 +206,9 @@ class Rows:
 
     def _run(self, tokens):
         from transformers.modeling_outputs import BaseModelOutput
-        return self.decoder.language_model(encoder_outputs=BaseModelOutput(self.encoded), attention_mask=self.mask, decoder_input_ids=tokens,
-                                           use_cache=True, **self.decoder.with_cache(self.cache)).logits[:, -1]
+        out = self.decoder.language_model(encoder_outputs=BaseModelOutput(self.encoded), attention_mask=self.mask, use_cache=True,
+                                          decoder_input_ids=tokens, **self.decoder.with_cache(self.cache))
+        return out.logits[:, -1]
 
     def choose(self, parents):
         """See Tree."""

@@ -55,6 +55,11 @@ def positive(text):
     return _bounded(int(text), 1)
 
 
+def positive_or_auto(text):
+    """argparse type: a whole number above 0, or auto: as many as fit."""
+    return text if text == "auto" else positive(text)
+
+
 def whole(text):
     """argparse type: a whole number, 0 or more."""
     return _bounded(int(text), 0)

@@ -1,6 +1,7 @@
 """memory.py: what the frozen language model keeps in memory: activations in training, keys and values while it answers.
 
     save_activations, PackedReLU    training keeps a bit a number, or nothing, in place of OPT's ReLU outputs
+    answer_batch                    how many questions are answered together
     cache_rows                      keys and values of a prompt, for each of its given answers
 
 Capitals in shape comments: B prompts, P tokens of a prompt, D width, N numbers.
@@ -15,6 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.errors import DataError
+
+ANSWERS = 64  # questions that are answered together where nothing else is asked for
+PROMPT = 160  # tokens of a long prompt with what stands for the picture
 
 
 # --- activations, in training ------------
@@ -74,6 +78,26 @@ def save_activations(language_model, how):
 
 
 # --- keys and values, while it answers ------------
+
+def answer_batch(wanted, language_model, beams, new_tokens, most=512):
+    """Questions that are answered together: `wanted`, or where that is "auto" what fits into three quarters of the memory that is free on
+    the model's GPU, `most` at most; on a CPU, where more at once gains nothing, ANSWERS.
+
+    Counted of a question are its keys and values, twice (some of those that are done may stay while the others are copied), its prompt's
+    widest layer and the logits of its beams in float32, thrice."""
+    if wanted != "auto":
+        return wanted
+    words = language_model.get_input_embeddings().weight
+    if words.device.type != "cuda":
+        return ANSWERS
+    config = language_model.config
+    layers, width = config.num_hidden_layers, config.hidden_size
+    keys = 2 * layers * width * (PROMPT + beams * new_tokens) * words.element_size()  # grouped heads take less
+    one = 2 * keys + 16 * width * PROMPT * words.element_size() + 3 * 4 * beams * words.shape[0]
+    reserved = torch.cuda.memory_reserved(words.device) - torch.cuda.memory_allocated(words.device)
+    free = torch.cuda.mem_get_info(words.device)[0] + reserved
+    return max(1, min(most, int(0.75 * free) // one))
+
 
 def cache_rows(cache, rows):
     """Rows of a DynamicCache as a new one; the cache itself stays, since only its layers' tensors are ever replaced."""
