@@ -30,7 +30,7 @@ import core
 import metrics
 from data import rows
 from data.questions import Questions, read_questions
-from engine import checkpoints, comparison, errors, files, flags, folders, gate_frames, loop, memory, published
+from engine import answering, checkpoints, comparison, errors, files, flags, folders, gate_frames, loop, memory, published
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary
 from engine.features import cached_features, likeliest_styles, predicted_styles
@@ -105,6 +105,8 @@ def get_args(argv=None):
     parser.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
     parser.add_argument("--batch-size", type=flags.positive_or_auto, default=memory.ANSWERS, metavar="N|auto",
                         help="questions at a time; auto: as many as the GPU's memory holds (default: 64)")
+    parser.add_argument("--graphs", action="store_true", help="on a GPU record each step of the answers once and replay it (CUDA graphs): "
+                                                              "off by default, since no GPU was there to measure it")
     parser.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
     parser.add_argument("--cache", metavar="DIR",
                         help="keep the frozen towers' features there, computed once, also those of training")
@@ -266,7 +268,9 @@ def answers_to(model, questions, contexts, features, args, candidates, with_conf
 
 
 def questions_at_once(args, model):
-    """--batch-size as a number, now that the model is there."""
+    """--batch-size as a number, now that the model is there; --graphs."""
+    if args.graphs:
+        answering.record_steps(model.language_model)
     return memory.answer_batch(args.batch_size, model.language_model, args.beams, args.max_new_tokens or model.max_answer)
 
 

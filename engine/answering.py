@@ -1,6 +1,7 @@
 """answering.py: greedy and beam search over the frozen language model, with the answers of transformers' own generate.
 
     search           answers of a batch of questions: greedy, or beam search
+    record_steps     a step of the search as one CUDA graph
     Tree             a causal decoder's keys and values: the beams of a question share its prompt
     Rows             those of an encoder-decoder: a row a beam
 
@@ -12,8 +13,12 @@ prompt's and then b for each step), D width, V vocabulary, n new tokens, C = (nu
 """
 
 import torch
+import torch.nn.functional as F
+
+from engine.errors import DataError
 
 NEVER = -1e9  # a score that no text has
+ROUND = 16  # prompts have a multiple of so many tokens where steps are recorded, so that a few recordings serve all batches
 LEAVE = 0.25  # share of the batch that must be done before it is made smaller, which copies the keys of those that stay
 
 
@@ -36,7 +41,7 @@ def search(state, beams, new_tokens, stops, pad, length_penalty=0.0, best=1):
         if left == len(asked) or n + 1 == new_tokens:
             break
         state.choose(parents)
-        if left >= LEAVE * len(asked):
+        if left >= LEAVE * len(asked) and not state.fixed:
             found[asked[done]] = hold.texts(best)[done]
             stay = (~done).nonzero()[:, 0]
             asked, tokens = asked[stay], tokens[stay]
@@ -125,32 +130,42 @@ class Tree:
 
     def __init__(self, decoder, inputs, beams, new_tokens):
         """inputs: inputs_embeds [B,P,D] and attention_mask [B,P], pads on the left."""
-        self.decoder, self.inputs, self.beams, self.steps = decoder, inputs, beams, new_tokens - 1
-        mask = inputs["attention_mask"].bool()
-        self.next = mask.sum(1, keepdim=True)  # [B,1], the position of the next token
-        self.prompt = mask.shape[1]
-        self.seen = torch.nn.functional.pad(mask, (0, beams * self.steps))[:, None].repeat(1, beams, 1)  # [B,b,K]
-        self.places = torch.arange(self.prompt, self.prompt + beams, device=mask.device)  # [b], where this step's keys go
+        self.decoder, self.beams, self.steps = decoder, beams, new_tokens - 1
+        self.recorded = getattr(decoder.language_model, "recorded_steps", None)
+        self.fixed = self.recorded is not None and new_tokens > 1  # nobody leaves: a recording is of one size
+        short = -inputs["attention_mask"].shape[1] % ROUND if self.fixed else 0
+        self.embeds, self.mask = F.pad(inputs["inputs_embeds"], (0, 0, short, 0)), F.pad(inputs["attention_mask"], (short, 0))
+        self.next = self.mask.sum(1, keepdim=True)  # [B,1], the position of the next token
+        self.prompt = self.mask.shape[1]
+        self.seen = F.pad(self.mask.bool(), (0, beams * self.steps))[:, None].repeat(1, beams, 1)  # [B,b,K]
+        self.places = torch.arange(self.prompt, self.prompt + beams, device=self.mask.device)  # [b], where this step's keys go
 
     def start(self):
         """-> logits [B,V] of the first token."""
         from transformers import DynamicCache
         cache = DynamicCache()
-        states = self.decoder.body(**self.inputs, **self.decoder.positions(self.inputs["attention_mask"], self.prompt),
-                                   **self.decoder.with_cache(cache)).last_hidden_state
+        states = self.decoder.body(inputs_embeds=self.embeds, attention_mask=self.mask, **self.decoder.positions(self.mask, self.prompt),
+                                   **self.decoder.with_cache(cache)).last_hidden_state  # [B,P,D]
+        self.embeds = self.mask = None
         self.cache = with_room(cache, self.beams * self.steps, self.places)
-        self.inputs = None
+        if self.fixed:
+            self.forward = _recording(self.recorded, self)
         return self.decoder.head(states[:, -1])
 
     def step(self, tokens):
         """tokens [B,b] -> logits [B,b,V]."""
         self.seen[:, :, self.places] = torch.eye(self.beams, dtype=torch.bool, device=tokens.device)
-        dtype = self.decoder.language_model.get_input_embeddings().weight.dtype
-        hidden = torch.zeros(self.seen.shape, dtype=dtype, device=tokens.device).masked_fill_(~self.seen, torch.finfo(dtype).min)
-        states = self.decoder.body(input_ids=tokens, attention_mask=hidden[:, None], position_ids=self.next.expand(-1, self.beams),
-                                   **self.decoder.with_cache(self.cache)).last_hidden_state  # [B,b,D]
+        logits = self.forward(tokens, self.seen, self.next, self.places)
         self.places += self.beams  # in place: the cache looks at it
         self.next = self.next + 1
+        return logits
+
+    def forward(self, tokens, seen, position, places):
+        """tokens [B,b], seen [B,b,K], position [B,1], places [b] (which the cache holds too) -> logits [B,b,V]."""
+        dtype = self.decoder.language_model.get_input_embeddings().weight.dtype
+        hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        states = self.decoder.body(input_ids=tokens, attention_mask=hidden[:, None], position_ids=position.expand(-1, self.beams),
+                                   **self.decoder.with_cache(self.cache)).last_hidden_state  # [B,b,D]
         return self.decoder.head(states)
 
     def choose(self, parents):
@@ -162,6 +177,53 @@ class Tree:
         self.cache.batch_select_indices(rows)
 
 
+def record_steps(language_model):
+    """Answer with each step of the search as one CUDA graph from now on: a GPU gets it in one command and not in hundreds.
+
+    DataError: not on a GPU."""
+    if language_model.get_input_embeddings().weight.device.type != "cuda":
+        raise DataError("--graphs records steps for a GPU, and the model is on none: leave it out")
+    language_model.recorded_steps = {}
+
+
+class Recording:
+    """A function of tensors as a CUDA graph: it computes where it was recorded, so inputs are copied there."""
+
+    def __init__(self, function, inputs):
+        self.inputs = inputs
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function(*inputs)  # libraries choose their kernels and take their memory now
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.output = function(*inputs)
+
+    def __call__(self, *inputs):
+        for held, x in zip(self.inputs, inputs):
+            held.copy_(x)
+        self.graph.replay()
+        return self.output
+
+
+def _recording(recorded, tree):
+    """The forward of an earlier Tree of the same shapes, whose keys become this one's; else this one's, recorded.
+
+    One is kept: batches come sorted by length, so that its shapes change seldom."""
+    key = (*tree.seen.shape, tree.prompt, tree.cache.layers[0].keys.dtype)
+    if key not in recorded:
+        recorded.clear()
+        inputs = [torch.zeros(tree.seen.shape[:2], dtype=torch.long, device=tree.seen.device), tree.seen.clone(), tree.next.clone(),
+                  tree.places]
+        recorded[key] = tree.cache, Recording(tree.forward, inputs)
+    cache, recording = recorded[key]
+    for held, own in zip(cache.layers, tree.cache.layers):
+        held.keys.copy_(own.keys), held.values.copy_(own.values)
+    tree.cache = cache
+    return recording
+
+
 def with_room(cache, places, now):
     """A DynamicCache of keys [B,heads,P,D/heads] -> one of [B,heads,P+places,D/heads], whose update writes at the places `now` (a
     tensor, read at each update) and returns all of it."""
@@ -170,7 +232,7 @@ def with_room(cache, places, now):
     class RoomLayer(DynamicLayer):
         def __init__(self, layer):
             super().__init__()
-            self.keys, self.values = (torch.nn.functional.pad(x, (0, 0, 0, places)) for x in (layer.keys, layer.values))
+            self.keys, self.values = (F.pad(x, (0, 0, 0, places)) for x in (layer.keys, layer.values))
             self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
 
         def update(self, key_states, value_states, *args, **kwargs):
@@ -185,6 +247,7 @@ def with_room(cache, places, now):
 
 class Rows:
     """An encoder-decoder: each beam is a row with its own keys; those of the encoder are copied once and never moved."""
+    fixed = False
 
     def __init__(self, decoder, encoded, mask, beams):
         """encoded [B,P,D], mask [B,P]."""

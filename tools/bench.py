@@ -1,6 +1,6 @@
-"""bench.py: what a run costs, two recipes side by side in one run: interleaved pairs, the median of their ratios.
+"""bench.py: what a run costs, recipes side by side in one run: they take turns, and the median of their ratios counts.
 
-    python tools/bench.py                     # training and answering: transformers' BLIP-2 as it comes against ours, a minute
+    python tools/bench.py                     # training and answering, from transformers' BLIP-2 as it comes to ours, step by step
     python tools/bench.py --size full         # BLIP-2 OPT-2.7B's shapes with random weights on a GPU: memory, samples/s, TFLOP/s
     python tools/bench.py --size full --plan  # the same table computed from the shapes, without a GPU
     python tools/bench.py growth              # the cache and training at 1x, 4x and 16x the pictures, and in two processes
@@ -13,6 +13,7 @@ Absolute times depend on the machine and on what else it does; a ratio of neighb
 import argparse
 import contextlib
 import csv
+import importlib.util
 import itertools
 import json
 import os
@@ -38,7 +39,7 @@ import train_blip_caption
 import train_cir
 import train_gated
 from data import rows
-from engine import errors, files, flags, loop, memory
+from engine import answering, checkpoints, errors, files, flags, loop, memory
 from engine.evaluation import text_length
 from engine.run import CLIP, Run
 from engine.text import text_of
@@ -57,7 +58,10 @@ SMALL = {"vision": {"hidden_size": 192, "intermediate_size": 768, "num_hidden_la
          "text": {"hidden_size": 256, "word_embed_proj_dim": 256, "ffn_dim": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
                   "vocab_size": 1256, "max_position_embeddings": 256, "dropout": 0.0}, "queries": 32}
 PADDED = 64  # text tokens of the plain recipe
-POOL = 16  # --length-pool beside the default of 1
+STYLES = 6  # of the small size's pictures
+LOUD = 25  # times: the end of a line is so much likelier than other tokens of random weights, for answers of a few tokens
+CANDIDATES = 64  # answers of the closed list that is ranked
+MINUTES = 8  # of --size full; what is not measured by then is left out, and named
 ANSWER = {"num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 1, "length_penalty": 0.0, "do_sample": False}
 
 
@@ -66,7 +70,9 @@ def get_args(argv=None):
     parser.add_argument("what", nargs="?", choices=tuple(BENCHES), default="gated", help="(default: gated)")
     parser.add_argument("--size", choices=("small", "full"), default="small", help="of gated (default: small)")
     parser.add_argument("--plan", action="store_true", help="with --size full: compute the memory from the shapes and run nothing")
-    parser.add_argument("--batch-size", type=flags.positive, help="(default: gated 16, fusion 4, captions 32)")
+    parser.add_argument("--batch-size", type=flags.positive, help="of training; answers: --answer-batch (default: gated 16, fusion 4, "
+                                                                  "captions 32)")
+    parser.add_argument("--answer-batch", type=flags.positive, default=memory.ANSWERS, help="of gated (default: 64)")
     parser.add_argument("--data", default="data/artquest", metavar="DIR", help="of captions (default: data/artquest)")
     parser.add_argument("--cached", action="store_true", help="fusion: without the vision tower, as with a cache of its features")
     parser.add_argument("--repeats", type=flags.positive, help="pairs (default: gated 3, others 10)")
@@ -97,6 +103,27 @@ def paired(first, second, repeats):
     return *(statistics.median(side) for side in zip(*pairs)), statistics.median(b / a for a, b in pairs)
 
 
+def in_turns(recipes, repeats):
+    """Run functions of {name: function} in turns -> {name: [seconds]}; the first round only warms up."""
+    for function in recipes.values():
+        function()
+    rounds = [{name: seconds(function) for name, function in recipes.items()} for _ in tqdm(range(repeats), desc="rounds", disable=None)]
+    return {name: [one[name] for one in rounds] for name in recipes}
+
+
+def ratio(slow, fast):
+    """Median of the ratios of two lists of seconds, round by round."""
+    return statistics.median(a / b for a, b in zip(slow, fast))
+
+
+def staircase(times, count):
+    """What in_turns measured of recipes that build on each other, with `count` samples a turn -> rows {name, per_second, factor: of this
+    step, total: of all so far}."""
+    names = list(times)
+    return [{"name": name, "per_second": count / statistics.median(times[name]), "factor": ratio(times[before], times[name]),
+             "total": ratio(times[names[0]], times[name])} for before, name in zip([names[0], *names], names)]
+
+
 def peak_memory(function):
     """Bytes of GPU memory that a function needs at most, with what is held before it; 0 on a CPU."""
     if not torch.cuda.is_available():
@@ -124,7 +151,7 @@ def write_task(folder, sizes, pictures, questions, seed=0):
     """A BLIP-2 of these sizes with random weights, and `questions` questions of mixed length on each of the pictures, as files.
 
     Texts have about 10 to 60 tokens with the answer, 20 in the mean; answers have one token each, so that a mean over tokens
-    and a mean over samples are the same.
+    and a mean over samples are the same. A third of them is the picture's style. Beside it a style classifier.
     """
     from transformers import Blip2ForConditionalGeneration
     loop.seed_everything(seed)
@@ -139,18 +166,24 @@ def write_task(folder, sizes, pictures, questions, seed=0):
             nn.init.normal_(module.weight, std=1.5 * module.weight.shape[1] ** -0.5)
     nn.init.normal_(model.query_tokens)
     model.language_model.tie_weights()
+    model.language_model.get_output_embeddings().weight.data[core.newline_id(tokenizer)] *= LOUD
     make_tiny.save_folder(model, tokenizer, blip2)
     short = [word for word in words if len(tokenizer(" " + word, add_special_tokens=False).input_ids) == 1]
     draw = np.random.default_rng(seed)
+    styles = short[:STYLES]
+    net = core.EfficientNet28(STYLES, make_tiny.ARCH, styles)
+    checkpoints.save_checkpoint(folder / "efficientnet.pt", {"model": net.net.state_dict(), "arch": make_tiny.ARCH, "classes": styles})
     for split in ("train", "val"):
         with files.whole_file(folder / f"{split}.csv") as file:
             table = csv.writer(file)
-            table.writerow(("image", "question", "answer", "question_type"))
+            table.writerow(("image", "question", "answer", "question_type", "style"))
             for number in range(pictures):
                 pixels = Image.fromarray(draw.integers(0, 256, (16, 16, 3), dtype=np.uint8)).resize((256, 256))
                 pixels.save(folder / "images" / f"{split}{number}.jpg")
-                for length in np.clip(draw.lognormal(2.0, 0.75, questions), 2, 40).astype(int):
-                    table.writerow((f"{split}{number}.jpg", " ".join(draw.choice(short, length)) + "?", draw.choice(short), "what"))
+                for n, length in enumerate(np.clip(draw.lognormal(2.0, 0.75, questions), 2, 40).astype(int)):
+                    style = styles[number % STYLES]
+                    table.writerow((f"{split}{number}.jpg", " ".join(draw.choice(short, length)) + "?",
+                                    draw.choice(short) if n % 3 else style, "what", style))
     return tokenizer
 
 
@@ -162,10 +195,9 @@ class Lean(NamedTuple):
 
 
 def lean_run(folder, *more, batch_size=16):
-    """train_gated.py on that task, with a cache and a Q-Former that is trained, at a learning rate of 0 -> Lean."""
-    flags = ["--data", str(folder), "--blip2", str(folder / "blip2"), "--cache", str(folder / "cache"), "--train-qformer",
-             "--gating", "none", "--hit-weight", "0", "--kl-weight", "0", "--batch-size", str(batch_size), "--workers", "0",
-             "--style", "none"]
+    """train_gated.py on that task with its defaults, a cache and a Q-Former that is trained, at a learning rate of 0 -> Lean."""
+    flags = ["--data", str(folder), "--blip2", str(folder / "blip2"), "--efficientnet", str(folder / "efficientnet.pt"),
+             "--cache", str(folder / "cache"), "--train-qformer", "--batch-size", str(batch_size), "--workers", "0"]
     with contextlib.redirect_stdout(None):
         args = train_gated.get_args([*flags, *more])
         run, parts = train_gated.prepare(args, train_gated.start(args))
@@ -175,7 +207,7 @@ def lean_run(folder, *more, batch_size=16):
 
 class Plain:
     """The recipe of the textbooks: transformers' BLIP-2, the vision tower in each step, text padded to 64, logits at every place,
-    AdamW as it comes; answers one at a time."""
+    AdamW as it comes; answers one at a time or in batches. cached: the tower's features come from the cache, the first step to ours."""
 
     def __init__(self, folder, lean):
         from transformers import Blip2ForConditionalGeneration
@@ -190,12 +222,21 @@ class Plain:
         self.model.query_tokens.requires_grad_(True)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.0)
         self.tokenizer, self.image_id = run.model.tokenizer, self.model.config.image_token_index
+        self.tower, self.cached = self.model.vision_model, None
         self.losses, self.answers = [], []
+
+    def features_from(self, data):
+        """data: Questions whose features stand in for the vision tower; None: the tower works."""
+        self.cached = data
+        self.model.vision_model = self.tower if data is None else Kept(self.tower)
 
     def inputs(self, chosen, width=None):
         """Rows -> the processor's fields; width: text tokens, padded on the right, with labels; None: prompts alone."""
         Q, size = self.model.config.num_query_tokens, self.run.model.image_size
-        pixels = torch.stack([rows.picture_tensor(row.image, size) for row in chosen])  # [B,3,s,s]
+        if self.cached:
+            pixels = torch.stack([self.cached.features[row.image]["image_embeds"] for row in chosen])  # [B,P,W]
+        else:
+            pixels = torch.stack([rows.picture_tensor(row.image, size) for row in chosen])  # [B,3,s,s]
         if width is None:
             text = core.encode_prompts(self.tokenizer, [row.question for row in chosen])
         else:
@@ -224,22 +265,41 @@ class Plain:
         self.losses = losses
 
     @torch.no_grad()
-    def answer(self, count):
-        """Answers to the first validation questions, one at a time."""
+    def answer(self, batch_size=1, by_length=False):
+        """Answers to all validation questions."""
         self.model.eval()
-        newline = core.newline_id(self.tokenizer)
-        self.answers = []
-        for row in self.lean.parts.val.rows[:count]:
-            inputs = self.inputs([row])
-            ids = self.model.generate(**inputs, **ANSWER, eos_token_id=newline, pad_token_id=self.tokenizer.pad_token_id)[0]
-            new = ids[inputs["input_ids"].shape[1]:] if len(ids) > ANSWER["max_new_tokens"] + 1 else ids
-            self.answers.append(text_of(self.tokenizer, new).split("\n")[0].strip())
+        asked, found = self.lean.parts.val.rows, {}
+        for picked in batches_of(asked, batch_size, by_length):
+            inputs = self.inputs([asked[n] for n in picked])
+            ids = self.model.generate(**inputs, **ANSWER, eos_token_id=core.newline_id(self.tokenizer),
+                                      pad_token_id=self.tokenizer.pad_token_id)
+            before = inputs["input_ids"].shape[1] if ids.shape[1] > ANSWER["max_new_tokens"] + 1 else 0  # some versions give the prompt too
+            found |= zip(picked, (text_of(self.tokenizer, row[before:]).split("\n")[0].strip() for row in ids))
+        self.answers = [found[n] for n in range(len(asked))]
+
+
+class Kept(nn.Module):
+    """In the place of a vision tower: its features pass."""
+
+    def __init__(self, tower):
+        super().__init__()
+        self.config, self.dtype = tower.config, tower.dtype
+
+    def forward(self, pixel_values, **kwargs):
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        return BaseModelOutputWithPooling(last_hidden_state=pixel_values, pooler_output=pixel_values[:, 0])
+
+
+def batches_of(asked, size, by_length):
+    """Numbers of the rows in lists of `size`, as they come or by the length of their text."""
+    order = sorted(range(len(asked)), key=lambda n: text_length(asked[n])) if by_length else range(len(asked))
+    return [list(order[start:start + size]) for start in range(0, len(order), size)]
 
 
 def lean_epoch(lean):
-    """One pass over the training rows, with train_gated.py's own step -> mean loss."""
+    """One pass over the training rows, with train_gated.py's own step -> mean loss of the answers, without the style terms."""
     losses, run = [], lean.run
-    handle = run.model.register_forward_hook(lambda module, inputs, parts: losses.append(parts["loss"].item()))
+    handle = run.model.register_forward_hook(lambda module, inputs, parts: losses.append(parts["lm"].mean().item()))
     run.step = 0
     run.wrapped.train()
     for step in run.steps(0):
@@ -249,20 +309,47 @@ def lean_epoch(lean):
     return statistics.mean(losses)
 
 
+def half_epoch(lean, multiple, by_length, gated=False, **weights):
+    """lean_epoch on the way from the plain recipe: text padded to a multiple, batches sorted or not, gates and style terms or none."""
+    run, train, losses = lean.run, lean.parts.train, []
+    read, device = train.rows, run.accelerator.device
+    lengths = [text_length(row) for row in read] if by_length else None
+    run.wrapped.train()
+    for _, share in loop.epoch_plan(len(read), lean.args.batch_size, lean.args.accumulation, 0, 0, lengths=lengths):
+        for _, picked in share:
+            batch = lean.parts.collate([train[n] for n in picked])
+            batch |= core.encode_training(run.model.tokenizer, [read[n].question for n in picked], [read[n].answer for n in picked],
+                                          run.model.max_answer, multiple=multiple)
+            with run.accelerator.autocast():
+                parts = run.wrapped(**send_to_device(batch, device), gated=gated, **weights)
+            (parts["loss"] / len(share)).backward()
+            losses.append(parts["lm"].mean().item())
+        torch.nn.utils.clip_grad_norm_([p for p in run.model.parameters() if p.requires_grad], CLIP)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+    return statistics.mean(losses)
+
+
 @torch.no_grad()
-def lean_answers(lean, count, batch_size):
-    """Answers to the first validation questions in batches of about equal length, from the cache."""
-    run, val = lean.run, lean.parts.val
+def lean_answers(lean, batch_size, **how):
+    """Answers to all validation questions in batches of about equal length, from the cache; how: see predict_answers."""
+    run, val, found = lean.run, lean.parts.val, {}
     run.model.eval()
-    read, found = val.rows[:count], {}
-    order = sorted(range(count), key=lambda n: text_length(read[n]))
-    for start in range(0, count, batch_size):
-        picked = order[start:start + batch_size]
-        features = [val[n][0]["image_embeds"] for n in picked]
-        embeds = torch.stack(features).to(run.accelerator.device)  # [B,P,W]
-        found |= zip(picked, run.model.predict_answers(None, [read[n].question for n in picked], image_embeds=embeds,
-                                                       max_new_tokens=ANSWER["max_new_tokens"]))
-    return [found[n] for n in range(count)]
+    for picked in batches_of(val.rows, batch_size, by_length=True):
+        samples = [val[n][0] for n in picked]
+        features = {name: torch.stack([one[name] for one in samples]).to(run.accelerator.device) for name in samples[0]}
+        found |= zip(picked, run.model.predict_answers(None, [val.rows[n].question for n in picked], **features,
+                                                       max_new_tokens=ANSWER["max_new_tokens"], batch_size=batch_size, **how))
+    return [found[n] for n in range(len(val.rows))]
+
+
+@contextlib.contextmanager
+def switched(module, name, value):
+    """A module's attribute at another value for a while."""
+    before = getattr(module, name)
+    setattr(module, name, value)
+    yield
+    setattr(module, name, before)
 
 
 def gated(args):
@@ -271,49 +358,109 @@ def gated(args):
         found = plan_table() if args.plan else full(args)
     else:
         with tempfile.TemporaryDirectory() as place:
-            found = small(pathlib.Path(place), args.batch_size or 16, args.repeats or 3)
+            found = small(pathlib.Path(place), args.batch_size or 16, args.repeats or 3, args.answer_batch)
     if args.json:
         with files.whole_file(args.json) as file:
             json.dump(found, file, indent=1)
 
 
-def small(folder, batch_size, repeats, pictures=32, questions=3, asked=32):
-    write_task(folder, SMALL, pictures, questions)
+def small(folder, batch_size, repeats, answer_batch, pictures=32, questions=3, sizes=SMALL):
+    write_task(folder, sizes, pictures, questions)
     building = time.perf_counter()
     lean = lean_run(folder, batch_size=batch_size)
-    building, run, train = time.perf_counter() - building, lean.run, lean.parts.train
-    plain, results = Plain(folder, lean), {}
+    building, run, train, asked = time.perf_counter() - building, lean.run, lean.parts.train, lean.parts.val.rows
+    plain, losses, answers = Plain(folder, lean), {}, {}
     texts = ([getattr(row, name) for row in train.rows] for name in ("question", "answer", "context"))
     lengths, count = core.text_lengths(run.model.tokenizer, *texts), sum(len(group) for group, _ in run.plan(0))
     print(f"{count} questions on {pictures} pictures, {statistics.mean(lengths):.0f} text tokens in the mean, "
-          f"{max(lengths)} at most; batch {batch_size} x {lean.args.accumulation}, {run.accelerator.device}, "
-          f"precision {run.accelerator.mixed_precision}, {torch.get_num_threads()} threads")
-
-    def ours(pool=1):
-        lean.args.length_pool = pool
-        results["loss"] = lean_epoch(lean)
-
-    def ours_answers():
-        results["answers"] = lean_answers(lean, asked, 32)
-
-    lean_s, plain_s, train_speedup = paired(ours, plain.epoch, repeats)
-    _, _, pooled = paired(lambda: ours(POOL), ours, repeats)
-    lean_a, plain_a, answer_speedup = paired(ours_answers, lambda: plain.answer(asked), repeats)
-    equal = sum(a == b for a, b in zip(results["answers"], plain.answers))
-    _, longest = run.plan(0)[0][1][-1]  # the second batch of a step, whose questions are the longer ones
-    batch = send_to_device(lean.parts.collate([train[n] for n in longest]), run.accelerator.device)
-    memory = {"plain": loop.activation_bytes(plain.model,
-                                       lambda: plain.model.train()(**plain.inputs([train.rows[n] for n in longest], PADDED))),
-              "lean": loop.activation_bytes(run.model, lambda: run.model.train()(**batch))}
-    found = {"train_speedup": train_speedup, "pooled_speedup": train_speedup * pooled, "answer_speedup": answer_speedup,
-             "loss_difference": abs(statistics.mean(plain.losses) - results["loss"]),
-             "answers_equal": equal / asked, "gate_cost": gate_cost(repeats), "plain_samples_per_second": count / plain_s,
-             "lean_samples_per_second": count / lean_s, "plain_answers_per_second": asked / plain_a,
-             "lean_answers_per_second": asked / lean_a,
-             "plain_loss": statistics.mean(plain.losses), "lean_loss": results["loss"], "plain_kept_bytes": memory["plain"],
-             "lean_kept_bytes": memory["lean"], "seconds_to_load_and_cache": building}
-    report(found, asked)
+          f"{max(lengths)} at most; batch {batch_size} x {lean.args.accumulation}, answers in batches of {answer_batch}, "
+          f"{run.accelerator.device}, precision {run.accelerator.mixed_precision}, {torch.get_num_threads()} threads")
+    times = in_turns(training_recipes(lean, plain, losses), repeats)
+    frozen = times.pop(FROZEN)
+    steps, ours = staircase(times, count), list(times.values())[-1]
+    answer_times = in_turns(answer_recipes(lean, plain, answers, answer_batch), repeats)
+    ranked = answer_times.pop(RANKED)
+    answer_steps, ours_answers = staircase(answer_times, len(asked)), list(answer_times.values())[-1]
+    one, *others = [found for name, found in answers.items() if name != RANKED]
+    found = {"train_speedup": steps[-1]["total"], "frozen_qformer_speedup": ratio(times["plain"], frozen),
+             "answer_speedup": answer_steps[-1]["total"], "batched_answer_speedup": ratio(answer_times["plain, in batches"], ours_answers),
+             "loss_difference": max(abs(loss - losses["plain"]) for loss in losses.values()),
+             "answers_equal": min(sum(map(str.__eq__, one, other)) for other in others) / len(asked),
+             "gate_cost": gate_cost(repeats), "training_steps": steps, "answer_steps": answer_steps, "training_seconds": times,
+             "answer_seconds": answer_times, "ranked_per_second": len(asked) / statistics.median(ranked),
+             "plain_samples_per_second": steps[0]["per_second"], "lean_samples_per_second": count / statistics.median(ours),
+             "plain_answers_per_second": answer_steps[0]["per_second"], "lean_answers_per_second": answer_steps[-1]["per_second"],
+             "plain_loss": losses["plain"], "lean_loss": losses[list(times)[-1]], **kept_bytes(lean, plain),
+             "answer_words": statistics.mean(len(answer.split()) for answer in one), "seconds_to_load_and_cache": building}
+    report(found, len(asked), answer_batch)
     return found
+
+
+FROZEN, RANKED = "Q-Former frozen, as without --train-qformer", f"a list of {CANDIDATES} answers ranked"
+
+
+def training_recipes(lean, plain, losses):
+    """{name: function} from the plain recipe to train_gated.py's, each with all that those before it have; each leaves its loss in
+    `losses`. The last is the default with its Q-Former frozen, which the plain recipe trains."""
+    def plain_epoch(data):
+        plain.features_from(data)
+        plain.epoch()
+        return statistics.mean(plain.losses)
+
+    def frozen():
+        run.model._freeze(train_qformer=False, own_kv=False)
+        loss = lean_epoch(lean)
+        run.model._freeze(train_qformer=True, own_kv=False)
+        return loss
+
+    run = lean.run
+    recipes = {"plain": lambda: plain_epoch(None), "+ cache of the tower's features": lambda: plain_epoch(lean.parts.train),
+               "+ logits of answers alone": lambda: half_epoch(lean, PADDED, False),
+               "+ pads to the longest of a batch": lambda: half_epoch(lean, 4, False),
+               "+ a step's batches by length": lambda: half_epoch(lean, 4, True),
+               "+ film gates": lambda: half_epoch(lean, 4, True, True),
+               "+ both style terms: ours": lambda: lean_epoch(lean), FROZEN: frozen}
+
+    def noted(name):
+        losses[name] = recipes[name]()
+    return {name: lambda name=name: noted(name) for name in recipes}
+
+
+def answer_recipes(lean, plain, answers, batch_size):
+    """As training_recipes, of answering with 5 beams; each leaves its answers in `answers`."""
+    def plain_answers(data, *how):
+        plain.features_from(data)
+        plain.answer(*how)
+        return plain.answers
+
+    def ours(leave, gated):
+        with switched(answering, "LEAVE", leave):
+            return lean_answers(lean, batch_size, gated=gated)
+
+    val, nobody = lean.parts.val, 2.0
+    candidates = sorted({row.answer for row in lean.parts.train.rows})[:CANDIDATES]
+    recipes = {"plain, one at a time": lambda: plain_answers(None), "plain, in batches": lambda: plain_answers(None, batch_size),
+               "+ cache of the tower's features": lambda: plain_answers(val, batch_size),
+               "+ sorted by length": lambda: plain_answers(val, batch_size, True),
+               "+ a prompt once for all its beams": lambda: ours(nobody, False),
+               "+ who is done leaves": lambda: ours(answering.LEAVE, False),
+               "+ film gates: ours": lambda: ours(answering.LEAVE, True),
+               RANKED: lambda: lean_answers(lean, batch_size, method="rank", answers=candidates)}
+
+    def noted(name):
+        answers[name] = recipes[name]()
+    return {name: lambda name=name: noted(name) for name in recipes}
+
+
+def kept_bytes(lean, plain):
+    """Bytes kept for the backward pass of the second batch of a step, whose questions are the longer ones."""
+    run, train = lean.run, lean.parts.train
+    longest = run.plan(0)[0][1][-1][1]
+    batch = send_to_device(lean.parts.collate([train[n] for n in longest]), run.accelerator.device)
+    plain.features_from(None)
+    return {"plain_kept_bytes": loop.activation_bytes(
+                plain.model, lambda: plain.model.train()(**plain.inputs([train.rows[n] for n in longest], PADDED))),
+            "lean_kept_bytes": loop.activation_bytes(run.model, lambda: run.model.train()(**batch, **lean.parts.weights))}
 
 
 def gate_cost(repeats, sizes=None, batch_size=2):
@@ -344,16 +491,20 @@ def gate_cost(repeats, sizes=None, batch_size=2):
     return (statistics.median(b - a for a, b in pairs) + update) / statistics.median(seconds(step) for _ in range(repeats))
 
 
-def report(found, asked):
-    """The two columns."""
-    print(f"\n{'':34}{'plain':>12}{'ours':>12}{'ratio':>9}")
-    for name, unit, key, ratio in (("training, samples/s", 1, "samples_per_second", found["train_speedup"]),
-                                   ("answers of 5 beams, questions/s", 1, "answers_per_second", found["answer_speedup"]),
-                                   ("kept for the backward pass, MiB", 2**20, "kept_bytes", None), ("loss", 1, "loss", None)):
-        plain, lean = found[f"plain_{key}"], found[f"lean_{key}"]
-        print(f"{name:34}{plain / unit:>12.3f}{lean / unit:>12.3f}{ratio or plain / lean:>9.2f}")
-    print(f"training with --length-pool {POOL}: {found['pooled_speedup']:.2f} times plain")
-    print(f"losses differ by {found['loss_difference']:.1e}; {found['answers_equal']:.1%} of {asked} answers are the same; "
+def report(found, asked, answer_batch):
+    """The two staircases and what they must not cost."""
+    for heading, steps in (("training, samples/s", "training_steps"), (f"answers of 5 beams in batches of {answer_batch}, questions/s",
+                                                                       "answer_steps")):
+        print(f"\n{heading:52}{'rate':>9}{'this step':>11}{'together':>10}")
+        for step in found[steps]:
+            print(f"{step['name']:52}{step['per_second']:>9.2f}{step['factor']:>11.2f}{step['total']:>10.2f}")
+    print(f"\ntraining: {found['train_speedup']:.2f} times plain, the Q-Former trained in both; frozen in ours, the flags' default: "
+          f"{found['frozen_qformer_speedup']:.2f}\n"
+          f"answers: {found['answer_speedup']:.2f} times one at a time, {found['batched_answer_speedup']:.2f} times plain batches; "
+          f"{RANKED}: {found['ranked_per_second']:.1f} questions/s\n"
+          f"losses differ by {found['loss_difference']:.1e}; {found['answers_equal']:.1%} of {asked} answers are the same "
+          f"({found['answer_words']:.1f} words in the mean)\n"
+          f"kept for the backward pass, MiB: plain {found['plain_kept_bytes'] / 2**20:.1f}, ours {found['lean_kept_bytes'] / 2**20:.1f}\n"
           f"the gates cost {found['gate_cost']:.1%} of a training step (BLIP-2's widths, 4 of 32 language model layers)")
 
 
@@ -443,61 +594,83 @@ def train_step_of(model, batch, precision):
     return step
 
 
-def full(args, sizes=FULL, batches=(2, 16, 64, 128), asked=256):
-    """Memory, rates and the share of the card's own matrix-product rate, for each precision of the language model."""
+def full(args, sizes=FULL, batches=(2, 8, 64), minutes=MINUTES):
+    """Memory, rates and the share of the card's own matrix-product rate, for each precision of the language model, with gates alone
+    trained and with the Q-Former; with the gates alone also with what is an option. What the time does not suffice for is named."""
     if not torch.cuda.is_available() and sizes is FULL:
         raise rows.DataError("--size full needs a GPU; --plan computes the memory from the shapes")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    card, found = torch.cuda.get_device_name() if device == "cuda" else "a CPU", []
+    device, end = "cuda" if torch.cuda.is_available() else "cpu", time.monotonic() + 60 * minutes
+    card, found, left_out = torch.cuda.get_device_name() if device == "cuda" else "a CPU", [], []
     rate = matrix_product_rate(device)
-    print(f"{card}: {rate / 1e12:.0f} TFLOP/s in bf16 products of 8192 x 8192\n\n"
-          f"{'language model':16}{'trained':20}{'batch':>6}{'loaded':>8}{'forward':>9}"
-          f"{'training':>9}{'answers':>9}{'samples/s':>11}{'TFLOP/s':>9}{'share':>7}{'answers/s':>11}")
-    for lm, train_qformer in itertools.product(("bf16", "nf4"), (True, False)):
+    print(f"{card}: {rate / 1e12:.3g} TFLOP/s in bf16 products of {PRODUCT[device]} x {PRODUCT[device]}\n\n"
+          f"{'lm':5}{'trained':19}{'option':9}{'batch':>6}{'loaded':>8}{'forward':>9}{'training':>9}{'answers':>9}"
+          f"{'samples/s':>11}{'TFLOP/s':>9}{'share':>7}{'answers/s':>11}")
+    for train_qformer, lm, option in WAYS:
+        if lm == "nf4" and not importlib.util.find_spec("bitsandbytes"):
+            left_out.append("nf4 (pip install bitsandbytes)")
+            continue
+        model = None
         for batch_size in batches:
-            torch.cuda.empty_cache()
-            try:
-                one = full_size_row(sizes, device, lm, train_qformer, batch_size, rate, args.repeats or 10)
-            except torch.OutOfMemoryError as error:
-                print(f"{lm:16}{'Q-Former and gates' if train_qformer else 'gates':20}{batch_size:>6}  "
-                      f"out of memory: {str(error)[:60]}")
+            way = f"{lm}, {'Q-Former and gates' if train_qformer else 'gates'}, {option or 'as it is'}, batch {batch_size}"
+            if time.monotonic() > end:
+                left_out.append(way)
                 continue
-            found.append({"card": card, **one})
+            try:
+                model = model or random_model(sizes, device, torch.bfloat16, lm, train_qformer)
+                one = full_size_row(sizes, model, device, option, batch_size, rate, args.repeats or 10)
+            except torch.OutOfMemoryError as error:
+                print(f"{way}: out of memory: {str(error)[:60]}")
+                torch.cuda.empty_cache()
+                continue
+            found.append({"card": card, "lm": lm, **one})
             memory = "".join(f"{one[name] / 2**30:>{width}.2f}"
                              for name, width in (("loaded", 8), ("forward", 9), ("training", 9), ("answering", 9)))
-            print(f"{lm:16}{one['trained']:20}{batch_size:>6}{memory}{one['samples_per_second']:>11.1f}{one['tflops']:>9.1f}"
-                  f"{one['share']:>7.1%}{one['answers_per_second']:>11.1f}")
-    print("memory in GiB, all of it: weights, gradients, optimizer, activations")
-    return {"matrix_product_flops": rate, "rows": found}
+            print(f"{lm:5}{one['trained']:19}{option:9}{batch_size:>6}{memory}{one['samples_per_second']:>11.1f}{one['tflops']:>9.3g}"
+                  f"{one['share']:>7.1%}{one['answers_per_second']:>11.1f}", flush=True)
+        del model  # before the next is made
+    print("memory in GiB, all of it: weights, gradients, optimizer, activations"
+          + "".join(f"\nleft out: {way}" for way in left_out))
+    return {"matrix_product_flops": rate, "rows": found, "left_out": left_out}
 
 
-def full_size_row(sizes, device, lm, train_qformer, batch_size, rate, repeats):
-    model = random_model(sizes, device, torch.bfloat16, lm, train_qformer)
+# what is trained, the language model, and "graphs": answers by recorded steps; the most wanted first
+WAYS = [(False, "bf16", ""), (False, "bf16", "graphs"), (False, "nf4", ""), (True, "bf16", ""), (True, "nf4", "")]
+
+
+def full_size_row(sizes, model, device, option, batch_size, rate, repeats):
+    """One row of the table of `full`."""
     batch = random_batch(model, sizes, batch_size)
     questions = ["a man in a blue coat and a dog"] * batch_size
+    if option == "graphs":
+        answering.record_steps(model.language_model)
 
     def answer():
-        with torch.autocast(device, torch.bfloat16):
-            model.eval().predict_answers(None, questions, image_embeds=batch["image_embeds"], style_feature=batch["style_feature"])
+        model.eval().predict_answers(None, questions, image_embeds=batch["image_embeds"], style_feature=batch["style_feature"],
+                                     batch_size=batch_size)
 
     loaded = peak_memory(lambda: None)
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
         forward = peak_memory(lambda: model.eval()(**batch))
-    answering = peak_memory(answer)
+    answer()  # a GPU's kernels are chosen, steps recorded
+    answers = peak_memory(answer)
     step = train_step_of(model, batch, "bf16")
     step()
     training = peak_memory(step)
     per_step = statistics.median(seconds(step) for _ in range(repeats))
-    per_answer = statistics.median(seconds(answer) for _ in range(3)) / batch_size
+    per_answer = statistics.median(seconds(answer) for _ in range(min(3, repeats))) / batch_size
     flops = step_flops(sizes, model) * batch_size
-    return {"lm": lm, "trained": "Q-Former and gates" if train_qformer else "gates", "batch": batch_size, "loaded": loaded,
-            "forward": forward, "training": training, "answering": answering, "samples_per_second": batch_size / per_step,
-            "tflops": flops / per_step / 1e12, "share": flops / per_step / rate, "answers_per_second": 1 / per_answer}
+    return {"trained": "Q-Former and gates" if model.query_tokens.requires_grad else "gates", "option": option, "batch": batch_size,
+            "loaded": loaded, "forward": forward, "training": training, "answering": answers,
+            "samples_per_second": batch_size / per_step, "tflops": flops / per_step / 1e12, "share": flops / per_step / rate,
+            "answers_per_second": 1 / per_answer}
 
 
-def matrix_product_rate(device, size=8192):
+PRODUCT = {"cuda": 8192, "cpu": 512}  # width of the matrices whose product tells a machine's rate
+
+
+def matrix_product_rate(device):
     """Operations a second of a large bf16 matrix product: what this card can do at best."""
-    size = size if device == "cuda" else 512
+    size = PRODUCT[device]
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     a @ b
     return 2 * size ** 3 / statistics.median(seconds(lambda: a @ b) for _ in range(10))

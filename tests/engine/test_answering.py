@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 
 from engine import answering, decoders, prompts, published
+from engine.errors import DataError
 from tests import decoder_kinds
 from tests.decoder_kinds import KINDS
 
@@ -113,6 +114,44 @@ def test_beams_share_the_keys_of_their_prompt(asked):
             state.step(torch.full((6, 3), 5))
             shapes += [layer.keys.shape for layer in state.cache.layers]
     assert {(shape[0], shape[2]) for shape in shapes} == {(6, length + 3 * (NEW - 1))}  # of every step the same
+
+
+class Held:
+    """answering.Recording without a GPU: it computes where its inputs lay when it was made, whatever it is called with."""
+
+    def __init__(self, function, inputs):
+        self.function, self.inputs, Held.made = function, inputs, Held.made + 1
+        self.output = function(*inputs)
+
+    def __call__(self, *inputs):
+        for held, x in zip(self.inputs, inputs):
+            held.copy_(x)
+        self.output.copy_(self.function(*self.inputs))
+        return self.output
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_recorded_steps_give_the_same_tokens(asked, monkeypatch, beams):
+    """The second batch runs on what the first recorded, prompts of other lengths among them; another size records anew."""
+    decoder, visual, batch = asked
+    if not decoder.left:
+        pytest.skip("an encoder-decoder's steps are not recorded")
+    monkeypatch.setattr(answering, "Recording", Held)
+    monkeypatch.setattr(decoder.language_model, "recorded_steps", {}, raising=False)
+    Held.made = 0
+    other = {name: x.roll(1, 0) for name, x in batch.items()}
+    expected = {"first": ours(decoder, visual, batch, beams), "second": ours(decoder, visual, other, beams)}
+    assert Held.made == 1
+    few = ours(decoder, visual[:2], {name: x[:2] for name, x in batch.items()}, beams)
+    assert Held.made == 2 and len(decoder.language_model.recorded_steps) == 1
+    monkeypatch.undo()
+    assert expected["first"] == ours(decoder, visual, batch, beams) and few == expected["first"][:2]
+    assert expected["second"] == ours(decoder, visual, other, beams) != expected["first"]
+
+
+def test_steps_are_recorded_on_a_gpu_alone(asked):
+    with pytest.raises(DataError, match="leave it out"):
+        answering.record_steps(asked[0].language_model)
 
 
 def test_a_model_that_counts_positions_itself_answers_by_generate(tmp_path):

@@ -4,7 +4,6 @@ No test looks at a time: machines are noisy, and bench.py itself prints ratios.
 """
 
 import json
-import statistics
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 
 from engine import errors, loop
 from engine.errors import DataError
+from test_answering import Held
 from tools import bench
 
 SIZES = {"vision": {**bench.SMALL["vision"], "num_hidden_layers": 1, "image_size": 56}, "qformer": bench.SMALL["qformer"],
@@ -24,16 +24,37 @@ def task(tmp_path):
     return tmp_path, bench.lean_run(tmp_path, batch_size=3)
 
 
-def test_both_recipes_have_the_same_loss_and_answers(task):
+def test_every_step_of_the_staircases_has_the_same_loss_and_answers(task):
     folder, lean = task
     plain, run = bench.Plain(folder, lean), lean.run
-    before = {name: p.clone() for name, p in run.model.named_parameters()}
-    plain.epoch()
-    assert len(plain.losses) == 4
-    assert statistics.mean(plain.losses) == pytest.approx(bench.lean_epoch(lean), abs=1e-4)
+    before, losses, answers = {name: p.clone() for name, p in run.model.named_parameters()}, {}, {}
+    for recipe in bench.training_recipes(lean, plain, losses).values():
+        recipe()
+    assert len(losses) == 8 and len(plain.losses) == 4
+    assert all(loss == pytest.approx(losses["plain"], abs=1e-5) for loss in losses.values())
     assert all(torch.equal(before[name], p) for name, p in run.model.named_parameters())  # a learning rate of 0
-    plain.answer(12)
-    assert bench.lean_answers(lean, 12, 5) == plain.answers and len(set(plain.answers)) > 2
+    assert run.model.qformer.training and run.model.query_tokens.requires_grad  # frozen in one step alone
+    for recipe in bench.answer_recipes(lean, plain, answers, 5).values():
+        recipe()
+    ranked = answers.pop(bench.RANKED)
+    assert len(answers) == 7 and all(found == answers["plain, one at a time"] for found in answers.values())
+    assert len(set(plain.answers)) > 2 and set(ranked) <= {row.answer for row in lean.parts.train.rows}
+
+
+def test_ours_is_the_default_recipe(task):
+    args, parts = task[1].args, task[1].parts
+    assert args.gating == "film" and parts.weights == {"hit_weight": 0.1, "kl_weight": 0.05} and parts.built_from["styles"]
+    assert parts.train[0][0].keys() == {"image_embeds", "style_feature"}
+
+
+def test_staircase_by_hand():
+    times = {"plain": [8.0, 4.0, 6.0], "a": [4.0, 2.0, 2.0], "b": [1.0, 2.0, 1.0]}
+    assert bench.staircase(times, 12) == [{"name": "plain", "per_second": 2, "factor": 1, "total": 1},
+                                          {"name": "a", "per_second": 6, "factor": 2, "total": 2},
+                                          {"name": "b", "per_second": 12, "factor": 2, "total": 6}]  # medians of 2 2 3, 4 1 2, 8 2 6
+    calls = []
+    found = bench.in_turns({name: lambda name=name: calls.append(name) for name in "xy"}, 2)
+    assert calls == list("xyxyxy") and {name: len(seconds) for name, seconds in found.items()} == {"x": 2, "y": 2}
 
 
 def test_the_plain_recipe_pays_for_everything(task):
@@ -79,12 +100,23 @@ def test_full_size_on_paper(tmp_path, capsys):
     assert samples[0] - samples[1] == relu * 2 - relu / 8  # bf16 against one bit
 
 
-def test_full_size_code_on_a_small_size(capsys):
+def test_full_size_code_on_a_small_size(monkeypatch):
     pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(bench.answering, "Recording", Held)
+    monkeypatch.setattr(bench.answering, "record_steps", lambda lm: setattr(lm, "recorded_steps", {}))
+    Held.made = 0
     found = bench.full(SimpleNamespace(repeats=1), SIZES, batches=(2,))
-    assert [(one["lm"], one["trained"]) for one in found["rows"]] == [
-        (lm, what) for lm in ("bf16", "nf4") for what in ("Q-Former and gates", "gates")]
+    assert [(one["trained"], one["lm"], one["option"]) for one in found["rows"]] == [
+        ("Q-Former and gates" if train_qformer else "gates", lm, option) for train_qformer, lm, option in bench.WAYS]
     assert all(one["samples_per_second"] > 0 and one["answers_per_second"] > 0 for one in found["rows"])
+    assert Held.made == 1 and found["left_out"] == []
+
+
+def test_full_size_stops_when_its_time_is_over(capsys):
+    pytest.importorskip("bitsandbytes")
+    found = bench.full(SimpleNamespace(repeats=1), SIZES, batches=(2, 8), minutes=0)
+    assert found["rows"] == [] and len(found["left_out"]) == 2 * len(bench.WAYS)
+    assert "left out: nf4, Q-Former and gates, as it is, batch 8" in capsys.readouterr().out
 
 
 def test_operations_of_the_full_size():
