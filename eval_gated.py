@@ -30,7 +30,7 @@ import core
 import metrics
 from data import rows
 from data.questions import Questions, read_questions
-from engine import answering, checkpoints, comparison, errors, files, flags, folders, gate_frames, loop, memory, published
+from engine import answering, checkpoints, comparison, errors, files, flags, folders, gate_frames, loop, memory, packing, published
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary
 from engine.features import cached_features, likeliest_styles, predicted_styles
@@ -162,6 +162,7 @@ def load_model(args, checkpoint, dtype, towers=None):
         model = model_class(args.script).build(**places, safe=args.safe_load, dtype=dtype, tower=not towers)
     except TypeError as error:  # a setting that this version does not know
         raise DataError(f"{args.checkpoint}: written by another version of this project ({error})") from None
+    packing.pack_samples(model.language_model)
     others = checkpoints.other_parts({**checkpoints.fingerprint(model), **(towers or {})}, checkpoint["frozen"])
     if others:
         raise DataError(f"{args.checkpoint} was trained on another BLIP-2 or style classifier than {places['blip2']} and "

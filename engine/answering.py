@@ -15,6 +15,7 @@ prompt's and then b for each step), D width, V vocabulary, n new tokens, C = (nu
 import torch
 import torch.nn.functional as F
 
+from engine import packing
 from engine.errors import DataError
 
 NEVER = -1e9  # a score that no text has
@@ -129,12 +130,15 @@ class Tree:
     of the later ones those of their own ancestors. A step has the same shapes as every other, but for who is left in the batch."""
 
     def __init__(self, decoder, inputs, beams, new_tokens):
-        """inputs: inputs_embeds [B,P,D] and attention_mask [B,P], pads on the left."""
+        """inputs: inputs_embeds [B,P,D] and attention_mask [B,P]."""
         self.decoder, self.beams, self.steps = decoder, beams, new_tokens - 1
         self.recorded = getattr(decoder.language_model, "recorded_steps", None)
         self.fixed = self.recorded is not None and new_tokens > 1  # nobody leaves: a recording is of one size
         short = -inputs["attention_mask"].shape[1] % ROUND if self.fixed else 0
-        self.embeds, self.mask = F.pad(inputs["inputs_embeds"], (0, 0, short, 0)), F.pad(inputs["attention_mask"], (short, 0))
+        mask, embeds = inputs["attention_mask"], inputs["inputs_embeds"]
+        order = mask.argsort(1, descending=True, stable=True)  # [B,P]: pads go to the right, where no token of the prompt looks
+        self.embeds = F.pad(embeds.gather(1, order[..., None].expand_as(embeds)), (0, 0, 0, short))
+        self.mask = F.pad(mask.gather(1, order), (0, short))
         self.next = self.mask.sum(1, keepdim=True)  # [B,1], the position of the next token
         self.prompt = self.mask.shape[1]
         self.seen = F.pad(self.mask.bool(), (0, beams * self.steps))[:, None].repeat(1, beams, 1)  # [B,b,K]
@@ -142,15 +146,26 @@ class Tree:
 
     def start(self):
         """-> logits [B,V] of the first token."""
-        from transformers import DynamicCache
-        cache = DynamicCache()
-        states = self.decoder.body(inputs_embeds=self.embeds, attention_mask=self.mask, **self.decoder.positions(self.mask, self.prompt),
-                                   **self.decoder.with_cache(cache)).last_hidden_state  # [B,P,D]
+        states, cache = self._read()
         self.embeds = self.mask = None
         self.cache = with_room(cache, self.beams * self.steps, self.places)
         if self.fixed:
             self.forward = _recording(self.recorded, self)
-        return self.decoder.head(states[:, -1])
+        last = states.gather(1, (self.next - 1)[..., None].expand(-1, 1, states.shape[-1]))  # [B,1,D]
+        return self.decoder.head(last[:, 0])
+
+    def _read(self):
+        """-> the prompts' states [B,P,D], DynamicCache of their keys and values [B,heads,P,D/heads]; without pads where training is."""
+        from transformers import DynamicCache
+        cache, body = DynamicCache(), self.decoder.body
+        if self.decoder.language_model.config._attn_implementation != packing.NAME:
+            places = torch.arange(self.prompt, device=self.mask.device)[None]
+            return body(inputs_embeds=self.embeds, position_ids=places, **self.decoder.with_cache(cache)).last_hidden_state, cache
+        packed = packing.Packing.of(self.mask)
+        states = packed.run(body, self.embeds, **self.decoder.with_cache(cache))
+        for layer in cache.layers:
+            layer.keys, layer.values = (packed.unpack(x.transpose(1, 2)).transpose(1, 2) for x in (layer.keys, layer.values))
+        return states, cache
 
     def step(self, tokens):
         """tokens [B,b] -> logits [B,b,V]."""

@@ -66,9 +66,10 @@ class Packing(NamedTuple):
         """x [1,T,...] -> [B,S,...], zeros where pads stand."""
         return Scatter.apply(x[0], self.places, self.B * self.S).unflatten(0, (self.B, self.S))
 
-    def run(self, body, embeds):
-        """The layers of a language model on its real tokens: embeds [B,S,D] -> states [B,S,D], zeros where pads stand."""
-        states = body(inputs_embeds=self.pack(embeds), position_ids=self.places[None] % self.S, use_cache=False, packing=self,
+    def run(self, body, embeds, **cache):
+        """The layers of a language model on its real tokens: embeds [B,S,D] -> states [B,S,D], zeros where pads stand. cache: by the name
+        that the model has for it; it gets keys and values of one row, [1,heads,T,D/heads]."""
+        states = body(inputs_embeds=self.pack(embeds), position_ids=self.places[None] % self.S, use_cache=False, packing=self, **cache,
                       attention_mask=embeds.new_empty(1, 1, 0, 0))  # of four axes: taken as it is, else a mask [T,T] would be made
         return self.unpack(states.last_hidden_state)
 

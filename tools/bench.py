@@ -39,7 +39,7 @@ import train_blip_caption
 import train_cir
 import train_gated
 from data import rows
-from engine import answering, checkpoints, errors, files, flags, loop, memory
+from engine import answering, checkpoints, errors, files, flags, loop, memory, packing
 from engine.evaluation import text_length
 from engine.run import CLIP, Run
 from engine.text import text_of
@@ -309,6 +309,14 @@ def lean_epoch(lean):
     return statistics.mean(losses)
 
 
+@contextlib.contextmanager
+def padded(model):
+    """A model whose language model runs on padded batches for a while."""
+    model.language_model.set_attn_implementation("sdpa")
+    yield
+    packing.pack_samples(model.language_model)
+
+
 def half_epoch(lean, multiple, by_length, gated=False, **weights):
     """lean_epoch on the way from the plain recipe: text padded to a multiple, batches sorted or not, gates and style terms or none."""
     run, train, losses = lean.run, lean.parts.train, []
@@ -407,6 +415,10 @@ def training_recipes(lean, plain, losses):
         plain.epoch()
         return statistics.mean(plain.losses)
 
+    def with_pads(*how):
+        with padded(run.model):
+            return half_epoch(lean, *how)
+
     def frozen():
         run.model._freeze(train_qformer=False, own_kv=False)
         loss = lean_epoch(lean)
@@ -415,9 +427,10 @@ def training_recipes(lean, plain, losses):
 
     run = lean.run
     recipes = {"plain": lambda: plain_epoch(None), "+ cache of the tower's features": lambda: plain_epoch(lean.parts.train),
-               "+ logits of answers alone": lambda: half_epoch(lean, PADDED, False),
-               "+ pads to the longest of a batch": lambda: half_epoch(lean, 4, False),
-               "+ a step's batches by length": lambda: half_epoch(lean, 4, True),
+               "+ logits of answers alone": lambda: with_pads(PADDED, False),
+               "+ pads to the longest of a batch": lambda: with_pads(4, False),
+               "+ a step's batches by length": lambda: with_pads(4, True),
+               "+ no pads": lambda: half_epoch(lean, 4, True),
                "+ film gates": lambda: half_epoch(lean, 4, True, True),
                "+ both style terms: ours": lambda: lean_epoch(lean), FROZEN: frozen}
 
@@ -437,13 +450,18 @@ def answer_recipes(lean, plain, answers, batch_size):
         with switched(answering, "LEAVE", leave):
             return lean_answers(lean, batch_size, gated=gated)
 
+    def with_pads(leave):
+        with padded(lean.run.model):
+            return ours(leave, False)
+
     val, nobody = lean.parts.val, 2.0
     candidates = sorted({row.answer for row in lean.parts.train.rows})[:CANDIDATES]
     recipes = {"plain, one at a time": lambda: plain_answers(None), "plain, in batches": lambda: plain_answers(None, batch_size),
                "+ cache of the tower's features": lambda: plain_answers(val, batch_size),
                "+ sorted by length": lambda: plain_answers(val, batch_size, True),
-               "+ a prompt once for all its beams": lambda: ours(nobody, False),
-               "+ who is done leaves": lambda: ours(answering.LEAVE, False),
+               "+ a prompt once for all its beams": lambda: with_pads(nobody),
+               "+ who is done leaves": lambda: with_pads(answering.LEAVE),
+               "+ no pads": lambda: ours(answering.LEAVE, False),
                "+ film gates: ours": lambda: ours(answering.LEAVE, True),
                RANKED: lambda: lean_answers(lean, batch_size, method="rank", answers=candidates)}
 

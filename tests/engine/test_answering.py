@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, Blip2ForConditionalGeneration
 
-from engine import answering, decoders, prompts, published
+from engine import answering, decoders, packing, prompts, published
 from engine.errors import DataError
 from tests import decoder_kinds
 from tests.decoder_kinds import KINDS
@@ -56,8 +56,17 @@ def ours(decoder, visual, batch, beams, best=1, length_penalty=0.0):
         return without_pads(decoder, decoder.generate(visual, batch, beams, NEW, length_penalty, best))
 
 
+@pytest.fixture(params=[False, True], ids=["padded", "without pads"])
+def packed(request, asked):
+    """Do the prompts run without pads?"""
+    if request.param:
+        packing.pack_samples(asked[0].language_model)
+    yield request.param
+    asked[0].language_model.set_attn_implementation("sdpa")
+
+
 @pytest.mark.parametrize("beams, best, penalty", [(1, 1, 0.0), (3, 1, 0.0), (3, 2, 1.0)])
-def test_every_token_is_that_of_generate(asked, monkeypatch, beams, best, penalty):
+def test_every_token_is_that_of_generate(asked, monkeypatch, beams, best, penalty, packed):
     """Whether rows leave one by one, by halves, or not at all."""
     expected = plain(*asked, beams, best, penalty)
     for share in (0.01, 0.5, 2.0):

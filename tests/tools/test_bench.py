@@ -30,14 +30,14 @@ def test_every_step_of_the_staircases_has_the_same_loss_and_answers(task):
     before, losses, answers = {name: p.clone() for name, p in run.model.named_parameters()}, {}, {}
     for recipe in bench.training_recipes(lean, plain, losses).values():
         recipe()
-    assert len(losses) == 8 and len(plain.losses) == 4
+    assert len(losses) == 9 and len(plain.losses) == 4
     assert all(loss == pytest.approx(losses["plain"], abs=1e-5) for loss in losses.values())
     assert all(torch.equal(before[name], p) for name, p in run.model.named_parameters())  # a learning rate of 0
     assert run.model.qformer.training and run.model.query_tokens.requires_grad  # frozen in one step alone
     for recipe in bench.answer_recipes(lean, plain, answers, 5).values():
         recipe()
     ranked = answers.pop(bench.RANKED)
-    assert len(answers) == 7 and all(found == answers["plain, one at a time"] for found in answers.values())
+    assert len(answers) == 8 and all(found == answers["plain, one at a time"] for found in answers.values())
     assert len(set(plain.answers)) > 2 and set(ranked) <= {row.answer for row in lean.parts.train.rows}
 
 
