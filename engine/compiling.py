@@ -31,7 +31,8 @@ def compile_layers(language_model, accelerator, backend="inductor"):
 
 
 def _forward(plain, compiled, *args, **kwargs):
-    return (plain if kwargs.get("packing") is None else compiled)(*args, **kwargs)
+    answers = kwargs.get("cache", kwargs.get("past_key_values")) is not None  # their keys are kept, and grow
+    return (plain if answers or kwargs.get("packing") is None else compiled)(*args, **kwargs)
 
 
 def _try_out(language_model, accelerator):

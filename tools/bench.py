@@ -39,7 +39,7 @@ import train_blip_caption
 import train_cir
 import train_gated
 from data import rows
-from engine import answering, checkpoints, errors, files, flags, loop, memory, packing
+from engine import answering, checkpoints, compiling, errors, files, flags, loop, memory, packing
 from engine.evaluation import text_length
 from engine.run import CLIP, Run
 from engine.text import text_of
@@ -634,7 +634,7 @@ def full(args, sizes=FULL, batches=(2, 8, 64), minutes=MINUTES):
                 left_out.append(way)
                 continue
             try:
-                model = model or random_model(sizes, device, torch.bfloat16, lm, train_qformer)
+                model = model or with_option(random_model(sizes, device, torch.bfloat16, lm, train_qformer), option)
                 one = full_size_row(sizes, model, device, option, batch_size, rate, args.repeats or 10)
             except torch.OutOfMemoryError as error:
                 print(f"{way}: out of memory: {str(error)[:60]}")
@@ -651,16 +651,24 @@ def full(args, sizes=FULL, batches=(2, 8, 64), minutes=MINUTES):
     return {"matrix_product_flops": rate, "rows": found, "left_out": left_out}
 
 
-# what is trained, the language model, and "graphs": answers by recorded steps; the most wanted first
-WAYS = [(False, "bf16", ""), (False, "bf16", "graphs"), (False, "nf4", ""), (True, "bf16", ""), (True, "nf4", "")]
+# is the Q-Former trained, the language model, and "graphs": answers by recorded steps, or "compile": of training; the most wanted first
+WAYS = [(False, "bf16", ""), (False, "bf16", "graphs"), (False, "bf16", "compile"), (False, "nf4", ""), (True, "bf16", ""), (True, "nf4", "")]
+
+
+def with_option(model, option):
+    """A model as training has it, without pads, and with one of the options of WAYS."""
+    packing.pack_samples(model.language_model)
+    if option == "graphs":
+        answering.record_steps(model.language_model)
+    elif option == "compile":
+        compiling.compile_layers(model.language_model, loop.make_accelerator("bf16"))
+    return model
 
 
 def full_size_row(sizes, model, device, option, batch_size, rate, repeats):
     """One row of the table of `full`."""
     batch = random_batch(model, sizes, batch_size)
     questions = ["a man in a blue coat and a dog"] * batch_size
-    if option == "graphs":
-        answering.record_steps(model.language_model)
 
     def answer():
         model.eval().predict_answers(None, questions, image_embeds=batch["image_embeds"], style_feature=batch["style_feature"],
