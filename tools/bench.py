@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from typing import NamedTuple
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the project's root, from wherever this is started
@@ -170,7 +171,7 @@ def write_task(folder, sizes, pictures, questions, seed=0):
     make_tiny.save_folder(model, tokenizer, blip2)
     short = [word for word in words if len(tokenizer(" " + word, add_special_tokens=False).input_ids) == 1]
     draw = np.random.default_rng(seed)
-    styles = short[:STYLES]
+    styles = list(dict.fromkeys(short))[:STYLES]
     net = core.EfficientNet28(STYLES, make_tiny.ARCH, styles)
     checkpoints.save_checkpoint(folder / "efficientnet.pt", {"model": net.net.state_dict(), "arch": make_tiny.ARCH, "classes": styles})
     for split in ("train", "val"):
@@ -652,7 +653,8 @@ def full(args, sizes=FULL, batches=(2, 8, 64), minutes=MINUTES):
 
 
 # is the Q-Former trained, the language model, and "graphs": answers by recorded steps, or "compile": of training; the most wanted first
-WAYS = [(False, "bf16", ""), (False, "bf16", "graphs"), (False, "bf16", "compile"), (False, "nf4", ""), (True, "bf16", ""), (True, "nf4", "")]
+WAYS = [(False, "bf16", ""), (False, "bf16", "graphs"), (False, "bf16", "compile"), (False, "nf4", ""), (True, "bf16", ""),
+        (True, "nf4", "")]
 
 
 def with_option(model, option):
@@ -661,7 +663,9 @@ def with_option(model, option):
     if option == "graphs":
         answering.record_steps(model.language_model)
     elif option == "compile":
-        compiling.compile_layers(model.language_model, loop.make_accelerator("bf16"))
+        device = model.query_tokens.device.type
+        compiling.compile_layers(model.language_model, types.SimpleNamespace(
+            print=print, autocast=lambda: torch.autocast(device, torch.bfloat16)))
     return model
 
 
@@ -672,7 +676,7 @@ def full_size_row(sizes, model, device, option, batch_size, rate, repeats):
 
     def answer():
         model.eval().predict_answers(None, questions, image_embeds=batch["image_embeds"], style_feature=batch["style_feature"],
-                                     batch_size=batch_size)
+                                     batch_size=batch_size, max_new_tokens=ANSWER["max_new_tokens"])
 
     loaded = peak_memory(lambda: None)
     with torch.no_grad(), torch.autocast(device, torch.bfloat16):
