@@ -136,7 +136,7 @@ class Tree:
         self.fixed = self.recorded is not None and new_tokens > 1  # nobody leaves: a recording is of one size
         short = -inputs["attention_mask"].shape[1] % ROUND if self.fixed else 0
         mask, embeds = inputs["attention_mask"], inputs["inputs_embeds"]
-        order = mask.argsort(1, descending=True, stable=True)  # [B,P]: pads go to the right, where no token of the prompt looks
+        order = mask.argsort(dim=1, descending=True, stable=True)  # [B,P]: pads go to the right, where no token of the prompt looks
         self.embeds = F.pad(embeds.gather(1, order[..., None].expand_as(embeds)), (0, 0, 0, short))
         self.mask = F.pad(mask.gather(1, order), (0, short))
         self.next = self.mask.sum(1, keepdim=True)  # [B,1], the position of the next token
