@@ -460,7 +460,8 @@ def answer_recipes(lean, plain, answers, batch_size):
 
     val, nobody = lean.parts.val, 2.0
     candidates = sorted({row.answer for row in lean.parts.train.rows})[:CANDIDATES]
-    recipes = {"plain, one at a time": lambda: plain_answers(None, 1, False, EVERY), "plain, in batches": lambda: plain_answers(None, batch_size),
+    recipes = {"plain, one at a time": lambda: plain_answers(None, 1, False, EVERY),
+               "plain, in batches": lambda: plain_answers(None, batch_size),
                "+ cache of the tower's features": lambda: plain_answers(val, batch_size),
                "+ sorted by length": lambda: plain_answers(val, batch_size, True),
                "+ a prompt once for all its beams": lambda: with_pads(nobody),
