@@ -34,8 +34,6 @@ def search(state, beams, new_tokens, stops, pad, length_penalty=0.0, best=1):
     asked = torch.arange(len(logits), device=logits.device)  # [B], which questions are still in the batch
     for n in range(new_tokens):
         logits = logits.view(len(asked), -1, logits.shape[-1]).float()  # [B,1 or b,V]
-        if n == 0:
-            logits[..., ends] = -torch.inf
         tokens, parents = hold.extend(logits, n)  # [B,b] each
         done = ~hold.open
         left = int(done.sum())
@@ -62,6 +60,8 @@ class Greedy:
 
     def extend(self, logits, n):
         """logits [B,1,V] of token n -> tokens [B,1] and whose continuations they are, [B,1]."""
+        if n == 0:
+            logits[..., self.ends] = -torch.inf
         tokens = logits.argmax(-1).masked_fill(~self.open[:, None], self.pad)  # [B,1]
         self.ids[:, :, n] = tokens
         self.open &= ~torch.isin(tokens[:, 0], self.ends)
@@ -89,7 +89,10 @@ class Beams:
 
     def extend(self, logits, n):
         """logits [B,1 or b,V] of token n -> tokens [B,b] of the texts that go on, and which of the beams before each continues."""
-        scores = (logits.log_softmax(-1) + self.scores[..., None]).flatten(1)  # [B,b*V]
+        scores = logits.log_softmax(-1)  # [B,1 or b,V]
+        if n == 0:  # of what is left of the probability, not made up to one: a length penalty sees the difference
+            scores[..., self.ends] = -torch.inf
+        scores = (scores + self.scores[..., None]).flatten(1)  # [B,b*V]
         scores, places = scores.topk((1 + max(1, len(self.ends))) * self.beams)  # [B,C]: even if the best b all end, b go on
         parents, tokens = places // logits.shape[-1], places % logits.shape[-1]
         candidates = self.ids.gather(1, parents[..., None].expand(-1, -1, self.ids.shape[-1]))  # [B,C,n]

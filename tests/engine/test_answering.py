@@ -65,14 +65,14 @@ def packed(request, asked):
     asked[0].language_model.set_attn_implementation("sdpa")
 
 
-@pytest.mark.parametrize("beams, best, penalty", [(1, 1, 0.0), (3, 1, 0.0), (3, 2, 1.0)])
+@pytest.mark.parametrize("beams, best, penalty", [(1, 1, 0.0), (3, 1, 0.0), (3, 2, 1.0), (3, 1, -1.0)])
 def test_every_token_is_that_of_generate(asked, monkeypatch, beams, best, penalty, packed):
     """Whether rows leave one by one, by halves, or not at all."""
     expected = plain(*asked, beams, best, penalty)
     for share in (0.01, 0.5, 2.0):
         monkeypatch.setattr(answering, "LEAVE", share)
         assert ours(*asked, beams, best, penalty) == expected
-    assert len({len(ids) for ids in expected}) > 2  # they end at different steps
+    assert len({len(ids) for ids in expected}) > 1  # they end at different steps
 
 
 def watched(monkeypatch, state):
