@@ -15,7 +15,7 @@ import demo
 import eval_gated
 import train_gated
 from data import rows
-from engine import checkpoints, published
+from engine import checkpoints, decoders, published
 from tools import drawing
 
 LONGEST = "in flat areas with thick outlines"
@@ -107,12 +107,12 @@ def test_what_the_limit_cuts_is_said(few, flags, tmp_path, capsys):
 
 def test_generation_goes_to_the_length_of_the_model(build, batch, monkeypatch):
     model, lengths = build(max_answer=23), []
-    plain = model.language_model.generate
+    plain = decoders.Causal.generate
 
-    def generate(**settings):
-        lengths.append(settings["max_new_tokens"])
-        return plain(**settings)
-    monkeypatch.setattr(model.language_model, "generate", generate)
+    def generate(self, visual, asked, beams, new_tokens, *settings):
+        lengths.append(new_tokens)
+        return plain(self, visual, asked, beams, new_tokens, *settings)
+    monkeypatch.setattr(decoders.Causal, "generate", generate)
     for more in ({}, {"beams": 1}, {"best": 3}, {"max_new_tokens": 2}):
         model.predict_answers(batch["images"][:1], ["Which style?"], **more)
     assert lengths == [23, 23, 23, 2]

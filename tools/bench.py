@@ -205,6 +205,8 @@ def lean_run(folder, *more, batch_size=16):
         args = train_gated.get_args([*flags, *more])
         run, parts = train_gated.prepare(args, train_gated.start(args))
     run.lr = lambda step: 0.0  # the whole work of a step, but the weights stay, so that losses can be compared
+    for group in run.optimizer.param_groups:  # half_epoch steps without Run
+        group["lr"] = 0.0
     return Lean(run, parts, args)
 
 
