@@ -88,7 +88,9 @@ def test_who_is_done_is_asked_no_more(asked, monkeypatch, beams):
     monkeypatch.setattr(answering, "LEAVE", 0.01)
     rows = watched(monkeypatch, answering.Tree if decoder.left else answering.Rows)
     lengths = [len(ids) for ids in ours(*asked, beams)]
-    assert rows == sorted(rows, reverse=True) and rows[0] == len(QUESTIONS) and rows[-1] < len(QUESTIONS)
+    assert rows == sorted(rows, reverse=True) and rows[0] == len(QUESTIONS)
+    if decoder.left:  # with beams a question is done when no running one can win, which a random T5 may put off to the end
+        assert rows[-1] < len(QUESTIONS)
     if beams == 1:
         assert rows == [sum(length > n for length in lengths) for n in range(1, max(lengths))]
 
