@@ -36,7 +36,7 @@ from data.wikiart import WIKIART
 from engine import environment, memory, published, towers
 from engine.checkpoints import load_foreign, load_strictly, load_trainable, unwrap_state
 from engine.decoders import decoder_of, refuse_decoder
-from engine.errors import DataError
+from engine.errors import DataError, said
 # all of them: README, and whoever copies a script, has them as core.encode_training and so on
 from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_TEXT, PROMPT, answer_ids, answer_lengths, encode_prompts,  # noqa: F401
                             encode_training, end_id, inner_ids, newline_id, pad_ids, prompt_ids, stop_ids, text_ids, text_lengths)
@@ -1054,7 +1054,7 @@ def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.
     try:
         model = (model_class or Blip2OPTGated).build(**places, dtype=dtype, safe=safe)
     except (TypeError, ValueError) as error:  # of a setting's value
-        raise DataError(f"{saved.source}: no model can be built from its settings ({' '.join(str(error).split())[:160]})") from None
+        raise DataError(f"{saved.source}: no model can be built from its settings ({said(error)})") from None
     refuse_other_base(saved, places, model)
     refuse_other_dtypes(saved, model)
     load_trainable(model, saved.state, saved.source)

@@ -17,7 +17,6 @@ another style. Flow: list -> rows (wikiart.py) -> Paintings -> collate -> CutMix
 weights are scored.
 """
 
-import argparse
 import csv
 import pathlib
 import random
@@ -48,7 +47,7 @@ PANELS = [("loss", [("step", "loss", "training (smoothed, mixed)"), ("epoch", "l
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, metavar="DIR|FILE", help="ArtGAN's folder, a folder per style, or a classes.csv")
     data.add_argument("--images", metavar="DIR", help="image root of a table (default: DATA/images, else DATA)")
@@ -98,6 +97,7 @@ def get_args(argv=None):
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, and in OUT/profile.csv")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
+    flags.put_first(parser, "--data", "--pretrained", "--out", "--epochs", "--batch-size", "--lr")
     args = flags.parse_args(parser, argv)
     if args.probe and not (args.pretrained or args.init):
         parser.error("--probe needs weights that have seen pictures: --pretrained or --init FILE")

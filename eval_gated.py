@@ -1,4 +1,4 @@
-"""eval_gated.py: what a best.pt of train_gated.py can do, beside what costs nothing.
+"""eval_gated.py: what a best.pt of train_gated.py can do, beside its baselines.
 
     python eval_gated.py --checkpoint runs/gated                              # data and models as in training
     python eval_gated.py --checkpoint runs/gated/best.pt --split test --predictions runs/gated/test.json
@@ -50,70 +50,73 @@ BEFORE = {"val_share": 0.1, "images": None, "columns": [], "encoding": "utf-8", 
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="DIR|FILE", help="run folder of train_gated.py, or its best.pt; not needed with "
+    parser = flags.make_parser(__doc__)
+    data, answers = parser.add_argument_group("data"), parser.add_argument_group("answers")
+    written, models = parser.add_argument_group("what is written"), parser.add_argument_group("models")
+    models.add_argument("--checkpoint", metavar="DIR|FILE", help="run folder of train_gated.py, or its best.pt; not needed with "
                                                                  "--predictions and --against, two files of earlier evaluations")
-    parser.add_argument("--data", metavar="DIR", help="folder with the CSV files (default: the one of training)")
-    parser.add_argument("--images", metavar="DIR", help="image root (default: as in training, or DATA/images); with --ask "
-                                                        "the folder of pictures")
-    parser.add_argument("--split", default="val", help="which CSV file: train, val or test; of a training on one table: val, its "
-                                                                    "held-out pictures, or train (default: val)")
-    parser.add_argument("--columns", nargs="+", metavar="NAME=COLUMN", help="names of your columns (default: as in training)")
-    parser.add_argument("--encoding", help="of the CSV file (default: as in training)")
-    parser.add_argument("--separator", help="of the CSV file (default: as in training)")
-    parser.add_argument("--semart", metavar="DIR|FILE", help="SemArt's table, where --style or --context of the training need it "
-                                                             "(default: as in training)")
-    parser.add_argument("--skip-bad", type=flags.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
-                        help="leave bad rows and broken or missing images out and list them, up to this share (0.01 where no "
-                             "number is given)")
-    parser.add_argument("--predictions", metavar="FILE.json", help="answers in VQAv2's result format, and beside it FILE.csv with "
-                                                                   "image, question, answer, prediction, confidence, and with rank "
-                                                                   "margin: log-likelihood above that of the runner-up")
-    parser.add_argument("--against", metavar="DIR|FILE", help="compare in pairs with another run (its folder or best.pt), or with "
-                                                              "another's --predictions: by type, with intervals over pictures and the "
-                                                              "rows that changed; written as PREDICTIONS.against.json and .csv, or as "
-                                                              "SPLIT.against.json and .csv beside the checkpoint")
-    parser.add_argument("--method", choices=("generate", "rank"), default="generate",
-                        help="generate: beam search; rank: the likeliest of all training answers (default: generate)")
-    parser.add_argument("--beams", type=flags.positive, default=5, help="beams of generate (default: 5)")
-    parser.add_argument("--max-new-tokens", type=flags.positive, metavar="N",
-                        help="longest answer of generate (default: as long as the longest of training)")
-    parser.add_argument("--table", metavar="FILE.json|FILE.csv", help="the table as a list of JSON objects, or as CSV; seen: of how many "
-                                                                      "of the n rows training saw the picture")
-    parser.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves, confusion of "
-                                                              "styles, how well confidence is calibrated, and samples")
-    parser.add_argument("--abstain-below", type=flags.share, metavar="X",
-                        help="confidence (0 to 1) below which there is no answer: says how many questions are answered and the EM "
-                             "of those, the files keep all answers; with --ask the answer stays empty")
-    parser.add_argument("--ask", nargs="+", metavar="QUESTION", help="ask this of every picture of --images and of the folders "
-                                                                     "in it, write --answers, and stop")
-    parser.add_argument("--answers", metavar="FILE.csv", help="of --ask: image, question, answer, confidence; goes on where it "
-                                                              "stopped, FILE.csv.json says what it was made with")
-    parser.add_argument("--maps", type=flags.whole, default=0, metavar="N",
-                        help="draw where the model looks and what its answers rest on, for the first N questions, and the gates "
-                             "by style, into maps/ beside the checkpoint (default: 0)")
-    parser.add_argument("--export", metavar="DIR", help="write the trained tensors, gate_config.json and a model card there; they "
-                                                        "are loaded again and compared bit by bit before the folder appears")
-    parser.add_argument("--no-baselines", action="store_true", help="only the trained model: a third of the time")
-    parser.add_argument("--shuffle-style", action="store_true", help="also with another picture in the style classifier: where the "
-                                                                     "gates do the work, style answers must fall")
-    parser.add_argument("--merge-lora", metavar="FILE.pt", help="write the checkpoint with LoRA folded into W_K and W_V, and stop")
-    parser.add_argument("--blip2", metavar="ID|DIR", help="where the BLIP-2 of training lies now, if it moved")
-    parser.add_argument("--efficientnet", metavar="FILE", help="where the style classifier of training lies now, if it moved")
-    parser.add_argument("--script", metavar="FILE.py", help="the edited copy of train_gated.py that trained it: its Model is used, and "
-                                                            "the kinds of gates that it adds are known; the file is run")
-    parser.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
-    parser.add_argument("--batch-size", type=flags.positive_or_auto, default=memory.ANSWERS, metavar="N|auto",
+    data.add_argument("--data", metavar="DIR", help="folder with the CSV files (default: the one of training)")
+    data.add_argument("--images", metavar="DIR", help="image root (default: as in training, or DATA/images); with --ask "
+                                                      "the folder of pictures")
+    data.add_argument("--split", default="val", help="which CSV file: train, val or test; of a training on one table: val, its "
+                                                                  "held-out pictures, or train (default: val)")
+    data.add_argument("--columns", nargs="+", metavar="NAME=COLUMN", help="names of your columns (default: as in training)")
+    data.add_argument("--encoding", help="of the CSV file (default: as in training)")
+    data.add_argument("--separator", help="of the CSV file (default: as in training)")
+    data.add_argument("--semart", metavar="DIR|FILE", help="SemArt's table, where --style or --context of the training need it "
+                                                           "(default: as in training)")
+    data.add_argument("--skip-bad", type=flags.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
+                      help="leave bad rows and broken or missing images out and list them, up to this share (0.01 where no "
+                           "number is given)")
+    written.add_argument("--predictions", metavar="FILE.json", help="answers in VQAv2's result format, and beside it FILE.csv with "
+                                                                    "image, question, answer, prediction, confidence, and with rank "
+                                                                    "margin: log-likelihood above that of the runner-up")
+    answers.add_argument("--method", choices=("generate", "rank"), default="generate",
+                         help="generate: beam search; rank: the likeliest of all training answers (default: generate)")
+    answers.add_argument("--beams", type=flags.positive, default=5, help="beams of generate (default: 5)")
+    answers.add_argument("--max-new-tokens", type=flags.positive, metavar="N",
+                         help="longest answer of generate (default: as long as the longest of training)")
+    written.add_argument("--table", metavar="FILE.json|FILE.csv", help="the table as a list of JSON objects, or as CSV; seen: of how many "
+                                                                       "of the n rows training saw the picture")
+    written.add_argument("--report", metavar="FILE.html", help="a page with scores and their intervals, curves, confusion of "
+                                                               "styles, how well confidence is calibrated, and samples")
+    answers.add_argument("--abstain-below", type=flags.share, metavar="X",
+                         help="confidence (0 to 1) below which there is no answer: says how many questions are answered and the EM "
+                              "of those, the files keep all answers; with --ask the answer stays empty")
+    answers.add_argument("--ask", nargs="+", metavar="QUESTION", help="ask this of every picture of --images and of the folders "
+                                                                      "in it, write --answers, and stop")
+    answers.add_argument("--answers", metavar="FILE.csv", help="of --ask: image, question, answer, confidence; goes on where it "
+                                                               "stopped, FILE.csv.json says what it was made with")
+    written.add_argument("--maps", type=flags.whole, default=0, metavar="N",
+                         help="draw where the model looks and what its answers rest on, for the first N questions, and the gates "
+                              "by style, into maps/ beside the checkpoint (default: 0)")
+    written.add_argument("--export", metavar="DIR", help="write the trained tensors, gate_config.json and a model card there; they "
+                                                         "are loaded again and compared bit by bit before the folder appears")
+    answers.add_argument("--against", metavar="DIR|FILE",
+                         help="compare in pairs with another run (its folder or best.pt), or with another's --predictions: by type, with "
+                              "intervals over pictures and the rows that changed; written as PREDICTIONS.against.json and .csv, or as "
+                              "SPLIT.against.json and .csv beside the checkpoint")
+    answers.add_argument("--no-baselines", action="store_true", help="only the trained model: a third of the time")
+    answers.add_argument("--shuffle-style", action="store_true", help="also with another picture in the style classifier: where the "
+                                                                      "gates do the work, style answers must fall")
+    written.add_argument("--merge-lora", metavar="FILE.pt", help="write the checkpoint with LoRA folded into W_K and W_V, and stop")
+    models.add_argument("--blip2", metavar="ID|DIR", help="where the BLIP-2 of training lies now, if it moved")
+    models.add_argument("--efficientnet", metavar="FILE", help="where the style classifier of training lies now, if it moved")
+    answers.add_argument("--script", metavar="FILE.py", help="the edited copy of train_gated.py that trained it: its Model is used, and "
+                                                             "the kinds of gates that it adds are known; the file is run")
+    models.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
+    models.add_argument("--batch-size", type=flags.positive_or_auto, default=memory.ANSWERS, metavar="N|auto",
                         help="questions at a time; auto: as many as the GPU's memory holds (default: 64)")
-    parser.add_argument("--graphs", action="store_true", help="on a GPU record each step of the answers once and replay it (CUDA graphs): "
+    models.add_argument("--graphs", action="store_true", help="on a GPU record each step of the answers once and replay it (CUDA graphs): "
                                                               "off by default, since no GPU was there to measure it")
-    parser.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
-    parser.add_argument("--cache", metavar="DIR",
+    data.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
+    models.add_argument("--cache", metavar="DIR",
                         help="keep the frozen towers' features there, computed once, also those of training")
-    parser.add_argument("--lm-precision", choices=tuple(published.LM_PRECISIONS),
+    models.add_argument("--lm-precision", choices=tuple(published.LM_PRECISIONS),
                         help="of the frozen language model (default: as in training)")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
+    models.add_argument("--precision", choices=("auto", "bf16", "fp16", "no"), default="auto",
                         help="auto: bf16 or fp16 on a GPU, none on a CPU (default: auto)")
+    flags.put_first(parser, "--checkpoint", "--split", "--data", "--predictions", "--report", "--ask")
     args = flags.parse_args(parser, argv)
     mistake = flags_at_odds(args)
     if mistake:

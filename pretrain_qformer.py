@@ -10,7 +10,6 @@ captioning that sees the picture through the queries alone (ITG). Frozen: the vi
 Captioned -> Collate -> Stage1.forward -> losses; the best weights end in OUT/hf, which transformers loads. Copy and edit it.
 """
 
-import argparse
 import itertools
 import math
 import pathlib
@@ -49,7 +48,7 @@ PANELS = [("losses", [("step", name, name) for name in ("itc", "itc chance", "it
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", action="append", default=[], metavar="NAME=PLACE",
                       help="a set of caption pairs, any number of times: a folder or JSON file of COCO's (Karpathy), Visual "
@@ -98,6 +97,7 @@ def get_args(argv=None):
     other = parser.add_argument_group("without training")
     other.add_argument("--convert", metavar="FILE", help="write OUT/hf of this LAVIS stage-1 .pth or best.pt, with the tower "
                                                               "of --blip2, and stop")
+    flags.put_first(parser, "--data", "--blip2", "--out", "--epochs", "--batch-size", "--lr")
     args = flags.parse_args(parser, argv)
     if not args.data and (args.check_data or not args.convert):
         parser.error("--data NAME=PLACE is needed, but for --convert")

@@ -10,7 +10,6 @@ caption; it and the vision tower stay as they are. Data flow: caption files -> P
 loss. Beside the captions of each epoch stand two baselines: one caption for all pictures, and another picture's.
 """
 
-import argparse
 import json
 import pathlib
 import sys
@@ -39,7 +38,7 @@ PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation"
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", action="append", default=[], metavar="NAME=PLACE",
                       help="a set of caption pairs, any number of times: a folder or file as pretrain_qformer.py takes it; no tar files")
@@ -82,6 +81,7 @@ def get_args(argv=None):
     look.add_argument("--checkpoint", metavar="DIR|FILE", help="a run folder or its best.pt: caption the validation pictures, score, stop")
     look.add_argument("--untrained", action="store_true", help="the same before any training of this stage")
     look.add_argument("--captions", metavar="FILE.json", help="write {file: caption} of the validation pictures (of the best epoch)")
+    flags.put_first(parser, "--data", "--qformer", "--out", "--epochs", "--batch-size", "--lr")
     args = flags.parse_args(parser, argv)
     if not args.data:
         parser.error("--data NAME=PLACE is needed")

@@ -11,7 +11,6 @@ Trained: the text decoder and the last layers of the vision tower (--unfreeze, -
 -> captions.Picture -> Captions -> Collate -> BLIP's loss; validation, evaluation and --caption generate through describe() alone.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -49,7 +48,7 @@ PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation"
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", help="folder with captions of train, val and, if you like, test, in it or in annotations/: "
                                                     "train_captions.json ... of {file: caption or captions}; COCO's or Karpathy's "
@@ -109,6 +108,7 @@ def get_args(argv=None):
     look.add_argument("--json", action="store_true", help="print captions and scores as JSON")
     look.add_argument("--cases", type=flags.whole, default=0, metavar="N",
                       help="write OUT/cases.html: the N worst and the N best validation pictures")
+    flags.put_first(parser, "--data", "--blip", "--out", "--epochs", "--batch-size", "--lr")
     args = flags.parse_args(parser, argv)
     if not args.data and (args.check_data or not args.caption):
         parser.error("--data is needed, but for --caption")

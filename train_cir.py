@@ -10,7 +10,6 @@ looks at them. Trained: Q-Former, heads, prompts, fusion; frozen: the vision tow
 Collate -> Sprc.forward -> losses; validation, --submit, --gate-maps and --search all go through Sprc.query. Copy and edit it.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -55,7 +54,7 @@ PANELS = [("loss", [("step", name, label)
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flags.make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", help="folder with captions/ and image_splits/ of CIRR or FashionIQ")
     data.add_argument("--format", choices=FORMATS, default="cirr",
@@ -122,6 +121,7 @@ def get_args(argv=None):
     look.add_argument("--image", metavar="FILE", help="reference picture of --search, whose matches go to OUT/search.html too")
     look.add_argument("--gallery", metavar="DIR", help="folder of pictures, indexed once")
     look.add_argument("--top", type=flags.positive, default=12, help="matches shown (default: 12)")
+    flags.put_first(parser, "--data", "--blip2", "--out", "--epochs", "--batch-size", "--lr")
     args = flags.parse_args(parser, argv)
     if args.search is not None and not (args.image and args.gallery and args.checkpoint):
         parser.error("--search needs --image, --gallery and --checkpoint")

@@ -9,7 +9,6 @@ Frozen: vision tower, language model, EfficientNet (and the Q-Former without --t
 Data flow: CSV row -> Questions -> collate -> Blip2OPTGated.forward -> loss -> log. Copy this file and edit it.
 """
 
-import argparse
 import math
 import os
 import pathlib
@@ -38,8 +37,8 @@ UNLOGGED = ("loss", "total", "hit", "hard_hit", "hit_rows", "kl", "style_ce")
 Model = core.Blip2OPTGated  # a subclass of your own goes here: eval_gated.py --script takes it from the edited file
 
 
-def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def get_parser():
+    parser = flags.make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", required=True, metavar="DIR|FILE", help="folder with train.csv and val.csv, or one table")
     data.add_argument("--val-share", type=flags.share, default=0.1,
@@ -126,6 +125,12 @@ def get_args(argv=None):
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
     run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, and in OUT/profile.csv")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
+    flags.put_first(parser, "--data", "--blip2", "--out", "--epochs", "--batch-size", "--lr")
+    return parser
+
+
+def get_args(argv=None):
+    parser = get_parser()
     args = flags.parse_args(parser, argv)
     if os.path.isfile(args.data) and not args.val_share:
         parser.error(f"--val-share 0 would validate on the rows that are trained on, since {args.data} is one table: hold some out, or "

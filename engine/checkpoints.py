@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from engine import files, vision
-from engine.errors import DataError
+from engine.errors import DataError, said
 
 
 # --- our own ------------
@@ -73,7 +73,7 @@ def load_checkpoint(path, needs=()):
         raise DataError(f"{path}: not one of this project's checkpoints, which hold tensors and plain values: it holds "
                         f"{forbidden(error)}, and nothing of it was run") from None
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError, ValueError, KeyError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = said(error)
         raise DataError(f"{path}: damaged, incomplete or not one of this project's checkpoints ({reason})") from None
     missing = [key for key in needs if not isinstance(content, dict) or key not in content]
     if missing:
@@ -221,7 +221,7 @@ def _load_safetensors(path):
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{path}: cannot be read as safetensors ({' '.join(str(error).split())[:160]}): download it again") from None
+        raise DataError(f"{path}: cannot be read as safetensors ({said(error)}): download it again") from None
 
 
 def _is_torchscript(path):

@@ -2,12 +2,15 @@
 
     DataError       a user's mistake, or a file's
     exit_code       what every script's main() is run by
+    said            what an exception says, in one line of some length
     batch_size_in_memory_errors, out_of_memory, dead_loader    where memory runs out, or a loader process dies
 """
 
 import contextlib
 import multiprocessing
+import os
 import re
+import select
 import signal
 import sys
 
@@ -19,15 +22,31 @@ class DataError(Exception):
 DEAD_LOADER = r"DataLoader (worker \(pid|timed out)"  # what torch says of a loader process that died or hangs
 
 
+def said(error, length=160):
+    """What an exception (or a text) says, in one line; a long one ends with a whole sentence or, where none fits, a whole word."""
+    text = " ".join(str(error).split())
+    if len(text) <= length:
+        return text
+    sentences = re.match(r".{20,}[.!?](?= )", text[:length + 1])
+    return sentences[0] if sentences else text[:length].rpartition(" ")[0] + " ..."
+
+
 def exit_code(main, argv=None):
-    """Run main(argv) and turn what a user can mend into one error and an exit code: 2 bad input, 130 Ctrl-C."""
+    """Run main(argv) and turn what a user can mend into one error and an exit code: 2 bad input, 130 Ctrl-C; 141 and no error
+    where nobody reads the output any more (| head), as other programs end then."""
     try:
-        return main(argv) or 0
+        try:
+            return main(argv) or 0
+        finally:
+            sys.stdout.flush()  # here and not at exit, where Python would print a traceback of its own
     except DataError as error:
         message, code = str(error), 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except OSError as error:  # a full disk, a folder without rights
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            end_loaders()
+            return 141
         message, code = f"{error.filename or 'a file'}: {error.strerror or error}", 2
     except ModuleNotFoundError as error:  # of those that are imported where they are needed
         message, code = f"{error}: pip install -r requirements.txt", 2
@@ -41,6 +60,17 @@ def exit_code(main, argv=None):
     end_loaders()
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def nobody_reads():
+    """Has the reader of our output gone? What is still to be written then goes nowhere, so that Python's end is silent too."""
+    watched = select.poll()
+    for descriptor in (1, 2):
+        watched.register(descriptor, 0)
+    gone = [descriptor for descriptor, event in watched.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for descriptor in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return bool(gone)
 
 
 def end_loaders():
@@ -78,12 +108,12 @@ def out_of_memory(error, batch_size):
     """The message for a GPU or a machine that is too small, with what was used where that is known. batch_size: the flag."""
     import torch
     used = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB were in use" if torch.cuda.is_initialized() else ""
-    what = f"{' '.join(str(error).split())[:160]}{used}" or "of this machine, not of a GPU"
+    what = f"{said(error)}{used}" or "of this machine, not of a GPU"
     same = " (in training double --accumulation: the result is the same)" if batch_size.startswith("--batch-size") else ""
     return f"out of memory ({what}): halve {batch_size}{same}, use --precision bf16, or train fewer parts"
 
 
 def dead_loader(error):
     """The message for a loader process that was killed or hangs."""
-    return (f"a loader process failed ({' '.join(str(error).split())[:160]}): use --workers 0, or give it more shared memory "
+    return (f"a loader process failed ({said(error)}): use --workers 0, or give it more shared memory "
             "(/dev/shm); a hanging one often waits for a network disk")

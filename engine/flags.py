@@ -1,15 +1,48 @@
-"""flags.py: command lines: argparse with --config FILE.yaml, and the types of numbers."""
+"""flags.py: command lines: argparse with a help of two screens and --config FILE.yaml, and the types of numbers."""
 
 import argparse
 import functools
 import importlib.util
 import math
 import pathlib
+import shutil
 import sys
 
 import yaml
 
 from engine.errors import DataError
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """A short --help: one line of usage, N and X for whole and other numbers, as wide as the terminal (120 columns in a file)."""
+
+    def __init__(self, prog, **others):
+        super().__init__(prog, max_help_position=27, width=min(shutil.get_terminal_size((120, 40)).columns, 142) - 2, **others)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {positive: "N", whole: "N", int: "N", share: "X", rate: "X", weight: "X", float: "X"}.get(action.type, "TEXT")
+
+
+def make_parser(doc):
+    """An ArgumentParser for a script whose docstring is `doc`."""
+    return argparse.ArgumentParser(description=doc, formatter_class=Help, usage="%(prog)s [flags]")
+
+
+def put_first(parser, *names):
+    """Show these flags first in --help, in this order, as those that everyone needs; all others stay in their groups."""
+    taken = [parser._option_string_actions[name] for name in (*names, "--help")]
+    for group in parser._action_groups:
+        group._group_actions[:] = [action for action in group._group_actions if action not in taken]
+    first = parser.add_argument_group("what everyone needs")
+    first._group_actions.extend(taken)
+    parser._action_groups.insert(0, parser._action_groups.pop())
+    needed = "".join(f" {action.option_strings[0]} {action.metavar}" for action in parser._actions if action.required)
+    parser.usage = f"%(prog)s{needed} [flags]"
+
+
+def show_passed_on(parser, title, others, *names):
+    """Show flags of another script's parser in this one's --help, which leaves them alone (parse_known_args)."""
+    parser.add_argument_group(title)._group_actions.extend(others._option_string_actions[name] for name in names)
 
 
 def parse_args(parser, argv=None):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import rows
 from data.tables import excerpt
 from engine import cache, files, loaders
-from engine.errors import DataError
+from engine.errors import DataError, said
 
 
 # --- the table ------------
@@ -103,7 +103,7 @@ def _refuse_other(path, made_with):
         was = json.loads(_about(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: is there, but what it was made with cannot be read ({_about(path).name}: "
-                        f"{' '.join(str(error).split())[:120]}): give another file") from None
+                        f"{said(error)}): give another file") from None
     was = was if isinstance(was, dict) else {}
     other = [f"{name} is {made_with.get(name)!r}, was {was.get(name)!r}" for name in {**was, **made_with}
              if name not in was or name not in made_with or was[name] != made_with[name]]

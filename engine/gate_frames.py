@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from engine import files
-from engine.errors import DataError
+from engine.errors import DataError, said
 
 FILE = "gates.json"  # in a run folder: a frame of gate_summary an evaluation
 
@@ -71,7 +71,7 @@ def read_frames(path):
         for frame in frames:
             check_frame(frame)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path}: not a {FILE} of this project ({' '.join(str(error).split())[:80]}): move it away, it is only "
+        raise DataError(f"{path}: not a {FILE} of this project ({said(error)}): move it away, it is only "
                         "drawn from") from None
     return frames
 

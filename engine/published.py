@@ -22,7 +22,7 @@ from data.tables import excerpt
 from engine import vision
 from engine.checkpoints import load_foreign, load_strictly, unwrap_state
 from engine.decoders import refuse_decoder
-from engine.errors import DataError
+from engine.errors import DataError, said
 from engine.files import PROJECT, located
 
 
@@ -115,7 +115,7 @@ def load_published(model_class, kind, name, dtype=torch.float32, trained=(), tow
         except (MemoryError, torch.OutOfMemoryError, DataError):
             raise
         except Exception as error:  # a damaged folder raises anything, from four libraries
-            errors.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+            errors.append(said(f"{type(error).__name__}: {error}"))
         if pathlib.Path(name).exists():
             raise DataError(f"{name}: cannot be loaded as {kind}: {errors[0]}")
         if not local or not may_be_hub_id(name) or not hub_answers():
@@ -140,7 +140,7 @@ def load_config(name):
         return AutoConfig.from_pretrained(name, local_files_only=local)
     except Exception as error:  # as above
         raise DataError(f"{name}: no readable config.json on this machine, and none could be fetched: give a local folder in "
-                        f"HuggingFace's format ({' '.join(str(error).split())[:120]})") from None
+                        f"HuggingFace's format ({said(error)})") from None
 
 
 def load_vision(name, dtype=torch.float32):
@@ -223,7 +223,7 @@ def local_folder(name):
                                               local_files_only=not hub_answers()))
     except Exception as error:  # as above
         raise DataError(f"{name}: its weights are not on this machine and could not be fetched: give a local folder in "
-                        f"HuggingFace's format ({' '.join(str(error).split())[:120]})") from None
+                        f"HuggingFace's format ({said(error)})") from None
 
 
 def load_bert(name):
@@ -237,7 +237,7 @@ def load_bert(name):
         local = pathlib.Path(name).exists() or not hub_answers()
         model, found = BertForMaskedLM.from_pretrained(name, local_files_only=local, output_loading_info=True)
     except Exception as error:  # as above
-        raise DataError(f"{name}: no BERT that can be loaded ({' '.join(str(error).split())[:160]})") from None
+        raise DataError(f"{name}: no BERT that can be loaded ({said(error)})") from None
     finally:
         told.set_verbosity(level)
     missing = sorted(key for key in found["missing_keys"] if not key.startswith("cls."))
@@ -298,7 +298,7 @@ def load_tokenizer(name):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except Exception as error:  # as above
-        raise DataError(f"{name}: its tokenizer cannot be read ({' '.join(str(error).split())[:120]})") from None
+        raise DataError(f"{name}: its tokenizer cannot be read ({said(error)})") from None
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:  # Llama's have none; pads are masked
         tokenizer.pad_token = tokenizer.eos_token
     if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one without a word where the files are missing
@@ -354,7 +354,7 @@ def image_size_of(name):
     try:
         return AutoConfig.from_pretrained(name, local_files_only=not hub_answers()).vision_config.image_size
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{name}: not a BLIP-2 ({' '.join(str(error).split())[:120]})") from None
+        raise DataError(f"{name}: not a BLIP-2 ({said(error)})") from None
 
 
 def hub_answers():

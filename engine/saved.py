@@ -21,7 +21,7 @@ import safetensors.torch
 
 from data.tables import excerpt
 from engine import checkpoints, published
-from engine.errors import DataError
+from engine.errors import DataError, said
 from engine.files import located
 
 FORMAT = 1  # of gate_config.json; a file of a higher one is refused
@@ -80,7 +80,7 @@ def _read_config(path, known):
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:120]})") from None
+        raise DataError(f"{path}: cannot be read ({said(error)})") from None
     if not isinstance(config, dict) or not isinstance(config.get("format"), int):
         raise DataError(f"{path}: not written by eval_gated.py --export (no number under \"format\")")
     if config["format"] > FORMAT:

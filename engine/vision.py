@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.rows import BLIP_MEAN, BLIP_STD
-from engine.errors import DataError
+from engine.errors import DataError, said
 
 SETTINGS = ("arch", "mean", "std", "prefix", "grid")  # timm's name; of its pixels; tokens before the patches; their [rows, columns]
 # and "norm" where it is true: a LayerNorm without weights follows. A CNN's map comes out of an activation, while every ViT ends in a
@@ -79,7 +79,7 @@ def build_net(arch, size, **loading):
         net = timm.create_model(arch, **sized, **{"pretrained": False, **loading})
     except (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, OSError) as error:
         raise DataError(f"timm:{arch}: cannot be built{' at ' + str(size) + ' pixels' if size else ''} "
-                        f"({' '.join(str(error).split())[:200]})") from None
+                        f"({said(error)})") from None
     net.reset_classifier(0, "")  # no class scores and no attention pooling, which would be weights that nothing uses
     return net
 

@@ -9,6 +9,7 @@ import re
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -720,16 +721,50 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["core.py", "demo.py", "efficientnet_pretrain.py", "eval_gated.py", "metrics.py",
-                                    "pretrain_qformer.py", "train_blip_caption.py", "train_cir.py", "train_gated.py",
-                                    "tools/bench.py", "tools/compare_gated.py", "tools/faithfulness.py", "tools/make_sample.py",
-                                    "tools/make_tiny.py"])
+                                    "pretrain_qformer.py", "pretrain_stage2.py", "train_blip_caption.py", "train_cir.py", "train_gated.py",
+                                    "tools/steering.py", "tools/bench.py", "tools/compare_gated.py", "tools/faithfulness.py",
+                                    "tools/make_sample.py", "tools/make_tiny.py"])
 def test_help_reads_well(script, capsys, monkeypatch):
-    """As a script, in this process: importing torch takes longer than all the rest."""
+    """As a script, in this process: importing torch takes longer than all the rest. Two screens of 100 columns, and in a stage the six
+    flags that everyone needs before all others."""
+    monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / script), run_name="__main__")
     printed = capsys.readouterr()
     assert stop.value.code == 0 and "usage:" in printed.out and printed.err == ""
+    assert len(printed.out.splitlines()) <= 100
+    groups = re.split(r"^([a-z].*):$", printed.out, flags=re.M)
+    if "put_first" in (ROOT / script).read_text(encoding="utf-8"):
+        assert groups[1] == "what everyone needs" and len(re.findall(r"^  --", groups[2], re.M)) == 6
+        assert re.match(r"usage: \w+\.py( --\w+ \S+)? \[flags\]\n", printed.out)
+    if script == "tools/compare_gated.py":  # of train_gated.py, to which they are passed on
+        assert groups[-2].startswith("passed on") and {"--data", "--images"} < set(re.findall(r"^  (--\w+)", groups[-1], re.M))
+
+
+@pytest.mark.parametrize("ending, unbuffered", [("return 0", ""), ("raise SystemExit(0)", ""), ("return 0", "1")])
+def test_a_reader_that_has_enough_is_no_error(ending, unbuffered):
+    """As `| head` ends: the pipe is closed while the script still prints."""
+    code = f"import sys; from engine import errors\ndef main(argv):\n print('x' * 100); {ending}\nsys.exit(errors.exit_code(main))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_told(capsys):
+    def main(argv):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    assert errors.exit_code(main) == 2 and capsys.readouterr().err == "error: a file: Broken pipe\n"
+
+
+def test_what_an_exception_says_ends_with_a_sentence_or_a_word():
+    assert errors.said("one\n two") == "one two"
+    assert errors.said("The tokenizer of this folder is lost. " + "Then " * 40) == "The tokenizer of this folder is lost."
+    assert errors.said("somewhere " * 3, 25) == "somewhere somewhere ..."
 
 
 # --- several processes ------------

@@ -11,7 +11,6 @@ again, with more seeds or systems too. All other flags go to train_gated.py. Eve
 question by question and seed by seed; intervals are over pictures and seeds together (metrics.estimate).
 """
 
-import argparse
 import itertools
 import json
 import pathlib
@@ -25,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the p
 
 import eval_gated
 import train_gated
-from engine import comparison, errors, features, files, published
+from engine import comparison, errors, features, files, flags, published
 from engine.errors import DataError
 
 UNGATED = ["--gating", "none"]
@@ -48,7 +47,8 @@ SEEN = {"": ("gated", "steered", "trained, no gates"), ", gates closed": ("gates
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = flags.make_parser(__doc__)
+    parser.allow_abbrev = False
     parser.add_argument("--systems", nargs="+", choices=(*FLAGS, "fair"), default=list(SYSTEMS), metavar="NAME",
                         help=f"what is compared (default: the four); others: {'; '.join(FAIR)}; fair: all these others")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
@@ -62,6 +62,9 @@ def get_args(argv=None):
     parser.add_argument("--no-probes", action="store_true", help="score the trained model alone, not with its gates closed and with "
                                                                  "another picture's style too; measure no seconds")
     parser.add_argument("--out", default="runs/compare", metavar="DIR", help="(default: runs/compare)")
+    flags.show_passed_on(parser, "passed on, as all others are (python train_gated.py --help)", train_gated.get_parser(), "--data",
+                         "--images", "--columns", "--style", "--blip2", "--efficientnet", "--epochs", "--batch-size", "--accumulation")
+    parser.usage = "%(prog)s --data DIR|FILE [flags]"
     args, others = parser.parse_known_args(argv)
     args.systems = list(dict.fromkeys(name for chosen in args.systems for name in (FAIR if chosen == "fair" else [chosen])))
     args.reference = args.reference or (LABEL if LABEL in args.systems else args.systems[0])
@@ -76,14 +79,14 @@ def one_run(args, others, system, lr, seed):
     """Train one system, where that is not done yet and it is to be trained at all -> what run.json holds, and the folder."""
     name = re.sub(r"\W+", "-", system.replace(", Q-Former", ""))
     folder = pathlib.Path(args.out) / f"{name}-lr{lr:g}-seed{seed}"
-    flags = [*others, *FLAGS[system], "--lr", str(lr), "--seed", str(seed)]
+    given = [*others, *FLAGS[system], "--lr", str(lr), "--seed", str(seed)]
     done = folder / "run.json"
     if done.exists():
         held = json.loads(done.read_text(encoding="utf-8"))
-        if held["flags"] != flags:
+        if held["flags"] != given:
             raise DataError(f"{done} is of other flags ({' '.join(held['flags'])}): choose another --out")
         return held, folder
-    settings = train_gated.get_args([*flags, "--out", str(folder), "--resume", "--save-last"])
+    settings = train_gated.get_args([*given, "--out", str(folder), "--resume", "--save-last"])
     if system in UNTRAINED:
         run, _ = train_gated.prepare(settings, train_gated.start(settings))
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +96,7 @@ def one_run(args, others, system, lr, seed):
     if run.stop.number:
         raise KeyboardInterrupt
     trained = 0 if system in UNTRAINED else sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    held = {"flags": flags, "value": run.progress["value"], "trained": trained, "steps": run.step}
+    held = {"flags": given, "value": run.progress["value"], "trained": trained, "steps": run.step}
     with files.whole_file(done) as file:
         json.dump(held, file, indent=1)
     return held, folder
