@@ -189,7 +189,7 @@ class Session:
     @property
     def styles(self):
         """Names that the style can be mixed with; none without gates."""
-        return [] if self.model.gates is None else sorted(self.examples) or self.model.efficientnet.style_names()
+        return [] if self.model.mapper is None else sorted(self.examples) or self.model.efficientnet.style_names()
 
 
 @torch.no_grad()
@@ -371,7 +371,7 @@ def load_finder(checkpoint, folder, store=None):
 def make_report(session, examples, path):
     """Answer the example questions with the gates and without -> `path`, a page of show/report.py."""
     model, chosen = session.model, examples[:ASKED]
-    names = [report.CLOSED, "gated"] if model.gates is not None else ["trained, no gates"]
+    names = [report.CLOSED, "gated"] if model.mapper is not None else ["trained, no gates"]
     systems = {name: [] for name in names}
     for start in range(0, len(chosen), 16):
         group = chosen[start:start + 16]
@@ -529,7 +529,7 @@ def loading_html(words):
 
 def status(session, words):
     """One line on what the model is, and where the styles to try come from."""
-    if session.model.gates is None:
+    if session.model.mapper is None:
         return words["no_gates"]
     return words["by_pictures" if session.examples else "by_weights"]
 
