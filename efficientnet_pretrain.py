@@ -95,7 +95,7 @@ def get_args(argv=None):
     run.add_argument("--out", default="runs/efficientnet-28", metavar="DIR", help="run folder (default: runs/efficientnet-28)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
-    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, and in OUT/profile.csv")
+    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, OUT/profile.csv")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     flags.put_first(parser, "--data", "--pretrained", "--out", "--epochs", "--batch-size", "--lr")
     args = flags.parse_args(parser, argv)

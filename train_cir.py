@@ -106,7 +106,7 @@ def get_args(argv=None):
     run.add_argument("--out", default="runs/cir", metavar="DIR", help="run folder (default: runs/cir)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every validation")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
-    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, and in OUT/profile.csv")
+    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, OUT/profile.csv")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     look = parser.add_argument_group("evaluation and search")
     look.add_argument("--checkpoint", metavar="DIR|FILE",

@@ -78,16 +78,16 @@ def get_parser():
                        help="film: scale K, scale and shift V; film-key, film-value: only one of them; gate: 2 sigmoid on K and V; "
                             "none: no gates (default: film)")
     model.add_argument("--per", choices=("head", "channel"), default="channel",
-                       help="one gate value a head or a channel (default: channel, which learns sooner)")
+                       help="one gate value a channel or a head (default: channel)")
     model.add_argument("--gate-scale", type=flags.rate, default=1.0, help="start value of the learned gate scale (default: 1)")
     model.add_argument("--steer", choices=tuple(core.WAYS), nargs="+", default=[], metavar="WAY",
                        help="further ways for style to come in, with --gating none instead of the gates. soft-prompt: tokens of the "
                             "language model; patches: for the queries to look at; queries: beside the others; fusion: into every "
                             "patch (default: none)")
     model.add_argument("--control-tokens", type=flags.positive, default=4, metavar="N",
-                       help="of the mapper: so many tokens --steer adds; the gates take their mean (default: 4)")
-    model.add_argument("--control-from", choices=("style+question", "style"), default="style+question",
-                       help="what they are made of (default: style+question)")
+                       help="--steer adds so many; the gates take their mean (default: 4)")
+    model.add_argument("--control-from", choices=("style+question", "style"), default="style+question", metavar="SOURCE",
+                       help="style+question or style (default: style+question)")
     model.add_argument("--train-qformer", action="store_true", help="train the Q-Former and its queries too")
     model.add_argument("--lora-rank", type=flags.whole, default=0,
                        help="LoRA on the cross-attention's W_K and W_V (default: 0 = off)")
@@ -111,7 +111,7 @@ def get_parser():
                      help="of the language model for the backward pass. bits: of each ReLU its signs; recompute: only each layer's "
                           "input. Less memory, more time, the same gradients (default: keep)")
     run.add_argument("--compile", action="store_true",
-                     help="torch.compile of the frozen language model's layers: minutes to start, faster steps (default: off)")
+                     help="torch.compile of the language model: minutes to start (default: off)")
     run.add_argument("--max-answer", type=flags.positive, default=core.MAX_ANSWER, metavar="N",
                      help="an answer has as many tokens as the longest of training, end of line included, and never more than N "
                           f"(default: {core.MAX_ANSWER})")
@@ -123,7 +123,7 @@ def get_parser():
     run.add_argument("--out", default="runs/gated", metavar="DIR", help="run folder (default: runs/gated)")
     run.add_argument("--save-last", action="store_true", help="write last.pt after every epoch")
     run.add_argument("--resume", action="store_true", help="go on from OUT/last.pt where there is one, else start")
-    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, and in OUT/profile.csv")
+    run.add_argument("--profile", action="store_true", help="time the phases of the steps: a table at the end, OUT/profile.csv")
     run.add_argument("--config", metavar="YAML", help="file with defaults, e.g. the args.yaml of a run; the command line wins")
     flags.put_first(parser, "--data", "--blip2", "--out", "--epochs", "--batch-size", "--lr")
     return parser

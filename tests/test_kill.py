@@ -224,7 +224,8 @@ class Trial:
     def __init__(self, zygote, small, tiny, folder, workers, accumulation):
         self.zygote, self.folder, self.accumulation, self.workers = zygote, folder, accumulation, workers
         self.flags = [*small, "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", str(EPOCHS), "--batch-size", str(BATCH),
-                      "--accumulation", str(accumulation), "--lr", "3e-3", "--workers", str(workers), "--precision", "no",
+                      "--eval-batch-size", str(BATCH), "--accumulation", str(accumulation), "--lr", "3e-3",
+                      "--workers", str(workers), "--precision", "no",
                       "--save-last", "--resume", *MORE[accumulation]]
         self.per_epoch = TRAIN_ROWS // (BATCH * accumulation)
         self.whole = folder / "whole"

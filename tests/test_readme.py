@@ -55,6 +55,7 @@ WRITTEN = ("runs/gated/test.json", "runs/qformer/hf/config.json", "runs/lavis/hf
            "runs/blip/test.json", "runs/cir/search.html")
 # test_bench.py (minutes), test_sample.py (writes into the project), test_assemble.py (parts of other models)
 ELSEWHERE = {"tools/bench.py", "tools/make_sample.py", "tools/assemble.py"}
+MEASURED = {"docs/results.md"}  # its commands take an hour: parsed here, and run in small by test_scripts.py's test_compare_gated
 
 
 def text_of(page):
@@ -265,7 +266,7 @@ def run_one(script, argv):
 
 def test_the_blocks_run(world, tiny, capsys):
     told, written = {}, set()
-    for page in ALL:
+    for page in [page for page in ALL if page not in MEASURED]:
         for script, argv in commands(page, blocks=True):
             if script in ELSEWHERE or (script, argv) in told:
                 continue

@@ -36,10 +36,11 @@ def log(tmp_path):
 
 
 def same_page(tmp_path, parts, title):
-    """The page that the command draws is that of the parts, to the byte."""
+    """The page that the command draws is that of the parts, to the byte. But for one name: once a test has loaded WordNet, this process
+    keeps it, and the command's never had it."""
     report.write(tmp_path / "direct.html", title, parts)
-    drawn = tmp_path / "page.html"
-    assert drawn.read_bytes() == (tmp_path / "direct.html").read_bytes()
+    drawn, direct = ((tmp_path / name).read_bytes().replace(b"METEOR (no WordNet)", b"METEOR") for name in ("page.html", "direct.html"))
+    assert drawn == direct
 
 
 def test_the_page_of_captions_is_that_of_their_results(tmp_path, pictures, log, capsys):

@@ -71,7 +71,7 @@ def test_an_answer_is_read_as_its_tokens_say(build, batch, monkeypatch):
     """The library's clean-up would join "Poussin 's"."""
     model = build(gating="none")
     ids = torch.tensor([model.tokenizer(" Poussin 's st . john\nmore", add_special_tokens=False).input_ids])
-    monkeypatch.setattr(type(model.language_model), "generate", lambda self, **settings: ids)
+    monkeypatch.setattr(type(model.decoder), "generate", lambda self, *asked: ids)
     model.tokenizer.clean_up_tokenization_spaces = True
     assert model.predict_answers(batch["images"][:1], ["Who?"]) == ["Poussin 's st . john"]
 
