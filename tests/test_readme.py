@@ -36,7 +36,7 @@ PAGES = {"README.md": "README.zh-CN.md", "data/README.md": "data/README.zh-CN.md
 ALONE = ("docs/train_gated.md", "docs/eval_gated.md", "docs/efficientnet_pretrain.md", "docs/train_blip_caption.md", "docs/train_cir.md",
          "docs/pretrain_qformer.md", "docs/results.md", "docs/speed.md", "docs/stages.zh-CN.md")  # in one language
 ALL = ("README.md", *ALONE, *list(PAGES)[1:], *PAGES.values())  # as they are run: what faq.md evaluates the stages' pages have trained
-ELSEWHERE_READ = {"docs/recipes.md", "docs/design.md"}  # test_recipes.py applies the one; the other has no command
+ELSEWHERE_READ = ("docs/recipes.md", "docs/design.md")  # test_recipes.py applies the one; the other has no command
 SCRIPTS = {"train_gated.py": train_gated, "eval_gated.py": eval_gated, "tools/compare_gated.py": compare_gated,
            "train_cir.py": train_cir,
            "efficientnet_pretrain.py": efficientnet_pretrain, "train_blip_caption.py": train_blip_caption, "metrics.py": metrics,
