@@ -331,14 +331,18 @@ def pooled_features(net, data, accelerator, batch_size, workers):
     return torch.cat(found)
 
 
+def row_shares(labels, classes, balance):
+    """Weight of each row in the loss, [N], 1 in all: n_c^-balance of a row of class c, of n_c rows."""
+    weights = torch.bincount(labels, minlength=classes).double()[labels] ** -balance
+    return weights / weights.sum()
+
+
 def fit_logistic(features, labels, classes, balance, penalty):
     """Multinomial logistic regression: features [N,F], labels [N] -> weight [K,F], bias [K] for the features as they are.
 
     Minimises the mean cross-entropy, a row of class c weighed by n_c^-balance, plus penalty/2 |weight|^2 on standardised features."""
     mean, std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)  # [F] each
-    x, counts = (features - mean) / std, torch.bincount(labels, minlength=classes).double()
-    shares = counts[labels] ** -balance
-    shares /= shares.sum()  # [N]
+    x, shares = (features - mean) / std, row_shares(labels, classes, balance)  # [N,F], [N]
     weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
     bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
     solver = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe", tolerance_change=1e-9)
@@ -360,7 +364,7 @@ def best_penalty(features, labels, classes, balance, seed):
     for label in range(classes):  # each class spread evenly over the folds
         members = np.flatnonzero(labels.numpy() == label)
         fold[rng.permutation(members)] = torch.from_numpy(rng.permutation(FOLDS)[np.arange(len(members)) % FOLDS])
-    shares = torch.bincount(labels, minlength=classes).double()[labels] ** -balance  # [N]
+    shares = row_shares(labels, classes, balance)  # [N]
 
     def loss(penalty):
         total = 0.0
