@@ -14,33 +14,27 @@ Confidence: geometric mean of the probabilities of the answer's tokens, its end 
 """
 
 import argparse
-import json
 import math
 import os
 import pathlib
-import re
 import sys
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 
 import core
-import metrics
 from data import rows
-from data.questions import Questions, read_questions
-from engine import answering, checkpoints, comparison, errors, files, flags, folders, gate_frames, loop, memory, packing, published
+from data.questions import OtherStyle, Questions, read_questions
+from engine import answering, checkpoints, comparison, errors, files, flags, folders, loop, memory, packing, published
 from engine.errors import DataError
-from engine.evaluation import PANELS, evaluate, loss_summary
+from engine.evaluation import PANELS, coverage, evaluate, format_overlap, print_table, score_table, training_overlap, write_table
 from engine.features import cached_features, likeliest_styles, predicted_styles
 from engine.prompts import Collate, log_cut_answers
 from engine.saved import sees_style
 from show import maps, report, sharing
 
-LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
-SCORES = ("EM", "VQA", "BLEU", "BLEU-AQ", "ROUGE-L")  # percent; AQ: with ArtQuest's order of the arguments
-ANSWERS = ("image", "question", "answer", "confidence")  # columns of --answers
 ABOUT_TABLES = ("data", "predictions", "against", "table", "report", "no_baselines", "shuffle_style", "merge_lora", "cache", "skip_bad",
                 "maps", "export")  # not with --ask
 NEEDED = ("model_args", "state", "args", "loss_weights", "majority", "answers", "frozen")  # of a best.pt
@@ -126,10 +120,11 @@ def get_args(argv=None):
 
 def flags_at_odds(args):
     """What is wrong with the flags in one line, "" where they go together."""
+    given = {name: f"--{name.replace('_', '-')}" for name in ABOUT_TABLES if getattr(args, name)}
     if not args.checkpoint:
-        if not (args.predictions and (args.against or "").endswith((".json", ".csv"))) or args.ask:
+        if not (args.predictions and comparison.is_file(args.against)) or args.ask:
             return "--checkpoint is needed, but for --predictions and --against, two files of earlier evaluations"
-        other = [f"--{name.replace('_', '-')}" for name in ABOUT_TABLES if getattr(args, name) and name not in ("predictions", "against")]
+        other = [flag for name, flag in given.items() if name not in ("predictions", "against")]
         return f"without --checkpoint nothing is evaluated: leave {', '.join(other)} out" if other else ""
     if (args.ask is None) != (args.answers is None):
         return "--ask and --answers go together"
@@ -137,12 +132,55 @@ def flags_at_odds(args):
         return "--merge-lora answers nothing: leave --report, --against and --abstain-below out"
     if not args.ask:
         return ""
-    other = [f"--{name.replace('_', '-')}" for name in ABOUT_TABLES if getattr(args, name)]
-    if other:
-        return f"--ask is about the pictures of --images alone: leave {', '.join(other)} out"
+    if given:
+        return f"--ask is about the pictures of --images alone: leave {', '.join(given.values())} out"
     if not args.images:
         return "--ask needs --images, the folder of pictures"
     return "" if all(question.strip() for question in args.ask) else "--ask: a question is empty"
+
+
+def refuse_places(args):
+    """DataError where something that the flags ask for cannot be written, before anything is loaded."""
+    if args.predictions and not args.predictions.endswith(".json"):
+        raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
+    for path in filter(None, (args.predictions, args.against and against_place(args), args.table, args.report, args.answers,
+                              args.merge_lora, args.maps and map_folder(args) / "001.png")):
+        files.refuse_unwritable(path)
+    if args.export:
+        if args.merge_lora:
+            raise DataError("--export goes with an evaluation, not with --merge-lora")
+        sharing.refuse_target(args.export)
+
+
+def against_place(args):
+    """What --against writes, without .json and .csv."""
+    beside = os.path.splitext(args.predictions)[0] if args.predictions else pathlib.Path(args.checkpoint).with_name(args.split)
+    return f"{beside}.against"
+
+
+def map_folder(args):
+    return pathlib.Path(args.checkpoint).parent / "maps"
+
+
+# --- data and model ------------
+
+def read_data(args, trained_with, log):
+    """The rows of --split. A flag about data that is not given is that of the training, and stands in args from here on."""
+    args.val_share = 0.0  # of a table given here, all rows
+    if args.data is None:
+        args.data, args.images = trained_with["data"], args.images or trained_with["images"]
+    if os.path.isfile(args.data) and os.path.isfile(trained_with["data"]) and os.path.samefile(args.data, trained_with["data"]):
+        args.val_share = trained_with["val_share"]
+        if not args.val_share and args.split != "train":
+            raise DataError(f"{args.data}: all of this table was trained on (--val-share 0): nothing in it was held out: give --data "
+                            "with rows of their own, or --split train")
+    args.columns = trained_with["columns"] if args.columns is None else args.columns
+    args.encoding = args.encoding or trained_with["encoding"]
+    args.separator = args.separator or trained_with["separator"]
+    args.semart = args.semart or trained_with["semart"]
+    args.style, args.context = trained_with["style"], trained_with["context"]
+    return read_questions(args.data, args.split, args.columns, args.images, args.encoding, args.separator, args.style, args.semart,
+                          args.context, args.val_share, args.skip_bad, args.workers, log)
 
 
 def current_model_args(args, checkpoint):
@@ -154,6 +192,11 @@ def current_model_args(args, checkpoint):
 def model_class(script):
     """The Model of an edited train_gated.py, RUN AS A MODULE; core's without one."""
     return flags.load_script(script).Model if script else core.Blip2OPTGated
+
+
+def load_style(args, places):
+    """The style classifier alone. places: see current_model_args."""
+    return model_class(args.script).style_tower.from_checkpoint(places["efficientnet"], args.safe_load).eval()
 
 
 def load_model(args, checkpoint, dtype, towers=None):
@@ -173,79 +216,38 @@ def load_model(args, checkpoint, dtype, towers=None):
     return model
 
 
-def data_args(args, trained_with):
-    """The flags about data: the one given, else what the training used."""
-    args.val_share = 0.0  # of a table given here, all rows
-    if args.data is None:
-        args.data, args.images = trained_with["data"], args.images or trained_with["images"]
-    if is_same_table(args.data, trained_with["data"]):
-        args.val_share = trained_with["val_share"]
-        if not args.val_share and args.split != "train":
-            raise DataError(f"{args.data}: all of this table was trained on (--val-share 0): nothing in it was held out: give --data "
-                            "with rows of their own, or --split train")
-    args.columns = trained_with["columns"] if args.columns is None else args.columns
-    args.encoding = args.encoding or trained_with["encoding"]
-    args.separator = args.separator or trained_with["separator"]
-    args.semart = args.semart or trained_with["semart"]
-    args.style, args.context = trained_with["style"], trained_with["context"]
+def questions_at_once(args, model):
+    """--batch-size as a number, now that the model is there; --graphs."""
+    if args.graphs:
+        answering.record_steps(model.language_model)
+    return memory.answer_batch(args.batch_size, model.language_model, args.beams, args.max_new_tokens or model.max_answer)
 
 
-def is_same_table(one, other):
-    """Are both the same table, and no folder with several?"""
-    return os.path.isfile(one) and os.path.isfile(other) and os.path.samefile(one, other)
+def prepare(args, checkpoint, accelerator):
+    """Data of --split and the model, not yet with its trained tensors -> Evaluation."""
+    questions = read_data(args, {**BEFORE, **checkpoint["args"]}, accelerator.print)
+    ids, overlap = comparison.question_ids(questions), training_overlap(checkpoint.get("pictures"), questions, args.workers)
+    accelerator.print(f"{args.split}: pictures that training saw: {format_overlap(overlap)}")
+    places, dtype = current_model_args(args, checkpoint), core.DTYPES[accelerator.mixed_precision]
+    features, towers = cached_features(args.cache, places["blip2"], places.get("qformer"),
+                                       partial(load_style, args, places) if sees_style(places) else None, questions, accelerator,
+                                       dtype, args.workers)
+    model = load_model(args, checkpoint, dtype, towers).to(accelerator.device)
+    if places.get("lm_precision") != checkpoint["model_args"].get("lm_precision"):
+        accelerator.print(f"the language model is in {places['lm_precision']}, in training it was in "
+                          f"{checkpoint['model_args'].get('lm_precision') or 'the precision of the towers'}")
+    args.batch_size = questions_at_once(args, model)
+    published.refuse_unknown_words(model.tokenizer, [row.question for row in questions], places["blip2"])
+    log_cut_answers(model.tokenizer, {args.split: questions}, model.max_answer, accelerator.print)
+    for field in (name for name in ("style", "context") if getattr(args, name) == "efficientnet"):
+        questions, = predicted_styles(load_style(args, places).to(accelerator.device), published.image_size_of(places["blip2"]),
+                                      places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print, field)
+    questions = rows.unify_spelling(questions, model.styles, accelerator.print)
+    return Evaluation(args, checkpoint, accelerator, model, questions, ids, overlap, Questions(questions, model.image_size, features),
+                      Collate(model.tokenizer, model.styles, model.max_answer))
 
 
-def training_overlap(checkpoint, questions, workers):
-    """Of each row: did training see its picture? None where the checkpoint, of an earlier version, does not say."""
-    if "pictures" not in checkpoint:
-        return None
-    pictures, digests = set(checkpoint["pictures"]), rows.picture_digests(questions, workers)
-    return [digests[row.image] in pictures for row in questions]
-
-
-def format_overlap(overlap):
-    """training_overlap in words."""
-    if overlap is None:
-        return "unknown, since this checkpoint of an earlier version does not say which pictures were trained on"
-    return f"{sum(overlap)} of {len(overlap)} rows" + (": these scores are not of held-out pictures" if any(overlap) else "")
-
-
-class OtherStyle(Questions):
-    """Questions whose style classifier looks at another picture: {"images", "style_images"}, each [3,s,s].
-
-    Every picture gets one partner, drawn from the seed, never itself (where there are two)."""
-
-    def __init__(self, questions, image_size, features=None, seed=0):
-        super().__init__(questions, image_size, features)
-        paths = sorted({row.image for row in questions})
-        order = np.random.default_rng(seed).permutation(len(paths))
-        self.partner = {paths[i]: paths[j] for i, j in zip(order, np.roll(order, 1))}
-
-    def __getitem__(self, index):
-        sample, row = super().__getitem__(index)
-        other = self.partner[row.image]
-        if self.features is not None:
-            return {**sample, "style_feature": self.features[other]["style_feature"]}, row
-        if not isinstance(sample, DataError):
-            try:
-                sample["style_images"] = rows.image_tensor(rows.load_image(other), self.image_size)
-            except DataError as error:
-                sample = error
-        return sample, row
-
-
-def write_merged(model, checkpoint, path):
-    """--merge-lora: best.pt without LoRA; eval_gated takes it like any other, and peft is no longer needed."""
-    if not checkpoint["model_args"]["lora_rank"]:
-        raise DataError("--merge-lora: this checkpoint was trained without --lora-rank")
-    model.merge_lora()
-    settings = {**checkpoint["model_args"], "lora_rank": 0, "own_kv": True}
-    checkpoints.save_checkpoint(path, {**checkpoint, "state": checkpoints.trainable_state(model), "model_args": settings,
-                                     "frozen": checkpoints.fingerprint(model)})
-    print(f"merged: {path}")
-
-
-# --- answers ------------
+# --- answers, system by system ------------
 
 def answers_to(model, questions, contexts, features, args, candidates, with_confidence=True, **ablation):
     """Answers of a batch: {"prediction": texts}, with_confidence also "confidence", mean log-probability of the answer's tokens, and
@@ -271,143 +273,6 @@ def answers_to(model, questions, contexts, features, args, candidates, with_conf
     return results
 
 
-def questions_at_once(args, model):
-    """--batch-size as a number, now that the model is there; --graphs."""
-    if args.graphs:
-        answering.record_steps(model.language_model)
-    return memory.answer_batch(args.batch_size, model.language_model, args.beams, args.max_new_tokens or model.max_answer)
-
-
-def coverage(questions, results, least):
-    """--abstain-below in a line: how many of the answers have this confidence (0 to 1), and the EM of those."""
-    hits = [metrics.exact_match(one["prediction"], r.answer.strip()) for r, one in zip(questions, results)]
-    kept = [hit for hit, one in zip(hits, results) if math.exp(one["confidence"]) >= least]
-    told = f"EM {100 * sum(kept) / len(kept):.1f} on those, " if kept else ""
-    return (f"--abstain-below {least:g}: {len(kept)} of {len(hits)} questions are answered ({len(kept) / len(hits):.1%}), {told}"
-            f"{100 * sum(hits) / len(hits):.1f} on all")
-
-
-def ask(args, checkpoint, accelerator):
-    """--ask: a row of --answers for each picture of --images and each question, but for those that are there, see folders.py."""
-    if accelerator.num_processes > 1:
-        raise DataError("--ask writes one file from one process: start it without accelerate launch")
-    names, asked = folders.pictures_in(args.images), [(question,) for question in dict.fromkeys(args.ask)]
-    places = current_model_args(args, checkpoint)
-    search = {"beams": args.beams, "max-new-tokens": args.max_new_tokens} if args.method == "generate" else {}
-    made_with = {"checkpoint (sha256)": files.digest(args.checkpoint), "--images": os.path.realpath(args.images),
-                 "--method": args.method, **search, "--abstain-below": args.abstain_below, "precision": accelerator.mixed_precision,
-                 "--lm-precision": places.get("lm_precision")}
-    with folders.open_table(args.answers, ANSWERS, 2, made_with) as table, errors.batch_size_in_memory_errors(args.batch_size):
-        todo = table.missing(names, asked)
-        if not todo:
-            print(f"{args.answers}: all {len(names)} pictures are there")
-            return
-        model = load_model(args, checkpoint, core.DTYPES[accelerator.mixed_precision]).to(accelerator.device).eval()
-        checkpoints.load_trainable(model, checkpoint["state"], args.checkpoint)
-        args.batch_size = questions_at_once(args, model)
-        context, net = checkpoint["args"].get("context"), None
-        if context == "efficientnet":
-            net = model_class(args.script).style_tower.from_checkpoint(places["efficientnet"], args.safe_load).to(accelerator.device).eval()
-        elif context:
-            print("note: this model was trained with a text before the question (--context); here there is none")
-
-        def answer_batch(images, keys):
-            return answer_pictures(model, images, keys, args, sorted(checkpoint["answers"]), net)
-        folders.fill(table, args.images, todo, answer_batch, model.image_size, max(1, args.batch_size // len(asked)), args.workers,
-                     accelerator.device)
-
-
-def answer_pictures(model, images, keys, args, candidates, net=None):
-    """images [B,3,s,s] and of each its keys (image, question) -> (N keys, N (answer, confidence)), see folders.fill. net: the style
-    classifier whose label stood before each question in training."""
-    features, labels = model.image_features(images), likeliest_styles(net, images) if net else None
-    asked, cells = [(n, key) for n, own in enumerate(keys) for key in own], []
-    for part in (asked[start:start + args.batch_size] for start in range(0, len(asked), args.batch_size)):
-        numbers = torch.tensor([n for n, _ in part], device=images.device)
-        own = {name: x if x is None else x[numbers] for name, x in features.items()}  # [N,P,W] and [N,F]
-        contexts = [labels[n] for n, _ in part] if labels else None
-        found = answers_to(model, [question for _, (_, question) in part], contexts, own, args, candidates)
-        sure = [math.exp(value) for value in found["confidence"]]
-        cells += [(text if value >= (args.abstain_below or 0) else "", f"{value:.4f}")
-                  for text, value in zip(found["prediction"], sure)]
-    return [key for _, key in asked], cells
-
-
-# --- scores: one row of the table is (question type, system) ------------
-
-def score(predictions, answers, people=None):
-    """Mean EM, VQA accuracy, sentence BLEU (prediction as hypothesis; AQ: answer as hypothesis) and ROUGE-L, in percent.
-
-    people: of each question the answers of all people who were asked, for VQA accuracy; None: the one answer."""
-    pairs = list(zip(predictions, answers))
-    sums = {"EM": sum(metrics.exact_match(p, a) for p, a in pairs),
-            "VQA": sum(map(metrics.vqa_accuracy, predictions, people or [[a] for a in answers])),
-            "BLEU": sum(metrics.sentence_bleu(p, a) for p, a in pairs),
-            "BLEU-AQ": sum(metrics.sentence_bleu(a, p) for p, a in pairs),
-            "ROUGE-L": sum(metrics.rouge_l(metrics.tokenize(p), [metrics.tokenize(a)]) for p, a in pairs)}
-    return {name: 100 * value / len(pairs) for name, value in sums.items()}
-
-
-def score_table(questions, systems, overlap=None):
-    """questions: list of Row; systems: {name: what evaluate returns, at least [{"prediction"}]}; overlap: see
-    training_overlap.
-
-    -> rows {type, system, n, seen (how many of n, where that is known), loss, hit, kl (those that the system has), EM, ...}; types
-    sorted, "all" last.
-    """
-    kinds = sorted({r.question_type for r in questions if r.question_type})
-    table = []
-    for kind in [*kinds, "all"]:
-        chosen = [i for i, r in enumerate(questions) if kind in (r.question_type, "all")]
-        for system, results in systems.items():
-            here = [results[i] for i in chosen]
-            scores = score([one["prediction"] for one in here], [questions[i].answer.strip() for i in chosen],
-                           [questions[i].people for i in chosen])
-            met = {} if overlap is None else {"seen": sum(overlap[i] for i in chosen)}
-            table.append({"type": kind, "system": system, "n": len(chosen), **met, **loss_summary(here), **scores})
-    return table
-
-
-def print_table(table):
-    """The rows of score_table as text; "-" where a system has no such value."""
-    width = max(len(r["system"]) for r in table)
-    print(f"\n{'type':12} {'system':{width}} {'n':>6}" + "".join(f"{name:>9}" for name in (*LOSSES, *SCORES)))
-    previous = None
-    for row in table:
-        kind = row["type"] if row["type"] != previous else ""
-        previous = row["type"]
-        losses = "".join(f"{row[name]:9.3f}" if name in row else f"{'-':>9}" for name in LOSSES)
-        print(f"{kind:12} {row['system']:{width}} {row['n']:>6}" + losses + "".join(f"{row[name]:9.1f}" for name in SCORES))
-
-
-def question_ids(questions):
-    """The table's question_id as it is written, else the number of the row from 0; the plain spelling of a whole number, such as 1827492
-    and not 01827492, is that number, as VQAv2's evaluator takes it. DataError: one twice."""
-    ids = [int(r.question_id) if re.fullmatch("0|[1-9][0-9]*", r.question_id) else r.question_id or i for i, r in enumerate(questions)]
-    seen = {}
-    for i, r in zip(ids, questions):
-        if i in seen:
-            raise DataError(f"{r.file}: {rows.locate(r.file, seen[i].line)} and {rows.locate(r.file, r.line)} share "
-                            f"question_id {i}, which evaluators refuse: make them distinct or rename the column")
-        seen[i] = r
-    return ids
-
-
-def write_predictions(path, ids, questions, results):
-    """VQAv2's result format ({"question_id", "answer"}) and a CSV that people can read. results: of evaluate, with "confidence"."""
-    path, table = pathlib.Path(path), []
-    for i, row, one in zip(ids, questions, results):
-        confidence = {"confidence": f"{math.exp(one['confidence']):.4f}", **({"margin": f"{one['margin']:.4f}"} if "margin" in one else {})}
-        table.append({"question_id": i, "image": row.name, "question": row.question, "answer": row.answer, "prediction": one["prediction"],
-                      "question_type": row.question_type, "style": row.style, **confidence})
-    with files.whole_file(path) as file:
-        json.dump([{"question_id": one["question_id"], "answer": one["prediction"]} for one in table], file, ensure_ascii=False, indent=0)
-    files.write_csv(path.with_suffix(".csv"), table)
-    return path.with_suffix(".csv")
-
-
-# --- the evaluation ------------
-
 @dataclass
 class Evaluation:
     """What is asked, and of what: the model as it was before training until answers_of_systems has loaded the trained tensors."""
@@ -420,8 +285,6 @@ class Evaluation:
     overlap: list | None  # see training_overlap
     data: Questions
     collate: Collate
-    places: dict  # see current_model_args
-    dtype: torch.dtype
 
     def answer(self, data=None, trained=True, with_confidence=False, **ablation):
         """What evaluate returns of one system, with "prediction" and, with_confidence, "confidence"."""
@@ -435,36 +298,6 @@ class Evaluation:
             found = evaluate(self.model, data or self.data, self.collate, self.accelerator, args.batch_size, args.workers, weights,
                              answer, **ablation)
         return found if trained else [{k: v for k, v in one.items() if k != "total"} for one in found]  # a part of it is left out
-
-
-def prepare(args, checkpoint, accelerator):
-    """Data of --split and the model, not yet with its trained tensors -> Evaluation."""
-    data_args(args, {**BEFORE, **checkpoint["args"]})
-    questions = read_questions(args.data, args.split, args.columns, args.images, args.encoding, args.separator, args.style,
-                               args.semart, args.context, args.val_share, args.skip_bad, args.workers, accelerator.print)
-    ids, seen = question_ids(questions), training_overlap(checkpoint, questions, args.workers)
-    accelerator.print(f"{args.split}: pictures that training saw: {format_overlap(seen)}")
-    places, dtype = current_model_args(args, checkpoint), core.DTYPES[accelerator.mixed_precision]
-
-    def load_style():
-        return model_class(args.script).style_tower.from_checkpoint(places["efficientnet"], args.safe_load).eval()
-
-    features, towers = cached_features(args.cache, places["blip2"], places.get("qformer"),
-                                       load_style if sees_style(places) else None, questions, accelerator, dtype, args.workers)
-    model = load_model(args, checkpoint, dtype, towers).to(accelerator.device)
-    if places.get("lm_precision") != checkpoint["model_args"].get("lm_precision"):
-        accelerator.print(f"the language model is in {places['lm_precision']}, in training it was in "
-                          f"{checkpoint['model_args'].get('lm_precision') or 'the precision of the towers'}")
-    args.batch_size = questions_at_once(args, model)
-    published.refuse_unknown_words(model.tokenizer, [row.question for row in questions], places["blip2"])
-    log_cut_answers(model.tokenizer, {args.split: questions}, model.max_answer, accelerator.print)
-    for field in (name for name in ("style", "context") if getattr(args, name) == "efficientnet"):
-        questions, = predicted_styles(load_style().to(accelerator.device), published.image_size_of(places["blip2"]),
-                                      places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print, field)
-    questions = rows.unify_spelling(questions, model.styles, accelerator.print)
-    return Evaluation(args, checkpoint, accelerator, model, questions, ids, seen,
-                      Questions(questions, model.image_size, features),
-                      Collate(model.tokenizer, model.styles, model.max_answer), places, dtype)
 
 
 def answers_of_systems(run):
@@ -484,22 +317,21 @@ def answers_of_systems(run):
     return systems
 
 
+# --- what is written ------------
+
 def write_outputs(run, systems, command):
     """Print the table and write what the flags ask for. command: what was typed, for the model card."""
     args, questions, trained = run.args, run.questions, list(systems.values())[-1]
     if args.predictions:  # before the scores: what cost an hour is safe first
-        readable = write_predictions(args.predictions, run.ids, questions, trained)
+        readable = comparison.write_predictions(args.predictions, run.ids, questions, trained)
         print(f"predictions: {args.predictions} and {readable}")
     table = score_table(questions, systems, run.overlap)
     print_table(table)
     if args.abstain_below is not None:
         print(coverage(questions, trained, args.abstain_below))
-    if args.table and args.table.endswith(".csv"):
-        files.write_csv(args.table, table)
-    elif args.table:
-        with files.whole_file(args.table) as file:
-            json.dump(table, file, indent=1)
-    drawn = draw_maps(run, trained) if args.maps else []
+    if args.table:
+        write_table(args.table, table)
+    drawn = maps.draw_run(run.model, questions, trained, args.maps, map_folder(args), run.data.features) if args.maps else []
     if args.report:
         made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, {args.split}", seed=run.checkpoint["args"]["seed"],
                             **{"pictures that training saw": format_overlap(run.overlap)})
@@ -510,33 +342,15 @@ def write_outputs(run, systems, command):
         print(f"report: {args.report}")
     if args.export:
         batch = run.collate([run.data[i] for i in range(min(4, len(run.data)))])
-        moved = {n: run.places.get(n) for n in ("blip2", "efficientnet", "lm_precision")}
-        sharing.export(args.export, run.checkpoint, run.model, sharing.scores(questions, systems),
-                       sharing.samples(questions, trained), command, batch, **moved, dtype=run.dtype, safe=args.safe_load,
+        places = current_model_args(args, run.checkpoint)
+        moved = {name: places.get(name) for name in ("blip2", "efficientnet", "lm_precision")}
+        sharing.export(args.export, run.checkpoint, run.model, sharing.scores(questions, systems), sharing.samples(questions, trained),
+                       command, batch, **moved, dtype=core.DTYPES[run.accelerator.mixed_precision], safe=args.safe_load,
                        model_class=model_class(args.script))
         print(f"exported, loaded again and compared: {args.export}")
 
 
-def draw_maps(run, trained):
-    """--maps: figures of the first questions and the gates by style -> their paths, the gates first."""
-    folder = map_folder(run.args)
-    drawn = maps.draw_rows(run.model, run.questions, [one["prediction"] for one in trained], run.args.maps, folder, run.data.features)
-    print(f"maps of the first {len(drawn)} questions: {folder}")
-    frames = gate_frames.read_frames(folder.parent / gate_frames.FILE)
-    if frames and run.model.gates is not None:
-        maps.skyline(frames, folder / "gates.png", folder / "gates.gif")
-        drawn.insert(0, folder / "gates.png")
-    return drawn
-
-
-def rows_against(args):
-    """The rows of the file that --against names, read before an hour of answers; None where it is a run, which is asked afterwards."""
-    if args.against and args.against.endswith((".json", ".csv")):
-        return comparison.read_predictions(args.against)
-    if args.against:
-        checkpoints.checkpoint_file(args.against, "a file of --predictions")
-    return None
-
+# --- --against: beside another evaluation ------------
 
 def answers_of_other(args, accelerator):
     """Rows of the run that --against names, asked the same questions."""
@@ -549,36 +363,46 @@ def answers_of_other(args, accelerator):
 
 def compare(args, ours, theirs):
     """--against: print and write what engine.comparison finds. DataError: other questions."""
-    us = args.checkpoint or args.predictions
-    comparison.report(ours, comparison.in_order(ours, theirs, us, args.against), us, args.against, against_place(args))
+    comparison.report(ours, theirs, args.checkpoint or args.predictions, args.against, against_place(args))
 
 
-def against_place(args):
-    """What --against writes, without .json and .csv."""
-    beside = os.path.splitext(args.predictions)[0] if args.predictions else pathlib.Path(args.checkpoint).with_name(args.split)
-    return f"{beside}.against"
+# --- --ask: a folder of pictures ------------
 
+def ask(args, checkpoint, accelerator):
+    """--ask: a row of --answers for each picture of --images and each question, but for those that are there, see folders.py."""
+    if accelerator.num_processes > 1:
+        raise DataError("--ask writes one file from one process: start it without accelerate launch")
+    names, asked = folders.pictures_in(args.images), [(question,) for question in dict.fromkeys(args.ask)]
+    places = current_model_args(args, checkpoint)
+    search = {"beams": args.beams, "max-new-tokens": args.max_new_tokens} if args.method == "generate" else {}
+    made_with = {"checkpoint (sha256)": files.digest(args.checkpoint), "--images": os.path.realpath(args.images),
+                 "--method": args.method, **search, "--abstain-below": args.abstain_below, "precision": accelerator.mixed_precision,
+                 "--lm-precision": places.get("lm_precision")}
+    with folders.open_table(args.answers, folders.ANSWERS, 2, made_with) as table, errors.batch_size_in_memory_errors(args.batch_size):
+        todo = table.missing(names, asked)
+        if not todo:
+            print(f"{args.answers}: all {len(names)} pictures are there")
+            return
+        model = load_model(args, checkpoint, core.DTYPES[accelerator.mixed_precision]).to(accelerator.device).eval()
+        checkpoints.load_trainable(model, checkpoint["state"], args.checkpoint)
+        args.batch_size = questions_at_once(args, model)
+        context, net = checkpoint["args"].get("context"), None
+        if context == "efficientnet":
+            net = load_style(args, places).to(accelerator.device)
+        elif context:
+            print("note: this model was trained with a text before the question (--context); here there is none")
+        answer = partial(answers_to, model, args=args, candidates=sorted(checkpoint["answers"]))
 
-def map_folder(args):
-    return pathlib.Path(args.checkpoint).parent / "maps"
-
-
-def refuse_places(args):
-    """DataError where something that the flags ask for cannot be written, before anything is loaded."""
-    if args.predictions and not args.predictions.endswith(".json"):
-        raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
-    for path in filter(None, (args.predictions, args.against and against_place(args), args.table, args.report, args.answers,
-                              args.merge_lora, args.maps and map_folder(args) / "001.png")):
-        files.refuse_unwritable(path)
-    if args.export:
-        if args.merge_lora:
-            raise DataError("--export goes with an evaluation, not with --merge-lora")
-        sharing.refuse_target(args.export)
+        def answer_batch(images, keys):  # [B,3,s,s], B lists of (name, question)
+            labels = likeliest_styles(net, images) if net else None
+            return folders.answer_pictures(keys, model.image_features(images), labels, answer, args.batch_size, args.abstain_below or 0)
+        folders.fill(table, args.images, todo, answer_batch, model.image_size, max(1, args.batch_size // len(asked)), args.workers,
+                     accelerator.device)
 
 
 def main(argv=None):
     args = get_args(argv)
-    theirs = rows_against(args)
+    theirs = comparison.read_other(args.against)  # of a file; a run is asked afterwards
     if not args.checkpoint:
         return compare(args, comparison.read_predictions(args.predictions), theirs)
     args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # maps/ and the report's curves go by its folder
@@ -588,7 +412,7 @@ def main(argv=None):
     if args.merge_lora:
         model = load_model(args, checkpoint, torch.float32)
         checkpoints.load_trainable(model, checkpoint["state"], args.checkpoint)
-        return write_merged(model, checkpoint, args.merge_lora)
+        return checkpoints.write_merged(args.merge_lora, model, checkpoint)
     if args.ask:
         return ask(args, checkpoint, accelerator)
     run = prepare(args, checkpoint, accelerator)

@@ -140,6 +140,13 @@ def sentence_bleu(hypothesis, reference):
     return sacrebleu.sentence_bleu(hypothesis.lower(), [reference.lower()], use_effective_order=True).score / 100
 
 
+def answer_scores(prediction, answer, people):
+    """What tables and pages tell of one answer: exact match, VQA accuracy over the answers of all `people` who were asked, sentence BLEU
+    with the prediction as hypothesis, ROUGE-L: {"EM", "VQA", "BLEU", "ROUGE-L"}, each 0 to 1."""
+    return {"EM": exact_match(prediction, answer), "VQA": vqa_accuracy(prediction, people),
+            "BLEU": sentence_bleu(prediction, answer), "ROUGE-L": rouge_l(tokenize(prediction), [tokenize(answer)])}
+
+
 # --------------------------------------------------------------------------- captions (COCO)
 
 _MARKS = ("\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece"  # vowels and tones of Thai and Lao,

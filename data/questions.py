@@ -4,6 +4,7 @@ import os
 import pathlib
 from dataclasses import replace
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from data import rows
@@ -79,5 +80,29 @@ class Questions(Dataset):
             if self.features is not None:
                 return self.features[row.image], row
             return {"images": rows.picture_tensor(row.image, self.image_size)}, row
+        except DataError as error:
+            return error, row
+
+
+class OtherStyle(Questions):
+    """Questions whose style classifier looks at another picture: {"images", "style_images"}, each [3,s,s].
+
+    Every picture gets one partner, drawn from the seed, never itself (where there are two)."""
+
+    def __init__(self, questions, image_size, features=None, seed=0):
+        super().__init__(questions, image_size, features)
+        paths = sorted({row.image for row in questions})
+        order = np.random.default_rng(seed).permutation(len(paths))
+        self.partner = {paths[i]: paths[j] for i, j in zip(order, np.roll(order, 1))}
+
+    def __getitem__(self, index):
+        sample, row = super().__getitem__(index)
+        if isinstance(sample, DataError):
+            return sample, row
+        other = self.partner[row.image]
+        try:
+            if self.features is not None:
+                return {**sample, "style_feature": self.features[other]["style_feature"]}, row
+            return {**sample, "style_images": rows.picture_tensor(other, self.image_size)}, row
         except DataError as error:
             return error, row

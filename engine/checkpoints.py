@@ -2,6 +2,7 @@
 
     checkpoint_file, save_checkpoint, load_checkpoint    our own; code in a file never runs
     trainable_state, load_trainable, fingerprint, other_parts, parts_table    what one holds of a model
+    write_merged                                the same without LoRA
     verify_saved, refuse_other_tensors          proof that it holds the model, bit by bit
     load_foreign, unwrap_state, load_strictly   somebody else's
 """
@@ -169,6 +170,17 @@ def other_parts(now, was):
         return ["all"]
     packed = (LINEAR in now) != (LINEAR in was)
     return sorted(part for part in now.keys() | was.keys() if now.get(part) != was.get(part) and not (packed and part == LINEAR))
+
+
+def write_merged(path, model, checkpoint):
+    """--merge-lora: a best.pt of train_gated.py, whose tensors are in `model`, without LoRA: read like any other, and peft is no longer
+    needed. DataError: there is no LoRA in it."""
+    if not checkpoint["model_args"]["lora_rank"]:
+        raise DataError("--merge-lora: this checkpoint was trained without --lora-rank")
+    model.merge_lora()
+    settings = {**checkpoint["model_args"], "lora_rank": 0, "own_kv": True}
+    save_checkpoint(path, {**checkpoint, "state": trainable_state(model), "model_args": settings, "frozen": fingerprint(model)})
+    print(f"merged: {path}")
 
 
 # --- proof ------------

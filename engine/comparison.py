@@ -1,6 +1,8 @@
-"""comparison.py: two evaluations of the same questions, compared in pairs.
+"""comparison.py: what a system answered, as rows and as the files of --predictions; two evaluations of the same questions in pairs.
 
-    rows_of, read_predictions    what a system answered as rows, from an evaluation or from a file of --predictions
+    question_ids                 what its questions are called there
+    rows_of                      rows straight from an evaluation
+    write_predictions, read_predictions, read_other    the files, and whether --against names one
     in_order                     the other's rows in the order of ours; refuses those of other questions
     hits, groups, compare        exact match of each row; the rows of each question type; both sides and their difference
     side_by_side, report         what changed in each row; all of it printed short and written whole
@@ -10,11 +12,13 @@ result format without its CSV beside it has question_id and prediction alone.
 """
 
 import json
+import math
 import pathlib
+import re
 
 import metrics
-from data.tables import excerpt, read_json, read_table
-from engine import files
+from data.tables import excerpt, locate, read_json, read_table
+from engine import checkpoints, files
 from engine.errors import DataError
 
 SHOWN = 5  # rows gained and rows lost that are printed
@@ -24,10 +28,38 @@ QUESTION = ("image", "question", "answer", "question_type")  # must be the same 
 
 # --- rows ------------
 
+def question_ids(questions):
+    """The table's question_id as it is written, else the number of the row from 0; the plain spelling of a whole number, such as 1827492
+    and not 01827492, is that number, as VQAv2's evaluator takes it. DataError: one twice."""
+    ids = [int(r.question_id) if re.fullmatch("0|[1-9][0-9]*", r.question_id) else r.question_id or i for i, r in enumerate(questions)]
+    seen = {}
+    for i, r in zip(ids, questions):
+        if i in seen:
+            raise DataError(f"{r.file}: {locate(r.file, seen[i].line)} and {locate(r.file, r.line)} share "
+                            f"question_id {i}, which evaluators refuse: make them distinct or rename the column")
+        seen[i] = r
+    return ids
+
+
 def rows_of(ids, questions, results):
     """question_id of N, list of Row, what evaluation.evaluate returned with "prediction" -> N rows."""
     return [dict(zip(COLUMNS, (str(i), row.name, row.question, row.answer, one["prediction"], row.question_type, row.style)))
             for i, row, one in zip(ids, questions, results)]
+
+
+def write_predictions(path, ids, questions, results):
+    """FILE.json of --predictions, VQAv2's result format ({"question_id", "answer"}), and beside it a CSV that people can read -> its path.
+
+    ids: of question_ids; questions: list of Row; results: of evaluation.evaluate, with "prediction" and "confidence"."""
+    path, table = pathlib.Path(path), rows_of(ids, questions, results)
+    for row, one in zip(table, results):
+        row["confidence"] = f"{math.exp(one['confidence']):.4f}"
+        if "margin" in one:
+            row["margin"] = f"{one['margin']:.4f}"
+    with files.whole_file(path) as file:
+        json.dump([{"question_id": i, "answer": one["prediction"]} for i, one in zip(ids, results)], file, ensure_ascii=False, indent=0)
+    files.write_csv(path.with_suffix(".csv"), table)
+    return path.with_suffix(".csv")
 
 
 def read_predictions(path):
@@ -52,6 +84,20 @@ def read_predictions(path):
     if [{name: row[name] for name in found[0]} for row in whole] != found:
         raise DataError(f"{path} and {beside} are of different evaluations: evaluate again")
     return whole
+
+
+def is_file(place):
+    """Does --against name a file of --predictions, and no run?"""
+    return bool(place) and place.endswith((".json", ".csv"))
+
+
+def read_other(place):
+    """The rows of the file that --against names; None where it names a run, which is there, or nothing. DataError: no such run."""
+    if is_file(place):
+        return read_predictions(place)
+    if place:
+        checkpoints.checkpoint_file(place, "a file of --predictions")
+    return None
 
 
 def in_order(ours, theirs, us, them):
@@ -81,10 +127,9 @@ def hits(rows, answers=None):
     return [100 * metrics.exact_match(row["prediction"], right["answer"].strip()) for row, right in zip(rows, answers or rows)]
 
 
-def groups(rows):
-    """{question type: numbers of its rows}, sorted, "all" last."""
-    kinds = sorted({row["question_type"] for row in rows if row["question_type"]})
-    return {kind: [n for n, row in enumerate(rows) if kind in (row["question_type"], "all")] for kind in [*kinds, "all"]}
+def groups(types):
+    """The question types of N rows ("": none) -> {type: numbers of its rows}, sorted, "all" last."""
+    return {kind: [n for n, own in enumerate(types) if kind in (own, "all")] for kind in [*sorted({*types} - {""}), "all"]}
 
 
 def compare(rows, ours, theirs, where=None):
@@ -92,7 +137,7 @@ def compare(rows, ours, theirs, where=None):
 
     -> {name: {"n", "pictures", "ours", "theirs", "difference": metrics.Estimate}}; intervals over pictures and seeds together."""
     found = {}
-    for kind, numbers in (where or groups(rows)).items():
+    for kind, numbers in (where or groups([row["question_type"] for row in rows])).items():
         sides, units = [[side[n] for n in numbers] for side in (ours, theirs)], [rows[n]["image"] for n in numbers]
         found[kind] = {"n": len(numbers), "pictures": len(set(units)), "ours": metrics.estimate(sides[0], units),
                        "theirs": metrics.estimate(sides[1], units), "difference": metrics.paired_difference(*sides, units)}
@@ -120,7 +165,8 @@ def side_by_side(ours, theirs):
 def report(ours, theirs, us, them, place, log=print):
     """Print the comparison short and write it whole: place.json the numbers, place.csv every row with both answers.
 
-    ours, theirs: rows, the latter by in_order; us, them: what they are called."""
+    ours, theirs: rows, in any order; us, them: what they are called. DataError: see in_order."""
+    theirs = in_order(ours, theirs, us, them)
     found, table, place = compare(ours, hits(ours), hits(theirs, ours)), side_by_side(ours, theirs), pathlib.Path(place)
     log(f"\n{us} against {them}: exact match in %, the same questions in pairs; 95 % intervals over pictures, which do not cover what "
         "another seed of training would change")

@@ -1,10 +1,21 @@
-"""evaluation.py: a Gated BLIP-2 scored on questions, the same way in training and afterwards."""
+"""evaluation.py: a Gated BLIP-2 scored on questions, the same way in training and afterwards.
+
+    evaluate, loss_summary                 every row's losses and answer; their means, as they are logged
+    score, score_table                     the answers' scores; all of it by question type and system
+    print_table, write_table, coverage     what is told of them
+    training_overlap, format_overlap       which pictures the training had seen
+"""
+
+import json
+import math
 
 import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from engine import gate_frames, loaders
+import metrics
+from data import rows
+from engine import comparison, files, gate_frames, loaders
 
 # of curves.png and of the report: (heading, [(kind of row, column of training_log.csv, label)])
 PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation")]),
@@ -13,6 +24,8 @@ PANELS = [("loss", [("step", "loss", "training"), ("epoch", "loss", "validation"
           ("symmetric KL, nats", [("epoch", "kl", "symmetric KL")]),
           ("gradient norm", [("step", "grad_norm", "gradient norm")])]
 OWN = ("total", "lm", "hit", "hard_hit", "hit_rows", "kl", "style_ce", "confidence")  # columns that loss_summary knows or leaves out
+LOSSES = ("loss", "lm", "hit", "kl")  # hit: mass on style words, over the questions whose answer is a style
+SCORES = ("EM", "VQA", "BLEU", "BLEU-AQ", "ROUGE-L")  # percent; AQ: with ArtQuest's order of the arguments
 
 
 @torch.no_grad()
@@ -66,3 +79,80 @@ def loss_summary(found):
                "hard_hit": mean(found, "hard_hit", "hit_rows"), "kl": mean(found, "kl")}
     numbers |= {name: mean(found, name) for name, value in found[0].items() if isinstance(value, float) and name not in OWN}
     return {name: value for name, value in numbers.items() if value is not None}
+
+
+# --- scores: one row of the table is (question type, system) ------------
+
+def score(predictions, answers, people=None):
+    """Means of metrics.answer_scores and of BLEU-AQ, the answer as hypothesis, in percent: {name of SCORES: mean}.
+
+    people: of each question the answers of all people who were asked, for VQA accuracy; None: the one answer."""
+    found = [{**metrics.answer_scores(p, a, asked), "BLEU-AQ": metrics.sentence_bleu(a, p)}
+             for p, a, asked in zip(predictions, answers, people or [[a] for a in answers])]
+    return {name: 100 * sum(one[name] for one in found) / len(found) for name in SCORES}
+
+
+def score_table(questions, systems, overlap=None):
+    """questions: list of Row; systems: {name: what evaluate returns, at least [{"prediction"}]}; overlap: see
+    training_overlap.
+
+    -> rows {type, system, n, seen (how many of n, where that is known), loss, hit, kl (those that the system has), EM, ...}; types
+    sorted, "all" last.
+    """
+    table = []
+    for kind, chosen in comparison.groups([r.question_type for r in questions]).items():
+        seen = {} if overlap is None else {"seen": sum(overlap[i] for i in chosen)}
+        for system, results in systems.items():
+            here = [results[i] for i in chosen]
+            scores = score([one["prediction"] for one in here], [questions[i].answer.strip() for i in chosen],
+                           [questions[i].people for i in chosen])
+            table.append({"type": kind, "system": system, "n": len(chosen), **seen, **loss_summary(here), **scores})
+    return table
+
+
+def print_table(table):
+    """The rows of score_table as text; "-" where a system has no such value."""
+    width = max(len(r["system"]) for r in table)
+    print(f"\n{'type':12} {'system':{width}} {'n':>6}" + "".join(f"{name:>9}" for name in (*LOSSES, *SCORES)))
+    previous = None
+    for row in table:
+        kind = row["type"] if row["type"] != previous else ""
+        previous = row["type"]
+        losses = "".join(f"{row[name]:9.3f}" if name in row else f"{'-':>9}" for name in LOSSES)
+        print(f"{kind:12} {row['system']:{width}} {row['n']:>6}" + losses + "".join(f"{row[name]:9.1f}" for name in SCORES))
+
+
+def write_table(path, table):
+    """The rows of score_table as FILE.csv, or as a list of JSON objects."""
+    if path.endswith(".csv"):
+        files.write_csv(path, table)
+        return
+    with files.whole_file(path) as file:
+        json.dump(table, file, indent=1)
+
+
+def coverage(questions, results, least):
+    """--abstain-below in a line: how many of the answers have this confidence (0 to 1), and the EM of those."""
+    hits = [metrics.exact_match(one["prediction"], r.answer.strip()) for r, one in zip(questions, results)]
+    kept = [hit for hit, one in zip(hits, results) if math.exp(one["confidence"]) >= least]
+    told = f"EM {100 * sum(kept) / len(kept):.1f} on those, " if kept else ""
+    return (f"--abstain-below {least:g}: {len(kept)} of {len(hits)} questions are answered ({len(kept) / len(hits):.1%}), {told}"
+            f"{100 * sum(hits) / len(hits):.1f} on all")
+
+
+# --- pictures that training saw ------------
+
+def training_overlap(pictures, questions, workers):
+    """Of each row: did training see its picture? pictures: digests of those of training; None where a checkpoint of an earlier version
+    does not say, then so here."""
+    if pictures is None:
+        return None
+    pictures, digests = set(pictures), rows.picture_digests(questions, workers)
+    return [digests[row.image] in pictures for row in questions]
+
+
+def format_overlap(overlap):
+    """training_overlap in words."""
+    if overlap is None:
+        return "unknown, since this checkpoint of an earlier version does not say which pictures were trained on"
+    return f"{sum(overlap)} of {len(overlap)} rows" + (": these scores are not of held-out pictures" if any(overlap) else "")

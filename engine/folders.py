@@ -2,6 +2,7 @@
 
     opened         a Table: a CSV file that goes on where it stopped
     fill           what a model says of the pictures that the table lacks, batch by batch
+    answer_pictures    what it answers to questions about them
     pictures_in    the pictures in a folder and below
 
 The file grows by whole batches, each safe on disk before the next begins: a kill at any instant loses one batch at most, and the row
@@ -16,6 +17,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import pathlib
 import types
@@ -29,6 +31,8 @@ from data import rows
 from data.tables import excerpt
 from engine import cache, files, loaders
 from engine.errors import DataError, said
+
+ANSWERS = ("image", "question", "answer", "confidence")  # columns of a table of answer_pictures
 
 
 # --- the table ------------
@@ -211,3 +215,19 @@ def fill(table, folder, todo, tell, image_size, batch_size, workers, device):
         print(f"left out: {excerpt(name, 200)}: {reason}")
     print(f"{table.path}: {len(table.done)} rows, {len(table.done) - before} of them new; {len(bad)} of {len(names)} pictures "
           "could not be read" + (": the same command tries them again" if bad else ""))
+
+
+def answer_pictures(keys, features, labels, answer, batch_size, least=0.0):
+    """Questions about a batch of pictures, each on its own -> (N keys, N (answer, confidence)), what `fill` takes.
+
+    keys: B lists, of each picture (name, question); features: {name: [B,...], or None}; labels: None, or B texts to stand before the
+    questions. answer(questions, contexts, features) -> {"prediction": texts, "confidence": mean log-probabilities}, at most batch_size at
+    a time. least: the confidence (0 to 1) below which the answer stays empty."""
+    asked, cells = [(n, key) for n, own in enumerate(keys) for key in own], []
+    for part in (asked[start:start + batch_size] for start in range(0, len(asked), batch_size)):
+        numbers = [n for n, _ in part]
+        own = {name: x if x is None else x[numbers] for name, x in features.items()}  # [n,P,W] and [n,F]
+        found = answer([question for _, (_, question) in part], [labels[n] for n in numbers] if labels else None, own)
+        sure = [math.exp(value) for value in found["confidence"]]
+        cells += [(text if value >= least else "", f"{value:.4f}") for text, value in zip(found["prediction"], sure)]
+    return [key for _, key in asked], cells

@@ -7,6 +7,7 @@
     gate_values                   what the gates do to each layer and head
     explain, draw, draw_rows      all of it for one question, as one figure; for the first questions of a table
     skyline                       the gates by style, one frame an evaluation (engine/gate_frames.py), as PNG and GIF
+    draw_run                      both into the maps/ of a run
 
 Do they point at what a question is about? tools/faithfulness.py asks that of drawn scenes.
 
@@ -505,3 +506,18 @@ def skyline(frames, path_png, path_gif=None):
     with files.whole_file(path_gif, "wb") as file:
         pages[0].save(file, format="GIF", save_all=True, append_images=pages[1:], loop=0,
                       duration=[900] * (len(pages) - 1) + [3000])
+
+
+# --- a run's maps/ ------------
+
+def draw_run(model, questions, results, count, folder, features=None):
+    """draw_rows into `folder`, maps/ of a run, and the gates by style, which the run left beside it -> the paths, the gates first.
+
+    results: of evaluation.evaluate, with "prediction"; the others: see draw_rows."""
+    drawn = draw_rows(model, questions, [one["prediction"] for one in results], count, folder, features)
+    print(f"maps of the first {len(drawn)} questions: {folder}")
+    frames = gate_frames.read_frames(folder.parent / gate_frames.FILE)
+    if frames and model.gates is not None:
+        skyline(frames, folder / "gates.png", folder / "gates.gif")
+        drawn.insert(0, folder / "gates.png")
+    return drawn

@@ -34,7 +34,7 @@ from engine.errors import DataError
 from show.gallery import thumbnail
 
 LISTED, FIXED = 40, 12  # cards of a list, and of the samples that are the same at every evaluation
-SCORES = ("EM", "VQA", "BLEU", "ROUGE-L")  # of an answer, in percent, as in eval_gated
+SCORES = ("EM", "VQA", "BLEU", "ROUGE-L")  # of metrics.answer_scores, in percent
 UNGATED, CLOSED = "BLIP-2, no gates", "gates closed"  # systems of eval_gated
 FIGURE_SIDE = 1400
 SIDE, SMALLEST, BYTES = 240, 48, 6_000_000  # pixels of a picture; where all together have more bytes, they are made smaller
@@ -442,9 +442,8 @@ def exact_matches(questions, results):
 
 def answer_scores(questions, results):
     """SCORES of every answer in percent: [N,4]."""
-    triples = [(one["prediction"], r.answer.strip(), r.people) for r, one in zip(questions, results)]
-    return 100 * np.array([(metrics.exact_match(p, a), metrics.vqa_accuracy(p, people), metrics.sentence_bleu(p, a),
-                            metrics.rouge_l(metrics.tokenize(p), [metrics.tokenize(a)])) for p, a, people in triples])
+    scores = [metrics.answer_scores(one["prediction"], r.answer.strip(), r.people) for r, one in zip(questions, results)]
+    return 100 * np.array([[one[name] for name in SCORES] for one in scores])
 
 
 def headline(values, names, units, unit, digits=1):
@@ -512,7 +511,7 @@ def by_type(questions, scores):
 
 
 def full_table(table):
-    """The rows of eval_gated.score_table as they are."""
+    """The rows of evaluation.score_table as they are."""
     names = [name for name in dict.fromkeys(name for row in table for name in row) if name not in ("type", "system")]
 
     def format_cell(row, name):
@@ -671,7 +670,7 @@ def gated(questions, systems, table=(), log_path=None, panels=(), styles=(), las
     """Parts of the page of eval_gated.
 
     questions: N Rows; systems: {name: N dicts as evaluation.evaluate returns them, at least "prediction"}, the trained system
-    last; "confidence": mean log-probability of the answer's tokens. table: of eval_gated.score_table. log_path, panels: see
+    last; "confidence": mean log-probability of the answer's tokens. table: of evaluation.score_table. log_path, panels: see
     curves. styles: names beside those in the rows. last: further parts, such as about(). figures: paths of drawn maps."""
     names = style_names(questions, systems, styles)
     scores = {name: answer_scores(questions, found) for name, found in systems.items()}

@@ -146,14 +146,14 @@ def test_hits_are_means_over_the_questions_about_style_alone():
 
 def test_bleu_takes_the_prediction_as_hypothesis_and_every_persons_answer_counts():
     prediction, answer = "red", "a red boat on the water"
-    scores = eval_gated.score([prediction], [answer], [["blue"] * 5 + ["red"] * 5])
+    scores = evaluation.score([prediction], [answer], [["blue"] * 5 + ["red"] * 5])
     assert scores["BLEU"] == pytest.approx(100 * metrics.sentence_bleu(prediction, answer))
     assert scores["BLEU-AQ"] == pytest.approx(100 * metrics.sentence_bleu(answer, prediction)) and scores["BLEU"] != scores["BLEU-AQ"]
     assert scores["VQA"] == 100 and scores["EM"] == 0
 
 
 def test_a_type_counts_its_own_rows_and_those_that_training_saw():
-    table = eval_gated.score_table(ASKED, {"x": [{"prediction": row.answer} for row in ASKED]}, [True, False, False, False, False, False])
+    table = evaluation.score_table(ASKED, {"x": [{"prediction": row.answer} for row in ASKED]}, [True, False, False, False, False, False])
     assert {r["type"]: (r["n"], r["seen"]) for r in table} == {"colour": (2, 0), "count": (2, 0), "style": (2, 1), "all": (6, 1)}
 
 

@@ -25,9 +25,8 @@ import torch
 import yaml
 from PIL import Image
 
-import eval_gated
 from conftest import ROOT
-from engine import cache, checkpoints, errors, files, run, runfolder
+from engine import cache, checkpoints, comparison, errors, files, run, runfolder
 from show import report
 from test_run import make, same, train  # noqa: F401
 from tools import drawing
@@ -212,7 +211,7 @@ SAID = [{"prediction": "Rubens", "confidence": -0.5}] * 3
 
 
 def predictions(folder):
-    eval_gated.write_predictions(folder / "p.json", [1, 2, 3], ANSWERS, SAID)
+    comparison.write_predictions(folder / "p.json", [1, 2, 3], ANSWERS, SAID)
 
 
 def features(folder):

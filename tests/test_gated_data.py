@@ -18,7 +18,7 @@ import metrics
 import train_gated
 from data import rows, wikiart
 from conftest import prepared
-from engine import checkpoints, errors
+from engine import checkpoints, comparison, errors, evaluation
 from tools import compare_gated, make_tiny
 
 
@@ -346,19 +346,19 @@ def test_predictions_in_the_official_format(few, flags, tmp_path):
     theirs = official_accuracy(out, tmp_path / "a.json")
     ours = 100 * sum(metrics.vqa_accuracy(one["answer"], answers) for one, answers in zip(results, annotators)) / len(results)
     assert ours == pytest.approx(theirs, abs=1e-9) and theirs > 40
-    table_score = eval_gated.score([one["answer"] for one in results], [r["answer"] for r in table])["VQA"]
+    table_score = evaluation.score([one["answer"] for one in results], [r["answer"] for r in table])["VQA"]
     assert table_score == pytest.approx(theirs, abs=1e-9)  # nine of ten annotators give the table's one answer
 
 
 def test_a_question_id_that_stands_twice_is_refused(sample):
     found = rows.read_split(sample, "val", {"question_id": "question_type"})
     with pytest.raises(rows.DataError, match=r"line 2 and line \d+ share question_id"):
-        eval_gated.question_ids(found)
-    assert eval_gated.question_ids(rows.read_split(sample, "val"))[:3] == [0, 1, 2]
+        comparison.question_ids(found)
+    assert comparison.question_ids(rows.read_split(sample, "val"))[:3] == [0, 1, 2]
 
 
 def test_question_ids_stay_as_they_are_written(sample):
     """GQA's 01827492 and 1827492 are two questions; what is no plain spelling of a whole number is a text."""
     written = ["01827492", "1827492", "0", "00", "-5", "1e5", "\u0663", "q7", " 8", ""]
     found = [replace(row, question_id=text) for row, text in zip(rows.read_split(sample, "val"), written)]
-    assert eval_gated.question_ids(found) == ["01827492", 1827492, 0, "00", "-5", "1e5", "\u0663", "q7", " 8", 9]
+    assert comparison.question_ids(found) == ["01827492", 1827492, 0, "00", "-5", "1e5", "\u0663", "q7", " 8", 9]

@@ -22,7 +22,8 @@ import eval_gated
 import metrics
 import train_gated
 from data import rows
-from engine import checkpoints, errors, loaders, loop, run, runfolder
+from data.questions import OtherStyle
+from engine import checkpoints, errors, evaluation, loaders, loop, run, runfolder
 from engine.run import Step
 from faults import the_error
 from tools import compare_gated, make_tiny
@@ -272,7 +273,7 @@ def test_lora_is_merged_on_request(trained, flags, tmp_path, capsys):
 def test_other_style_swaps_the_classifiers_picture_only(build, sample):
     found = rows.read_split(sample, "val")
     size = make_tiny.RANDOM_SIZE
-    plain, other = train_gated.Questions(found, size), eval_gated.OtherStyle(found, size)
+    plain, other = train_gated.Questions(found, size), OtherStyle(found, size)
     assert all(mine != partner for mine, partner in other.partner.items()) and set(other.partner.values()) == set(other.partner)
     sample_of, _ = other[0]
     assert torch.equal(sample_of["images"], plain[0][0]["images"]) and not torch.equal(sample_of["style_images"], sample_of["images"])
@@ -281,7 +282,7 @@ def test_other_style_swaps_the_classifiers_picture_only(build, sample):
     for row in found:
         one = model.image_features(rows.image_tensor(rows.load_image(row.image), size)[None])
         features[row.image] = {name: tensor[0] for name, tensor in one.items()}
-    kept = eval_gated.OtherStyle(found, size, features)[0][0]
+    kept = OtherStyle(found, size, features)[0][0]
     seen = model.image_features(sample_of["images"][None], sample_of["style_images"][None])
     for name in ("image_embeds", "style_feature"):
         assert torch.allclose(kept[name], seen[name][0], atol=1e-5), name
@@ -295,7 +296,7 @@ def test_majority_answers():
 
 def test_score_table_by_hand():
     row = lambda kind, answer: type("Row", (), {"question_type": kind, "answer": answer, "people": (answer,)})()  # noqa: E731
-    table = eval_gated.score_table([row("a", "Red"), row("a", "two"), row("b", "dog")],
+    table = evaluation.score_table([row("a", "Red"), row("a", "two"), row("b", "dog")],
                                    {"x": [{"prediction": p} for p in ("red", "2", "cat")]})
     assert [(r["type"], r["n"], r["EM"], r["VQA"]) for r in table] == [
         ("a", 2, 50, 100), ("b", 1, 0, 0), ("all", 3, pytest.approx(100 / 3), pytest.approx(200 / 3))]
@@ -372,7 +373,7 @@ def test_coverage_by_hand():
     row = lambda answer: type("Row", (), {"answer": answer})()  # noqa: E731
     questions = [row("red"), row("two "), row("dog"), row("cat")]
     found = [{"prediction": p, "confidence": math.log(c)} for p, c in (("Red", 0.9), ("two", 0.5), ("cat", 0.5), ("cat", 0.25))]
-    said = {least: eval_gated.coverage(questions, found, least) for least in (0, 0.5, 0.6, 1)}
+    said = {least: evaluation.coverage(questions, found, least) for least in (0, 0.5, 0.6, 1)}
     assert said[0] == "--abstain-below 0: 4 of 4 questions are answered (100.0%), EM 75.0 on those, 75.0 on all"
     assert said[0.5] == "--abstain-below 0.5: 3 of 4 questions are answered (75.0%), EM 66.7 on those, 75.0 on all"
     assert said[0.6].startswith("--abstain-below 0.6: 1 of 4") and "EM 100.0 on those" in said[0.6]

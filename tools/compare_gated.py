@@ -150,7 +150,7 @@ def label_answers(args, others):
     found = [answers.get((row.question_type, row.context)) or answers[row.question_type, ""] for row in asked]
     folder = pathlib.Path(args.out) / "label-as-the-answer"
     folder.mkdir(parents=True, exist_ok=True)
-    eval_gated.write_predictions(answers_of(args, folder), eval_gated.question_ids(asked), asked,
+    comparison.write_predictions(answers_of(args, folder), comparison.question_ids(asked), asked,
                                  [{"prediction": counts.most_common(1)[0][0], "confidence": 0.0} for counts in found])
     return folder
 

@@ -7,9 +7,9 @@ import json
 import pytest
 from PIL import Image
 
-import eval_gated
 import metrics
 from data import rows, tables
+from engine import comparison, evaluation
 from engine.errors import DataError
 from show import report
 
@@ -52,7 +52,7 @@ def test_vqav2_questions_with_their_annotations(tmp_path, more):
         assert rows.check_rows(found) == [] and found[0].image == str(tmp_path / "images" / COCO[0])
         assert "VQAv2 with v2_mscoco_val2014_annotations.json" in said and "10 answers a question: the commonest is trained on" in said
     assert [r.question_type for r in rows.read_split(tmp_path, "val", {"question_type": "question_type"})] == ["what color", "how many"]
-    assert eval_gated.question_ids(found) == [42000, 9001]
+    assert comparison.question_ids(found) == [42000, 9001]
 
 
 def test_lavis_and_a_okvqa(tmp_path):
@@ -72,7 +72,7 @@ def test_the_table_has_the_official_accuracy_over_all_answers(tmp_path):
     """3 of 10 said Green.: 0.9 by the official rule, of one answer it would be 0; the report says the same."""
     found = rows.read_split(put(tmp_path, vqav2("val"), COCO), "val")
     told = [{"prediction": "the green"}, {"prediction": "2"}]
-    table = {row["type"]: row for row in eval_gated.score_table(found, {"gated": told})}
+    table = {row["type"]: row for row in evaluation.score_table(found, {"gated": told})}
     assert table["other"]["VQA"] == pytest.approx(100 * metrics.vqa_accuracy("the green", TEN)) == pytest.approx(90)
     assert table["number"]["VQA"] == 100 and table["other"]["EM"] == 0 and table["all"]["VQA"] == pytest.approx(95)
     assert report.answer_scores(found, told)[:, 1].tolist() == pytest.approx([90, 100])

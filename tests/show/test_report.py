@@ -514,8 +514,8 @@ def test_every_interval_belongs_to_its_value(small):
 
 
 def test_headline_is_the_table_of_eval_gated(small):
-    import eval_gated
-    scores = {r["system"]: r for r in eval_gated.score_table(*small) if r["type"] == "all"}
+    from engine import evaluation
+    scores = {r["system"]: r for r in evaluation.score_table(*small) if r["type"] == "all"}
     headline = report.gated(*small)[1]
     for line in headline.rows:
         assert [cell.text for cell in line[1:2] + line[3:]] == [f"{scores[line[0]][name]:.1f}" for name in report.SCORES]
