@@ -7,11 +7,11 @@ Reading order (building blocks first, the whole last):
   gates            KVGate with its kinds, PromptMapper, GatedFusionModule
   further ways     Way with its kinds: where else style can come in
   style terms      style_vocabulary, style_hit, style_kl
-  stage 1          Blip2Retrieval, itc_targets, itc_loss, max_similarity
+  stage 1          Blip2Retrieval, itc_targets, itc_loss
   the system       Blip2OPTGated
   loading          load_gated
-What stands below: engine/prompts.py (texts as the models read them), published.py (models of others), checkpoints.py, saved.py
-(what a training left); data/rows.py (tables and images).
+What stands below: engine/prompts.py (texts as the models read them), similarity.py (cosines), published.py (models of others),
+checkpoints.py, saved.py (what a training left); data/rows.py (tables and images).
 
 Capitals in shape comments: B batch, Q queries, L text tokens, S = Q + L, P image patches (with CLS), H Q-Former width,
 W vision width, D language model width, V vocabulary, T control tokens, M answer positions of the whole batch, E width of the
@@ -19,7 +19,6 @@ space in which images and texts are compared.
 """
 
 import argparse
-import contextlib
 import inspect
 import os
 from typing import NamedTuple
@@ -42,6 +41,7 @@ from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_TEXT, PROMPT, answer_ids, a
                             encode_training, end_id, inner_ids, newline_id, pad_ids, prompt_ids, stop_ids, text_ids, text_lengths)
 from engine.published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
 from engine.saved import PLACES, part_paths, read, refuse_other_base, refuse_other_dtypes, sees_style
+from engine.similarity import cosines, max_similarity, no_rounding  # noqa: F401
 from engine.text import texts_of
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of the frozen towers, by precision
@@ -633,22 +633,6 @@ def itc_targets(own, everyone, smoothing=0.1):
 def itc_loss(i2t, t2i, targets):
     """Image-text contrastive loss: soft cross-entropy of the logits [B,N] in both directions, averaged. [B]"""
     return -((i2t.log_softmax(-1) + t2i.log_softmax(-1)) * targets).sum(-1) / 2
-
-
-def max_similarity(vectors, images):
-    """vectors [A,E], images [B,Q,E], all of unit length -> cosines [A,B], the largest over the Q queries of an image."""
-    return cosines("ae,bqe->abq", vectors, images).amax(-1)
-
-
-def no_rounding(device):
-    """Context in which autocast is off. On the meta device, where nothing is computed, there is none."""
-    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def cosines(equation, *vectors):
-    """torch.einsum of unit vectors in float32, under autocast too: rounded to bf16, near scores would tie."""
-    with no_rounding(vectors[0].device):
-        return torch.einsum(equation, *(x.float() for x in vectors))
 
 
 # --- the system ------------

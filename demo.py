@@ -33,7 +33,7 @@ from PIL import Image
 
 import core
 from data import rows, tables
-from engine import errors, flags, folders, loop, picture_index, published
+from engine import errors, flags, folders, galleries, loop, picture_index, published
 from engine.errors import DataError
 from show import gallery, maps, report
 
@@ -360,9 +360,8 @@ def load_finder(checkpoint, folder, store=None):
         names, features = train_cir.index_gallery(args, best, model, accelerator, opener, store)
 
     def find(image, text):
-        vector = train_cir.query_vector(model, accelerator, opener(image), text)
-        numbers, scores = picture_index.best(features, vector, args.top + 1)
-        hits = [(os.path.join(folder, names[i]), names[i], float(score)) for i, score in zip(numbers, scores)]
+        vector = galleries.query_vector(model, accelerator, opener(image), text)
+        hits = picture_index.matches(folder, names, features, vector, args.top + 1)
         return [hit for hit in hits if not filecmp.cmp(hit[0], image, shallow=False)][:args.top]  # the reference itself, uploaded
 
     return find

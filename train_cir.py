@@ -10,44 +10,35 @@ looks at them. Trained: Q-Former, heads, prompts, fusion; frozen: the vision tow
 Collate -> Sprc.forward -> losses; validation, --submit, --gate-maps and --search all go through Sprc.query. Copy and edit it.
 """
 
-import hashlib
-import json
 import os
 import pathlib
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import gather_object, send_to_device
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 import core
 from data import cirr, rows
-from engine import (cache, checkpoints, environment, errors, files, flags, loaders, loop, pages, picture_index, published, retrieval,
-                    runfolder, vision)
+from engine import (checkpoints, environment, errors, files, flags, galleries, loaders, loop, pages, picture_index, published, retrieval,
+                    runfolder)
 from engine.errors import DataError
-from engine.retrieval import (Gallery, Opener, chance, chance_text, collate_gallery, mean_of, print_shortcuts, recalls, shortcuts,
-                              write_shortcuts)
+from engine.galleries import Opener
+from engine.retrieval import chance, chance_text, format_metrics, mean_of
 from engine.run import Run, resumes
 from engine.text import text_of
 
 DEFAULT = published.DEFAULTS["blip2-itm"]
-RECALLS = {"cirr": ("R@1", "R@5", "R@10", "R@50", "Rs@1", "Rs@2", "Rs@3", "mean"), "fashioniq": ("R@10", "R@50", "mean")}
-FORMATS = (*RECALLS, "circo")  # CIRCO has no training split
 MODEL_ARGS = ("blip2", "no_gate", "spatial_attention", "transform", "target_ratio", "loss_rtc")  # kept in best.pt
 FREE = ("out", "resume", "save_last", "profile", "config", "workers", "images", "data", "check_data", "dry_run", "skip_bad", "checkpoint",
         "submit", "gate_maps", "report", "search", "image", "gallery", "top", "cache")  # flags that may differ on --resume
-MAPS = 8  # queries that --gate-maps draws
-LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "itc", "rtc", "align", "patch", "temp", "grad_norm", "change",
-               *RECALLS["cirr"])
-PANELS = [("loss", [("step", name, label)
-                    for name, label in (("loss", "sum"), ("itc", "itc"), ("rtc", "rtc"), ("align", "align"))]),
+LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "itc", "rtc", "align", "patch", "temp", "grad_norm", "change", "R@1", "R@5", "R@10",
+               "R@50", "Rs@1", "Rs@2", "Rs@3", "mean")
+PANELS = [("loss", [("step", name, label) for name, label in (("loss", "sum"), ("itc", "itc"), ("rtc", "rtc"), ("align", "align"))]),
           ("validation", [("epoch", name, name) for name in ("mean", "R@1", "R@5", "R@10", "Rs@1")]),
           ("gradient norm", [("step", "grad_norm", "gradient norm")]),
           ("change by the gate", [("epoch", "change", "relative change of the patches")])]
@@ -57,10 +48,9 @@ def get_args(argv=None):
     parser = flags.make_parser(__doc__)
     data = parser.add_argument_group("data")
     data.add_argument("--data", metavar="DIR", help="folder with captions/ and image_splits/ of CIRR or FashionIQ")
-    data.add_argument("--format", choices=FORMATS, default="cirr",
+    data.add_argument("--format", choices=tuple(cirr.SPLITS), default="cirr",
                       help="whose layout it is; circo, several right answers a query, is for --checkpoint alone (default: cirr)")
-    data.add_argument("--images", metavar="DIR",
-                      help="image root (default: the first of DATA/img_raw, DATA/images, DATA that fits)")
+    data.add_argument("--images", metavar="DIR", help="image root (default: the first of DATA/img_raw, DATA/images, DATA that fits)")
     data.add_argument("--transform", choices=("targetpad", "squarepad", "plain"), default="targetpad",
                       help="pad to a ratio and crop, pad to a square, or squash (default: targetpad)")
     data.add_argument("--target-ratio", type=flags.rate, default=1.25, help="of targetpad, 1 or more (default: 1.25)")
@@ -68,34 +58,31 @@ def get_args(argv=None):
                       help="leave missing or broken pictures out and list them, up to this share (0.01 where no number is given); "
                            "recall is then over a smaller gallery")
     data.add_argument("--check-data", action="store_true", help="read everything, list missing pictures, and stop; loads no weight")
-    data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
-                                                             "longest batch, and stop; nothing is written")
+    data.add_argument("--dry-run", action="store_true",
+                      help="show what the model reads and the memory it takes, rehearse the longest batch, and stop; nothing is written")
     data.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
     data.add_argument("--cache", metavar="DIR", help="keep the vision tower's features there, computed once: 0.7 MB a picture in "
                                                      "bf16 (default: none, the tower runs in every step)")
     model = parser.add_argument_group("model")
     model.add_argument("--blip2", metavar="ID|DIR|tiny", help="HuggingFace id or folder in its image-text-retrieval format, or "
                                                               f"tiny (ships with the project); default {DEFAULT}")
-    model.add_argument("--qformer", metavar="DIR|FILE", help="Q-Former and heads from elsewhere: a folder of pretrain_qformer.py, "
-                                                             "or a LAVIS stage-1 .pth")
+    model.add_argument("--qformer", metavar="DIR|FILE",
+                       help="Q-Former and heads from elsewhere: a folder of pretrain_qformer.py, or a LAVIS stage-1 .pth")
     model.add_argument("--no-gate", action="store_true", help="SPRC without the gated fusion, the baseline")
-    model.add_argument("--spatial-attention", action="store_true",
-                       help="the sentence also says where in the picture the fusion acts")
+    model.add_argument("--spatial-attention", action="store_true", help="the sentence also says where in the picture the fusion acts")
     loss = parser.add_argument_group("loss (0 switches a term off)")
-    loss.add_argument("--loss-rtc", type=flags.weight, default=0.4, help="learned prompts with the sentence find the target "
-                                                                             "(default: 0.4)")
-    loss.add_argument("--loss-align", type=flags.weight, default=0.4, help="the sentence-level prompt near the learned ones "
-                                                                               "(default: 0.4)")
-    loss.add_argument("--loss-patch", type=flags.weight, default=0.0, help="late interaction of query tokens with target "
-                                                                               "tokens (default: 0)")
+    loss.add_argument("--loss-rtc", type=flags.weight, default=0.4, help="learned prompts with the sentence find the target (default: 0.4)")
+    loss.add_argument("--loss-align", type=flags.weight, default=0.4, help="the sentence-level prompt near the learned ones (default: 0.4)")
+    loss.add_argument("--loss-patch", type=flags.weight, default=0.0,
+                      help="late interaction of query tokens with target tokens (default: 0)")
     loss.add_argument("--hard-batch", type=flags.weight, default=0.0, metavar="BETA",
                       help="weigh the negatives of a batch by exp(BETA cosine) (default: 0)")
     loss.add_argument("--hard-set", type=flags.whole, default=0, metavar="N",
                       help="N more negatives from the query's own image set, at most 4 (default: 0)")
     run = parser.add_argument_group("training")
     run.add_argument("--epochs", type=flags.positive, default=10, help="(default: 10)")
-    run.add_argument("--batch-size", type=flags.positive, default=64, help="queries a step and process, each the others' "
-                                                                               "negative (default: 64)")
+    run.add_argument("--batch-size", type=flags.positive, default=64,
+                     help="queries a step and process, each the others' negative (default: 64)")
     run.add_argument("--lr", type=flags.rate, default=1e-5, help="peak learning rate (default: 1e-5)")
     run.add_argument("--warmup", type=flags.share, default=0.02, help="share of all steps spent warming up (default: 0.02)")
     run.add_argument("--weight-decay", type=flags.weight, default=0.05, help="not on biases and norms (default: 0.05)")
@@ -111,8 +98,8 @@ def get_args(argv=None):
     look = parser.add_argument_group("evaluation and search")
     look.add_argument("--checkpoint", metavar="DIR|FILE",
                       help="a run folder or its best.pt: score the validation split, or use it for --search")
-    look.add_argument("--submit", metavar="DIR", help="write the two files of CIRR's test server for the split test1, or the one of "
-                                                      "CIRCO's for test")
+    look.add_argument("--submit", metavar="DIR",
+                      help="write the two files of CIRR's test server for the split test1, or the one of CIRCO's for test")
     look.add_argument("--gate-maps", metavar="DIR",
                       help="a picture for each of 8 validation queries: what the gate changed, what was found")
     look.add_argument("--report", metavar="FILE.html", help="a page with recalls and their intervals, curves and queries with what "
@@ -149,8 +136,7 @@ def get_args(argv=None):
 
 def read_data(args, split, log=print):
     """The pools of a split, every picture found; missing ones refused, with --skip-bad left out and listed."""
-    return cirr.read_split(args.data, args.format, split, args.images, skip_bad=args.skip_bad, workers=max(1, args.workers),
-                           log=log)
+    return cirr.read_split(args.data, args.format, split, args.images, skip_bad=args.skip_bad, workers=max(1, args.workers), log=log)
 
 
 class Triplets(Dataset):
@@ -318,11 +304,6 @@ def contrastive_loss(similarity, temp, same, hard_batch=0.0):
     return F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(B, device=logits.device))
 
 
-def refuse_missing_model(args):
-    """DataError, before anything is read, where --blip2 is not here and cannot be fetched."""
-    published.refuse_missing({"BLIP-2": published.missing_model(args.blip2 or DEFAULT, "blip2-itm")})
-
-
 def load_model(args, dtype, log=print):
     """--blip2 and --qformer -> Sprc. A hub's ID is looked for in models/ first."""
     name = published.in_models(args.blip2 or DEFAULT, "blip2-itm")
@@ -334,101 +315,14 @@ def load_model(args, dtype, log=print):
 
 
 def picture_source(args, model, pools, accelerator):
-    """What opens a picture for model.image_embeds: path -> pixels [3,s,s], or with --cache the tower's features [P,W], made where
-    they are missing; the tower is then gone."""
+    """What opens a picture for model.image_embeds: path -> pixels [3,s,s], or with --cache the tower's features [P,W]."""
     opener = Opener(model.image_size, args.transform, args.target_ratio)
-    if args.cache is None:
-        return opener
-    paths = list(dict.fromkeys(path for pool in pools for path in pool.gallery.values()))
-    with accelerator.main_process_first():  # the others find everything there
-        store = cache.vision_features(args.cache, model.vision_model, paths, opener, opener.preprocessing(),
-                                      args.workers, accelerator.device, accelerator.print)
-    model.vision_model = None
-    return store.__getitem__
+    return opener if args.cache is None else galleries.kept_features(args.cache, model, opener, pools, accelerator, args.workers)
 
 
 def make_optimizer(model, lr, weight_decay):
     """AdamW as SPRC has it: betas (0.9, 0.98), eps 1e-7; but no decay on biases, norms and scalars."""
     return loop.make_optimizer(model, lr, weight_decay, betas=(0.9, 0.98), eps=1e-7)
-
-
-# --- evaluation ------------
-
-@torch.no_grad()
-def encode(model, pool, opener, accelerator, batch_size, workers):
-    """Every picture of a pool goes through the vision tower once, as a gallery picture and as the reference of its queries.
-
-    -> (gallery features [G,Q,E], query vectors [N,E], mean relative change of the patches by the gate), on every process.
-    """
-    model.eval()
-    data, queries_of = Gallery(pool.gallery, opener), {}
-    for number, query in enumerate(pool.queries):
-        queries_of.setdefault(query.reference, []).append(number)
-    mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
-    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    loaded, found = iter(loaders.load_batches(data, collate_gallery, batches, workers)), []
-    for numbers in tqdm(batches, desc="encoding", leave=False, mininterval=1,
-                        disable=None if accelerator.is_main_process else True):
-        embeds = model.image_embeds(loaders.next_batch(loaded, accelerator.device)["images"])  # [B,P,W]
-        with accelerator.autocast():
-            features = model.image_features(embeds).float().cpu()
-        asked = [(k, n) for k, i in enumerate(numbers) for n in queries_of.get(data.names[i], ())]
-        for start in range(0, len(asked), batch_size):
-            places, which = zip(*asked[start:start + batch_size])
-            text = send_to_device(core.text_ids(model.tokenizer, [cirr.text_of(pool.queries[n]) for n in which]),
-                                  accelerator.device)
-            reference = embeds[list(places)]
-            with accelerator.autocast():
-                vectors = model.query(reference, **text)[1].float().cpu()
-                change = patch_change(model, reference, text).mean(1).cpu()
-            found += [("query", *one) for one in zip(which, vectors, change.tolist())]
-        found += [("gallery", *one) for one in zip(numbers, features)]
-    together = gather_object(found)
-    gallery_rows = sorted((one[1:] for one in together if one[0] == "gallery"), key=lambda one: one[0])
-    query_rows = sorted((one[1:] for one in together if one[0] == "query"), key=lambda one: one[0])
-    features, vectors = (torch.stack([one[1] for one in part]) for part in (gallery_rows, query_rows))
-    return features, vectors, float(np.mean([one[2] for one in query_rows]))
-
-
-def patch_change(model, image_embeds, text):
-    """How much the gate changes each patch, relative to its length: [B,P]; 0 without a gate."""
-    fused = model.fused(image_embeds, **text).float()
-    return (fused - image_embeds).norm(dim=-1) / image_embeds.norm(dim=-1).clamp(min=1e-6)
-
-
-def score_gallery(vectors, features, chunk=256):
-    """query vectors [N,E], gallery features [G,Q,E] -> cosines [N,G], the largest over Q; `chunk` queries at a time."""
-    return torch.cat([core.max_similarity(part, features) for part in vectors.split(chunk)]).numpy()
-
-
-@torch.no_grad()
-def score_alone(model, pool, features, accelerator, batch_size):
-    """What either half of the queries finds without the other -> {"text alone", "picture alone": scores [N,G]}.
-
-    Text: the learned prompts with the sentence, which --loss-rtc trains to find the target; without that loss the sentence's own vector.
-    Picture: the mean over the reference's query tokens, among the others of the gallery. features: [G,Q,E]."""
-    place, vectors = {name: column for column, name in enumerate(pool.gallery)}, []
-    sentence_vector = model.prompted if model.prompt_tokens.requires_grad else model.text_features
-    for start in range(0, len(pool.queries), batch_size):
-        texts = [cirr.text_of(query) for query in pool.queries[start:start + batch_size]]
-        with accelerator.autocast():
-            vectors.append(sentence_vector(**send_to_device(core.text_ids(model.tokenizer, texts), accelerator.device)).float().cpu())
-    pictures = F.normalize(features[[place[query.reference] for query in pool.queries]].mean(1), dim=-1)  # [N,E]
-    return {"text alone": score_gallery(torch.cat(vectors), features), "picture alone": score_gallery(pictures, features)}
-
-
-def evaluate(model, pools, opener, accelerator, layout, batch_size, workers):
-    """Every pool -> (recalls and the change by the gate, {"both", "text alone", "picture alone": scores [N,G]})."""
-    for pool in pools:
-        features, vectors, change = encode(model, pool, opener, accelerator, batch_size, workers)
-        scores = {**score_alone(model, pool, features, accelerator, batch_size), "both": score_gallery(vectors, features)}
-        yield {**recalls(scores["both"], pool, layout), "change": change}, scores
-
-
-def format_metrics(numbers):
-    """Numbers for the terminal: recalls with two decimals."""
-    return ", ".join(f"{name} {value:.4f}" if name in ("change", "temp") else f"{name} {value:.2f}"
-                     for name, value in numbers.items())
 
 
 # --- checkpoints ------------
@@ -450,17 +344,14 @@ def settings(args, parts, accelerator):
 
 def load_best(args):
     """--checkpoint -> (its content, Sprc in eval mode as it was trained, Accelerator). A --blip2 on the command line wins."""
-    args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # galleries/ and the report's curves go by its folder
-    best = checkpoints.load_checkpoint(args.checkpoint, ("state", "model_args", "frozen", "precision"))
-    if best.get("stage") != "cir":
-        raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({best.get('stage')}) and not of this one")
+    # from here on a file and no folder: galleries/ and the report's curves go by where it lies
+    args.checkpoint, best = checkpoints.load_best(args.checkpoint, "cir", ("state", "model_args", "frozen", "precision"))
     for name in MODEL_ARGS:
         if name != "blip2" or not args.blip2:
             setattr(args, name, best["model_args"][name])
-    refuse_missing_model(args)
     if args.precision == "auto" and torch.cuda.is_available():
         args.precision = best["precision"]
-    accelerator = loop.make_accelerator(args.precision)
+    accelerator = start(args)
     with accelerator.main_process_first():
         model = load_model(args, core.DTYPES[accelerator.mixed_precision])
     if best.get("ln_vision"):  # of --qformer
@@ -516,9 +407,9 @@ def train(args):
             if run.end_epoch({**numbers, "temp": run.model.temp.item()}):
                 run.save_best()
                 if accelerator.is_main_process:
-                    keep_shortcuts(args, run.out / "best.pt", parts.val, scores)
+                    retrieval.keep_shortcuts(run.out / "best.pt", parts.val, scores, args.format)
                 if args.report and accelerator.is_main_process:
-                    report_results(args, run.out / "best.pt", parts.val, scores)
+                    retrieval.write_report(args.report, run.out / "best.pt", args.data, parts.val, scores, PANELS)
     return run
 
 
@@ -532,8 +423,9 @@ def print_start(run, parts, args):
 
 
 def validate(run, parts, args):
-    """The validation pools -> (mean of what evaluate tells of them, scores of each)."""
-    results, scores = zip(*evaluate(run.model, parts.val, parts.opener, run.accelerator, args.format, args.batch_size, args.workers))
+    """The validation pools -> (mean of what galleries.evaluate tells of them, scores of each)."""
+    results, scores = zip(*galleries.evaluate(run.model, parts.val, parts.opener, run.accelerator, args.format, args.batch_size,
+                                              args.workers))
     return mean_of(results), scores
 
 
@@ -545,16 +437,14 @@ def rehearse(run, parts, args):
     step = run.rehearsal(parts.collate([train[0, n] for n in picked]), picked)
     train_step(run, step, args)
     step.update()
-    pool = parts.val[0]
-    names = dict.fromkeys([pool.queries[0].reference, *list(pool.gallery)[:args.batch_size]])
-    few = replace(pool, queries=pool.queries[:1], gallery={name: pool.gallery[name] for name in names})
-    encode(run.model, few, parts.opener, run.accelerator, args.batch_size, args.workers)
+    few = galleries.beginning(parts.val[0], args.batch_size)
+    galleries.encode(run.model, few, parts.opener, run.accelerator, args.batch_size, args.workers)
     loop.print_gpu_memory(run.accelerator)
 
 
 def start(args):
-    """Refuse what cannot be trained -> Accelerator."""
-    refuse_missing_model(args)
+    """DataError, before anything is read, where --blip2 is not here and cannot be fetched; else -> Accelerator."""
+    published.refuse_missing({"BLIP-2": published.missing_model(args.blip2 or DEFAULT, "blip2-itm")})
     return loop.make_accelerator(args.precision)
 
 
@@ -599,8 +489,8 @@ def dry_run(args):
 
 def score(args):
     """--checkpoint: the recalls of the validation split; --submit, --gate-maps and --report."""
-    best, model, accelerator = load_best(args)
-    log = accelerator.print
+    _, model, accelerator = load_best(args)
+    log, first = accelerator.print, accelerator.is_main_process
     pools = read_data(args, "val", log)
     unseen = read_data(args, cirr.UNSEEN[args.format], log) if args.submit else []
     for folder in filter(None, (args.submit, args.gate_maps)):  # now, and not after everything has been encoded
@@ -609,98 +499,41 @@ def score(args):
         files.refuse_unwritable(args.report)
     opener = picture_source(args, model, [*pools, *unseen], accelerator)
     log(f"a random order scores {format_metrics(chance(pools, args.format))}")
-    results, scores, maps = [], [], []
-    for pool, (numbers, ranked) in zip(pools, evaluate(model, pools, opener, accelerator, args.format, args.batch_size, args.workers)):
+    results, scores, maps = [], [], {}
+    evaluated = galleries.evaluate(model, pools, opener, accelerator, args.format, args.batch_size, args.workers)
+    for pool, (numbers, found) in zip(pools, evaluated):
         results.append(numbers)
-        scores.append(ranked)
+        scores.append(found)
         log(f"{pool.name}: {format_metrics(numbers)}")
-        if args.gate_maps and accelerator.is_main_process:
-            maps.append(gate_maps(args, model, pool, ranked["both"], opener))
+        if args.gate_maps and first:
+            page = pathlib.Path(args.gate_maps, f"{pool.name}_maps.png")
+            maps[page] = galleries.write_gate_maps(page, args.checkpoint, model, pool, found["both"], opener,
+                                                   (model.image_size, args.transform, args.target_ratio))
     if len(results) > 1:
         log(f"mean: {format_metrics(mean_of(results))}")
-    if accelerator.is_main_process:
-        for pool, found in zip(pools, keep_shortcuts(args, args.checkpoint, pools, scores)):
-            print_shortcuts(pool, found, log)
-    if args.report and accelerator.is_main_process:
-        report_results(args, args.checkpoint, pools, scores, [figure for page in maps for figure in figures_of(page)])
+    if first:
+        for pool, found in zip(pools, retrieval.keep_shortcuts(args.checkpoint, pools, scores, args.format)):
+            retrieval.print_shortcuts(pool, found, log)
+    if args.report and first:
+        figures = [path for drawn in maps.values() for path in drawn]
+        retrieval.write_report(args.report, args.checkpoint, args.data, pools, scores, PANELS, figures)
     for pool in unseen:
-        features, vectors, _ = encode(model, pool, opener, accelerator, args.batch_size, args.workers)
-        if accelerator.is_main_process:
+        features, vectors, _ = galleries.encode(model, pool, opener, accelerator, args.batch_size, args.workers)
+        if first:
             write = cirr.write_circo if args.format == "circo" else cirr.write_submission
-            paths = write(args.submit, pool.queries, pool.gallery, score_gallery(vectors, features))
+            paths = write(args.submit, pool.queries, pool.gallery, galleries.score_gallery(vectors, features))
             log(f"for the test server: {', '.join(map(str, paths))}")
-    for page in maps:
-        pages.draw("gallery", page, f"{args.gate_maps}: gate maps of {min(MAPS, len(pools[0].queries))} queries")
-    if args.report and accelerator.is_main_process:
+    for page, drawn in maps.items():
+        pages.draw("gallery", page, f"{args.gate_maps}: gate maps of {len(drawn)} queries")
+    if args.report and first:
         pages.draw("report", args.report)
 
 
-def keep_shortcuts(args, checkpoint, pools, scores):
-    """What text alone and picture alone find beside both, kept as shortcuts-FORMAT.json beside the checkpoint -> retrieval.shortcuts of
-    each pool. scores: of each, as evaluate gives them."""
-    found = [shortcuts(pool, one, args.format) for pool, one in zip(pools, scores)]
-    write_shortcuts(pathlib.Path(checkpoint).with_name(f"shortcuts-{args.format}.json"), pools, found)
-    return found
-
-
-def report_results(args, checkpoint, pools, scores, figures=()):
-    """What --report draws of the validation pools, as a file. scores: of each, as evaluate gives them; figures: paths of those of
-    --gate-maps."""
-    log = os.path.abspath(pathlib.Path(checkpoint).with_name("training_log.csv"))
-    made = environment.provenance(checkpoint=checkpoint, data=f"{args.data}, val")
-    retrieval.write_results(args.report, f"{checkpoint}: val", pools, [one["both"] for one in scores], log=log, panels=PANELS, made=made,
-                            figures=figures)
-
-
-@torch.no_grad()
-def gate_maps(args, model, pool, scores, opener):
-    """--gate-maps: of MAPS queries spread over the split, what the gate changed and what was found, as a file -> its page."""
-    device, names, folder, maps = model.query_tokens.device, list(pool.gallery), pathlib.Path(args.gate_maps), []
-    for number in np.linspace(0, len(pool.queries) - 1, min(MAPS, len(pool.queries))).round().astype(int):
-        query = pool.queries[number]
-        path = pool.gallery[query.reference]
-        text = send_to_device(core.text_ids(model.tokenizer, [cirr.text_of(query)]), device)
-        change = patch_change(model, model.image_embeds(opener(path)[None].to(device)), text)[0]  # [P]
-        side = vision.patch_grid(len(change))[1]
-        best = [name for name in next(cirr.ranking(scores[[number]], names)) if name != query.reference][:5]
-        maps.append({"file": f"{query.pairid}.png", "reference": path, "heat": change[-side * side:].view(side, side).tolist(),
-                     "text": cirr.text_of(query), "target": pool.gallery[query.target],
-                     "found": [(pool.gallery[name], name == query.target) for name in best]})
-    page = folder / f"{pool.name}_maps.png"
-    pages.write_results(page, "gate maps", args.checkpoint, preparation=(model.image_size, args.transform, args.target_ratio), maps=maps)
-    return page
-
-
-def figures_of(page):
-    """The figures that show.gallery draws of a results file of gate_maps, as absolute paths."""
-    drawn = json.loads(pages.results_file(page).read_text(encoding="utf-8"))["maps"]
-    return [os.path.abspath(page.with_name(one["file"])) for one in drawn]
-
-
 def index_gallery(args, best, model, accelerator, opener, store=None):
-    """The index of --gallery, made once in `store`, or beside the checkpoint -> (names, features [G,Q,E])."""
+    """--gallery, indexed once in `store`, or beside the checkpoint -> (names, features [G,Q,E])."""
+    store = store or pathlib.Path(args.checkpoint).parent / "galleries"
     weights = f"{checkpoints.state_digest(best['state'])} {best['frozen']} {accelerator.mixed_precision}"
-    about = json.dumps(cache.made_from(model, opener.preprocessing(), weights))  # a stale feature can never be read
-    key = hashlib.sha256(about.encode()).hexdigest()
-    place = hashlib.sha256(os.path.realpath(args.gallery).encode()).hexdigest()[:16]
-    store = (store or pathlib.Path(args.checkpoint).parent / "galleries") / place
-    width = model.query_tokens.shape[1], model.vision_projection.out_features  # (Q, E)
-
-    def encode(images):
-        embeds = model.image_embeds(torch.stack(images).to(accelerator.device))
-        with accelerator.autocast():
-            return model.image_features(embeds)
-
-    return picture_index.open_index(args.gallery, store, key, width, opener, encode, args.workers, args.batch_size)
-
-
-@torch.no_grad()
-def query_vector(model, accelerator, reference, text):
-    """Picture [3,s,s] and sentence -> unit vector [E] as numpy."""
-    ids = send_to_device(core.text_ids(model.tokenizer, [cirr.clean_text(text)]), accelerator.device)
-    embeds = model.image_embeds(reference[None].to(accelerator.device))
-    with accelerator.autocast():
-        return model.query(embeds, **ids)[1][0].float().cpu().numpy()
+    return galleries.index_folder(args.gallery, store, model, opener, weights, accelerator, args.workers, args.batch_size)
 
 
 @torch.no_grad()
@@ -711,14 +544,12 @@ def search(args):
     reference, page = opener(args.image), pathlib.Path(args.out) / "search.html"
     files.refuse_unwritable(page)
     names, features = index_gallery(args, best, model, accelerator, opener)
-    vector = query_vector(model, accelerator, reference, args.search)
-    paths = [os.path.join(args.gallery, name) for name in names]
-    itself = [number for number, path in enumerate(paths) if os.path.samefile(path, args.image)]
-    numbers, scores = picture_index.best(features, vector, args.top, itself)
-    for rank, (number, score) in enumerate(zip(numbers, scores), 1):
-        print(f"{rank:3}  {score:.3f}  {paths[number]}")
-    hits = [(os.path.abspath(paths[number]), names[number], float(score)) for number, score in zip(numbers, scores)]
-    pages.write_results(page, "search", "Composed image retrieval", reference=os.path.abspath(args.image), text=args.search, hits=hits,
+    vector = galleries.query_vector(model, accelerator, reference, args.search)
+    hits = picture_index.matches(args.gallery, names, features, vector, args.top, args.image)
+    for rank, (path, _, similarity) in enumerate(hits, 1):
+        print(f"{rank:3}  {similarity:.3f}  {path}")
+    pages.write_results(page, "search", "Composed image retrieval", reference=os.path.abspath(args.image), text=args.search,
+                        hits=[(os.path.abspath(path), name, similarity) for path, name, similarity in hits],
                         note=f"{len(names):,} pictures of {args.gallery}, model {args.checkpoint}")
     pages.draw("gallery", page, str(page))
 

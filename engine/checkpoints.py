@@ -1,6 +1,6 @@
 """checkpoints.py: tensors on disk: our own best.pt and last.pt, and what others wrote, without running what it holds.
 
-    checkpoint_file, save_checkpoint, load_checkpoint    our own; code in a file never runs
+    checkpoint_file, save_checkpoint, load_checkpoint    our own; code in a file never runs; load_best: a stage's best.pt
     trainable_state, load_trainable, fingerprint, other_parts, parts_table    what one holds of a model
     write_merged                                the same without LoRA
     verify_saved, refuse_other_tensors          proof that it holds the model, bit by bit
@@ -80,6 +80,15 @@ def load_checkpoint(path, needs=()):
     if missing:
         raise DataError(f"{path}: not a checkpoint of this stage (no {', '.join(missing)})")
     return as_written_today(content)
+
+
+def load_best(place, stage, needs):
+    """A run's folder or its best.pt -> (path of the best.pt as text, its content). DataError: also where it is of another stage."""
+    path = checkpoint_file(place)
+    content = load_checkpoint(path, needs)
+    if content.get("stage") != stage:
+        raise DataError(f"{path}: a checkpoint of another stage ({content.get('stage')}) and not of this one")
+    return str(path), content
 
 
 def as_written_today(content):

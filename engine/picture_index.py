@@ -2,6 +2,7 @@
 
     open_index                             a folder -> features on disk; only what is new or changed is encoded
     best, best_matches, faiss_matches      the pictures nearest to a query vector; best says which of the two it takes
+    matches                                the same as paths
 
 A picture has Q unit vectors of E numbers, a query has one: score(query, picture) = the largest of the Q dot products.
 
@@ -260,3 +261,10 @@ def best(features, query, top, excluded=(), large=LARGE, log=print):
     log(f"exact search over {len(features):,} pictures"
         + ("; pip install faiss-cpu makes it faster" if len(features) > large else ""))
     return best_matches(features, query, top, excluded)
+
+
+def matches(folder, names, features, query, top, reference=None):
+    """The best pictures of an indexed folder but for the file `reference` itself -> [(path, name, score)], see best."""
+    paths = [os.path.join(folder, name) for name in names]
+    itself = [number for number, path in enumerate(paths) if reference is not None and os.path.samefile(path, reference)]
+    return [(paths[number], names[number], float(score)) for number, score in zip(*best(features, query, top, itself))]

@@ -1,70 +1,27 @@
-"""retrieval.py: the pictures of a gallery, and from their scores to recalls and to what is known of each query.
+"""retrieval.py: from the scores of a gallery's pictures (galleries.py) to recalls and to what is known of each query.
 
-    Opener, Gallery, collate_gallery    a path as the model takes it; the pictures of a pool, as batches
     recalls, mean_of    the recalls of a pool, and their mean over pools; chance, chance_text: those of a random order
-    shortcuts, print_shortcuts    what the sentence alone and the picture alone find, beside both
+    format_metrics      such numbers for the terminal
+    shortcuts, keep_shortcuts, print_shortcuts    what the sentence alone and the picture alone find, beside both
     rank_queries        of each query the rank and score of its target, and the five best pictures
-    write_results       pools with rank_queries, for the page of --report
+    write_results, write_report    pools with rank_queries, for a page; for the page of a checkpoint
 
 Scores are cosines [N,G]: a row for each query of a pool, a column for each picture of its gallery.
 """
 
 import json
+import os
+import pathlib
 from dataclasses import asdict, replace
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 import metrics
-from data import cirr, rows
-from engine import files, pages
-from engine.errors import DataError
-
-
-# --- the pictures of a gallery ------------
-
-class Opener:
-    """Path -> picture [3,s,s] as --transform wants it. A class and not a closure: it also works where loaders are spawned."""
-
-    def __init__(self, size, transform, ratio):
-        self.size, self.transform, self.ratio = size, transform, ratio
-
-    def __call__(self, path):
-        return cirr.prepare(rows.load_image(path), self.size, self.transform, self.ratio)
-
-    def preprocessing(self):
-        """What the pixels depend on, for a cache's key."""
-        return rows.preprocessing(self.size, f"{self.transform}, {self.ratio}")
-
-
-class Gallery(Dataset):
-    """Number -> (picture [3,s,s], its name), or (the DataError of a broken picture, its name)."""
-
-    def __init__(self, paths, open_picture):
-        self.names, self.paths, self.open = list(paths), paths, open_picture
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, number):
-        name = self.names[number]
-        try:
-            return self.open(self.paths[name]), name
-        except DataError as error:
-            return error, name
-
-
-def collate_gallery(samples):
-    """Samples of Gallery -> {"images": [B,3,s,s]}."""
-    for found, _ in samples:
-        if isinstance(found, DataError):
-            return {"fault": str(found)}
-    return {"images": torch.stack([image for image, _ in samples])}
+from data import cirr
+from engine import environment, files, pages
 
 
 # --- recalls ------------
-
 
 def columns(pool):
     """The pool's queries as column numbers of its gallery: target [N], reference [N], members [N,6] (None in FashionIQ)."""
@@ -107,7 +64,12 @@ def chance_text(pool):
     """chance of one pool in a line."""
     if pool.name == "circo" and not pool.queries[0].answers:
         return "what its server alone knows"
-    return ", ".join(f"{name} {value:.2f}" for name, value in chance([pool], pool.name).items())
+    return format_metrics(chance([pool], pool.name))
+
+
+def format_metrics(numbers):
+    """Numbers for the terminal: recalls with two decimals."""
+    return ", ".join(f"{name} {value:.4f}" if name in ("change", "temp") else f"{name} {value:.2f}" for name, value in numbers.items())
 
 
 # --- shortcuts ------------
@@ -159,15 +121,19 @@ def print_shortcuts(pool, found, log):
             + f"{format(row['mean'], '.1f'):>24}{gap:>24}")
 
 
-def write_shortcuts(path, pools, found):
-    """What shortcuts found of each pool as JSON, with the rank of every query's target."""
+def keep_shortcuts(checkpoint, pools, scores, layout):
+    """shortcuts of each pool, kept as shortcuts-LAYOUT.json beside the checkpoint with the rank of every query's target -> what they found.
+
+    scores: of each pool, as galleries.evaluate gives them."""
     def plain(value):
         return value._asdict() if isinstance(value, metrics.Estimate) else value
 
-    with files.whole_file(path) as file:
+    found = [shortcuts(pool, one, layout) for pool, one in zip(pools, scores)]
+    with files.whole_file(pathlib.Path(checkpoint).with_name(f"shortcuts-{layout}.json")) as file:
         json.dump([{"pool": pool.name, "split": pool.split, "file": pool.file, "queries": [query.pairid for query in pool.queries],
                     "rows": [{name: plain(value) for name, value in row.items()} for row in one["rows"]], "ranks": one["ranks"]}
                    for pool, one in zip(pools, found)], file, indent=1)
+    return found
 
 
 # --- what is known of each query ------------
@@ -196,3 +162,12 @@ def write_results(page, title, pools, scores, **content):
         {"name": pool.name, "split": pool.split, "file": pool.file, "gallery": pool.gallery,
          "queries": [asdict(query) for query in pool.queries], "results": rank_queries(pool, table)}
         for pool, table in zip(pools, scores)])
+
+
+def write_report(page, checkpoint, data, pools, scores, panels, figures=()):
+    """The results of a checkpoint on the validation pools of the folder `data` for the page of --report, with the curves of its training.
+
+    scores: of each pool, as galleries.evaluate gives them; panels: of the curves, see Run; figures: paths, as of write_gate_maps."""
+    log = os.path.abspath(pathlib.Path(checkpoint).with_name("training_log.csv"))
+    made = environment.provenance(checkpoint=checkpoint, data=f"{data}, val")
+    write_results(page, f"{checkpoint}: val", pools, [one["both"] for one in scores], log=log, panels=panels, made=made, figures=figures)

@@ -20,7 +20,7 @@ import core
 import metrics
 import train_cir
 from data import cirr
-from engine import checkpoints, errors, loop, pages, published, runfolder
+from engine import checkpoints, errors, galleries, loop, pages, published, runfolder
 from engine.errors import DataError
 from tools import make_sample, make_tiny
 from test_cirr import circo
@@ -411,7 +411,7 @@ def test_encoding_equals_one_at_a_time_and_fuses(build, drawn):
     model = opened(build())
     pool, = cirr.read_split(drawn, "cirr", "val", log=lambda *words: None)
     opener, accelerator = train_cir.Opener(model.image_size, "targetpad", 1.25), Accelerator(cpu=True)
-    features, vectors, change = train_cir.encode(model, pool, opener, accelerator, 7, 0)
+    features, vectors, change = galleries.encode(model, pool, opener, accelerator, 7, 0)
     assert features.shape[0] == len(pool.gallery) and vectors.shape[0] == len(pool.queries) and change > 0
     with torch.no_grad():
         for number in (0, len(pool.queries) - 1):
@@ -422,7 +422,7 @@ def test_encoding_equals_one_at_a_time_and_fuses(build, drawn):
             place = list(pool.gallery).index(query.reference)
             assert torch.allclose(features[place], model.image_features(embeds)[0], atol=1e-5)
     model.fusion = None
-    assert (train_cir.encode(model, pool, opener, accelerator, 7, 0)[1] - vectors).abs().max() > 1e-3
+    assert (galleries.encode(model, pool, opener, accelerator, 7, 0)[1] - vectors).abs().max() > 1e-3
 
 
 def test_training_writes_what_it_says(trained):
@@ -658,9 +658,9 @@ def test_gate_maps_show_the_change_of_each_patch_and_what_was_found(checkpoint, 
     drawings, (size, *fit) = content["maps"], content["preparation"]
     pool, = cirr.read_split(drawn, "cirr", "val", log=lambda *words: None)
     model, opener = loaded(checkpoint)
-    features, vectors, _ = train_cir.encode(model, pool, opener, Accelerator(cpu=True), 8, 0)
-    scores, names = train_cir.score_gallery(vectors, features), list(pool.gallery)
-    assert len(drawings) == train_cir.MAPS and drawings[0]["file"] == f"{pool.queries[0].pairid}.png"
+    features, vectors, _ = galleries.encode(model, pool, opener, Accelerator(cpu=True), 8, 0)
+    scores, names = galleries.score_gallery(vectors, features), list(pool.gallery)
+    assert len(drawings) == galleries.MAPS and drawings[0]["file"] == f"{pool.queries[0].pairid}.png"
     assert {path.name for path in folder.glob("*.png")} == {one["file"] for one in drawings} and fit == ["targetpad", 1.25]
     for one, number in ((drawings[0], 0), (drawings[-1], len(pool.queries) - 1)):
         query = pool.queries[number]
@@ -720,7 +720,7 @@ def test_fashioniq_trains_and_scores_each_category(folder, tmp_path, capsys):
 
 
 def test_dry_run_writes_nothing_and_a_cache_gives_the_same_scores(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train_cir, "MAPS", 1)
+    monkeypatch.setattr(galleries, "MAPS", 1)
     assert train_cir.main(command("--dry-run")) is None and not (tmp_path / "run").exists()
     printed = capsys.readouterr().out
     assert printed.count(" -> ") == 3 and "sum, computed" in printed and "measured" in printed

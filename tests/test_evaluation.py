@@ -27,7 +27,7 @@ import train_gated
 from data import cirr, rows, wikiart
 from data.questions import Questions
 from data.rows import Row
-from engine import cache, captioning, checkpoints, comparison, evaluation, loop, picture_index, published, retrieval
+from engine import cache, captioning, checkpoints, comparison, evaluation, galleries, loop, picture_index, published, retrieval
 from engine.prompts import Collate
 from test_cir import random_retrieval
 from tools import compare_gated
@@ -324,7 +324,7 @@ def test_each_half_of_a_query_is_scored_without_the_other(tmp_path_factory):
     asked = [query("p0", "p1"), query("p2", "p3")]
 
     def scores(queries):
-        return train_cir.score_alone(model, pool_of(queries), features, Accelerator(cpu=True), 1)
+        return galleries.score_alone(model, pool_of(queries), features, Accelerator(cpu=True), 1)
 
     plain = scores(asked)
     other_text = scores([replace(one, captions=("two red boats on the water",)) for one in asked])

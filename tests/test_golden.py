@@ -26,7 +26,7 @@ from metrics import (bleu, cider_d, coco_meteor, exact_match, meteor, normalise_
                      tokenize, vqa_accuracy)
 import pretrain_qformer
 import train_cir
-from engine import captioning, published
+from engine import captioning, galleries, published
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDEN = pathlib.Path(os.environ.get("GOLDEN") or ROOT / "../shared/golden")
@@ -339,7 +339,7 @@ def test_sprc_inference(case):
     close(query, expected["fusion_feats"])
     close(model.prompted(**text), expected["text_only_feat"])
     close(features, expected["gallery_feats"])
-    close(torch.from_numpy(train_cir.score_gallery(query, features, chunk=4)), expected["inference_sim"])
+    close(torch.from_numpy(galleries.score_gallery(query, features, chunk=4)), expected["inference_sim"])
 
 
 # --- answers ------------

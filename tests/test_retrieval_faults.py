@@ -21,7 +21,7 @@ from torch.utils.data import get_worker_info
 
 import pretrain_qformer
 import train_cir
-from engine import checkpoints, errors, published, runfolder
+from engine import checkpoints, errors, galleries, published, runfolder
 import test_cir
 from faults import (ALLOCATOR, FULL_AT, MEMORY, POINTER, WITHOUT_JINJA2, Fault, World, cases, check, configs, content_of, edited, fails,
                     flip, half, hole, hostile, in_the_drawing, in_use, json_of, link, no_rename, on_script, other_checkpoint,
@@ -508,7 +508,7 @@ FAULTS = [
       for name, error in (("GPU", MEMORY), ("machine", MemoryError()), ("allocator", ALLOCATOR))],
     Fault("memory runs out in validation", BOTH, on_script("validate", MEMORY), ("out of memory", "--batch-size 3"),
           left="begun"),
-    Fault("memory runs out in scoring", CIR, on_script("encode", MEMORY), ("out of memory", "--batch-size 64"), "score"),
+    Fault("memory runs out in scoring", CIR, fails(galleries, "encode", MEMORY), ("out of memory", "--batch-size 64"), "score"),
     Fault("memory runs out while loading", BOTH, on_script("load_model", MemoryError()), ("out of memory", "of this machine")),
     Fault("loss is NaN", BOTH, not_finite("loss"), ("loss is nan", "step 0", "--lr", "PLACE"), left="begun"),
     Fault("gradient is NaN", BOTH, not_finite("gradient"), ("gradient is nan", "step 0", "PLACE",
@@ -552,7 +552,7 @@ def shift(folder, name):
 
 def no_encoding(world):
     """What is wrong is to be found before anything is encoded."""
-    fails(train_cir, "encode", AssertionError("too late"))(world)
+    fails(galleries, "encode", AssertionError("too late"))(world)
 
 
 def no_index(world):

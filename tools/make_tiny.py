@@ -52,7 +52,7 @@ from torch import nn
 import core
 import metrics
 from data import rows, wikiart
-from engine import captioning, checkpoints, errors, files, flags, loop, published
+from engine import captioning, checkpoints, errors, files, flags, galleries, loop, published
 from tools import drawing, make_sample, sample_cirr
 
 RECIPE = 2  # raise it whenever the same command would make other models
@@ -692,7 +692,7 @@ def cir_figures(out):
     _, model, accelerator = train_cir.load_best(args)
     pools = train_cir.read_data(args, "val")
     opener = train_cir.picture_source(args, model, pools, accelerator)
-    (numbers, _), = train_cir.evaluate(model, pools, opener, accelerator, args.format, args.batch_size, args.workers)
+    (numbers, _), = galleries.evaluate(model, pools, opener, accelerator, args.format, args.batch_size, args.workers)
     return {f"{name} of {len(pools[0].gallery)} pictures, another drawn sample's queries": round(numbers[name], 1) for name in ("R@1", "R@5", "R@10")}
 
 
