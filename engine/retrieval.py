@@ -3,6 +3,7 @@
     Opener, Gallery, collate_gallery    a path as the model takes it; the pictures of a pool, as batches
     recalls, mean_of    the recalls of a pool, and their mean over pools; chance, chance_text: those of a random order
     shortcuts, print_shortcuts    what the sentence alone and the picture alone find, beside both
+    rerank              the best by cosine, scored once more by matching
     rank_queries        of each query the rank and score of its target, and the five best pictures
     write_results       pools with rank_queries, for the page of --report
 
@@ -168,6 +169,28 @@ def write_shortcuts(path, pools, found):
         json.dump([{"pool": pool.name, "split": pool.split, "file": pool.file, "queries": [query.pairid for query in pool.queries],
                     "rows": [{name: plain(value) for name, value in row.items()} for row in one["rows"]], "ranks": one["ranks"]}
                    for pool, one in zip(pools, found)], file, indent=1)
+
+
+# --- the second of two steps ------------
+
+@torch.no_grad()
+def rerank(model, cosines, images, input_ids, attention_mask, k, chunk=64):
+    """LAVIS's two-step retrieval: the k best by cosine are scored by ITM's "yes" + cosine, all others -100.
+
+    cosines [T,G] of T texts and G images, on the CPU; images [G,P,W], text [T,L], `chunk` pairs at a time -> (scores [T,G] for
+    finding the image of a text, scores [G,T] for finding the text of an image).
+    """
+    tables = []
+    for by_text, table in ((True, cosines), (False, cosines.T)):
+        best = table.topk(min(k, table.shape[1]), dim=1).indices  # [rows,k]
+        row = torch.arange(len(table), device=best.device).repeat_interleave(best.shape[1])
+        text, image = (row, best.flatten()) if by_text else (best.flatten(), row)
+        scores = torch.full_like(table, -100.0)
+        for t, i, r, c in zip(text.split(chunk), image.split(chunk), row.split(chunk), best.flatten().split(chunk)):
+            yes = model.match(images[i].to(input_ids.device).float(), input_ids[t], attention_mask[t])[:, 1]
+            scores[r, c] = yes.float().cpu() + table[r, c]
+        tables.append(scores)
+    return tables
 
 
 # --- what is known of each query ------------
