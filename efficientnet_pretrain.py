@@ -17,7 +17,6 @@ another style. Flow: list -> rows (wikiart.py) -> Paintings -> collate -> CutMix
 weights are scored.
 """
 
-import csv
 import pathlib
 import random
 import sys
@@ -29,17 +28,17 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast, gather_object
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from data import rows, wikiart
 from data.rows import IMAGENET_MEAN, IMAGENET_STD
-from engine import checkpoints, environment, errors, files, flags, fonts, loaders, loop, runfolder
+from engine import checkpoints, environment, errors, flags, loaders, loop, runfolder
+from engine.confusion import per_class, write_report
 from engine.errors import DataError
+from engine.probe import FOLDS, PENALTIES, best_penalty, fit_logistic
 from engine.run import Run, resumes
 
 LOG_COLUMNS = ("kind", "step", "epoch", "lr", "loss", "grad_norm", "top1", "top5", "f1", "balanced")
 CLIP = 5.0  # gradient norm: only spikes are cut
-PENALTIES, FOLDS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0), 5  # of --probe's logistic regression, and how one is chosen
 PANELS = [("loss", [("step", "loss", "training (smoothed, mixed)"), ("epoch", "loss", "validation")]),
           ("validation", [("epoch", "f1", "macro F1"), ("epoch", "balanced", "balanced accuracy"), ("epoch", "top1", "top-1"),
                           ("epoch", "top5", "top-5")]),
@@ -189,12 +188,6 @@ def channels_last(images):
 
 # --- scores ------------
 
-def per_class(confusion):
-    """Counts [K,K], rows true and columns predicted -> precision, recall, F1, each [K]; 0 where there is nothing to divide by."""
-    hits, true, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)  # [K] each
-    return hits / np.maximum(predicted, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(true + predicted, 1)
-
-
 def summary(results, classes):
     """evaluate's list -> ({loss, top1, top5, f1, balanced}, confusion [K,K]). f1 (macro) and balanced accuracy (mean recall) are
     means over the classes that have validation pictures: of the others nothing is known."""
@@ -208,60 +201,38 @@ def summary(results, classes):
             "f1": float(f1[present].mean()), "balanced": float(recall[present].mean())}, confusion
 
 
+def outputs(forward, data, numbers, accelerator, batch_size, workers, what):
+    """(row numbers, labels [B], forward(pictures [B,3,s,s])) of the rows `numbers`, batch by batch."""
+    batches = [numbers[i:i + batch_size] for i in range(0, len(numbers), batch_size)]
+    for few, batch in loaders.each_batch(data, collate, batches, accelerator, workers, what):
+        with accelerator.autocast():
+            found = forward(channels_last(batch["images"]))
+        yield few, batch["labels"], found
+
+
 @torch.no_grad()
 def evaluate(net, data, accelerator, batch_size, workers):
     """Every row once, on however many processes -> list of {row, label, loss (plain cross-entropy), best: five classes}."""
     net.eval()
     mine = list(range(len(data)))[accelerator.process_index::accelerator.num_processes]
-    batches = [mine[i:i + batch_size] for i in range(0, len(mine), batch_size)]
-    loaded, found = iter(loaders.load_batches(data, collate, batches, workers)), []
-    for numbers in tqdm(batches, desc="evaluating", leave=False, mininterval=1,
-                        disable=None if accelerator.is_main_process else True):
-        batch = loaders.next_batch(loaded, accelerator.device)
-        labels = batch["labels"]
-        with accelerator.autocast():
-            logits = net(channels_last(batch["images"])).float()  # [B,K]
+    found = []
+    for numbers, labels, logits in outputs(net, data, mine, accelerator, batch_size, workers, "evaluating"):
+        logits = logits.float()  # [B,K]
         losses = F.cross_entropy(logits, labels, reduction="none").tolist()
         best = logits.topk(min(5, logits.shape[1])).indices.tolist()  # [B,5]
         found += [dict(zip(("row", "label", "loss", "best"), one)) for one in zip(numbers, labels.tolist(), losses, best)]
     return sorted(gather_object(found), key=lambda one: one["row"])
 
 
-def draw_confusion(confusion, classes, path, title):
-    """confusion.png: per true style (row) the share of its pictures that is taken for each style, in per cent from 1 % on."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    count = len(classes)
-    true = confusion.sum(1)
-    share = confusion / np.maximum(true, 1)[:, None]  # [K,K], rows sum to 1
-    with fonts.fonts_for("".join((title, *classes))) as note:
-        figure, axis = plt.subplots(figsize=(4 + 0.4 * count, 3 + 0.36 * count), layout="constrained")
-        axis.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
-        for i, j in zip(*np.nonzero(share >= 0.005)):
-            axis.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=8,
-                      color="white" if share[i, j] > 0.5 else "black")
-        axis.set_xticks(range(count), classes, rotation=60, ha="right", rotation_mode="anchor")
-        axis.set_yticks(range(count), [f"{name} ({n})" for name, n in zip(classes, true)])
-        axis.set_xticks(np.arange(count + 1) - 0.5, minor=True)
-        axis.set_yticks(np.arange(count + 1) - 0.5, minor=True)
-        axis.grid(which="minor", color="0.9", linewidth=0.5)
-        axis.tick_params(which="both", length=0)
-        axis.set(xlabel="predicted", ylabel="true (validation pictures)")
-        axis.set_title("\n".join(filter(None, (title, note))), loc="left", fontsize=11)
-        with files.whole_file(path, "wb") as file:
-            figure.savefig(file, format="png", dpi=110)
-        plt.close(figure)
+@torch.no_grad()
+def pooled_features(net, data, accelerator, batch_size, workers):
+    """Every row as validation sees it -> float64 [N,F] on the CPU, in their order; every process computes all."""
+    def pooled(images):  # [B,3,s,s] -> [B,F]
+        return net.forward_head(net.forward_features(images), pre_logits=True)
 
-
-def class_table(confusion, classes, trained_on):
-    """Lines of per_class.csv: training and validation pictures, precision, recall, F1 and what it is most often mistaken for."""
-    lines = [("class", "train", "val", "precision", "recall", "f1", "mistaken_for")]
-    wrong = confusion * (1 - np.eye(len(classes), dtype=int))  # [K,K] without the hits
-    for k, values in enumerate(zip(*per_class(confusion))):
-        other = f"{classes[wrong[k].argmax()]} ({wrong[k].max()})" if wrong[k].any() else ""
-        lines.append((classes[k], trained_on[classes[k]], int(confusion[k].sum()), *(f"{value:.3f}" for value in values), other))
-    return lines
+    net.eval()
+    found = outputs(pooled, data, list(range(len(data))), accelerator, batch_size, workers, "features")
+    return torch.cat([features.double().cpu() for _, _, features in found])
 
 
 # --- model ------------
@@ -284,25 +255,13 @@ def build(args, classes, log, blank=False):
                             "them as --init FILE") from None
     torch.nn.init.normal_(net.classifier.weight, std=0.01)  # timm's start is so wide that a first loss of ln 27 = 3.3 becomes 4.6
     if args.init and not blank:
-        start_from(net, args.init, log)
+        checkpoints.start_from(net, args.init, ("classifier.weight", "classifier.bias"), log)  # without a head of another size
     elif not args.pretrained and not blank:
         log("random weights: --pretrained or --init start from ImageNet's, which takes far fewer pictures")
     if args.probe:
         net.requires_grad_(False)
         net.classifier.requires_grad_(True)
     return net.to(memory_format=torch.channels_last)
-
-
-def start_from(net, path, log):
-    """--init: every weight but a classifier head of another size, strictly. Code in the file never runs."""
-    advice = "save its state dict alone: torch.save(model.state_dict(), FILE)"
-    state, where = checkpoints.unwrap_state(checkpoints.load_foreign(path, True, advice), path)
-    own, head = net.state_dict(), ("classifier.weight", "classifier.bias")
-    other = [n for n in head if n in state and state[n].shape[:1] != own[n].shape[:1] and state[n].ndim == own[n].ndim]
-    if other:
-        log(f"{path}: its classifier head of {len(state[other[0]])} classes is left out, the new one has {len(own[other[0]])}")
-        state = {**state, **{name: own[name] for name in head}}
-    checkpoints.load_strictly(net, state, f"--init {path} ({where})")
 
 
 def mix_batch(images, labels, classes, cutmix, mixup):
@@ -314,66 +273,6 @@ def mix_batch(images, labels, classes, cutmix, mixup):
     if draw < cutmix + mixup:
         return v2.MixUp(num_classes=classes, alpha=0.2)(images, labels)
     return images, F.one_hot(labels, classes).float()
-
-
-# --- the probe ------------
-
-@torch.no_grad()
-def pooled_features(net, data, accelerator, batch_size, workers):
-    """Every row as validation sees it -> float64 [N,F] on the CPU, in their order; every process computes all."""
-    net.eval()
-    batches = [list(range(len(data)))[i:i + batch_size] for i in range(0, len(data), batch_size)]
-    loaded, found = iter(loaders.load_batches(data, collate, batches, workers)), []
-    for _ in tqdm(batches, desc="features", leave=False, mininterval=1, disable=None if accelerator.is_main_process else True):
-        images = channels_last(loaders.next_batch(loaded, accelerator.device)["images"])
-        with accelerator.autocast():
-            found.append(net.forward_head(net.forward_features(images), pre_logits=True).double().cpu())  # [B,F]
-    return torch.cat(found)
-
-
-def row_shares(labels, classes, balance):
-    """Weight of each row in the loss, [N], 1 in all: n_c^-balance of a row of class c, of n_c rows."""
-    weights = torch.bincount(labels, minlength=classes).double()[labels] ** -balance
-    return weights / weights.sum()
-
-
-def fit_logistic(features, labels, classes, balance, penalty):
-    """Multinomial logistic regression: features [N,F], labels [N] -> weight [K,F], bias [K] for the features as they are.
-
-    Minimises the mean cross-entropy, a row of class c weighed by n_c^-balance, plus penalty/2 |weight|^2 on standardised features."""
-    mean, std = features.mean(0), features.std(0, correction=0).clamp(min=1e-6)  # [F] each
-    x, shares = (features - mean) / std, row_shares(labels, classes, balance)  # [N,F], [N]
-    weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
-    bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=300, line_search_fn="strong_wolfe", tolerance_change=1e-9)
-
-    def loss():
-        solver.zero_grad()
-        value = shares @ F.cross_entropy(x @ weight.T + bias, labels, reduction="none") + penalty / 2 * (weight ** 2).sum()
-        value.backward()
-        return value
-    solver.step(loss)
-    weight = (weight / std).detach()
-    return weight, bias.detach() - weight @ mean
-
-
-def best_penalty(features, labels, classes, balance, seed):
-    """The one of PENALTIES with the lowest mean loss [class-balanced as in fit_logistic] on FOLDS folds of the training rows."""
-    fold = torch.empty(len(labels), dtype=torch.long)
-    rng = np.random.default_rng([seed, 2])
-    for label in range(classes):  # each class spread evenly over the folds
-        members = np.flatnonzero(labels.numpy() == label)
-        fold[rng.permutation(members)] = torch.from_numpy(rng.permutation(FOLDS)[np.arange(len(members)) % FOLDS])
-    shares = row_shares(labels, classes, balance)  # [N]
-
-    def loss(penalty):
-        total = 0.0
-        for n in range(FOLDS):
-            seen, held = fold != n, fold == n
-            weight, bias = fit_logistic(features[seen], labels[seen], classes, balance, penalty)
-            total += (shares[held] * F.cross_entropy(features[held] @ weight.T + bias, labels[held], reduction="none")).sum().item()
-        return total
-    return min(PENALTIES, key=loss)
 
 
 # --- checkpoints ------------
@@ -545,14 +444,9 @@ def prepare(args, accelerator, resumed=False):
 
 def report(run, parts):
     """confusion.png, per_class.csv and the printed table, all of the best epoch."""
-    confusion, epoch = np.array(run.progress["confusion"]), run.progress["epoch"]
-    draw_confusion(confusion, parts.classes, run.out / "confusion.png",
-                   f"{run.out.name}, epoch {epoch}: macro F1 {run.progress['value']:.3f}; per cent of each row")
-    lines = class_table(confusion, parts.classes, Counter(row.style for row in parts.train.rows))
-    with files.whole_file(run.out / "per_class.csv") as file:
-        csv.writer(file).writerows(lines)
-    for name, *numbers, other in lines:
-        print(f"{name:28}" + "".join(f"{number:>11}" for number in numbers) + f"   {other}")
+    best = run.progress
+    write_report(run.out, np.array(best["confusion"]), parts.classes, Counter(row.style for row in parts.train.rows),
+                 f"{run.out.name}, epoch {best['epoch']}: macro F1 {best['value']:.3f}; per cent of each row")
 
 
 def dry_run(args):

@@ -10,7 +10,6 @@ captioning that sees the picture through the queries alone (ITG). Frozen: the vi
 Captioned -> Collate -> Stage1.forward -> losses; the best weights end in OUT/hf, which transformers loads. Copy and edit it.
 """
 
-import itertools
 import math
 import pathlib
 import sys
@@ -22,18 +21,20 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast, send_to_device
 from torch import nn
-from tqdm import tqdm
 
 import core
 import metrics
 from data import pairs, rows, shards
 from data.pairs import Captioned
-from engine import checkpoints, environment, errors, files, flags, loaders, loop, published, runfolder, stage1, towers
+from engine import checkpoints, environment, errors, files, flags, loaders, loop, mixed_epochs, published, runfolder, stage1
 from engine.errors import DataError
+from engine.galleries import rerank
+from engine.gathering import gather, gather_text
 from engine.run import Run, resumes
+from engine.stage1 import BERT
 from engine.text import text_of
 
-DEFAULT, BERT = published.DEFAULTS["blip2-itm"], "bert-base-uncased"
+DEFAULT = published.DEFAULTS["blip2-itm"]
 NEXT = "transformers' Blip2ForImageTextRetrieval, train_cir.py --blip2 and train_gated.py --qformer"  # what takes OUT/hf
 SMOOTHING = 0.1  # of ITC's targets and of ITG's, as in LAVIS
 RECALLS = tuple(f"{side} R@{k}" for side in ("i2t", "t2i") for k in (1, 5, 10))
@@ -239,35 +240,6 @@ class Stage1(core.Blip2Retrieval):
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, label_smoothing=SMOOTHING)
 
 
-class Gather(torch.autograd.Function):
-    """The rows of all processes, in their order; the gradient of every process comes back to the rows' owner."""
-
-    @staticmethod
-    def forward(context, rows_here):
-        parts = [torch.empty_like(rows_here) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(parts, rows_here.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(context, gradient):
-        gradient = gradient.contiguous()
-        torch.distributed.all_reduce(gradient)
-        count = len(gradient) // torch.distributed.get_world_size()
-        return gradient[torch.distributed.get_rank() * count:][:count]
-
-
-def gather(rows_here):
-    """[B,..] -> [N,..] of all processes; with one process nothing is called."""
-    one = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
-    return rows_here if one else Gather.apply(rows_here)
-
-
-def gather_text(ids):
-    """gather of [B,L], whose L may differ between processes: padded with 0 to the longest caption that there can be."""
-    one = not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
-    return ids if one else Gather.apply(F.pad(ids, (0, core.MAX_TEXT - ids.shape[1])))
-
-
 def draw_negatives(logits, other):
     """One column for each row, drawn by softmax of the logits [B,N] among those that are `other` images (any, where none is)."""
     weights = logits.detach().float().masked_fill(~other, -torch.inf)
@@ -281,53 +253,10 @@ def is_text(name):
     return name.startswith(("embeddings.", "qformer.")) and "crossattention" not in name and "_query." not in name
 
 
-# --- where weights come from ------------
-
-def places(args):
-    """-> (place of --blip2, place of --init, model_type of the folder of --init or None: a file, or random)."""
-    name, init = published.in_models(args.blip2, "blip2-itm"), published.with_text(published.in_models(args.init))
-    return name, init, published.load_config(init).model_type if init != "random" and not pathlib.Path(init).is_file() else None
-
-
-def join_tower(args, vision, log=print):
-    """The ln_vision of --init goes into --blip2's tower -> what it was, {} where there is none: see towers.join.
-
-    A Q-Former that is trained on may start behind another tower than its own, which is said; one that is converted may not."""
-    name, init, kind = places(args)
-    if init == "random" or kind == "bert":
-        return {}
-    return towers.join(vision, published.local_folder(init) if kind else init, name, log, strict=bool(args.convert))
-
-
 def load_model(args, dtype, log=print):
-    """--blip2 (vision tower) and --init (Q-Former, tokenizer) -> Stage1. A hub's ID is looked for in models/ first. Says what
-    starts fresh."""
-    name, init, kind = places(args)
-    vision, config = published.load_vision(name, dtype)  # dtype None: as it is kept
-    if kind == "bert":
-        config, tokenizer = stage1.bert_config(config, published.load_config(init)), published.load_tokenizer(init)
-    else:
-        source = init if kind else name  # a LAVIS file and a random start take form and tokenizer from --blip2
-        own, tokenizer = published.load_config(source), published.load_tokenizer(source)
-        if not getattr(getattr(own, "qformer_config", None), "use_qformer_text_input", False):
-            raise DataError(f"{source}: no BLIP-2 in image-text-retrieval format, whose Q-Former reads text: give such a folder, "
-                            f"or start from a BERT with --init {BERT}")
-        own.vision_config, own.qformer_config.encoder_hidden_size = vision.config, vision.config.hidden_size
-        config = own
-    published.refuse_other_tokenizer(tokenizer, config.qformer_config.vocab_size, init if kind else name)
-    model = Stage1(vision, config, tokenizer)
-    model.ln_vision = join_tower(args, vision, log)
-    if kind == "bert":
-        absent = stage1.start_from_bert(model, published.load_bert(init), init)
-    elif init == "random":
-        absent = stage1.start_at_random(model)
-    else:
-        weights = published.read_weights(published.local_folder(init) if kind else init)
-        parts = published.qformer_weights(weights, text_path=True, source=init)
-        model.load_parts(parts, init)
-        absent = [part for part in ("temp", "lm_head") if part not in parts]
-    log(f"Q-Former: {init}; fresh: {', '.join(absent) or 'nothing'}")
-    return model
+    """--blip2 (vision tower) and --init (Q-Former, tokenizer) -> Stage1. A Q-Former that is converted may not come from behind another
+    tower."""
+    return stage1.load(Stage1, args.blip2, args.init, dtype, strict=bool(args.convert), log=log)
 
 
 # --- evaluation ------------
@@ -344,25 +273,25 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, rerank_best
     first = {image_id: number for number, image_id in reversed(list(enumerate(ids)))}  # the first pair of each picture
     pictures = list(dict.fromkeys(ids))
     batches = [[(0, first[i]) for i in pictures[start:start + batch_size]] for start in range(0, len(pictures), batch_size)]
-    loaded, kept, images = iter(loaders.load_batches(data, collate, batches, workers)), [], []
-    for _ in tqdm(batches, desc="encoding", leave=False, mininterval=1, disable=None if accelerator.is_main_process else True):
-        embeds = model.image_embeds(loaders.next_batch(loaded, accelerator.device)["images"])
+    kept, images = [], []
+    for _, batch in loaders.each_batch(data, collate, batches, accelerator, workers, "encoding"):
+        embeds = model.image_embeds(batch["images"])
         kept.append(embeds.to(next(model.vision_model.parameters()).dtype).cpu())  # [B,P,W]; half precision where the tower has it
         with accelerator.autocast():
             images.append(model.image_features(embeds).float())
     kept, images = torch.cat(kept), torch.cat(images)  # [G,P,W], [G,Q,E]
     text = send_to_device(core.text_ids(model.tokenizer, [pair.text for pair in data.rows]), accelerator.device)
     owner = torch.tensor([pictures.index(image_id) for image_id in ids])  # [T]
+    shares = [(numbers, {name: tensor[numbers.to(tensor.device)] for name, tensor in text.items()})
+              for numbers in torch.arange(len(ids)).split(batch_size)]
     texts, itg, right = [], [], []
     with accelerator.autocast():
-        for numbers in torch.arange(len(ids)).split(batch_size):
-            part = {name: tensor[numbers.to(tensor.device)] for name, tensor in text.items()}
+        for numbers, part in shares:
             texts.append(model.text_features(**part).float())
             itg += [model.caption_loss(kept[owner[numbers]].to(accelerator.device).float(), **part).item()] * len(numbers)
         cosines = core.max_similarity(torch.cat(texts), images).cpu()  # [T,G]
         wrong = cosines.scatter(1, owner[:, None], -2.0).argmax(1)  # [T]
-        for numbers in torch.arange(len(ids)).split(batch_size) if len(pictures) > 1 else ():
-            part = {name: tensor[numbers.to(tensor.device)] for name, tensor in text.items()}
+        for numbers, part in shares if len(pictures) > 1 else ():
             for picture, label in ((owner, 1), (wrong, 0)):
                 answers = model.match(kept[picture[numbers]].to(accelerator.device).float(), **part).argmax(1)
                 right += (answers == label).tolist()
@@ -373,26 +302,6 @@ def evaluate(model, data, collate, accelerator, batch_size, workers, rerank_best
     return {**results, "itm_accuracy": 100 * float(np.mean(right or [math.nan])), "itg": float(np.mean(itg))}
 
 
-@torch.no_grad()
-def rerank(model, cosines, images, input_ids, attention_mask, k, chunk=64):
-    """LAVIS's two-step retrieval: the k best by cosine are scored by ITM's "yes" + cosine, all others -100.
-
-    cosines [T,G] of T texts and G images, on the CPU; images [G,P,W], text [T,L], `chunk` pairs at a time -> (scores [T,G] for
-    finding the image of a text, scores [G,T] for finding the text of an image).
-    """
-    tables = []
-    for by_text, table in ((True, cosines), (False, cosines.T)):
-        best = table.topk(min(k, table.shape[1]), dim=1).indices  # [rows,k]
-        row = torch.arange(len(table), device=best.device).repeat_interleave(best.shape[1])
-        text, image = (row, best.flatten()) if by_text else (best.flatten(), row)
-        scores = torch.full_like(table, -100.0)
-        for t, i, r, c in zip(text.split(chunk), image.split(chunk), row.split(chunk), best.flatten().split(chunk)):
-            yes = model.match(images[i].to(input_ids.device).float(), input_ids[t], attention_mask[t])[:, 1]
-            scores[r, c] = yes.float().cpu() + table[r, c]
-        tables.append(scores)
-    return tables
-
-
 def chance_losses(model, pairs_of_step):
     """Losses of a model that knows nothing: ITC of equal logits, ITM of the share of right pairs alone, ITG of equal words."""
     return {"itc": math.log(pairs_of_step), "itm": math.log(3) - 2 / 3 * math.log(2), "itg": math.log(model.dec + 1)}
@@ -401,45 +310,6 @@ def chance_losses(model, pairs_of_step):
 def format_metrics(numbers):
     """Numbers for the terminal: name value, with two decimals."""
     return ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())
-
-
-# --- order: pairs and tar files ------------
-
-class Parts(NamedTuple):
-    """What a run is made of beside the Run."""
-    train: Captioned
-    val: Captioned
-    stream: shards.ShardStream
-    collate: Collate
-
-
-def tar_steps(args, stream):
-    """Optimizer steps of an epoch that read tar files."""
-    return shards.steps_per_epoch(stream.shards, args.batch_size, stream.processes) if stream.shards else 0
-
-
-def epoch_plan(args, parts, epoch):
-    """The optimizer steps of an epoch as loop.epoch_plan gives them, with one batch each, as many pairs on each process, and those of
-    the tar files among them: mixed in an order drawn from seed and epoch. A key is the number of a pair; len(parts.train) stands
-    for a sample of the tar files."""
-    rank, count, tars = parts.stream.rank, parts.stream.processes, len(parts.train)
-    steps = loop.epoch_plan(tars, args.batch_size, 1, args.seed, epoch, rank, count)
-    steps = [(group[:len(group) // count * count], [(rank, share[0][1][:len(group) // count])]) for group, share in steps]
-    steps += [([tars] * args.batch_size * count, [(rank, [tars] * args.batch_size)])] * tar_steps(args, parts.stream)
-    return [steps[i] for i in np.random.default_rng([args.seed, epoch, 1]).permutation(len(steps))]
-
-
-def load_epoch(args, parts, epoch, left, log):
-    """This process's batches of the steps of an epoch that are left; tar files are read from the epoch's start to get there."""
-    mine = loop.keys_of(left)
-    of_tars = [keys[0] == len(parts.train) for keys in mine]
-    chosen = [[(epoch, n) for n in keys] for keys, of_tar in zip(mine, of_tars) if not of_tar]
-    from_pairs = iter(loaders.load_batches(parts.train, parts.collate, chosen, args.workers))
-    parts.stream.set_epoch(epoch)
-    streamed, steps = loaders.load_stream(parts.stream, shards.packed, args.batch_size, args.workers), tar_steps(args, parts.stream)
-    from_tars = shards.batches_of(streamed, args.batch_size, steps, parts.collate, args.skip_broken, log)
-    from_tars = itertools.islice(from_tars, steps - sum(of_tars), None)
-    return (next(from_tars if of_tar else from_pairs) for of_tar in of_tars)
 
 
 # --- checkpoints ------------
@@ -469,16 +339,19 @@ def export_best(run, args):
     if run.accelerator.is_main_process and run.progress["value"] is not None:
         path = run.out / "best.pt"
         checkpoints.load_trainable(run.model, checkpoints.load_checkpoint(path)["state"], path)
-        tower, _ = published.load_vision(places(args)[0], None)
-        other = towers.differing(tower, {n: towers.sampled(t) for n, t in run.model.vision_model.state_dict().items()})
-        if other:
-            raise DataError(f"{args.blip2}: its vision tower is another one than when this training began ({other[0]}): give back "
-                            f"that one, and --convert {path} writes {run.out / 'hf'}")
-        stage1.export(run.model, run.out / "hf", tower, run.model.ln_vision)
+        stage1.export_trained(run.model, run.out / "hf", args.blip2, path)
         print(f"{run.out / 'hf'}: for {NEXT}")
 
 
 # --- the loop ------------
+
+class Parts(NamedTuple):
+    """What a run is made of beside the Run."""
+    train: Captioned
+    val: Captioned
+    stream: shards.ShardStream
+    collate: Collate
+
 
 def train_step(run, step):
     """Forward and backward of one optimizer step: a single batch, since the contrast is between all pairs of a step."""
@@ -574,8 +447,10 @@ def make_run(args, accelerator, model, parts):
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     tower = sum(4 * p.numel() for p in model.parameters() if not p.requires_grad)  # at most: as its source keeps it
     return Run("qformer", args.out, accelerator, model, wrapped, optimizer, epochs=args.epochs, seed=args.seed, metric="mean",
-               rows=[*parts.train.rows, SimpleNamespace(name="the tar files", line=0)], plan=lambda epoch: epoch_plan(args, parts, epoch),
-               batches=lambda epoch, left: load_epoch(args, parts, epoch, left, accelerator.print),
+               rows=[*parts.train.rows, SimpleNamespace(name="the tar files", line=0)],
+               plan=lambda epoch: mixed_epochs.epoch_plan(parts.train, parts.stream, args.batch_size, args.seed, epoch),
+               batches=lambda epoch, left: mixed_epochs.load_epoch(parts.train, parts.stream, parts.collate, args.batch_size, epoch, left,
+                                                                   args.workers, args.skip_broken, accelerator.print),
                lr=lambda step, total: loop.cosine_lr(step, total, min(args.warmup, total // 10), args.lr, min(args.min_lr, args.lr)),
                settings=settings(args, parts, accelerator), frozen=frozen, base=("vision tower", "--blip2"),
                best=lambda: best_of(args, model, frozen, accelerator.mixed_precision),

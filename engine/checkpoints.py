@@ -4,7 +4,7 @@
     trainable_state, load_trainable, fingerprint, other_parts, parts_table    what one holds of a model
     write_merged                                the same without LoRA
     verify_saved, refuse_other_tensors          proof that it holds the model, bit by bit
-    load_foreign, unwrap_state, load_strictly   somebody else's
+    load_foreign, unwrap_state, load_strictly, start_from   somebody else's
 """
 
 import hashlib
@@ -344,3 +344,17 @@ def load_strictly(module, state, source, assign=False):
         raise DataError(f"{source} does not fit: missing {missing[:5]} ({len(missing)}), unexpected {unexpected[:5]} "
                         f"({len(unexpected)}), other shapes {shapes[:5]} ({len(shapes)})")
     module.load_state_dict(state, assign=assign)
+
+
+def start_from(net, path, head, log=print):
+    """--init of a classifier: every weight of a file, strictly, but a head of another number of classes; code in it never runs.
+
+    head: the names of the head's tensors."""
+    advice = "save its state dict alone: torch.save(model.state_dict(), FILE)"
+    state, where = unwrap_state(load_foreign(path, True, advice), path)
+    own = net.state_dict()
+    other = [n for n in head if n in state and state[n].shape[:1] != own[n].shape[:1] and state[n].ndim == own[n].ndim]
+    if other:
+        log(f"{path}: its classifier head of {len(state[other[0]])} classes is left out, the new one has {len(own[other[0]])}")
+        state = {**state, **{name: own[name] for name in head}}
+    load_strictly(net, state, f"--init {path} ({where})")

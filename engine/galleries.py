@@ -4,11 +4,13 @@
     kept_features, beginning            the tower's features of all pictures, from a cache; a pool as large as a batch
     encode, evaluate    every picture and query of a pool as vectors; the recalls of each pool and what they are made of
     score_gallery, score_alone          cosines of every query and picture; what the sentence or the picture finds alone
+    rerank              the best by cosine, scored once more by matching: stage 1
     patch_change, write_gate_maps       how much the gate changes each patch; for some queries, as a file
     index_folder, query_vector          a folder of pictures, indexed once; a picture and a sentence to search it with
 
-model: Sprc of train_cir.py, or another core.Blip2Retrieval with its query(), fused() and prompted(). Capitals in shape comments: G pictures
-of a gallery, N queries, Q vectors of a picture, E their length; B, P, W and L as in core.py.
+model: Sprc of train_cir.py, or another core.Blip2Retrieval with its query(), fused() and prompted(); of rerank any
+core.Blip2Retrieval. Capitals in shape comments: G pictures of a gallery, N queries, Q vectors of a picture, E their length; B, P, W
+and L as in core.py.
 """
 
 import hashlib
@@ -160,6 +162,26 @@ def evaluate(model, pools, opener, accelerator, layout, batch_size, workers):
         features, vectors, change = encode(model, pool, opener, accelerator, batch_size, workers)
         scores = {**score_alone(model, pool, features, accelerator, batch_size), "both": score_gallery(vectors, features)}
         yield {**retrieval.recalls(scores["both"], pool, layout), "change": change}, scores
+
+
+@torch.no_grad()
+def rerank(model, cosines, images, input_ids, attention_mask, k, chunk=64):
+    """LAVIS's two-step retrieval: the k best by cosine are scored by ITM's "yes" + cosine, all others -100.
+
+    cosines [T,G] of T texts and G images, on the CPU; images [G,P,W], text [T,L], `chunk` pairs at a time -> (scores [T,G] for
+    finding the image of a text, scores [G,T] for finding the text of an image).
+    """
+    tables = []
+    for by_text, table in ((True, cosines), (False, cosines.T)):
+        best = table.topk(min(k, table.shape[1]), dim=1).indices  # [rows,k]
+        row = torch.arange(len(table), device=best.device).repeat_interleave(best.shape[1])
+        text, image = (row, best.flatten()) if by_text else (best.flatten(), row)
+        scores = torch.full_like(table, -100.0)
+        for t, i, r, c in zip(text.split(chunk), image.split(chunk), row.split(chunk), best.flatten().split(chunk)):
+            yes = model.match(images[i].to(input_ids.device).float(), input_ids[t], attention_mask[t])[:, 1]
+            scores[r, c] = yes.float().cpu() + table[r, c]
+        tables.append(scores)
+    return tables
 
 
 # --- what the gate changed ------------

@@ -2,6 +2,7 @@
 
     load_batches   over given row numbers; load_stream: over tar files
     fault_of, next_batch    a batch in which a picture is broken; the next one on its device, LoaderError where it is such a one
+    each_batch     all of them in turn, on their device, with a bar on the terminal
     dead_loaders_named, list_rows    which rows a loader died at
 """
 
@@ -13,6 +14,7 @@ import signal
 import torch
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from data.tables import locate
 from engine.errors import DEAD_LOADER, DataError, dead_loader
@@ -48,6 +50,13 @@ def next_batch(batches, device):
     if "fault" in batch:
         raise LoaderError(batch["fault"])
     return send_to_device(batch, device, non_blocking=True)
+
+
+def each_batch(data, collate, batches, accelerator, workers, what):
+    """(row numbers, their batch on its device) for each of `batches`, lists of row numbers. what: the word before the bar."""
+    loaded = iter(load_batches(data, collate, batches, workers))
+    for numbers in tqdm(batches, desc=what, leave=False, mininterval=1, disable=None if accelerator.is_main_process else True):
+        yield numbers, next_batch(loaded, accelerator.device)
 
 
 @contextlib.contextmanager

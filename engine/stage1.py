@@ -1,18 +1,56 @@
 """stage1.py: where the Q-Former of BLIP-2's stage 1 starts, and the folder in HuggingFace's format in which it ends.
 
+    load                                            a vision tower and a Q-Former from wherever it starts -> the model
     bert_config, start_from_bert, start_at_random   a BERT's weights, or random ones (a LAVIS file or a folder: published.py)
-    export                                          what transformers, train_cir.py and train_gated.py --qformer load
+    export, export_trained                          what transformers, train_cir.py and train_gated.py --qformer load
 """
+
+import pathlib
 
 import torch
 from torch import nn
 
 from data import rows
-from engine import files, vision
+from engine import files, published, towers, vision
 from engine.errors import DataError
+
+BERT = "bert-base-uncased"  # where BLIP-2's own stage 1 started
 
 
 # --- where weights come from ------------
+
+def load(model_class, blip2, init, dtype, strict=False, log=print):
+    """--blip2 (vision tower) and --init (Q-Former, tokenizer; "random") -> model_class(tower, config, tokenizer), a core.Blip2Retrieval.
+
+    A hub's ID is looked for in models/ first. dtype: of the tower, None: as it is kept. strict: a Q-Former that was trained behind
+    another tower is refused, and else said: see towers.join. Says what starts fresh."""
+    name, init = published.in_models(blip2, "blip2-itm"), published.with_text(published.in_models(init))
+    kind = published.load_config(init).model_type if init != "random" and not pathlib.Path(init).is_file() else None  # of a folder
+    tower, config = published.load_vision(name, dtype)
+    if kind == "bert":
+        config, tokenizer = bert_config(config, published.load_config(init)), published.load_tokenizer(init)
+    else:
+        source = init if kind else name  # a LAVIS file and a random start take form and tokenizer from --blip2
+        config, tokenizer = published.load_config(source), published.load_tokenizer(source)
+        if not getattr(getattr(config, "qformer_config", None), "use_qformer_text_input", False):
+            raise DataError(f"{source}: no BLIP-2 in image-text-retrieval format, whose Q-Former reads text: give such a folder, "
+                            f"or start from a BERT with --init {BERT}")
+        config.vision_config, config.qformer_config.encoder_hidden_size = tower.config, tower.config.hidden_size
+    published.refuse_other_tokenizer(tokenizer, config.qformer_config.vocab_size, init if kind else name)
+    model = model_class(tower, config, tokenizer)
+    if kind == "bert":
+        absent = start_from_bert(model, published.load_bert(init), init)
+    elif init == "random":
+        absent = start_at_random(model)
+    else:
+        place = published.local_folder(init) if kind else init
+        model.ln_vision = towers.join(tower, place, name, log, strict)
+        parts = published.qformer_weights(published.read_weights(place), text_path=True, source=init)
+        model.load_parts(parts, init)
+        absent = [part for part in ("temp", "lm_head") if part not in parts]
+    log(f"Q-Former: {init}; fresh: {', '.join(absent) or 'nothing'}")
+    return model
+
 
 def bert_config(config, bert, queries=32):
     """A BERT's sizes as a Q-Former's: cross-attention in every second layer, one word more ([DEC])."""
@@ -21,8 +59,8 @@ def bert_config(config, bert, queries=32):
              "attention_probs_dropout_prob", "max_position_embeddings", "layer_norm_eps", "pad_token_id")
     qformer = Blip2QFormerConfig(vocab_size=bert.vocab_size + 1, use_qformer_text_input=True,
                                  **{name: getattr(bert, name) for name in names})
-    vision = getattr(config, "vision_config", config)
-    return Blip2Config(vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), num_query_tokens=queries,
+    tower = getattr(config, "vision_config", config)
+    return Blip2Config(vision_config=tower.to_dict(), qformer_config=qformer.to_dict(), num_query_tokens=queries,
                        image_text_hidden_size=256)
 
 
@@ -101,3 +139,15 @@ def export(model, folder, tower=None, ln_vision=None):
     except (OSError, SafetensorError) as error:
         raise DataError(f"{folder}: could not be written ({' '.join(str(error).split())}): free some space; --convert "
                         "writes it from a best.pt") from None
+
+
+def export_trained(model, folder, blip2, best):
+    """export of a training's end, with the tower as --blip2 keeps it. best: the best.pt whose weights `model` has.
+
+    DataError: another tower lies there now than when this training began."""
+    tower, _ = published.load_vision(published.in_models(blip2, "blip2-itm"), None)
+    other = towers.differing(tower, {n: towers.sampled(t) for n, t in model.vision_model.state_dict().items()})
+    if other:
+        raise DataError(f"{blip2}: its vision tower is another one than when this training began ({other[0]}): give back "
+                        f"that one, and --convert {best} writes {folder}")
+    export(model, folder, tower, model.ln_vision)

@@ -28,7 +28,9 @@ import efficientnet_pretrain as pretrain
 import engine.run
 from data import rows, wikiart
 from engine import checkpoints, errors, loaders, loop, runfolder
+from engine.confusion import class_table, draw_confusion, per_class
 from engine.errors import DataError
+from engine.probe import PENALTIES, best_penalty, fit_logistic
 from engine.run import Step
 from timm.utils import ModelEmaV3
 
@@ -311,7 +313,7 @@ def test_scores_by_hand():
     confusion = [[3, 1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0, 1], *[[0] * 7] * 4]
     numbers, matrix = pretrain.summary(found(confusion), 7)
     assert matrix.tolist() == confusion
-    precision, recall, f1 = pretrain.per_class(matrix)
+    precision, recall, f1 = per_class(matrix)
     assert precision[:3] == pytest.approx([3 / 4, 1 / 3, 0]) and recall[:3] == pytest.approx([3 / 4, 1 / 2, 0])
     assert f1[:3] == pytest.approx([3 / 4, 2 / 5, 0])
     assert numbers == pytest.approx({"loss": 3.5, "top1": 4 / 8, "top5": 1.0, "f1": (3 / 4 + 2 / 5) / 3,
@@ -319,7 +321,7 @@ def test_scores_by_hand():
     for label, hit in ((6, 0.0), (4, 1.0)):
         one = [{"row": 0, "label": label, "loss": 1.0, "best": [0, 1, 2, 3, 4]}]
         assert pretrain.summary(one, 7)[0]["top5"] == hit
-    table = pretrain.class_table(matrix, list("ABCDEFG"), dict.fromkeys("ABCDEFG", 5))
+    table = class_table(matrix, list("ABCDEFG"), dict.fromkeys("ABCDEFG", 5))
     assert table[1] == ("A", 5, 4, "0.750", "0.750", "0.750", "B (1)") and table[4] == ("D", 5, 0, "0.000", "0.000", "0.000", "")
 
 
@@ -328,7 +330,7 @@ def test_confusion_picture_of_28_classes(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
     confusion = np.diag(np.arange(28)) + 1
-    pretrain.draw_confusion(confusion, wikiart.WIKIART, tmp_path / "confusion.png", "title")
+    draw_confusion(confusion, wikiart.WIKIART, tmp_path / "confusion.png", "title")
     axis, = drawn[0].axes
     assert [t.get_text() for t in axis.get_xticklabels()] == wikiart.WIKIART
     assert axis.get_yticklabels()[1].get_text() == "Action Painting (29)"
@@ -450,14 +452,14 @@ def test_logistic_regression_is_at_its_minimum():
     generator = torch.Generator().manual_seed(0)
     labels = torch.tensor([0] * 9 + [1] * 3)
     x = torch.randn(12, 4, generator=generator, dtype=torch.float64) + labels[:, None]
-    weight, bias = pretrain.fit_logistic(x, labels, 2, 1.0, 0.1)
+    weight, bias = fit_logistic(x, labels, 2, 1.0, 0.1)
     shares = torch.tensor([1 / 18] * 9 + [1 / 6] * 3, dtype=torch.float64)  # each class half of the loss
     wrong = shares[:, None] * ((x @ weight.T + bias).softmax(1) - F.one_hot(labels))  # [N,K]
     spread = x.std(0, correction=0)
     standardised = (x - x.mean(0)) / spread
     assert torch.allclose(wrong.T @ standardised + 0.1 * weight * spread, torch.zeros(2, 4, dtype=torch.float64), atol=1e-5)
     assert torch.allclose(wrong.sum(0), torch.zeros(2, dtype=torch.float64), atol=1e-5)
-    scaled, _ = pretrain.fit_logistic(x * 1000 + 7, labels, 2, 1.0, 0.1)
+    scaled, _ = fit_logistic(x * 1000 + 7, labels, 2, 1.0, 0.1)
     assert torch.allclose(scaled * 1000, weight, rtol=1e-3, atol=1e-5)
 
 
@@ -465,8 +467,8 @@ def test_penalty_follows_the_features():
     """Features of pure noise want the heaviest penalty; a class told by one clear feature wants less."""
     labels = torch.arange(60) % 3
     noise = torch.randn(60, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert pretrain.best_penalty(noise, labels, 3, 1.0, 42) == max(pretrain.PENALTIES)
-    assert pretrain.best_penalty(noise + 8 * F.one_hot(labels, 20), labels, 3, 1.0, 42) < max(pretrain.PENALTIES)
+    assert best_penalty(noise, labels, 3, 1.0, 42) == max(PENALTIES)
+    assert best_penalty(noise + 8 * F.one_hot(labels, 20), labels, 3, 1.0, 42) < max(PENALTIES)
 
 
 def test_probe_trains_the_head_alone(source, tmp_path, capsys):

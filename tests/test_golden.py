@@ -241,7 +241,7 @@ def test_score_matrices(case):
     images, text = x["image_embeds"], (x["input_ids"], x["attention_mask"])
     cosines = core.max_similarity(model.text_features(*text), model.image_features(images))  # [texts, images]
     k = read(case / "expected.json")["k_test"]
-    for found, name in zip(pretrain_qformer.rerank(model, cosines, images, *text, k, chunk=3), ("t2i", "i2t")):
+    for found, name in zip(galleries.rerank(model, cosines, images, *text, k, chunk=3), ("t2i", "i2t")):
         scores = expected[f"score_matrix_{name}"]
         assert torch.equal(found == -100, scores == -100)  # outside the first k; apart, for a typical score is not of that size
         close(found[scores != -100], scores[scores != -100])

@@ -20,7 +20,7 @@ import metrics
 import pretrain_qformer
 import train_cir
 from data import rows
-from engine import checkpoints, errors, loop, published, run, runfolder, stage1
+from engine import checkpoints, errors, loop, mixed_epochs, published, run, runfolder, stage1
 from engine.errors import DataError
 from conftest import ROOT
 from test_cir import random_retrieval, to_lavis
@@ -675,7 +675,7 @@ def test_processes_share_out_the_pairs_of_a_step_and_draw_differently(prepare):
     _, parts, args = prepare("--batch-size", "3")
     shard = pretrain_qformer.shards.Shard("cc-0.tar", "cc", 14)
     tars = len(parts.train)
-    plans = [[pretrain_qformer.epoch_plan(args, parts._replace(stream=pretrain_qformer.shards.ShardStream([shard], 8, 42, rank, 2)), epoch)
+    plans = [[mixed_epochs.epoch_plan(parts.train, pretrain_qformer.shards.ShardStream([shard], 8, 42, rank, 2), 3, args.seed, epoch)
               for rank in (0, 1)] for epoch in (0, 1)]
     for one, two in plans:
         assert [group for group, _ in one] == [group for group, _ in two] and len(one) == 4 + 2
@@ -685,9 +685,8 @@ def test_processes_share_out_the_pairs_of_a_step_and_draw_differently(prepare):
         assert sorted(n for group, _ in one for n in group if n != tars) == list(range(tars))
     places = [[n for n, (group, _) in enumerate(one) if tars in group] for one, _ in plans]
     assert places[0] != places[1]  # tar files are mixed among the pairs, anew in each epoch
-    few = parts._replace(train=parts.train.__class__(parts.train.rows[:5], 8, 42))
-    shares = [pretrain_qformer.epoch_plan(args, few._replace(stream=pretrain_qformer.shards.ShardStream([], 8, 42, rank, 2)), 0)
-              for rank in (0, 1)]
+    few = parts.train.__class__(parts.train.rows[:5], 8, 42)
+    shares = [mixed_epochs.epoch_plan(few, pretrain_qformer.shards.ShardStream([], 8, 42, rank, 2), 3, args.seed, 0) for rank in (0, 1)]
     assert [len(keys) for ((_, ((_, keys),)),) in shares] == [2, 2]  # as many, where a step is not full
 
 
