@@ -26,7 +26,7 @@ import pretrain_stage2
 import train_blip_caption
 import train_cir
 import train_gated
-from engine import errors, loop
+from engine import errors, galleries, loop
 from test_cirr import circo
 from tools import assemble, bench, compare_gated, faithfulness, make_tiny, sample_cirr, steering
 
@@ -248,7 +248,7 @@ def data_sets(few):
 def world(tmp_path, monkeypatch, few, tiny, no_curves):
     """A folder with everything that the commands of the pages read; the current one."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_cir, "MAPS", 1)  # of --gate-maps, a second each
+    monkeypatch.setattr(galleries, "MAPS", 1)  # of --gate-maps, a second each
     data_sets(few)
     published_models(tiny)
     lavis_file()
