@@ -317,15 +317,18 @@ def unwrap_state(loaded, source):
                 + "; save the right one alone: torch.save(model.state_dict(), FILE)")
         key = (known or states)[0]
         loaded, where = held[key], f"key {key!r}"
-    state = {}
-    for name, tensor in loaded.items():
-        if isinstance(tensor, torch.Tensor):
-            while name.startswith(PREFIXES):
-                name = name.split(".", 1)[1]
-            state[name] = tensor
-    if state and all(name.startswith("model.") for name in state):  # Lightning's one module
-        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    state = {name: tensor for name, tensor in loaded.items() if isinstance(tensor, torch.Tensor) and name != "n_averaged"}
+    while (bare := _without_prefixes(state)).keys() != state.keys():  # one wrapper may stand in another: model._orig_mod.module.
+        state = bare
     return state, where
+
+
+def _without_prefixes(state):
+    """One round of prefixes less: those of PREFIXES, and "model." where every name has it, which is Lightning's one module."""
+    state = {name.split(".", 1)[1] if name.startswith(PREFIXES) else name: tensor for name, tensor in state.items()}
+    if state and all(name.startswith("model.") for name in state):
+        state = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    return state
 
 
 def _is_state(value):

@@ -130,17 +130,19 @@ def load_published(model_class, kind, name, dtype=torch.float32, trained=(), tow
 
 
 def load_config(name):
-    """The config alone of a HuggingFace id or folder."""
+    """The config alone of a HuggingFace id or folder. DataError: there is none, or it was saved quantised."""
     from transformers import AutoConfig, Blip2VisionConfig
     local = pathlib.Path(name).exists() or not hub_answers()
     try:
         settings, _ = Blip2VisionConfig.get_config_dict(name, local_files_only=local)
-        if settings.get("model_type") == Blip2VisionConfig.model_type:  # transformers 4 has it, but AutoConfig does not know it
-            return Blip2VisionConfig.from_dict(settings)
-        return AutoConfig.from_pretrained(name, local_files_only=local)
+        # transformers 4 has it, but AutoConfig does not know it
+        alone = settings.get("model_type") == Blip2VisionConfig.model_type
+        config = Blip2VisionConfig.from_dict(settings) if alone else AutoConfig.from_pretrained(name, local_files_only=local)
     except Exception as error:  # as above
         raise DataError(f"{name}: no readable config.json on this machine, and none could be fetched: give a local folder in "
                         f"HuggingFace's format ({said(error)})") from None
+    refuse_quantised(settings.get("quantization_config"), name)
+    return config
 
 
 def load_vision(name, dtype=torch.float32):
@@ -268,12 +270,19 @@ def refuse_other_folder(path, kind, wanted):
     if other != wanted and other in FORMS:
         raise DataError(f"{path}: a {kind} {FORMS[other][0]} and not one {what} (its config.json names {other}): give {default} or a "
                         "folder like it")
-    if config.get("quantization_config"):
-        raise DataError(f"{path}: saved quantised ({config['quantization_config'].get('quant_method', 'quantization_config')}), all its "
-                        "parts with it, and those that are trained and compared here need their own values: give the folder that it "
-                        "was made from" + ("; --lm-precision int8 or nf4 quantises the language model alone" if kind == "BLIP-2" else ""))
+    refuse_quantised(config.get("quantization_config"), path, kind == "BLIP-2")
     for file in sorted(path.glob("*.safetensors")):
         refuse_incomplete(file)
+
+
+def refuse_quantised(settings, name, at_load=False):
+    """DataError where a folder was saved in int8 or in 4 bits. settings: quantization_config of its config.json, None where there is
+    none; at_load: does --lm-precision stand in the command?"""
+    if settings:
+        how = settings.get("quant_method", "quantization_config")
+        raise DataError(f"{name}: saved quantised ({how}), all its parts with it, and those that are trained "
+                        "and compared here need their own values: give the folder that it was made from"
+                        + ("; --lm-precision int8 or nf4 quantises the language model alone" if at_load else ""))
 
 
 def refuse_incomplete(path):
@@ -550,6 +559,8 @@ def read_weights(source):
         return unwrap_state(load_qformer_file(path), path)[0]
     from safetensors import safe_open
     state = {}
+    if (path / "config.json").is_file():  # a folder of tensors alone may have none
+        load_config(path)  # refuses one that was saved quantised
     for file in sorted(path.glob("*.safetensors")):
         refuse_incomplete(file)
         with safe_open(file, "pt") as tensors:

@@ -219,6 +219,18 @@ def test_a_published_folder_is_taken_or_refused_in_one_line(rehearse, stage, fol
     assert re.search(REFUSED[stage, folder], fault), fault
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_folder_that_was_saved_quantised_is_told_so(rehearse, places, tmp_path, monkeypatch, stage):
+    folder = next(folder for folder in FOLDERS if (stage, folder) not in REFUSED)
+    place = tmp_path / folder
+    shutil.copytree(places[folder], place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    monkeypatch.setitem(places, "quantised", str(place))
+    code, _, err = rehearse(stage, "quantised")
+    assert code == 2 and f"{place}: saved quantised (bitsandbytes)" in err and "give the folder that it was made from" in err, err[-3000:]
+
+
 def test_a_qformer_of_t5_goes_behind_t5(places):
     model = core.Blip2OPTGated.build(places[T5], None, [], gating="none", qformer=places[T5])
     assert model.language_projection.weight.shape == (32, 64)

@@ -146,6 +146,8 @@ WRAPPED = {  # name -> content around a state
     "SPRC's class name": lambda s: {"epoch": 3, "Blip2QformerCirAlignPrompt": s}, "net": lambda s: {"net": s, "epoch": 3},
     "model_state": lambda s: {"model_state": s, "optimizer": {"state": {0: {"exp_avg": s["a.bias"]}}, "param_groups": [{"lr": 1}]}},
     "Lightning": lambda s: {"state_dict": {f"model.{n}": t for n, t in s.items()}, "pytorch-lightning_version": "2.4"},
+    "Lightning, compiled, on several GPUs": lambda s: {"state_dict": {f"model._orig_mod.module.{n}": t for n, t in s.items()}},
+    "AveragedModel": lambda s: {"model_ema": {"n_averaged": torch.tensor(7), **{f"module.{n}": t for n, t in s.items()}}},
     "average and model": lambda s: {"model": {n: t + 1 for n, t in s.items()}, "model_ema": s}}
 
 
