@@ -25,6 +25,7 @@ import torch
 from accelerate import Accelerator
 
 import core
+import metrics
 from data import rows
 from data.questions import OtherStyle, Questions, read_questions
 from engine import answering, checkpoints, comparison, errors, files, flags, folders, loop, memory, packing, published
@@ -327,6 +328,7 @@ def write_outputs(run, systems, command):
         print(f"predictions: {args.predictions} and {readable}")
     table = score_table(questions, systems, run.overlap)
     print_table(table)
+    metrics.log_characters(row.answer for row in questions)
     if args.abstain_below is not None:
         print(coverage(questions, trained, args.abstain_below))
     if args.table:

@@ -135,9 +135,11 @@ def sentence_bleu(hypothesis, reference):
 
     Not symmetric: ArtQuest's code passes the ANSWER as hypothesis and the PREDICTION as reference, so
     sentence_bleu(answer, prediction) is its figure, sentence_bleu(prediction, answer) the usual one. Report both.
+    Characters of scripts without blanks are tokens of their own, as in `tokenize`; sacrebleu's rules alone leave a sentence in one.
     """
     import sacrebleu
-    return sacrebleu.sentence_bleu(hypothesis.lower(), [reference.lower()], use_effective_order=True).score / 100
+    hypothesis, reference = (_CHARACTER.sub(r" \g<0> ", text.lower()) for text in (hypothesis, reference))
+    return sacrebleu.sentence_bleu(hypothesis, [reference], use_effective_order=True).score / 100
 
 
 def answer_scores(prediction, answer, people):
@@ -187,9 +189,18 @@ def tokenize(text):
     return " ".join(_BRACKETS.get(token, token) for token in tokens if token not in _DROPPED)
 
 
+IN_CHARACTERS = "in scripts without blanks between words (Chinese, Japanese, Thai, ...) each character counts as a token"
+
+
 def in_characters(texts):
     """Does `tokenize` take characters for tokens in some of these texts? To be said beside their scores."""
     return any(_CHARACTER.search(text) for text in texts)
+
+
+def log_characters(texts, log=print):
+    """Say IN_CHARACTERS where it holds for some of the reference texts."""
+    if in_characters(texts):
+        log(f"note: {IN_CHARACTERS}")
 
 
 def _need_list(strings, name):
@@ -701,9 +712,6 @@ def _notes(corpus, references):
         notes.append("METEOR (no WordNet) counts no synonyms, so it is not comparable with METEOR: for that, run "
                      "python -m nltk.downloader wordnet")
     return notes
-
-
-IN_CHARACTERS = "in scripts without blanks between words (Chinese, Japanese, Thai, ...) each character counts as a token"
 
 
 def get_args(argv=None):

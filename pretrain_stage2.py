@@ -109,7 +109,9 @@ def read_data(args, log=print):
     shown = sorted(by_picture)[:args.max_val]  # by their hash
     if len(shown) < len(by_picture):
         log(f"val: {len(shown)} of its {len(by_picture)} pictures are captioned (--max-val)")
-    return train, Split([by_picture[i][0] for i in shown], [[pair.text for pair in by_picture[i]] for i in shown])
+    references = [[pair.text for pair in by_picture[i]] for i in shown]
+    metrics.log_characters((text for texts in references for text in texts), log)
+    return train, Split([by_picture[i][0] for i in shown], references)
 
 
 class Collate:

@@ -146,7 +146,9 @@ def read_data(args, split, log=print):
 
 def read_scored(args, split, log=print):
     """The Pictures of a split that are scored: all of them, or --max-val."""
-    return captions.limit(read_data(args, split, log), args.max_val, split, log)
+    pictures = captions.limit(read_data(args, split, log), args.max_val, split, log)
+    metrics.log_characters((caption for picture in pictures for caption in picture.captions), log)
+    return pictures
 
 
 def splits(args):

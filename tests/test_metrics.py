@@ -508,3 +508,34 @@ def test_characters_are_said_beside_the_scores(tmp_path, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps({"a": text, "b": text}), encoding="utf-8")
     metrics.main(["--references", str(tmp_path / "refs.json"), "--predictions", str(tmp_path / "preds.json")])
     assert "each character counts as a token" in capsys.readouterr().out
+
+
+def test_a_chinese_answer_has_its_bleu_by_characters():
+    """One wrong character of four scores as one wrong word of four does, and not as a sentence that is wholly wrong."""
+    assert sentence_bleu("\u7ea2\u8272\u7684\u72d7", "\u7ea2\u8272\u7684\u732b") == sentence_bleu("a b c d", "a b c e")
+    assert sentence_bleu("\u7ea2\u8272\u7684\u72d7", "\u7ea2\u8272\u7684\u72d7") == pytest.approx(1)
+
+
+def test_every_stage_that_scores_texts_says_what_counts_as_a_token(tmp_path, capsys):
+    import eval_gated
+    import pretrain_stage2
+    import train_blip_caption
+    from data.rows import Row
+    from PIL import Image
+    (tmp_path / "images").mkdir()
+    for n in (1, 2):
+        Image.new("RGB", (32, 32), (60 * n, 0, 0)).save(tmp_path / f"images/{n}.png")
+    said = "each character counts as a token"
+    for text, wanted in (("\u7ea2\u8272\u7684\u732b", True), ("a red cat", False)):
+        for n, split in ((1, "train"), (2, "val")):
+            (tmp_path / f"{split}_captions.json").write_text(json.dumps({f"{n}.png": text}), encoding="utf-8")
+        lines = []
+        train_blip_caption.read_scored(train_blip_caption.get_args(["--data", str(tmp_path), "--workers", "0"]), "val", lines.append)
+        assert (said in "\n".join(lines)) is wanted
+        lines = []
+        pretrain_stage2.read_data(pretrain_stage2.get_args(["--data", f"few={tmp_path}", "--workers", "0"]), lines.append)
+        assert (said in "\n".join(lines)) is wanted
+        asked = types.SimpleNamespace(predictions=None, abstain_below=None, table=None, maps=0, report=None, export=None)
+        row = Row("1.png", "1.png", "?", text, "style", "", 2, "val.csv")
+        eval_gated.write_outputs(types.SimpleNamespace(args=asked, questions=[row], overlap=None), {"gated": [{"prediction": "x"}]}, [])
+        assert (said in capsys.readouterr().out) is wanted
