@@ -7,6 +7,7 @@
 """
 
 import contextlib
+import gc
 import os
 import re
 import signal
@@ -80,7 +81,11 @@ def outlive_signals(worker):
     """worker_init_fn: the main process decides when to stop. Loaders do not hear Ctrl-C; after a SIGTERM, which a job
     scheduler sends to all, they go on for 30 s, so that the main process can finish its step. They must not ignore it for
     good: Python itself ends leftover loaders with SIGTERM at exit, and would wait for ever. They end with code 0: of one that a
-    signal ends torch says so in the main process, after the error that was the reason."""
+    signal ends torch says so in the main process, after the error that was the reason.
+
+    What the main process left for Python to clear is not cleared here: the loaders of an earlier iterator are no children of this one,
+    and torch would print a traceback of it."""
+    gc.freeze()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(30))

@@ -31,3 +31,26 @@ def test_after_an_error_the_loaders_end_quietly(forker):
     ended, = forker.run(["-c", script], cwd=ROOT)
     assert ended.returncode == 2 and ended.stderr == "error: a fault in the main process\n" and ended.stdout == ""
     assert time.monotonic() - started < 25  # with torch's import
+
+
+def test_a_loader_says_nothing_of_earlier_ones(forker):
+    """An iterator of an evaluation that was not cleared yet is cleared in no loader of the next: torch's traceback of it reads as a
+    fault of the run ("can only test a child process")."""
+    script = textwrap.dedent("""
+        import gc
+        from engine import loaders
+
+        class Numbers:
+            def __getitem__(self, number):
+                gc.collect()
+                return number
+
+        gc.disable()
+        left = [iter(loaders.load_batches(Numbers(), list, [[0], [1], [2], [3]], 1))]
+        next(left[0])
+        left.append(left)  # a cycle, which the collector alone clears
+        del left
+        print(list(loaders.load_batches(Numbers(), list, [[4], [5]], 1)))
+    """)
+    ended, = forker.run(["-c", script], cwd=ROOT)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[[4], [5]]\n", "")
