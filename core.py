@@ -693,7 +693,7 @@ class Blip2OPTGated(nn.Module):
         if not tower:
             blip2.vision_model = None
         if qformer:
-            replace_qformer(blip2, qformer)
+            replace_qformer(blip2, qformer, log)
             if tower:
                 towers.join(blip2.vision_model, qformer, name, log)
         return cls(blip2, tokenizer, net, styles, gating, **settings)

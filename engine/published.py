@@ -509,7 +509,9 @@ LAVIS_KEYS = (
     ("vision_proj.", "vision_projection."),
     ("text_proj.", "text_projection."),
     ("opt_proj.", "language_projection."),
+    ("t5_proj.", "language_projection."),
 )
+LAVIS_READERS = {"opt_proj.": "opt", "t5_proj.": "t5"}  # the kind of language model that a projection speaks to
 QFORMER_PARTS = ("qformer", "embeddings", "query_tokens", "language_projection", "vision_projection", "text_projection",
                  "itm_head", "temp", "lm_head")
 
@@ -586,14 +588,23 @@ def refuse_other_reader(reader, source):
     other = getattr(getattr(held, "text_config", None), "model_type", reader)
     speaks = held.model_type == "blip-2" and "Blip2ForImageTextRetrieval" not in (held.architectures or ())
     if speaks and other != reader:
-        raise DataError(f"{source}: its Q-Former speaks to another language model ({other}, here {reader}): give that of a BLIP-2 with "
-                        f"{reader}, or one of stage 1, which has spoken to none, such as {DEFAULTS['blip2-itm']}")
+        refuse_reader(source, other, reader)
 
 
-def replace_qformer(blip2, source):
-    """Put another checkpoint's Q-Former and queries (and projection, where it holds one) into a transformers BLIP-2."""
-    refuse_other_reader(blip2.config.text_config.model_type, source)
-    parts = qformer_weights(read_weights(source), text_path=False, source=source)
+def refuse_reader(source, other, reader):
+    raise DataError(f"{source}: its Q-Former speaks to another language model ({other}, here {reader}): give that of a BLIP-2 with "
+                    f"{reader}, or one of stage 1, which has spoken to none, such as {DEFAULTS['blip2-itm']}")
+
+
+def replace_qformer(blip2, source, log=print):
+    """Put another checkpoint's Q-Former and queries (and projection, where it holds one, else it says so) into a transformers BLIP-2."""
+    reader = blip2.config.text_config.model_type
+    refuse_other_reader(reader, source)
+    state = read_weights(source)
+    for prefix, kind in LAVIS_READERS.items():
+        if kind != reader and any(name.startswith(prefix) for name in state):
+            refuse_reader(source, kind, reader)
+    parts = qformer_weights(state, text_path=False, source=source)
     load_strictly(blip2.qformer, parts["qformer"], f"Q-Former of {source}")
     queries = parts.get("query_tokens", {}).get("")
     if queries is None or queries.shape != blip2.query_tokens.shape:
@@ -602,3 +613,5 @@ def replace_qformer(blip2, source):
     blip2.query_tokens.data.copy_(queries)
     if "language_projection" in parts:
         load_strictly(blip2.language_projection, parts["language_projection"], f"language projection of {source}")
+    else:
+        log(f"Q-Former of {source}: without a projection to a language model, which stays as --blip2 has it")

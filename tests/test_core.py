@@ -5,6 +5,7 @@ Behaviour-checked: identity at start, gradients, invariances, style terms, promp
 """
 
 import math
+import re
 import shutil
 
 import pytest
@@ -141,6 +142,21 @@ def test_qformer_from_lavis_file_and_from_hf_folder(build, tiny, tmp_path):
         model = build(gating="none", qformer=str(source))
         assert torch.equal(model.query_tokens, donor.query_tokens)
         assert all(torch.equal(a, b) for a, b in zip(model.qformer.state_dict().values(), donor.qformer.state_dict().values()))
+
+
+@pytest.mark.parametrize("name, message", [("t5_proj", "another language model .t5, here opt."), (None, "without a projection")])
+def test_the_projection_of_a_lavis_file_is_never_left_out_in_silence(build, tmp_path, capsys, name, message):
+    """That of Flan-T5 has the shape of any other of its width."""
+    donor = build(gating="none")
+    state = {f"qformer.{n}": p for n, p in donor.qformer.state_dict().items()} | {"query_tokens": donor.query_tokens.data}
+    projection = {f"{name}.{n}": p for n, p in donor.language_projection.state_dict().items()} if name else {}
+    torch.save({"model": as_lavis(state) | projection}, tmp_path / "stage2.pth")
+    try:
+        build(gating="none", qformer=str(tmp_path / "stage2.pth"))
+        said = capsys.readouterr().out
+    except DataError as error:
+        said = str(error)
+    assert re.search(f"stage2.pth: .*{message}", said)
 
 
 def save_hf(tiny, donor, folder):
