@@ -84,9 +84,9 @@ WORDS = {  # English, Chinese
     "errors_intro": ("Where the model is right and wrong, with the gates and with them closed (the report itself is in English).",
                      "模型在哪里对、哪里错，有门控与关闭门控相比（报告本身为英文）。"),
     "about": ("How to read this page", "如何读懂本页"),
-    "about_gate": ("A gate is a number for each attention head that scales what the model reads from the picture. Where all are 1, the model "
-                   "is the plain one: the card without the gate.",
-                   "门是每个注意力头上的一个数，用来缩放模型从画中读取的内容。全部为 1 时就是原来的模型，即“无门控”的卡片。"),
+    "about_gate": ("A gate is a number that scales what an attention head, or one of its channels, reads from the picture. Where all are 1, "
+                   "the model is the plain one: the card without the gate.",
+                   "门是一个数，用来缩放一个注意力头（或它的一个通道）从画中读取的内容。全部为 1 时就是原来的模型，即“无门控”的卡片。"),
     "about_style": ("The bars: probabilities that the style classifier gives the painting. They, and the question, set the gates; 'as if' "
                     "puts another style in their place and changes nothing in the picture.",
                     "条形：风格分类器给这幅画的概率。门由它和问题共同决定；“假设”以另一种风格代替它，画面不变。"),
@@ -109,8 +109,8 @@ STYLE = """.demo{overflow-wrap:anywhere;color:var(--body-text-color)}.demo h3{ma
 .demo .track{grid-column:1/-1;background:rgba(128,128,128,.22);border-radius:3px;height:.45em}.demo .bar i{display:block;height:100%;border-radius:3px;background:#1f6feb}
 .demo .share{text-align:right;font-variant-numeric:tabular-nums}.demo .seen{display:grid;grid-template-columns:repeat(3,minmax(0,1fr));gap:0 1em}
 .demo .seen .bar{margin:.1em 0!important}.demo a{color:#1f6feb;text-decoration:underline;white-space:nowrap}.dark .demo a{color:#79b8ff}
-.demo .maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(46%,15em),1fr));gap:1em}.demo figure{margin:0}
-.demo figure img{display:block;width:100%}.demo .soon{overflow-x:auto}.demo .soon img{max-width:56em;min-width:40em}
+.demo .maps{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(46%,15em),1fr));gap:1em;align-items:end}
+.demo figure{margin:0}.demo figure img{display:block;width:100%}.demo .soon{overflow-x:auto}.demo .soon img{max-width:56em;min-width:40em}
 .demo figcaption{font-size:.9em;margin-bottom:.25em}.demo .scale{display:flex;gap:.5em;align-items:center;font-size:.85em;margin-top:.2em}
 .demo .scale i{flex:1;height:.6em;min-width:3em}.demo .hits{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(30%,150px),1fr));gap:.8em}
 .demo .hits img{aspect-ratio:1;object-fit:contain;background:rgba(128,128,128,.15)}.demo .fault{color:#c62828;font-weight:600}
@@ -124,7 +124,7 @@ STYLE = """.demo{overflow-wrap:anywhere;color:var(--body-text-color)}.demo h3{ma
 .demo h1{font-size:.95em!important;padding-top:.3em}.demo h4{font-size:.8em!important}.demo h3{font-size:.9em!important}
 .demo .intro{font-size:.8em;line-height:1.3}#language label{padding:.25em .5em!important;font-size:12px}
 .tab-container button{padding:0 .5em!important;font-size:13px!important}.picture,.picture .image-container{height:140px!important;min-height:0!important}
-.picture .image-container{padding-top:0}#question{padding:4px!important}.strip .label,#tries .label,#question label>span{display:none!important}
+.picture .image-container{padding-top:0}#intro{margin-top:-.4em}#question{padding:4px!important}.strip .label,#tries .label,#question label>span{display:none!important}
 .demo .answer{font-size:1.1em;overflow-wrap:break-word}.demo .card{padding:.4em .5em}.demo .bar{font-size:.8em;gap:0 .2em}
 .demo .seen{gap:0 .5em;grid-template-columns:repeat(2,minmax(0,1fr))}.demo .seen .bar:nth-child(n+3){display:none}
 #tries>.gallery{flex-wrap:nowrap!important;overflow-x:auto}#tries .gallery-item{flex:none}.gradio-container .html-container{padding:0!important}}"""
