@@ -48,6 +48,7 @@ def get_args(argv=None):
     parser.add_argument("--queries", type=flags.positive, default=32, help="(default: 32)")
     parser.add_argument("--width", type=flags.positive, default=768, help="of --qformer fresh, in heads of 64 (default: 768)")
     parser.add_argument("--layers", type=flags.positive, default=12, help="of --qformer fresh (default: 12)")
+    parser.add_argument("--dropout", type=flags.share, default=0.1, help="of --qformer fresh (default: 0.1, as BERT's)")
     parser.add_argument("--seed", type=flags.whole, default=0, help="of what is fresh (default: 0)")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write, which must not be there")
     args = parser.parse_args(argv)
@@ -102,7 +103,8 @@ def fresh_qformer(args, tower):
     """--qformer fresh -> (Blip2QFormerConfig, {"qformer": state, "query_tokens": ...} of random weights, N(0, 0.02) as BERT's)."""
     from transformers import Blip2QFormerConfig
     config = Blip2QFormerConfig(hidden_size=args.width, num_hidden_layers=args.layers, num_attention_heads=args.width // 64,
-                                intermediate_size=4 * args.width, encoder_hidden_size=tower.config.hidden_size)
+                                intermediate_size=4 * args.width, encoder_hidden_size=tower.config.hidden_size,
+                                hidden_dropout_prob=args.dropout, attention_probs_dropout_prob=args.dropout)
     model = core.QFormer(config)
     for module in model.modules():
         if isinstance(module, nn.Linear):

@@ -90,7 +90,7 @@ def test_a_fresh_qformer_has_no_text_path(lm_folder, tmp_path, tiny):
     """And a tower of another BLIP-2 is taken over, with its ln_vision."""
     out = tmp_path / "out"
     assemble.main(["--vision", tiny[0], "--lm", lm_folder, "--qformer", "fresh", "--width", "128", "--layers", "2", "--queries", "4",
-                   "--out", str(out)])
+                   "--dropout", "0.25", "--out", str(out)])
     assert not (out / "qformer").exists()
     pixels = json.loads((out / "preprocessor_config.json").read_text())
     assert pixels["image_mean"] == [0.48145466, 0.4578275, 0.40821073] and pixels["image_std"] == [0.26862954, 0.26130258, 0.27577711]
@@ -101,6 +101,9 @@ def test_a_fresh_qformer_has_no_text_path(lm_folder, tmp_path, tiny):
     with torch.no_grad():
         images = torch.zeros(1, 3, model.image_size, model.image_size)
         assert len(model.predict_answers(images, ["Which style is this painting?"], max_new_tokens=2)) == 1
+    found = [module.p if isinstance(module, torch.nn.Dropout) else getattr(module, "attention_dropout", None)
+             for module in model.qformer.modules()]
+    assert set(found) == {None, 0.25}
 
 
 def test_what_is_there_or_does_not_fit_is_one_line(assembled, lm_folder, bert_folder, tmp_path):
