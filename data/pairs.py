@@ -85,8 +85,7 @@ def split_file(place, split):
     if not found and split == "train":
         there = excerpt(", ".join(sorted(rows.entries(place))[:10]) or "nothing", 300)
         raise DataError(f"{place}: none of {', '.join((*FILES[split], *captions.WHOLE))} is there; it holds {there}: check --data")
-    whole = found and os.path.basename(found[0]) in captions.WHOLE and not captions.names_splits(found[0])
-    return found[0] if found and not (whole and split == "val") else ""
+    return found[0] if found and not (split == "val" and captions.is_whole(place, found[0])) else ""
 
 
 def is_absolute(name):

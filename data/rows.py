@@ -45,6 +45,7 @@ LAYOUTS = (("AQUA-like", "image question answer need_external_knowledge"),  # th
            ("ArtQuest-like", "image question answer question_type"), ("plain", "image question answer"),
            ("LLaVA conversations", "conversations"), ("messages and images", "messages"), ("ImageFolder", "file_name"))
 TURNS_IN = {"LLaVA conversations": "conversations", "messages and images": "messages"}
+METADATA = ("metadata.csv", "metadata.jsonl")  # of HuggingFace's ImageFolder
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -93,13 +94,18 @@ def entries(folder):
         return []
 
 
+def metadata_names(split):
+    """METADATA in the folder of a split, which HuggingFace calls validation, too."""
+    return [f"{folder}/{name}" for folder in ((split, "validation") if split == "val" else (split,)) for name in METADATA]
+
+
 def table_names(split):
     """Names that the table of a split may have in its folder.
 
     A metadata file in the folder itself holds the training split, as Hugging Face's ImageFolder has it."""
-    names = [f"{split}.csv", f"{split}.tsv", f"artquest_{split}.csv", f"{split}.json", f"{split}.jsonl", f"{split}/metadata.csv",
-             f"{split}/metadata.jsonl", *(split + ending for ending in SHEETS), *vqa.table_names(split)]
-    return names + (["metadata.csv", "metadata.jsonl"] if split == "train" else [])
+    names = [f"{split}.csv", f"{split}.tsv", f"artquest_{split}.csv", f"{split}.json", f"{split}.jsonl", *metadata_names(split),
+             *(split + ending for ending in SHEETS), *vqa.table_names(split)]
+    return names + (list(METADATA) if split == "train" else [])
 
 
 def find_table(folder_or_file, split):

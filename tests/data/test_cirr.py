@@ -216,7 +216,7 @@ def test_subset_and_recall_refuse():
 @pytest.mark.parametrize("text, wanted", [
     ('Show "three" (red) #boats!', "show three red boats"), ("a.b*c:d;e~f", "a b c d e f"), ("  Two   dogs.  ", "two dogs"),
     ("it's not-blue, is it?", "it's not-blue, is it?"), (" . ", ""), ("w " * 60, " ".join(["w"] * 50)),
-    ("tab\tstays\n", "tab\tstays")])
+    ("tab\tstays\n", "tab\tstays"), ("Red。" + "猫" * 60, "red。" + "猫" * 49), ("สวัส" + "ดี" * 60, "สวัส" + "ดี" * 47)])
 def test_clean_text(text, wanted):
     assert cirr.clean_text(text) == wanted and cirr.clean_text(wanted) == wanted
 

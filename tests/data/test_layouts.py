@@ -280,6 +280,29 @@ def test_join(data, catalogue):
     assert [row.style for row in found] == ["old", "", "old"]
 
 
+def test_semarts_columns_in_other_case_and_as_excel(data, catalogue):
+    found, said = read_split(write(data / "x.json", [PLAIN]), "x"), []
+    lower = write(data / "lower.csv", "Image File\tschool\tType\na.jpg\tGerman\tportrait\n")
+    joined, matches = join_semart(found, lower, {"style": "SCHOOL", "context": "TYPE"}, log=said.append)
+    assert matches == 1 and (joined[0].style, joined[0].context) == ("German", "portrait")
+    assert said == [f"{lower}: column Image File for the image, school for the style, Type for the context"]
+    join_semart(found, catalogue, log=said.append)
+    assert len(said) == 1  # nothing is said of SemArt's own names
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("openpyxl")
+    pandas.DataFrame([{"IMAGE_FILE": "a.jpg", "SCHOOL": "Dutch"}]).to_excel(data / "s.xlsx", index=False)
+    assert join_semart(found, data / "s.xlsx")[0][0].style == "Dutch"
+
+
+@pytest.mark.parametrize("head, parts", [
+    ("file\tauthor", ["no column 'IMAGE_FILE' for the image and no column 'SCHOOL' for the style", "'file, author'"]),
+    ("IMAGE_FILE\tSchool\tSCHOOL", ["'SCHOOL' could be any of the columns 'School, SCHOOL'"])])
+def test_all_that_semart_lacks_is_named_at_once(data, head, parts):
+    found = read_split(write(data / "x.json", [PLAIN]), "x")
+    table = write(data / "s.csv", head + "\n" + "\t".join("x" for _ in head.split("\t")) + "\n")
+    refusal(table, *parts, call=lambda: join_semart(found, table))
+
+
 def test_join_that_cannot_be(data, catalogue):
     found = read_split(write(data / "x.json", [{**PLAIN, "image": f"{n}.jpg"} for n in range(5)]), "x")
     refusal(catalogue, "0.jpg, 1.jpg, 2.jpg'", "a.jpg, z.jpg", "same split", call=lambda: join_semart(found, catalogue))
