@@ -35,7 +35,7 @@ import numpy as np
 from data.tables import excerpt
 from engine import errors
 from engine.errors import DataError
-from engine.text import CHARACTERS
+from engine.text import MARKS, UNSPACED
 
 
 # --------------------------------------------------------------------------- VQA accuracy
@@ -138,7 +138,7 @@ def sentence_bleu(hypothesis, reference):
     Characters of scripts without blanks are tokens of their own, as in `tokenize`; sacrebleu's rules alone leave a sentence in one.
     """
     import sacrebleu
-    hypothesis, reference = (_CHARACTER.sub(r" \g<0> ", text.lower()) for text in (hypothesis, reference))
+    hypothesis, reference = (UNSPACED.sub(r" \g<0> ", text.lower()) for text in (hypothesis, reference))
     return sacrebleu.sentence_bleu(hypothesis, [reference], use_effective_order=True).score / 100
 
 
@@ -151,9 +151,7 @@ def answer_scores(prediction, answer, people):
 
 # --------------------------------------------------------------------------- captions (COCO)
 
-_MARKS = ("\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece"  # vowels and tones of Thai and Lao,
-          "\u102b-\u103e\u1056-\u1059\u17b4-\u17d3\u17dd")  # Burmese and Khmer
-_LETTER = f"[\\w\u0300-\u036f{_MARKS}]"  # \w lacks combining marks
+_LETTER = f"[\\w\u0300-\u036f{MARKS}]"  # \w lacks combining marks
 _ENDING = r"(?:n't|'(?:s|m|d|re|ve|ll))(?!\w)"
 _SPLIT = re.compile(rf"(?<=\w)(?={_ENDING})|\b(?:can(?=not\b)|gon(?=na\b)|wan(?=na\b)|got(?=ta\b))")
 _TOKEN = re.compile(
@@ -164,11 +162,6 @@ _TOKEN = re.compile(
     r"|[!?]{2,}|[^\w\s]")                                        # "!?" is no entry of the list of dropped marks
 _DROPPED = set(".,:;?!'\"`-\u2013\u2014\u2026\u2018\u2019\u201c\u201d"
                "\u3001\u3002\uff0c\uff0e\uff01\uff1f\uff1b\uff1a\u300c\u300d\u300e\u300f\uff08\uff09\u300a\u300b\u3010\u3011\u00b7")
-# of scripts that set no blanks between words: kana and Chinese characters; Thai, Lao, Burmese and Khmer letters with their marks,
-# which BERT's pieces leave as they are written
-_CHARACTER = re.compile(
-    f"[{CHARACTERS}]"
-    f"|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff][{_MARKS}]*")
 _BRACKETS = dict(zip("()[]{}", "-lrb- -rrb- -lsb- -rsb- -lcb- -rcb-".split()))  # drop list is upper case, text is lower
 
 
@@ -183,7 +176,7 @@ def tokenize(text):
     In scripts without blanks between words each character is a token, as is usual for Chinese captions: the rules above would make
     one token of a sentence, and one wrong character would score 0.
     """
-    text = _CHARACTER.sub(r" \g<0> ", text)
+    text = UNSPACED.sub(r" \g<0> ", text)
     text = _SPLIT.sub(r"\g<0> ", text.lower().replace("\u2019", "'"))
     tokens = _TOKEN.findall(text)
     return " ".join(_BRACKETS.get(token, token) for token in tokens if token not in _DROPPED)
@@ -194,7 +187,7 @@ IN_CHARACTERS = "in scripts without blanks between words (Chinese, Japanese, Tha
 
 def in_characters(texts):
     """Does `tokenize` take characters for tokens in some of these texts? To be said beside their scores."""
-    return any(_CHARACTER.search(text) for text in texts)
+    return any(UNSPACED.search(text) for text in texts)
 
 
 def log_characters(texts, log=print):

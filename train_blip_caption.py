@@ -57,7 +57,8 @@ def get_args(argv=None):
     data.add_argument("--encoding", default="utf-8", help="of the files of captions (default: utf-8)")
     data.add_argument("--shots", type=flags.positive, metavar="N", help="train on N pictures only, picked by --seed")
     data.add_argument("--train-texts-clean", action="store_true",
-                      help=f"remove empty, duplicate (twice on a picture) and absurdly long (over {LONGEST} words) captions")
+                      help=f"remove empty, duplicate (twice on a picture) and absurdly long (over {LONGEST} words; "
+                           "in Chinese and the like characters) captions")
     data.add_argument("--augment", action="store_true", help="mirror (not where the caption says left or right), brightness, "
                                                              "contrast, rotation by up to 10 degrees")
     data.add_argument("--skip-bad", type=flags.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",

@@ -14,6 +14,7 @@ import os
 import pathlib
 import sys
 from collections import Counter
+from dataclasses import replace
 from typing import NamedTuple
 
 import core
@@ -295,7 +296,12 @@ def best_of(args, model, parts, frozen, command):
     read = parts.train.rows
     return {"state": checkpoints.trainable_state(model), "model_args": parts.built_from, "args": vars(args), "command": list(command),
             "loss_weights": parts.weights, "majority": majority_answers(read), "answers": sorted({r.answer.strip() for r in read}),
-            "frozen": frozen, "pictures": parts.pictures}
+            "frozen": frozen, "pictures": parts.pictures, "draws_answers": draws_answers(read)}
+
+
+def draws_answers(train_rows):
+    """Have people given different answers to a question, of which each epoch draws one?"""
+    return any(row.answers_differ for row in train_rows)
 
 
 def majority_answers(train_rows):
@@ -313,7 +319,9 @@ def settings(args, parts, accelerator):
     return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
             "--length-pool": 1,  # what it has come to: an earlier version's last.pt with another one had its rows in another order
             "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
-            "a cache of features": args.cache is not None, "training rows (hash)": rows.fingerprint(parts.train.rows),
+            "a cache of features": args.cache is not None,
+            # an earlier version trained on the commonest of several answers: such a run does not go on as another
+            "training rows (hash)": rows.fingerprint(parts.train.rows) + ", answers drawn" * draws_answers(parts.train.rows),
             "validation rows (hash)": rows.fingerprint(parts.val.rows), "processes": accelerator.num_processes}
 
 
@@ -381,9 +389,11 @@ def rehearse(run, parts, args):
     def longest(data, count):
         return sorted(range(len(data)), key=lambda n: text_length(data.rows[n]))[-count:]
 
-    picked = longest(parts.train, args.batch_size)
+    whole = [replace(row, answer=max(row.trained_on, key=len)) if row.answers_differ else row for row in parts.train.rows]
+    train = Questions(whole, parts.train.image_size, parts.train.features)
+    picked = longest(train, args.batch_size)
     run.wrapped.train()
-    step = run.rehearsal(parts.collate([parts.train[n] for n in picked]), picked)
+    step = run.rehearsal(parts.collate([train[n] for n in picked]), picked)
     train_step(run, step, parts.weights)
     step.update()
     count = memory.answer_batch(args.eval_batch_size, run.model.language_model, 1, run.model.max_answer)
@@ -413,7 +423,7 @@ def prepare(args, accelerator, command=()):
     train_rows, val_rows = splits
     val_rows = rows.unify_spelling(val_rows, {r.style.strip() for r in train_rows}, accelerator.print)  # as they are trained
     tokenizer = published.load_tokenizer(places["blip2"])
-    texts = [text for row in train_rows + val_rows for text in (row.question, row.answer)]
+    texts = [text for row in train_rows + val_rows for text in (row.question, *row.trained_on)]
     published.refuse_unknown_words(tokenizer, texts, places["blip2"])
     built_from = model_args(args, train_rows, answer_length(tokenizer, train_rows, args.max_answer))
     log_cut_answers(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)
@@ -424,7 +434,7 @@ def prepare(args, accelerator, command=()):
     model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None, log=accelerator.print)
     memory.save_activations(model.language_model, args.activations)
     packing.pack_samples(model.language_model, accelerator.print)
-    parts = Parts(Questions(train_rows, model.image_size, features), Questions(val_rows, model.image_size, features),
+    parts = Parts(Questions(train_rows, model.image_size, features, args.seed), Questions(val_rows, model.image_size, features),
                   Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from,
                   sorted(set(rows.picture_digests(train_rows, args.workers).values())))
     return make_run(args, accelerator, model, parts, {**checkpoints.fingerprint(model), **towers}, command), parts
@@ -445,7 +455,8 @@ def make_run(args, accelerator, model, parts, frozen, command=()):
                                accelerator.num_processes, lengths)
 
     return Run("gated", args.out, accelerator, model, wrapped, optimizer, rows=read, plan=plan, epochs=args.epochs, seed=args.seed,
-               batches=lambda epoch, left: loaders.load_batches(parts.train, parts.collate, loop.keys_of(left), args.workers),
+               batches=lambda epoch, left: loaders.load_batches(
+                   parts.train, parts.collate, [[(epoch, n) for n in keys] for keys in loop.keys_of(left)], args.workers),
                lr=lambda step, total: loop.cosine_lr(step, total, round(args.warmup * total), args.lr),
                metric=args.select, lowest=args.select == "loss", settings=settings(args, parts, accelerator),
                frozen=frozen, base=("BLIP-2 or style classifier", "--blip2 and --efficientnet"),

@@ -23,11 +23,12 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch.utils.data import Dataset
 
 from data import rows
-from data.tables import cell, locate, parse_json, read_json, read_table, read_text, excerpt
+from data.tables import SHEETS, cell, locate, parse_json, read_json, read_sheet, read_table, read_text, excerpt
 from engine.errors import DataError
+from engine.text import unit_of, words_of
 
 MAX_LENGTH = 60  # tokens of a caption, [DEC] among them, in training and in generation
-LONGEST = 100  # words; what is longer is no caption
+LONGEST = 100  # words of engine.text; what is longer is no caption
 LEFT_RIGHT = re.compile(r"\b(left|right)|左|右", re.IGNORECASE)  # also leftmost, right-hand
 
 
@@ -44,18 +45,22 @@ class Entry:
 
 KARPATHY = {"train": ("train", "restval"), "val": ("val",), "test": ("test",)}  # BLIP's coco_karpathy_train.json has restval too
 TOKEN = re.compile(r"([^\t]*\S)#[0-9]+\t(.*)")  # name#0<TAB>caption
-IMAGE_COLUMNS, CAPTION_COLUMNS = ("image", "file_name", "filename", "image_id"), ("caption", "text")
+COMMENTS = re.compile(r"\s*image_name\s*\|\s*comment_number\s*\|\s*comment\s*(\n|$)")  # the header of Kaggle's Flickr30k,
+COMMENT = re.compile(r"([^|]*\S)\s*\|\s*[0-9]+(?:\s*\||\s)\s*(.*)")  # and its rows; in line 20,001 as published the second | is missing
+COLUMNS = {"image": ("image", "file_name", "filename", "image_path", "image_name", "image_id"),  # the first that is there
+           "caption": ("caption", "captions", "text", "comment", "caption_str")}
 LISTS = {"train": "Flickr_8k.trainImages.txt", "val": "Flickr_8k.devImages.txt", "test": "Flickr_8k.testImages.txt"}
 # one file for all splits, which it names itself, which LISTS beside it name, or of which a share of the pictures is held out
-WHOLE = ("dataset_coco.json", "dataset_flickr8k.json", "dataset_flickr30k.json", "captions.txt", "Flickr8k.token.txt",
-         "captions.csv", "captions.tsv")
+WHOLE = ("dataset_coco.json", "dataset_flickr8k.json", "dataset_flickr30k.json", "dataset.json", "captions.txt", "Flickr8k.token.txt",
+         "results.csv", "captions.csv", "captions.tsv", *(f"captions{ending}" for ending in SHEETS), *rows.METADATA)
 HELD_OUT = 0.1  # share of the pictures
 
 
 def file_names(split):
     """Names that the file of captions of one split may have."""
     return (f"coco_karpathy_{split}.json", *(["vg_caption.json"] if split == "train" else []), f"{split}_captions.json",
-            f"{split}_captions.csv", f"{split}_captions.tsv", f"captions_{split}2014.json", f"captions_{split}2017.json")
+            f"{split}_captions.csv", f"{split}_captions.tsv", *(f"{split}_captions{ending}" for ending in SHEETS),
+            f"captions_{split}2014.json", f"captions_{split}2017.json", f"TextCaps_0.1_{split}.json")
 
 
 def files_of(place, split):
@@ -64,14 +69,33 @@ def files_of(place, split):
         paths = [os.path.join(place, inner, name) for inner in ("", "annotations") for name in names]
         return [path for path in paths if os.path.isfile(path)]
 
-    tables = [path for path in existing((f"{split}.csv", f"{split}.tsv")) if caption_table(path)]
-    return existing(file_names(split)) or tables or [path for path in existing(WHOLE) if split != "test" or names_splits(path)]
+    tables = [path for path in existing((f"{split}.csv", f"{split}.tsv", *rows.metadata_names(split))) if caption_table(path)]
+    whole = [path for path in existing(WHOLE) if holds_captions(path) and (split != "test" or names_splits(path))]
+    return existing(file_names(split)) or tables or whole or existing(split + ending for ending in SHEETS)
 
 
 def caption_table(path):
-    """Has this table a caption in its header? Questions about pictures are kept in train.csv, too."""
+    """Has this table a caption and no question in its header, or in its first object? Questions are kept in train.csv, too."""
     with open(path, "rb") as file:
-        return b"caption" in file.readline(10_000).lower()
+        line = file.readline(100_000).decode("utf-8-sig", "replace")
+    keys = re.findall(r'"([^"]*)"\s*:', line) if line.lstrip().startswith("{") else re.split('[,;\t"]', line)
+    keys = {rows.plain_name(key) for key in keys}
+    return not keys.isdisjoint(COLUMNS["caption"]) and "question" not in keys
+
+
+def holds_captions(path):
+    """Are there captions in a file of WHOLE, whose name others may have given to something else?"""
+    name = os.path.basename(path)
+    if name == "results.csv":
+        with open(path, encoding="utf-8-sig", errors="replace") as file:
+            return COMMENTS.match(file.readline(1_000)) is not None
+    return names_splits(path) if name == "dataset.json" else caption_table(path) if name in rows.METADATA else True
+
+
+def is_whole(place, path):
+    """Is `path`, of `place` or the place itself, for training and validation alike without saying which picture is in which?"""
+    both = [map(os.path.realpath, files_of(place, split)) for split in ("train", "val")]
+    return not names_splits(path) and (os.path.isfile(place) or all(os.path.realpath(path) in found for found in both))
 
 
 def names_splits(path):
@@ -89,15 +113,35 @@ def captions_in(where, cells, key="caption"):
     return tuple(cell(where, one, key, "caption") for one in texts)
 
 
-def read_rows(path, table):
-    """Rows of image and caption, a text or a list, as BLIP's authors write them; COCO's results have image_id alone."""
+def columns_of(where, keys):
+    """{"image", "caption": the first of COLUMNS that is among the keys of a row, in whatever case}. DataError: none, a name twice."""
+    found = {what: next(filter(None, (rows.alike(where, name, keys, strict=True) for name in names)), None)
+             for what, names in COLUMNS.items()}
+    lacking = [f"no column {' or '.join(COLUMNS[what])}" for what, column in found.items() if column is None]
+    if lacking:
+        raise DataError(f"{where}: {' and '.join(lacking)}; it has {excerpt(', '.join(keys), 300)}: rename or add what is missing")
+    return found
+
+
+def read_rows(path, table, header=False):
+    """(columns_of the first row, [Entry]) of rows [(number, {column: text, of captions also a list})]: of BLIP's authors, HuggingFace,
+    TextCaps; COCO's results have image_id alone. header: all rows have the same columns, those of a table."""
+    known, found = {}, []
     for number, row in table:
         where = f"{path}, {locate(path, number)}"
         if not isinstance(row, dict):
             raise DataError(f"{where}: {excerpt(json.dumps(row))} where an object with image_id and caption belongs: mend it")
-        ident = cell(where, row, "image_id", "image", needed="image" not in row)
-        name = cell(where, row, "image", "image") if "image" in row else ident
-        yield Entry(number, name, captions_in(where, row), ident)
+        keys = tuple(row)
+        if keys not in known:
+            known[keys] = columns_of(path if header else where, keys)
+        columns, ident = known[keys], cell(where, row, "image_id", "image", needed=False)
+        found.append(Entry(number, cell(where, row, columns["image"], "image"), captions_in(where, row, columns["caption"]), ident))
+    return next(iter(known.values()), {}), found
+
+
+def told(columns):
+    """What is to be said of columns_of, "" of image and caption."""
+    return rows.told_columns(columns, {"image": "image", "caption": "caption"})
 
 
 def read_annotations(path, content):
@@ -105,7 +149,7 @@ def read_annotations(path, content):
     images = content.get("images") if isinstance(content.get("images"), list) else []
     images = [row for row in images if isinstance(row, dict) and "file_name" in row]
     names = {cell(path, row, "id", "image"): cell(path, row, "file_name", "file name") for row in images}
-    found = grouped(read_rows(path, enumerate(content["annotations"], 1)))
+    found = grouped(read_rows(path, enumerate(content["annotations"], 1))[1])
     return [Entry(number, names.get(one.name, one.name), one.captions, one.name) for number, one in enumerate(found, 1)]
 
 
@@ -133,15 +177,26 @@ def read_tokens(path, text):
             raise DataError(f"{path}, line {number}: {excerpt(line)} is not name#number, a tab and a caption: mend the line")
 
 
-def read_columns(path, encoding):
-    """A table with a column for the picture and one for its caption; in captions.txt commas in captions may stand unquoted."""
-    table = read_table(path, encoding, join_rest=path.lower().endswith(".txt"))
-    known = {name.strip().lower(): name for name in reversed(table[0][1])}
-    columns = [next((known[name] for name in names if name in known), None) for names in (IMAGE_COLUMNS, CAPTION_COLUMNS)]
-    if None in columns:
-        wanted = [" or ".join(names) for names, column in zip((IMAGE_COLUMNS, CAPTION_COLUMNS), columns) if column is None]
-        raise DataError(f"{path}: no column {' and no column '.join(wanted)}; it has {excerpt(', '.join(table[0][1]), 300)}: rename")
-    return [Entry(line, cells[columns[0]], (cells[columns[1]],)) for line, cells in table]
+def read_comments(path, text):
+    """Kaggle's Flickr30k, results.csv: name| number| caption under a header. Quotes mean nothing there."""
+    for number, line in list(enumerate(text.split("\n"), 1))[1:]:
+        match = COMMENT.fullmatch(line.rstrip("\r"))
+        if match:
+            yield Entry(number, match[1], (match[2],))
+        elif line.strip():
+            raise DataError(f"{path}, line {number}: {excerpt(line)} is not name| number| caption: mend the line")
+
+
+def read_lines(path, text, encoding):
+    """read_entries of a text file: Flickr8k's tokens, Kaggle's Flickr30k, else a table; in captions.txt commas in captions may stand
+    unquoted."""
+    kind = os.path.splitext(path)[1].lower()
+    if TOKEN.match(text.lstrip()):
+        return "Flickr8k's tokens", list(read_tokens(path, text))
+    if COMMENTS.match(text):
+        return "Flickr30k's results.csv", list(read_comments(path, text))
+    columns, found = read_rows(path, read_table(path, encoding, join_rest=kind == ".txt"), header=True)
+    return ("Flickr8k's captions.txt" if kind == ".txt" else kind[1:].upper()) + told(columns), found
 
 
 def in_split_list(path, entries, split):
@@ -153,33 +208,35 @@ def in_split_list(path, entries, split):
 def read_entries(path, encoding="utf-8", split=""):
     """(what the file was taken for, [Entry]) of a file of captions; split: of a file that says which picture is in which.
 
-    JSON: {image: caption or captions}; rows of image (or image_id) and caption or captions (BLIP's coco_karpathy_*.json, COCO's results);
-    COCO's annotations; Karpathy's dataset_*.json; also JSON Lines, CSV and TSV with image and caption, Flickr8k's captions.txt and
-    Flickr8k.token.txt. DataError: unreadable, another form, no captions, a key twice."""
+    JSON: {image: caption or captions}; rows of image and caption or captions, named as in COLUMNS, in a list (BLIP's coco_karpathy_*.json,
+    COCO's results) or under "data" (TextCaps); COCO's annotations; Karpathy's dataset_*.json. The same rows as JSON Lines (HuggingFace's
+    metadata.jsonl), CSV, TSV, Excel, Parquet; Flickr8k's captions.txt and Flickr8k.token.txt, Kaggle's results.csv of Flickr30k.
+    DataError: unreadable, another form, no captions, a key or column twice."""
     path, kind = str(path), os.path.splitext(path)[1].lower()
     if kind in (".csv", ".tsv", ".txt"):
-        text = read_text(path, encoding)
-        tokens = TOKEN.match(text.lstrip()) is not None
-        form, found = ("Flickr8k's tokens", read_tokens(path, text)) if tokens else (
-            "Flickr8k's captions.txt" if kind == ".txt" else kind[1:].upper(), read_columns(path, encoding))
-        found = list(found)
+        form, found = read_lines(path, read_text(path, encoding), encoding)
         if split and kind == ".txt" and names_splits(path):
             form, found = f"{form}, {LISTS[split]}", in_split_list(path, found, split)
-    elif kind == ".jsonl":
-        form, found = "JSON Lines", list(read_rows(path, read_json(path, encoding)[1]))
+    elif kind == ".jsonl" or kind in SHEETS:
+        form, table = read_json(path, encoding) if kind == ".jsonl" else read_sheet(path)
+        columns, found = read_rows(path, table, header=kind in SHEETS)
+        form += told(columns)
     else:
         form, found = read_content(path, parse_json(path, read_text(path, encoding)), split)
     if not found:
         raise DataError(f"{path}: it holds no captions{f' of the split {split}' if split else ''} (empty)")
-    return form, found
+    return (f"HuggingFace's metadata, {form}" if os.path.basename(path) in rows.METADATA else form), found
 
 
 def read_content(path, content, split):
     """read_entries of a JSON file's content."""
     if isinstance(content, list):
-        found = list(read_rows(path, enumerate(content, 1)))
-        karpathy = bool(found) and "image" in content[0]
-        return ("rows of image and caption, as coco_karpathy_*.json" if karpathy else "rows of image_id and caption"), found
+        columns, found = read_rows(path, enumerate(content, 1))
+        image, caption = columns.values() if columns else ("image_id", "caption")
+        return f"rows of {image} and {caption}" + ", as coco_karpathy_*.json" * (image == "image" and caption == "caption"), found
+    if isinstance(content, dict) and isinstance(content.get("data"), list) and any(isinstance(row, dict) for row in content["data"]):
+        columns, found = read_rows(path, enumerate(content["data"], 1))
+        return f'rows under "data", as TextCaps{told(columns)}', found
     images = content.get("images") if isinstance(content, dict) else None
     if isinstance(images, list) and images and isinstance(images[0], dict) and "sentences" in images[0]:
         return f"Karpathy's file, {' and '.join(KARPATHY[split]) if split else 'all splits'}", list(read_karpathy(path, images, split))
@@ -202,6 +259,8 @@ def grouped(entries):
 def image_root(place, path, images, first):
     """The folder that pictures are named from: `images`, else PLACE/images, else PLACE; a file is placed in its folder, or
     above that where it is called annotations. first: a name, which may have images/ in it already."""
+    if os.path.basename(path) in rows.METADATA:  # its pictures are beside it
+        return rows.image_root(path, images, "ImageFolder", first)
     folder = place if os.path.isdir(place) else os.path.dirname(path) or "."
     if folder != place and os.path.basename(os.path.abspath(folder)) == "annotations":
         folder = os.path.dirname(os.path.abspath(folder))
@@ -248,7 +307,7 @@ def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, ski
         image, fault = pictures[one.name]
         fault = fault or ("" if os.path.getsize(image) else f"image {excerpt(one.name)} has 0 bytes")
         found.append(Picture(image, one.name, tuple(" ".join(text.split()) for text in one.captions), one.line, path, fault))
-    if (os.path.samefile(path, data) or os.path.basename(path) in WHOLE) and not names_splits(path):
+    if is_whole(data, path):
         found = rows.hold_out(found, HELD_OUT, split == "val")
         form = f"{form}, one file for both: {HELD_OUT:.0%} of the pictures are held out for validation"
     if split == "train" and texts_clean:
@@ -283,9 +342,9 @@ def clean(pictures, log):
     for picture in pictures:
         texts = {}  # by what counts as the same
         for text in picture.captions:
-            same = text.lower().rstrip(" .")
-            empty, twice, long = empty + (not same), twice + (same in texts), long + (len(text.split()) > LONGEST)
-            if same and len(text.split()) <= LONGEST:
+            same, length = text.lower().rstrip(" ."), len(words_of(text))
+            empty, twice, long = empty + (not same), twice + (same in texts), long + (length > LONGEST)
+            if same and length <= LONGEST:
                 texts.setdefault(same, text)
         if texts:
             kept.append(replace(picture, captions=tuple(texts.values())))
@@ -393,8 +452,8 @@ def check_data(data, load_tokenizer, skip_bad=0.0, workers=2, **reading):
             failed = True
             continue
         texts = [text for p in splits[split] for text in p.captions]
-        lengths = sorted(len(text.split()) for text in texts)
-        print(f"{split}: {len(set(texts))} different captions of {lengths[0]} to {lengths[-1]} words, half up to "
+        lengths = sorted(len(words_of(text)) for text in texts)
+        print(f"{split}: {len(set(texts))} different captions of {lengths[0]} to {lengths[-1]} {unit_of(texts)}, half up to "
               f"{lengths[len(lengths) // 2]}; {sum(bool(LEFT_RIGHT.search(t)) for t in texts)} say left or right")
         for path, reason in rows.verify_images(splits[split], max(1, workers)) if not skip_bad else []:
             print(f"broken image: {path}: {reason}")

@@ -26,6 +26,7 @@ from data import rows
 from data.tables import cell, locate, parse_json, read_json, read_text, excerpt
 from engine import files
 from engine.errors import DataError
+from engine.text import UNSPACED, first_words, unit_of, words_of
 
 SPLITS = {"cirr": ("train", "val", "test1"), "fashioniq": ("train", "val"), "circo": ("val", "test")}  # what check looks at
 UNSEEN = {"cirr": "test1", "circo": "test"}  # the split whose targets a server alone knows
@@ -69,9 +70,11 @@ class Pool:
 # --- captions ------------
 
 def clean_text(text, max_words=50):
-    """A caption as LAVIS's "blip_caption" cleans it: lower case, . ! " ( ) * # : ; ~ become spaces, the first 50 words."""
+    """A caption as LAVIS's "blip_caption" cleans it: lower case, . ! " ( ) * # : ; ~ become spaces, the first 50 words; in scripts
+    without blanks between words, which LAVIS would leave whole, the first 50 characters."""
     text = re.sub(r"[.!\"()*#:;~]", " ", text.lower())
-    return " ".join(re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ").split(" ")[:max_words])
+    text = " ".join(re.sub(r"\s{2,}", " ", text).rstrip("\n").strip(" ").split(" ")[:max_words])
+    return first_words(text, max_words) if UNSPACED.search(text) else text
 
 
 def text_of(query, draw=None):
@@ -366,11 +369,12 @@ def check(data, format, chance_text, images=None, category="all", splits=None, w
 
 def check_pool(pool, root, chance_text, workers, log):
     """Say what a pool holds, every missing and every broken picture, then how many. (pictures found, whether any is bad)."""
-    lengths = [len(caption.split()) for query in pool.queries for caption in query.captions]
+    texts = [caption for query in pool.queries for caption in query.captions]
+    lengths = [len(words_of(text)) for text in texts]
     sets = len({frozenset(query.members) for query in pool.queries if query.members})
     log(f"{pool.name} {pool.split}: {len(pool.queries)} pairs, {len({q.reference for q in pool.queries})} references, "
         f"{f'{sets} image sets, ' if sets else ''}gallery of {len(pool.gallery)} pictures; captions of {min(lengths)} to "
-        f"{max(lengths)} words, {lengths.count(0)} empty; a random ranking scores {chance_text(pool)}")
+        f"{max(lengths)} {unit_of(texts)}, {lengths.count(0)} empty; a random ranking scores {chance_text(pool)}")
     found, missing = find_images(pool.gallery, root)
     for name, reason in missing.items():
         log(f"missing: {name}: {reason}")

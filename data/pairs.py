@@ -28,6 +28,7 @@ from data.captions import LEFT_RIGHT
 from data.cirr import clean_text
 from data.tables import locate, excerpt
 from engine.errors import DataError
+from engine.text import unit_of, words_of
 
 FILES = {split: captions.file_names(split) for split in ("train", "val")}
 LISTED = 20  # faults that --check-data and --skip-bad name one by one
@@ -84,8 +85,7 @@ def split_file(place, split):
     if not found and split == "train":
         there = excerpt(", ".join(sorted(rows.entries(place))[:10]) or "nothing", 300)
         raise DataError(f"{place}: none of {', '.join((*FILES[split], *captions.WHOLE))} is there; it holds {there}: check --data")
-    whole = found and os.path.basename(found[0]) in captions.WHOLE and not captions.names_splits(found[0])
-    return found[0] if found and not (whole and split == "val") else ""
+    return found[0] if found and not (split == "val" and captions.is_whole(place, found[0])) else ""
 
 
 def is_absolute(name):
@@ -309,10 +309,10 @@ def describe(pairs, label, log):
     if not pairs:
         return
     each = Counter(Counter(pair.image_id for pair in pairs).values())
-    lengths = sorted(len(pair.text.split()) for pair in pairs)
+    lengths, unit = sorted(len(words_of(pair.text)) for pair in pairs), unit_of(pair.text for pair in pairs)
     per_picture = ", ".join(f"{count} with {number}" for number, count in sorted(each.items())[:8])
     log(f"{label}: {len(pairs)} captions of {sum(each.values())} pictures ({per_picture}{' ...' if len(each) > 8 else ''}); "
-        f"{len({pair.text for pair in pairs})} different ones of {lengths[0]} to {lengths[-1]} words, half up to "
+        f"{len({pair.text for pair in pairs})} different ones of {lengths[0]} to {lengths[-1]} {unit}, half up to "
         f"{lengths[len(lengths) // 2]}; {sum(bool(LEFT_RIGHT.search(pair.text)) for pair in pairs)} say left or right")
     reasons = dict.fromkeys((pair.name, pair.fault) for pair in pairs if pair.fault)
     for name, reason in list(reasons)[:LISTED]:

@@ -55,27 +55,32 @@ def add_style_and_context(read, split, style, semart, context, log):
         return read
     place = pathlib.Path(semart)
     table = place / f"semart_{split}.csv" if place.is_dir() else place
-    read, matched = rows.join_semart(read, table, fields)
+    read, matched = rows.join_semart(read, table, fields, log=lambda line: log(f"{split}: {line}"))
     log(f"{split}: {', '.join(f'{name} from {column}' for name, column in fields.items())} of {table}, "
         f"{matched} of {len(read)} rows")
     return read
 
 
 class Questions(Dataset):
-    """Row number -> ({"images": tensor [3,s,s] in BLIP's normalisation}, Row), or (the DataError of a broken picture, Row).
+    """Number, or (epoch, number) in training -> ({"images": tensor [3,s,s] in BLIP's normalisation}, Row), or (the DataError of a
+    broken picture, Row).
 
     The error is handed on and not raised: one that comes out of a loader process would keep the others from ending.
-    features: None, or {path: {"image_embeds": [P,W], "style_feature": [F]}} of a cache, taken in place of the pictures.
+    features: None, or {path: {"image_embeds": [P,W], "style_feature": [F]}} of a cache, taken in place of the pictures. seed: of the
+    answer that an epoch draws where people gave several; None, and without an epoch: the row as it is, with the commonest.
     """
 
-    def __init__(self, questions, image_size, features=None):
-        self.rows, self.image_size, self.features = questions, image_size, features
+    def __init__(self, questions, image_size, features=None, seed=None):
+        self.rows, self.image_size, self.features, self.seed = questions, image_size, features, seed
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, index):
-        row = self.rows[index]
+        epoch, number = index if isinstance(index, tuple) else (None, index)
+        row = self.rows[number]
+        if epoch is not None and self.seed is not None:
+            row = rows.draw_answer(row, self.seed, epoch, number)
         try:
             if self.features is not None:
                 return self.features[row.image], row

@@ -4,6 +4,8 @@ What the training and evaluation scripts must agree on, as plain functions:
 
     read_split, describe_layout             a split in any of LAYOUTS -> rows; what it was understood as
     read_layout                             both of these from one reading; tables.py reads the files
+    find_columns, alike                     columns by name, in whatever case
+    draw_answer                             the answer of several that an epoch trains on
     join_semart                             styles from a column of SemArt's table
     find_pictures                           names in a list -> paths below a root, also where the folders differ
     unify_spelling, one_spelling            Cubism and cubism are one style
@@ -43,6 +45,7 @@ LAYOUTS = (("AQUA-like", "image question answer need_external_knowledge"),  # th
            ("ArtQuest-like", "image question answer question_type"), ("plain", "image question answer"),
            ("LLaVA conversations", "conversations"), ("messages and images", "messages"), ("ImageFolder", "file_name"))
 TURNS_IN = {"LLaVA conversations": "conversations", "messages and images": "messages"}
+METADATA = ("metadata.csv", "metadata.jsonl")  # of HuggingFace's ImageFolder
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -70,6 +73,16 @@ class Row:
         """The answers of all people who were asked, or the one there is: for metrics.vqa_accuracy."""
         return self.answers or (self.answer.strip(),)
 
+    @property
+    def trained_on(self):
+        """The answers that training draws from, each as often as people gave it, or the one there is; of several, no empty one."""
+        return tuple(text.strip() for text in self.answers if text.strip()) or (self.answer,)
+
+    @property
+    def answers_differ(self):
+        """Are there different answers among trained_on?"""
+        return len(set(self.trained_on)) > 1
+
 
 # --- splits ------------
 
@@ -81,13 +94,18 @@ def entries(folder):
         return []
 
 
+def metadata_names(split):
+    """METADATA in the folder of a split, which HuggingFace calls validation, too."""
+    return [f"{folder}/{name}" for folder in ((split, "validation") if split == "val" else (split,)) for name in METADATA]
+
+
 def table_names(split):
     """Names that the table of a split may have in its folder.
 
     A metadata file in the folder itself holds the training split, as Hugging Face's ImageFolder has it."""
-    names = [f"{split}.csv", f"{split}.tsv", f"artquest_{split}.csv", f"{split}.json", f"{split}.jsonl", f"{split}/metadata.csv",
-             f"{split}/metadata.jsonl", *(split + ending for ending in SHEETS), *vqa.table_names(split)]
-    return names + (["metadata.csv", "metadata.jsonl"] if split == "train" else [])
+    names = [f"{split}.csv", f"{split}.tsv", f"artquest_{split}.csv", f"{split}.json", f"{split}.jsonl", *metadata_names(split),
+             *(split + ending for ending in SHEETS), *vqa.table_names(split)]
+    return names + (list(METADATA) if split == "train" else [])
 
 
 def find_table(folder_or_file, split):
@@ -112,13 +130,28 @@ def plain_name(column):
     return re.sub(r"[\s-]+", "_", column.strip().casefold())
 
 
-def alike(path, column, columns):
+def alike(path, column, columns, strict=False):
     """The file's column of this name: exactly, else the only one that differs in case and blanks alone (Excel's Question Type), else
-    None. DataError: several."""
+    None. DataError: several; strict: also beside the exact one, where no --columns can tell them apart."""
     found = [one for one in columns if plain_name(one) == plain_name(column)]
-    if column not in columns and len(found) > 1:
+    if len(found) > 1 and (strict or column not in columns):
         raise DataError(f"{path}: {excerpt(column)} could be any of the columns {excerpt(', '.join(found))}: rename all but one")
     return column if column in columns else found[0] if found else None
+
+
+def find_columns(path, available, wanted):
+    """{what it holds: the file's column} of `wanted`, {what it holds: its usual name}. DataError: as alike; names all that are missing."""
+    found = {what: alike(path, column, available, strict=True) for what, column in wanted.items()}
+    lacking = [f"no column {excerpt(wanted[what])} for the {what}" for what, column in found.items() if column is None]
+    if lacking:
+        raise DataError(f"{path}: {' and '.join(lacking)}; it has {excerpt(', '.join(available), 300)}: rename or add what is missing")
+    return found
+
+
+def told_columns(found, usual):
+    """What is to be said of the columns that are not named as usual: ", column Image for the image", "" of none."""
+    taken = [f"{column} for the {what}" for what, column in found.items() if column and column != usual[what]]
+    return f", column {', '.join(taken)}" if taken else ""
 
 
 def map_columns(path, available, columns):
@@ -165,7 +198,7 @@ def read_file(path, encoding, separator):
             other, table = vqa.read_pair(path, text, encoding)
             return f"VQAv2 with {os.path.basename(other)}", table
     if kind in ("json", "jsonl"):
-        return read_json(path, encoding)
+        return read_json(path, encoding, vqa.unpack)
     if f".{kind}" in SHEETS:
         return read_sheet(path)
     return "TSV" if kind == "tsv" else "CSV", read_table(path, encoding, separator)
@@ -181,9 +214,8 @@ def read_cells(path, kind, table, columns):
     if layout == "ImageFolder":
         columns = {"image": "file_name", **columns}
     answer = columns.get("answer", "answer")
-    key, people = vqa.answers_key(table[0][2], answer), [()] * len(table)
-    if key:
-        people = [vqa.answers_of(where, cells, key) for where, _, cells in table]
+    people = [vqa.answers_of(where, cells, answer) for where, _, cells in table]
+    if any(people):
         table = [(where, line, vqa.single(cells, answers, answer)) for (where, line, cells), answers in zip(table, people)]
         if "answer_type" in table[0][2]:  # yes/no, number, other: by which VQAv2's tables are divided
             columns = {"question_type": "answer_type", **columns}
@@ -192,13 +224,17 @@ def read_cells(path, kind, table, columns):
                       for name, column in mapped.items()} | {"answers": answers})
               for (where, line, cells), answers in zip(table, people)]
     said = "".join(f", no {name}" for name in ("question_type", "style") if mapped[name] is None)
-    taken = [f"{column} for the {name}" for name, column in mapped.items() if column and column != {**COLUMNS, **columns}[name]]
-    said += f", column {', '.join(taken)}" if taken else ""
-    if key:
-        counts = sorted({len(answers) for answers in people})
-        said += (f", {'-'.join(dict.fromkeys(map(str, (counts[0], counts[-1]))))} answers a question: the commonest is trained on, VQA "
-                 "accuracy is over all")
+    said += told_columns(mapped, {**COLUMNS, **columns}) + told_answers(people)
     return f"{layout} {kind}", said, filled
+
+
+def told_answers(people):
+    """What is to be said of tuples of answers, () where a row has one; "" where all have."""
+    if not any(people):
+        return ""
+    counts, empty = sorted({len(answers) or 1 for answers in people}), sum(not text.strip() for answers in people for text in answers)
+    return (f", {'-'.join(dict.fromkeys(map(str, (counts[0], counts[-1]))))} answers a question: each epoch of training draws one, by how "
+            f"many gave it{f' ({empty} are empty and never drawn)' if empty else ''}; VQA accuracy is over all")
 
 
 def is_frame(source):
@@ -234,27 +270,42 @@ def describe_layout(source, split, columns=None, images=None, encoding="utf-8", 
     return read_layout(source, split, columns, images, encoding, separator)[1]
 
 
-def join_semart(rows, path, fields=None, encoding="latin-1"):
+def join_semart(rows, path, fields=None, encoding="latin-1", log=print):
     """(rows with `fields` (our name: SemArt's column; default style: SCHOOL) filled by image name, rows matched).
 
-    Unmatched rows get "" there. DataError: as read_table, a column or field that is not one, no match at all."""
+    Unmatched rows get "" there. DataError: as read_file and find_columns, a field that is not one, no match at all."""
     fields, path = fields or {"style": "SCHOOL"}, str(path)
-    catalogue = read_table(path, encoding)
-    for name, column in [("image", "IMAGE_FILE"), *fields.items()]:
-        if name not in ("image", *OPTIONAL):
-            raise DataError(f"{path}: {excerpt(name)} cannot be filled from it: choose from {', '.join(OPTIONAL)}")
-        if column not in catalogue[0][1]:
-            raise DataError(f"{path}: no column {excerpt(column)} for the {name}: choose from "
-                            f"{excerpt(', '.join(catalogue[0][1]), 300)}")
-    known = {folded(cells["IMAGE_FILE"]): cells for _, cells in catalogue}
+    unknown = sorted(set(fields) - set(OPTIONAL))
+    if unknown:
+        raise DataError(f"{path}: {excerpt(unknown[0])} cannot be filled from it: choose from {', '.join(OPTIONAL)}")
+    catalogue, wanted = read_file(path, encoding, None)[1], {"image": "IMAGE_FILE", **fields}
+    columns = find_columns(path, catalogue[0][1], wanted)
+    if columns != wanted:
+        log(f"{path}: {told_columns(columns, wanted).removeprefix(', ')}")
+    image, fields = columns.pop("image"), columns
+    catalogue = [(line, {column: cell(f"{path}, {locate(path, line)}", cells, column, name) for name, column in
+                         [("image", image), *fields.items()]}) for line, cells in catalogue]
+    known = {folded(cells[image]): cells for _, cells in catalogue}
     found = [known.get(folded(re.split(r"[\\/]", row.name)[-1])) for row in rows]
     matches = sum(cells is not None for cells in found)
     if not matches:
-        ours, theirs = [row.name for row in rows[:3]], [cells["IMAGE_FILE"] for _, cells in catalogue[:3]]
+        ours, theirs = [row.name for row in rows[:3]], [cells[image] for _, cells in catalogue[:3]]
         raise DataError(f"{path}: no picture of the rows ({excerpt(', '.join(ours), 200)} ...) is in its IMAGE_FILE "
                         f"({excerpt(', '.join(theirs), 200)} ...): give SemArt's table of the same split")
     return [replace(row, **{name: cells[column].strip() if cells else "" for name, column in fields.items()})
             for row, cells in zip(rows, found)], matches
+
+
+# --- answers of several people ------------
+
+def draw_answer(row, *seed):
+    """The row with one of trained_on as its answer: a pure function of the row and of whole numbers.
+
+    Each answer comes as often as people gave it. So the mean gradient is that of LAVIS's loss, which trains on every answer of a question,
+    weighed by the share of the people who gave it, at the cost of one answer and with a batch of as many questions."""
+    if not row.answers_differ:
+        return row
+    return replace(row, answer=row.trained_on[int(np.random.default_rng(seed).integers(len(row.trained_on)))])
 
 
 # --- styles ------------
@@ -523,7 +574,7 @@ def check_rows(rows):
         reasons = [f"empty {name}" for name in ("question", "answer") if not getattr(row, name).strip()]
         if row.answer.strip() in ("nan", "NaN"):  # what a missing value becomes when a program writes it out
             reasons.append("the answer is NaN")
-        if len(row.answer.strip().splitlines()) > 1:
+        if any(len(text.strip().splitlines()) > 1 for text in (row.answer, *row.answers)):
             reasons.append("the answer has several lines")
         if row.fault:
             reasons.append(row.fault)

@@ -233,9 +233,8 @@ def parse_json(path, text, line=1):
         raise DataError(f"{path}, line {line}: brackets nested too deeply: give a list of objects") from error
 
 
-def parse_list(path, text):
-    """The values of a JSON list."""
-    found = parse_json(path, text)
+def as_list(path, found):
+    """A JSON value that must be a list of rows."""
     if not isinstance(found, list):
         keys = f" but an object with {excerpt(', '.join(found))}" if isinstance(found, dict) else ""
         raise DataError(f"{path}: the top level is no list{keys}: save the list of rows by itself")
@@ -244,9 +243,10 @@ def parse_list(path, text):
     return found
 
 
-def read_json(path, encoding="utf-8"):
+def read_json(path, encoding="utf-8", unpack=None):
     """A .json file (a list, or one object per line) or a .jsonl file -> (its kind, [(number for locate, object)]).
 
+    unpack: (path, object) of a .json file that is one object -> the same, None where it knows no rows in it.
     DataError: as read_text, no JSON, a key twice, neither a list nor one object per line, no rows."""
     text, by_line = read_text(path, encoding), not path.lower().endswith(".json")
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -255,7 +255,9 @@ def read_json(path, encoding="utf-8"):
     if by_line or (len(lines) > 1 and re.fullmatch(r"\s*\{.*\}\s*", lines[0][1])):
         kind, table = "JSON Lines", [(number, parse_json(path, line, number)) for number, line in lines]
     else:
-        kind, table = "JSON list", list(enumerate(parse_list(path, text), 1))
+        content = parse_json(path, text)
+        unpacked = unpack(path, content) if unpack and isinstance(content, dict) else None
+        kind, table = unpacked or ("JSON list", list(enumerate(as_list(path, content), 1)))
     table = table if by_line else [(count, value) for count, (_, value) in enumerate(table, 1)]
     for number, value in table:
         if not isinstance(value, dict):

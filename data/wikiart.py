@@ -22,6 +22,7 @@ from engine import files
 from engine.errors import DataError
 
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # folders and subsets, the first that is there
+CLASSES = ("classes.csv", *(f"classes{ending}" for ending in tables.SHEETS))  # names of the table of subsets
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 PHOTOGRAPH, PER_PHOTO = "Photograph", 27  # one photograph for so many paintings
 # WikiArt's 27 styles in the order of ArtGAN's style_class.txt, then photographs
@@ -74,11 +75,13 @@ def read_artgan(data, encoding="utf-8", separator=None):
 
 
 def read_subsets(path, encoding, separator, log):
-    """A classes.csv with the columns filename and subset -> (classes, {split: entries}); other subsets are left out."""
-    table, found = rows.read_table(path, encoding, separator), {}
-    for column in ("filename", "subset"):
-        if column not in table[0][1]:
-            raise DataError(f"{path}: no column {column!r}; it has {tables.excerpt(', '.join(table[0][1]), 300)}: check --data")
+    """A classes.csv, .xlsx ... with the columns filename and subset -> (classes, {split: entries}); other subsets are left out."""
+    (kind, table), found, wanted = rows.read_file(path, encoding, separator), {}, {"picture": "filename", "split": "subset"}
+    columns = rows.find_columns(path, table[0][1], wanted)
+    if columns != wanted:
+        log(f"{path}: {kind}{rows.told_columns(columns, wanted)}")
+    table = [(line, {wanted[what]: tables.cell(f"{path}, {tables.locate(path, line)}", cells, column, what)
+                     for what, column in columns.items()}) for line, cells in table]
     count = Counter(cells["subset"].strip() for _, cells in table)
     for split, wanted in SPLITS.items():
         subset = next((name for name in wanted if count[name]), None)
@@ -87,7 +90,7 @@ def read_subsets(path, encoding, separator, log):
         chosen = [(line, cells["filename"].strip()) for line, cells in table if cells["subset"].strip() == subset]
         for line, name in chosen:
             if not re.search(r"[^\\/][\\/]", name):
-                raise DataError(f"{path}, line {line}: {tables.excerpt(name)} has no folder, which names the style")
+                raise DataError(f"{path}, {tables.locate(path, line)}: {tables.excerpt(name)} has no folder, which names the style")
         found[split] = [(name, style_name(re.split(r"[\\/]", name)[0]), path, line) for line, name in chosen]
         del count[subset]
     if count:
@@ -195,15 +198,22 @@ def add_photos(folder, classes, splits, log):
 
 # --- both splits ------------
 
+def table_of(place):
+    """The table of subsets: `place` itself or one of CLASSES in it, "" without any. DataError: several."""
+    found = [path for path in (os.path.join(place, name) for name in CLASSES) if os.path.isfile(path)]
+    if len(found) > 1:
+        raise DataError(f"{place}: {' and '.join(found)} are there, and each could be the table: move all but one away")
+    return place if os.path.isfile(place) else "".join(found)
+
+
 def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0.1, photos=None, log=print):
     """(classes, {split: rows}) in whichever layout `place` (--data) is; faults of single pictures stay in the rows."""
     if not os.path.exists(place):
         raise DataError(f"{place}: there is no such file or folder: check --data")
-    table = place if os.path.isfile(place) else os.path.join(place, "classes.csv")
     if {"style_train.csv", "style_val.csv", "style_class.txt"} & set(rows.entries(place)):
         layout, table = "ArtGAN's lists", os.path.join(place, "style_train.csv")
         classes, found = read_artgan(place, encoding, separator)
-    elif os.path.isfile(table):
+    elif table := table_of(place):
         layout, (classes, found) = "a table of subsets", read_subsets(table, encoding, separator, log)
     else:
         folders = {split: next((name for name in names if os.path.isdir(os.path.join(place, name))), "")

@@ -185,12 +185,14 @@ class Collate:
 
 def answer_length(tokenizer, train_rows, limit):
     """Tokens of the longest training answer with its end of line, `limit` at most: what is trained and what is generated."""
-    return min(limit, max(answer_lengths(tokenizer, [r.answer for r in train_rows])))
+    return min(limit, max(answer_lengths(tokenizer, [answer for r in train_rows for answer in r.trained_on])))
 
 
 def log_cut_answers(tokenizer, splits, longest, log=print):
-    """Say of every split {name: rows} how many answers have more than `longest` tokens; only those are not trained or scored whole."""
+    """Say of every split {name: rows} how many answers, of a row's several each different one, have more than `longest` tokens; only those
+    are not trained or scored whole."""
     for split, read in splits.items():
-        cut = [r for r, n in zip(read, answer_lengths(tokenizer, [r.answer for r in read])) if n > longest]
-        first = f", first {loaders.list_rows(cut[:1])}: {cut[0].answer!r}" if cut else ""
-        log(f"{split}: {len(cut)} of {len(read)} answers are cut at {longest} tokens{first}")
+        told = [(r, answer) for r in read for answer in dict.fromkeys(r.trained_on)]
+        cut = [one for one, n in zip(told, answer_lengths(tokenizer, [answer for _, answer in told])) if n > longest]
+        first = f", first {loaders.list_rows([cut[0][0]])}: {cut[0][1]!r}" if cut else ""
+        log(f"{split}: {len(cut)} of {len(told)} answers are cut at {longest} tokens{first}")

@@ -2,10 +2,12 @@
 
     text_of, texts_of    ids -> text
     join_words           words and marks as BERT's tokenizer parts them -> text as one writes it
+    words_of, first_words, unit_of   words as they are counted and cut: characters in scripts without blanks
 
 The library's own decode() parts or joins marks differently from version to version, and a best.pt is chosen by such texts.
 """
 
+import itertools
 import re
 
 _QUOTES = "\"'"
@@ -17,6 +19,14 @@ _ELIDED = ("d", "l", "o", "y")  # d'este, trompe l'oeil, o'clock, y'all
 # inside a [] of a regular expression: kana and Chinese characters, which stand without blanks between words, and their marks
 CHARACTERS = "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _CHARACTER = re.compile(f"[{CHARACTERS}\u3001-\u303f\uff01-\uff65]")
+MARKS = ("\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece"  # vowels and tones of Thai and Lao,
+         "\u102b-\u103e\u1056-\u1059\u17b4-\u17d3\u17dd")  # Burmese and Khmer
+# of scripts that set no blanks between words: kana and Chinese characters; Thai, Lao, Burmese and Khmer letters with their marks,
+# which BERT's pieces leave as they are written
+UNSPACED = re.compile(f"[{CHARACTERS}]"
+                      f"|[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff][{MARKS}]*")
+# one of them with the marks at it, or a word up to the next of them
+_WORD = re.compile(rf"[^\w\s]*(?:{UNSPACED.pattern})[^\w\s]*|(?:(?!{UNSPACED.pattern})\S)+")
 
 
 def texts_of(tokenizer, rows):
@@ -84,3 +94,22 @@ def _is_word(text):
 def _joins_characters(before, word):
     """Is one of them Chinese or Japanese, and none a special token, [CLS]?"""
     return bool(_CHARACTER.match(before[-1:]) or _CHARACTER.match(word)) and not (before + word).endswith("]") and before[-1:] != "]"
+
+
+# --- words, counted and cut ------------
+
+def words_of(text):
+    """Text -> the list of its words: what blanks part, and each character with its marks in scripts without blanks, where the caption
+    scores take characters, too."""
+    return _WORD.findall(text) if UNSPACED.search(text) else text.split()
+
+
+def first_words(text, count):
+    """A text up to the end of its first `count` words_of; nothing in it is changed."""
+    found = list(itertools.islice(_WORD.finditer(text), count))
+    return text[:found[-1].end()] if found else ""
+
+
+def unit_of(texts):
+    """What words_of counts in these texts, for a message."""
+    return "words (characters where no blanks part them)" if any(UNSPACED.search(text) for text in texts) else "words"

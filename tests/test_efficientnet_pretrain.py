@@ -187,6 +187,25 @@ def test_table_of_subsets(data):
         assert "left out the subsets uncertain artist 3" in said
 
 
+@pytest.mark.parametrize("ending", [".csv", ".xlsx", ".parquet"])
+def test_a_table_of_subsets_in_capitals_or_of_excel(data, ending):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame([{"File Name": "x", "FileName": f"{style}/p{n}.jpg", "SUBSET": ("train", "test")[n % 2]}
+                              for style in STYLES for n in range(4)])
+    for name in ("style_train.csv", "style_val.csv", "style_class.txt"):
+        (data / name).unlink()
+    path = data / f"classes{ending}"
+    writers = {".csv": frame.to_csv, ".xlsx": frame.to_excel, ".parquet": frame.to_parquet}
+    writers[ending](path, index=False)
+    for place in (data, path):
+        classes, splits, said = read(place)
+        assert classes == ["Cubism", "Pop Art", "Ukiyo-e"] and [len(splits[s]) for s in ("train", "val")] == [6, 6]
+        assert "column FileName for the picture, SUBSET for the split" in said
+    (data / f"classes{'.csv' if ending != '.csv' else '.xlsx'}").write_text("x")
+    with pytest.raises(errors.DataError, match="classes.csv and .*could be the table: move all but one away"):
+        read(data)
+
+
 def test_photographs_are_a_class_of_their_own(data, tmp_path):
     for n in range(6):
         picture(tmp_path / f"photos/sub/{n}.jpg")
@@ -744,6 +763,9 @@ BAD = {  # what is spoiled: a function of the data folder that may return flags 
     "wrong image root": (lambda d: ["--images", str(d / "nowhere")], "check --images"),
     "no photographs": (lambda d: ["--photos", str(d / "nowhere")], "check --photos"),
     "table without subset": (table("filename\nA/b.jpg\n"), "no column 'subset'"),
+    "table without any column": (table("file,split\nA/b.jpg,train\n"),
+                                 "no column 'filename' for the picture and no column 'subset' for the split; it has 'file, split'"),
+    "table with twin columns": (table("filename,Filename,subset\nA/b.jpg,A/c.jpg,train\n"), "'filename' could be any of the columns"),
     "table without training rows": (table("filename,subset\nA/b.jpg,test\n"), "no row of the subset train"),
     "table without folder": (table("filename,subset\nb.jpg,train\nA/b.jpg,val\n"), "line 2: 'b.jpg' has no folder"),
     "unknown arch": (lambda d: ["--arch", "efficientnet_b33"], "--arch efficientnet_b33 cannot be built"),

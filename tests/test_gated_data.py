@@ -18,7 +18,8 @@ import metrics
 import train_gated
 from data import rows, wikiart
 from conftest import prepared
-from engine import checkpoints, comparison, errors, evaluation
+from engine import checkpoints, comparison, errors, evaluation, loop, runfolder
+from engine.text import text_of
 from tools import compare_gated, make_tiny
 
 
@@ -290,6 +291,72 @@ def test_check_data_of_pictures_in_two_splits_and_a_missing_one(sample, flags, t
     (folder / "val.csv").write_text(text.splitlines()[0] + "\nnowhere.jpg" + "," * text.splitlines()[0].count(","), encoding="utf-8")
     assert train_gated.main(flags(*more)) == 1
     assert "training would fail" in capsys.readouterr().out
+
+
+# --- several answers a question ------------
+
+LONG = "a much longer answer than all the others are"
+
+
+@pytest.fixture
+def several(few, tmp_path):
+    """The training rows of `few` in LAVIS's layout, every third of them with three answers, one of which is long; val as it is."""
+    with (few / "train.csv").open(encoding="utf-8", newline="") as file:
+        table = [{**row, "answer": row["answer"] if n % 3 else [row["answer"], "another", LONG]}
+                 for n, row in enumerate(csv.DictReader(file))]
+    (tmp_path / "several").mkdir()
+    (tmp_path / "several/vqa_train.json").write_text(json.dumps(table))
+    shutil.copy(few / "val.csv", tmp_path / "several")
+    return "--data", str(tmp_path / "several"), "--images", str(few / "images")
+
+
+def trained_answers(run, parts, epoch, after=0):
+    """{row: its answer as the labels of the batches of an epoch have it}, from some step of it on."""
+    left, found = run.plan(epoch)[after:], {}
+    for keys, batch in zip(loop.keys_of(left), run.batches(epoch, left)):
+        found |= {n: text_of(run.model.tokenizer, labels[labels != -100]).strip() for n, labels in zip(keys, batch["labels"])}
+    return found
+
+
+def test_each_epoch_trains_on_one_of_several_answers(flags, several, capsys):
+    run, parts = prepared(train_gated.get_args(flags(*several)))
+    epochs, read = [trained_answers(run, parts, epoch) for epoch in range(6)], parts.train.rows
+    for epoch, found in enumerate(epochs):
+        assert found == {n: rows.draw_answer(read[n], 42, epoch, n).answer for n in found}
+    drawn = {n: {found[n] for found in epochs if n in found} for n in epochs[0]}
+    assert all(len(drawn[n]) == 1 for n in drawn if n % 3) and max(len(drawn[n]) for n in drawn) == 3
+    left = trained_answers(run, parts, 3, after=1)
+    assert left and left == {n: epochs[3][n] for n in left}  # as --resume goes on
+    assert parts.collate.max_answer == len(core.answer_ids(run.model.tokenizer, LONG))
+    assert "train: 0 of 68 answers are cut" in capsys.readouterr().out  # 26 rows of one answer, 14 of three
+    assert run.best()["draws_answers"] and run.settings["training rows (hash)"].endswith(", answers drawn")
+
+
+def test_one_answer_a_row_trains_as_it_did(flags):
+    """The batches are those of the rows as they are, and a last.pt of an earlier version fits."""
+    run, parts = prepared(train_gated.get_args(flags()))
+    for left in (run.plan(0), run.plan(5)):
+        for keys, batch in zip(loop.keys_of(left), run.batches(5, left)):
+            wanted = parts.collate([parts.train[n] for n in keys])
+            assert batch.keys() == wanted.keys() and all(torch.equal(batch[name], wanted[name]) for name in wanted)
+    assert not run.best()["draws_answers"] and run.settings["training rows (hash)"] == rows.fingerprint(parts.train.rows)
+
+
+def test_the_rehearsal_takes_the_longest_of_several_answers(flags, several, monkeypatch):
+    run, parts = prepared(args := train_gated.get_args(flags(*several)))
+    seen = []
+    monkeypatch.setattr(train_gated, "train_step", lambda run, step, weights: seen.extend(step))
+    monkeypatch.setattr(train_gated, "validate", lambda *everything: None)
+    train_gated.rehearse(run, parts, args)
+    (batch,), longest = seen, core.answer_ids(run.model.tokenizer, LONG)
+    assert all(labels[labels != -100].tolist() == longest for labels in batch["labels"])
+
+
+def test_a_run_on_the_commonest_answers_does_not_go_on_with_drawn_ones(flags, several):
+    run, parts = prepared(train_gated.get_args(flags(*several)))
+    before = {**run.settings, "training rows (hash)": rows.fingerprint(parts.train.rows)}  # of an earlier version
+    with pytest.raises(errors.DataError, match="training rows .hash. is '.*, answers drawn', was"):
+        runfolder.refuse_other_settings(run.settings, before, "last.pt")
 
 
 # --- predictions, for other people's evaluators ------------

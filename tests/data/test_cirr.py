@@ -213,10 +213,16 @@ def test_subset_and_recall_refuse():
 
 # --- captions ------------
 
+def test_chinese_captions_are_counted_by_characters(tmp_path):
+    said, query = [], cirr.Query("1", "a", "b", ("换成两只狗，在水里",), (), "x.json", 1)
+    cirr.check_pool(cirr.Pool("cirr", [query], {}, "train", "y.json"), str(tmp_path), lambda pool: "nothing", 1, said.append)
+    assert "captions of 8 to 8 words (characters where no blanks part them), 0 empty" in said[0]
+
+
 @pytest.mark.parametrize("text, wanted", [
     ('Show "three" (red) #boats!', "show three red boats"), ("a.b*c:d;e~f", "a b c d e f"), ("  Two   dogs.  ", "two dogs"),
     ("it's not-blue, is it?", "it's not-blue, is it?"), (" . ", ""), ("w " * 60, " ".join(["w"] * 50)),
-    ("tab\tstays\n", "tab\tstays")])
+    ("tab\tstays\n", "tab\tstays"), ("Red。" + "猫" * 60, "red。" + "猫" * 49), ("สวัส" + "ดี" * 60, "สวัส" + "ดี" * 47)])
 def test_clean_text(text, wanted):
     assert cirr.clean_text(text) == wanted and cirr.clean_text(wanted) == wanted
 

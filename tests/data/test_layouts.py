@@ -209,8 +209,8 @@ BAD = {
     "empty": ("", ["empty"]),
     "byte-order mark only": (b"\xef\xbb\xbf", ["empty"]),
     "no rows": ("[]", ["list is empty", "needs rows"]),
-    "object": ('{"version": 1, "data": [' + GOOD + "]}", ["no list", "'version, data'", "save the list"]),
-    "pretty object": (json.dumps({"data": [PLAIN]}, indent=1), ["no list", "'data'"]),
+    "object": ('{"version": 1, "rows": [' + GOOD + "]}", ["no list", "'version, rows'", "save the list"]),
+    "pretty object": (json.dumps({"rows": [PLAIN]}, indent=1), ["no list", "'rows'"]),
     "text": ('"rows"', ["no list"]),
     "lists": (f"[{GOOD}, [1]]", ["row 2", "object", '["1"]']),
     "deep": ("[" * 100_000, ["nested"]),
@@ -220,7 +220,7 @@ BAD = {
     "no such key": ([{"image": "a.jpg", "question": "q"}], ["'answer'", "--columns answer=NAME", "image, question"]),
     "key missing in one": ([PLAIN, {"image": "a.jpg", "question": "q"}], ["row 2", "no 'answer'", "leave the row out"]),
     "null": (spoiled(answer=None), ["row 2", "'answer' is 'null'", "as text"]),
-    "list": (spoiled(answer=["x", "y"]), ["row 2", "'answer' is", '["x", "y"]', "as text"]),
+    "list": (spoiled(question=["x", "y"]), ["row 2", "'question' is", '["x", "y"]', "as text"]),
     "object as image": (spoiled(image={"path": "a.jpg"}), ["row 2", "'image' is"]),
     "null style": (spoiled(style=None), ["row 2", "'style' is 'null'"]),
     "NUL in a value": (spoiled(question="a\0b"), ["row 2", "'question'", r"a\x00b", "mend"]),
@@ -278,6 +278,29 @@ def test_join(data, catalogue):
         assert (was.image, was.name, was.question, was.answer, was.line) == (
             now.image, now.name, now.question, now.answer, now.line)
     assert [row.style for row in found] == ["old", "", "old"]
+
+
+def test_semarts_columns_in_other_case_and_as_excel(data, catalogue):
+    found, said = read_split(write(data / "x.json", [PLAIN]), "x"), []
+    lower = write(data / "lower.csv", "Image File\tschool\tType\na.jpg\tGerman\tportrait\n")
+    joined, matches = join_semart(found, lower, {"style": "SCHOOL", "context": "TYPE"}, log=said.append)
+    assert matches == 1 and (joined[0].style, joined[0].context) == ("German", "portrait")
+    assert said == [f"{lower}: column Image File for the image, school for the style, Type for the context"]
+    join_semart(found, catalogue, log=said.append)
+    assert len(said) == 1  # nothing is said of SemArt's own names
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("openpyxl")
+    pandas.DataFrame([{"IMAGE_FILE": "a.jpg", "SCHOOL": "Dutch"}]).to_excel(data / "s.xlsx", index=False)
+    assert join_semart(found, data / "s.xlsx")[0][0].style == "Dutch"
+
+
+@pytest.mark.parametrize("head, parts", [
+    ("file\tauthor", ["no column 'IMAGE_FILE' for the image and no column 'SCHOOL' for the style", "'file, author'"]),
+    ("IMAGE_FILE\tSchool\tSCHOOL", ["'SCHOOL' could be any of the columns 'School, SCHOOL'"])])
+def test_all_that_semart_lacks_is_named_at_once(data, head, parts):
+    found = read_split(write(data / "x.json", [PLAIN]), "x")
+    table = write(data / "s.csv", head + "\n" + "\t".join("x" for _ in head.split("\t")) + "\n")
+    refusal(table, *parts, call=lambda: join_semart(found, table))
 
 
 def test_join_that_cannot_be(data, catalogue):

@@ -1,8 +1,9 @@
-"""pytest tests/data/test_vqa.py: questions with several answers, in the files of VQAv2, LAVIS and A-OKVQA; tables of Excel and Parquet;
-column names as Excel writes them.
+"""pytest tests/data/test_vqa.py: questions with several answers, in the files of VQAv2, LAVIS, A-OKVQA, TextVQA and DocVQA, and which of
+them an epoch draws; GQA's file; tables of Excel and Parquet; column names as Excel writes them.
 """
 
 import json
+from collections import Counter
 
 import pytest
 from PIL import Image
@@ -50,7 +51,7 @@ def test_vqav2_questions_with_their_annotations(tmp_path, more):
             ("42000", "What colour?", "blue", "other", 1), ("9001", "How many?", "2", "number", 2)]
         assert [r.answers for r in found] == [tuple(TEN), ("3",) * 5 + ("2",) * 5]
         assert rows.check_rows(found) == [] and found[0].image == str(tmp_path / "images" / COCO[0])
-        assert "VQAv2 with v2_mscoco_val2014_annotations.json" in said and "10 answers a question: the commonest is trained on" in said
+        assert "VQAv2 with v2_mscoco_val2014_annotations.json" in said and "10 answers a question: each epoch of training draws one" in said
     assert [r.question_type for r in rows.read_split(tmp_path, "val", {"question_type": "question_type"})] == ["what color", "how many"]
     assert comparison.question_ids(found) == [42000, 9001]
 
@@ -84,13 +85,86 @@ def test_the_table_has_the_official_accuracy_over_all_answers(tmp_path):
     (vqav2("val", questions=[*QUESTIONS, QUESTIONS[0]]), ["row 3", "'42000'", "twice"]),
     (vqav2("val", notes=[NOTES[0], {**NOTES[1], "answers": []}]), ["row 1", "no list of answers"]),
     (vqav2("val", notes=[]), ["annotations.json", "'annotations'"]),
-    ({"vqa_val.json": [{"image": "a.jpg", "question": "q", "answer": ["x", "y"]}, {"image": "a.jpg", "question": "q", "answer": "x"}]},
+    ({"vqa_val.json": [{"image": "a.jpg", "question": "q", "answer": ["x", "y"]}, {"image": "a.jpg", "question": "q", "answer": None}]},
+     ["row 2", "'answer' is 'null' and not text"]),
+    ({"vqa_val.json": [{"image": "a.jpg", "question": "q", "answer": "x"}, {"image": "a.jpg", "question": "q", "answer": []}]},
      ["row 2", "no list of answers"]),
+    ({"val.json": {"7": {"imageId": "1", "question": "q", "answer": "x"}, "8": {"question": "q", "answer": "x"}}},
+     ["row 2, question '8'", "no 'imageId'"]),
+    ({"val.json": {"7": {"imageId": "1", "question": "q", "answer": "x"}, "8": ["q"]}}, ["row 2, question '8'", "no 'imageId'"]),
+    ({"val.json": {"data": []}}, ["no list of objects under 'data'"]),
+    ({"val.json": {"data": [{"question": "q", "answers": ["x"]}]}}, ["no column 'image' for the image"]),
+    ({"val.json": {"data": [{"image_id": "a", "question": "q"}]}}, ["no column 'answer' for the answer"]),
     ({"vqa_val.json": [{"image": "a.jpg", "question": "q", "answer": ["x", None]}]}, ["row 1", "not text"])])
 def test_damaged_vqa(tmp_path, files, parts):
     with pytest.raises(DataError) as caught:
         rows.read_split(put(tmp_path, files), "val")
     assert all(part in str(caught.value) for part in parts) and "\n" not in str(caught.value), caught.value
+
+
+def test_gqas_questions_by_id(tmp_path):
+    """As GQA publishes them: an object by id, whose zeros are part of it."""
+    put(tmp_path, {"val_balanced_questions.json": {
+        "01827492": {"imageId": "2354786", "question": "Is it blue?", "answer": "yes", "types": {"structural": "verify"}},
+        "1827492": {"imageId": "n9", "question": "Who?", "answer": "girl", "isBalanced": True}}}, ["2354786.jpg", "n9.jpg"])
+    found, said = rows.read_layout(tmp_path, "val")
+    assert [(r.question_id, r.name, r.question, r.answer, r.answers, r.line, r.fault) for r in found] == [
+        ("01827492", "2354786.jpg", "Is it blue?", "yes", (), 1, ""), ("1827492", "n9.jpg", "Who?", "girl", (), 2, "")]
+    assert "JSON, GQA's questions by id, 2 rows" in said and "answers a question" not in said
+    assert comparison.question_ids(found) == ["01827492", 1827492]
+
+
+@pytest.mark.parametrize("name, row, image", [
+    ("TextVQA_0.5.1_val.json", {"image_id": "003a8ae2ef43b901", "question_id": 34602, "image_classes": ["x"], "answers": TEN},
+     "003a8ae2ef43b901.jpg"),
+    ("val_v1.0_withQT.json", {"questionId": 34602, "image": "documents/pybv0228_81.png", "answers": TEN, "question_types": ["x"]},
+     "documents/pybv0228_81.png"),
+    ("infographicsVQA_val_v1.0_withQT.json", {"questionId": "34602", "image_local_name": "20471.jpeg", "answers": TEN}, "20471.jpeg"),
+    ("val.json", {"question_id": 34602, "file_path": "coco-text/a.jpg", "answers": TEN}, "coco-text/a.jpg")])
+def test_rows_under_data(tmp_path, name, row, image):
+    """TextVQA, DocVQA, InfographicVQA, ST-VQA."""
+    put(tmp_path, {name: {"dataset_name": "x", "data": [{**row, "question": "What colour?"}]}}, [f"train_images/{image.split('/')[-1]}"])
+    (found,), said = rows.read_layout(tmp_path, "val")
+    assert (found.question_id, found.name, found.answer, found.answers, found.fault) == ("34602", image, "blue", tuple(TEN), "")
+    assert 'JSON, rows under "data", 1 rows' in said and "10 answers a question" in said
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_rows_with_one_answer_among_rows_with_several(tmp_path, order):
+    mixed = [{"image": "a.jpg", "question": "Who?", "answer": "Rubens"},
+             {"image": "a.jpg", "question": "When?", "answer": ["1620", "1600", "1620"]}]
+    found, said = rows.read_layout(put(tmp_path, {"train.json": mixed[::order]}, ["a.jpg"]), "train")
+    assert [(r.answer, r.answers, r.people) for r in found][::order] == [
+        ("Rubens", (), ("Rubens",)), ("1620", ("1620", "1600", "1620"), ("1620", "1600", "1620"))]
+    assert "1-3 answers a question" in said and rows.check_rows(found) == []
+
+
+# --- training on several answers ------------
+
+def row_of(*answers):
+    return rows.Row("a.jpg", "a.jpg", "What colour?", Counter(answers).most_common(1)[0][0], "", "", 1, "t.json", answers=answers)
+
+
+def test_answers_are_drawn_as_often_as_people_gave_them():
+    """LAVIS's weights: the count of an answer over that of the people, 6 : 3 : 1; three standard deviations of 3,000 draws are 0.027."""
+    row, epochs = row_of(*["blue"] * 6, *["green"] * 3, "red"), 3000
+    drawn = Counter(rows.draw_answer(row, 42, epoch, 7).answer for epoch in range(epochs))
+    assert {text: count / epochs for text, count in drawn.items()} == pytest.approx({"blue": 0.6, "green": 0.3, "red": 0.1}, abs=0.027)
+    other = [[rows.draw_answer(row, seed, epoch, number).answer for epoch in range(40)] for seed, number in ((42, 7), (42, 8), (43, 7))]
+    assert other[0] != other[1] != other[2] != other[0]  # each question and each seed draws by itself
+    assert other[0] == [rows.draw_answer(row, 42, epoch, 7).answer for epoch in range(40)]
+
+
+def test_what_is_drawn_and_what_is_not():
+    one = row_of("blue", "blue ")
+    assert rows.draw_answer(one, 1, 2, 3) is one  # nothing to draw: to the bit as before
+    plain = rows.replace(one, answer=" 007 ", answers=())
+    assert rows.draw_answer(plain, 1, 2, 3) is plain and plain.trained_on == (" 007 ",)
+    empty = row_of("blue", "blue", "", " ", "red")
+    assert empty.trained_on == ("blue", "blue", "red") and {rows.draw_answer(empty, 1, n, 0).answer for n in range(30)} == {"blue", "red"}
+    assert "2 are empty and never drawn" in rows.told_answers([empty.answers])
+    (_, reason), = rows.check_rows([row_of("x", "x", "a\nb")])
+    assert "the answer has several lines" in reason
 
 
 # --- columns and tables of Excel ------------

@@ -53,6 +53,22 @@ def test_the_characters_that_are_joined_are_those_that_count_as_tokens():
     assert text.join_words(["\u0e01", "\u0e01"]) == "\u0e01 \u0e01" and metrics.tokenize("\u0e01" * 2) == "\u0e01 \u0e01"  # Thai
 
 
+@pytest.mark.parametrize("written, words", [
+    ("a dog's bowl , x-ray", ["a", "dog's", "bowl", ",", "x-ray"]), ("", []), ("\tone \n two", ["one", "two"]),
+    ("一只“红色”的狗，在跑。", ["一", "只“", "红", "色”", "的", "狗，", "在", "跑。"]), ("猫が走る", list("猫が走る")),
+    ("สวัสดี", ["ส", "วั", "ส", "ดี"]), ("一只dog，在 x-ray 里", ["一", "只", "dog，", "在", "x-ray", "里"]),
+    ("한국어 낱말", ["한국어", "낱말"])])
+def test_words_are_counted_and_cut_as_the_scores_take_them(written, words):
+    assert text.words_of(written) == words
+    if words and "," not in words:  # a mark by itself is a word where blanks part it, and no token
+        assert len(metrics.tokenize(written).split()) == len(words)
+    for count in range(len(words) + 2):
+        assert text.words_of(text.first_words(written, count)) == words[:count] and written.startswith(text.first_words(written, count))
+    unit = text.unit_of(["a dog", written])
+    assert unit == ("words" if unit == "words" else "words (characters where no blanks part them)")
+    assert (unit == "words") is (words == written.split())
+
+
 def test_special_tokens_are_shown_where_asked_and_unknown_ids_give_nothing(pieces):
     ids = pieces("a dog's").input_ids
     assert text.text_of(pieces, ids, special=True) == "[CLS] a dog's [SEP]"
