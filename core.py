@@ -686,14 +686,15 @@ class Blip2OPTGated(nn.Module):
     def build(cls, blip2, efficientnet, styles, gating="film", qformer=None, dtype=torch.float32, safe=False, lm_precision=None,
               tower=True, log=print, **settings):
         """From names and plain values (best.pt's model_args): blip2 an id or folder, efficientnet a checkpoint, qformer the
-        folder or file of another Q-Former, whose ln_vision comes with it (see towers.join; without `tower` it is in the features
-        already). dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
+        folder or file of another Q-Former, whose ln_vision and projection come with it (see towers; without `tower` the norm is in
+        the features already). dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
         net = cls.style_tower.from_checkpoint(efficientnet, safe) if sees_style({"gating": gating, **settings}) else None
         name, (blip2, tokenizer) = blip2, load_blip2(blip2, dtype, lm_precision, tower)
         if not tower:
             blip2.vision_model = None
         if qformer:
-            replace_qformer(blip2, qformer, log)
+            if replace_qformer(blip2, qformer, log):
+                towers.refuse_other_reader(blip2.language_model, qformer, name, log)
             if tower:
                 towers.join(blip2.vision_model, qformer, name, log)
         return cls(blip2, tokenizer, net, styles, gating, **settings)

@@ -1,7 +1,7 @@
 """checkpoints.py: tensors on disk: our own best.pt and last.pt, and what others wrote, without running what it holds.
 
     checkpoint_file, save_checkpoint, load_checkpoint    our own; code in a file never runs; load_best: a stage's best.pt
-    trainable_state, load_trainable, fingerprint, other_parts, parts_table    what one holds of a model
+    trainable_state, load_trainable, fingerprint, other_parts, is_part, parts_table    what one holds of a model
     write_merged                                the same without LoRA
     verify_saved, refuse_other_tensors          proof that it holds the model, bit by bit
     load_foreign, unwrap_state, load_strictly, start_from   somebody else's
@@ -110,6 +110,7 @@ def forbidden(error):
 # --- what one holds of a model ------------
 
 LINEAR = "language_model, linear layers"  # a part of fingerprint
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parts_table(model):
@@ -179,6 +180,18 @@ def other_parts(now, was):
         return ["all"]
     packed = (LINEAR in now) != (LINEAR in was)
     return sorted(part for part in now.keys() | was.keys() if now.get(part) != was.get(part) and not (packed and part == LINEAR))
+
+
+def is_part(module, part, frozen, precision=None):
+    """Is a module, frozen by this, the `part` of a training? frozen: the fingerprints of that; precision: the name of what it was loaded
+    in there (None: not known). -> True, False, or None where float16 on one side alone rounds otherwise, so that it cannot be told."""
+    asked = nn.ModuleDict({part: module.requires_grad_(False)})
+    was, then = {name: value for name, value in frozen.items() if name.startswith(part)}, PRECISIONS.get(precision)
+    if any(not other_parts(fingerprint(asked, dtype), was) for dtype in (None, then or torch.float16)):
+        return True
+    now = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    lost = now is torch.float16 and then is not torch.float16 or then is torch.float16 and now is torch.bfloat16
+    return None if lost else False
 
 
 def write_merged(path, model, checkpoint):
