@@ -33,7 +33,7 @@ from data import rows
 from data.rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from data.wikiart import WIKIART
 from engine import environment, memory, published, towers
-from engine.checkpoints import load_foreign, load_strictly, load_trainable, unwrap_state
+from engine.checkpoints import load_foreign, load_strictly, load_trainable, stated_net, unwrap_state
 from engine.decoders import decoder_of, refuse_decoder
 from engine.errors import DataError, said
 # all of them: README, and whoever copies a script, has them as core.encode_training and so on
@@ -53,8 +53,10 @@ class EfficientNet28(nn.Module):
     """Style classifier: timm's EfficientNet-B3 with a head of 28 classes (27 WikiArt styles and photographs).
 
     forward takes images in BLIP's normalisation and at BLIP-2's size; the bridge to the net's own is inside. mean, std: three numbers
-    each, of its training pixels (ImageNet's; timm's Lite and tf_ nets have others).
+    each, of its training pixels (ImageNet's; timm's Lite and tf_ nets have others). note: a line on what a file without a name was
+    taken for, "" where it says all.
     """
+    note = ""
 
     def __init__(self, num_classes=28, arch="efficientnet_b3", classes=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
@@ -70,24 +72,40 @@ class EfficientNet28(nn.Module):
         """Length of the pooled feature (1536 for B3)."""
         return self.net.num_features
 
+    @property
+    def settings(self):
+        """What the feature depends on beside the weights, which nets of several names may share: of a best.pt."""
+        pixels = {name: getattr(self, f"net_{name}").flatten().tolist() for name in ("mean", "std")}
+        return {"arch": self.arch, **{name: " ".join(f"{value:.4g}" for value in values) for name, values in pixels.items()}}
+
     @classmethod
     def from_checkpoint(cls, path, safe=False):
-        """Build the net with as many classes as the checkpoint holds, and load it strictly. `arch`, `classes`, `mean`
-        and `std` are taken from the file where it has them (ours do); other files are taken for an EfficientNet-B3 of ImageNet's."""
+        """Build the net with as many classes as the checkpoint holds, and load it strictly. `arch`, `classes`, `mean` and `std` are taken
+        from the file where it has them (ours do), else from timm's config.json beside it; what neither says is that of an
+        EfficientNet-B3 of ImageNet's, as `note` says."""
         loaded = load_foreign(path, safe)
         state, where = unwrap_state(loaded, path)
         if "classifier.weight" not in state:
             raise DataError(f"{path}: no timm EfficientNet in {where} (no classifier.weight among {len(state)} tensors, "
                             f"first {list(state)[:3]})")
         extra = loaded if isinstance(loaded, dict) else {}
-        arch = extra.get("arch") if isinstance(extra.get("arch"), str) else "efficientnet_b3"
+        stated = stated_net(loaded, path)
+        arch, pixels = stated.get("arch", "efficientnet_b3"), {name: stated[name] for name in ("mean", "std") if name in stated}
         try:
-            net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"),
-                      **{name: extra[name] for name in ("mean", "std") if name in extra})
+            net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"), **pixels)
         except (RuntimeError, TypeError, ValueError) as error:  # timm, of a name that it does not know; a mean that is none
             raise DataError(f"{path}: arch {arch!r} cannot be built ({' '.join(str(error).split())})") from None
         load_strictly(net.net, state, f"{path} ({where}) as {arch}")
+        if extra.get("arch") != arch or not pixels and tuple(net.net.pretrained_cfg["mean"]) != IMAGENET_MEAN:
+            net.note = net._taken_for(path, stated)
         return net
+
+    def _taken_for(self, path, stated):
+        """A line on the net that a file was taken for which does not name it itself. stated: see checkpoints.stated_net."""
+        said_so = "as its config.json says" if len(stated) == 3 else (
+            "for want of a word on it; others have the same tensors (tf_efficientnet_b3): if it is another, say so with "
+            '{"architecture": NAME, "mean": [...], "std": [...]} in a config.json beside it')
+        return f"style classifier {path}: taken for {', '.join(f'{k} {v}' for k, v in self.settings.items())}, {said_so}"
 
     def style_names(self):
         """The classes' names: the checkpoint's own, else WikiArt's where their number fits. DataError: neither."""
@@ -689,6 +707,8 @@ class Blip2OPTGated(nn.Module):
         folder or file of another Q-Former, whose ln_vision and projection come with it (see towers; without `tower` the norm is in
         the features already). dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
         net = cls.style_tower.from_checkpoint(efficientnet, safe) if sees_style({"gating": gating, **settings}) else None
+        if note := getattr(net, "note", ""):
+            log(note)
         name, (blip2, tokenizer) = blip2, load_blip2(blip2, dtype, lm_precision, tower)
         if not tower:
             blip2.vision_model = None
