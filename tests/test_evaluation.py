@@ -352,6 +352,19 @@ def test_ranks_are_of_the_target_with_the_reference_left_out():
     assert retrieval.mean_of([{"R@10": 10.0}, {"R@10": 40.0}]) == {"R@10": 25.0}
 
 
+def test_scores_of_another_pool_are_refused():
+    """More columns than the gallery has pictures would be ranked as well."""
+    pool = pool_of([query("p0", "p2"), query("p5", "p1")])
+    for scores in (np.zeros((2, 11)), np.zeros((1, 10)), np.zeros(10), []):
+        for rank in (lambda: retrieval.recalls(scores, pool, "cirr"), lambda: retrieval.rank_queries(pool, scores)):
+            with pytest.raises(ValueError, match="of 2 queries and 10 pictures of cirr"):
+                rank()
+    with pytest.raises(ValueError, match="layout must be one of cirr, fashioniq, circo, got 'CIRR'"):
+        retrieval.recalls(np.zeros((2, 10)), pool, "CIRR")
+    with pytest.raises(ValueError, match="with a query at least"):
+        retrieval.recalls(np.zeros((0, 10)), pool_of([]), "cirr")
+
+
 def test_every_right_answer_of_circo_counts_and_the_reference_is_ranked():
     asked = cirr.Query("0", "p0", "p2", ("bluer",), (), "val.json", 1, answers=("p2", "p4"))
     pool = cirr.Pool("circo", [asked], {f"p{n}": f"p{n}.png" for n in range(6)}, "val", "list.json")
