@@ -211,7 +211,7 @@ def _need_list(strings, name):
     if isinstance(strings, str):
         raise ValueError(f"{name} must be a list of strings, got the single string {strings!r}")
     if not hasattr(strings, "__len__") or not hasattr(strings, "__getitem__"):
-        raise ValueError(f"{name} must be a list of strings, got {excerpt(strings)}")
+        raise ValueError(f"{name} must be a list of strings, got {strings!r:.60}")
     if not len(strings):
         raise ValueError(f"{name} is empty: at least one is needed")
 
@@ -223,7 +223,7 @@ def _numbered(name, texts):
 def _need_text(**texts):
     for name, text in texts.items():
         if not isinstance(text, str):
-            raise ValueError(f"{name} must be a string, got {excerpt(text)}")
+            raise ValueError(f"{name} must be a string, got {text!r:.60}")
 
 
 def _need_pairs(hypotheses, references):
