@@ -185,7 +185,8 @@ def test_a_text_is_wanted_to_be_tokenised():
         tokenize(["a cat"])
 
 
-@pytest.mark.parametrize("scores, right", [([[1, 2]], [[True, False], [True, False]]), ([[1, 2]], [[False, False]]), ([1, 2], [True, False])])
+@pytest.mark.parametrize("scores, right", [
+    ([[1, 2]], [[True, False], [True, False]]), ([[1, 2]], [[False, False]]), ([1, 2], [True, False])])
 def test_best_ranks_refuses_what_has_no_right_answer(scores, right):
     with pytest.raises(ValueError, match="with a right column in every row"):
         metrics.best_ranks(scores, right)
