@@ -127,9 +127,9 @@ class EfficientNet28(nn.Module):
         return self.net.get_classifier()(feature)
 
 
-def _check_images(net, args, kwargs):
+def _check_images(net, given, named):
     """ValueError before a forward whose images are no pixels."""
-    rows.refuse_other_pixels(args[0] if args else kwargs.get("images"), anywhere=False)
+    rows.refuse_other_pixels(given[0] if given else named.get("images"), anywhere=False)
 
 
 # --- masks: additive, float, 0 where a row may look and the lowest float where it may not ------------
