@@ -21,6 +21,7 @@ space in which images and texts are compared.
 import argparse
 import inspect
 import os
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ from data import rows
 from data.rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from data.wikiart import WIKIART
 from engine import environment, memory, published, towers
-from engine.checkpoints import load_foreign, load_strictly, load_trainable, unwrap_state
+from engine.checkpoints import load_foreign, load_strictly, load_trainable, stated_net, unwrap_state
 from engine.decoders import decoder_of, refuse_decoder
 from engine.errors import DataError, said
 # all of them: README, and whoever copies a script, has them as core.encode_training and so on
@@ -53,8 +54,10 @@ class EfficientNet28(nn.Module):
     """Style classifier: timm's EfficientNet-B3 with a head of 28 classes (27 WikiArt styles and photographs).
 
     forward takes images in BLIP's normalisation and at BLIP-2's size; the bridge to the net's own is inside. mean, std: three numbers
-    each, of its training pixels (ImageNet's; timm's Lite and tf_ nets have others).
+    each, of its training pixels (ImageNet's; timm's Lite and tf_ nets have others). note: a line on what a file without a name was
+    taken for, "" where it says all.
     """
+    note = ""
 
     def __init__(self, num_classes=28, arch="efficientnet_b3", classes=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__()
@@ -64,30 +67,47 @@ class EfficientNet28(nn.Module):
         for name, values in (("blip_mean", BLIP_MEAN), ("blip_std", BLIP_STD),
                              ("net_mean", mean), ("net_std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+        self.register_forward_pre_hook(_check_images, with_kwargs=True)  # a cache's key holds the text of forward
 
     @property
     def width(self):
         """Length of the pooled feature (1536 for B3)."""
         return self.net.num_features
 
+    @property
+    def settings(self):
+        """What the feature depends on beside the weights, which nets of several names may share: of a best.pt."""
+        pixels = {name: getattr(self, f"net_{name}").flatten().tolist() for name in ("mean", "std")}
+        return {"arch": self.arch, **{name: " ".join(f"{value:.4g}" for value in values) for name, values in pixels.items()}}
+
     @classmethod
     def from_checkpoint(cls, path, safe=False):
-        """Build the net with as many classes as the checkpoint holds, and load it strictly. `arch`, `classes`, `mean`
-        and `std` are taken from the file where it has them (ours do); other files are taken for an EfficientNet-B3 of ImageNet's."""
+        """Build the net with as many classes as the checkpoint holds, and load it strictly. `arch`, `classes`, `mean` and `std` are taken
+        from the file where it has them (ours do), else from timm's config.json beside it; what neither says is that of an
+        EfficientNet-B3 of ImageNet's, as `note` says."""
         loaded = load_foreign(path, safe)
         state, where = unwrap_state(loaded, path)
         if "classifier.weight" not in state:
             raise DataError(f"{path}: no timm EfficientNet in {where} (no classifier.weight among {len(state)} tensors, "
                             f"first {list(state)[:3]})")
         extra = loaded if isinstance(loaded, dict) else {}
-        arch = extra.get("arch") if isinstance(extra.get("arch"), str) else "efficientnet_b3"
+        stated = stated_net(loaded, path)
+        arch, pixels = stated.get("arch", "efficientnet_b3"), {name: stated[name] for name in ("mean", "std") if name in stated}
         try:
-            net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"),
-                      **{name: extra[name] for name in ("mean", "std") if name in extra})
+            net = cls(state["classifier.weight"].shape[0], arch, extra.get("classes"), **pixels)
         except (RuntimeError, TypeError, ValueError) as error:  # timm, of a name that it does not know; a mean that is none
             raise DataError(f"{path}: arch {arch!r} cannot be built ({' '.join(str(error).split())})") from None
         load_strictly(net.net, state, f"{path} ({where}) as {arch}")
+        if extra.get("arch") != arch or not pixels and tuple(net.net.pretrained_cfg["mean"]) != IMAGENET_MEAN:
+            net.note = net._taken_for(path, stated)
         return net
+
+    def _taken_for(self, path, stated):
+        """A line on the net that a file was taken for which does not name it itself. stated: see checkpoints.stated_net."""
+        said_so = "as its config.json says" if len(stated) == 3 else (
+            "for want of a word on it; others have the same tensors (tf_efficientnet_b3): if it is another, say so with "
+            '{"architecture": NAME, "mean": [...], "std": [...]} in a config.json beside it')
+        return f"style classifier {path}: taken for {', '.join(f'{k} {v}' for k, v in self.settings.items())}, {said_so}"
 
     def style_names(self):
         """The classes' names: the checkpoint's own, else WikiArt's where their number fits. DataError: neither."""
@@ -105,6 +125,11 @@ class EfficientNet28(nn.Module):
     def logits(self, feature):
         """Pooled feature [B,width] -> class scores [B,num_classes]."""
         return self.net.get_classifier()(feature)
+
+
+def _check_images(net, given, named):
+    """ValueError before a forward whose images are no pixels."""
+    rows.refuse_other_pixels(given[0] if given else named.get("images"), anywhere=False)
 
 
 # --- masks: additive, float, 0 where a row may look and the lowest float where it may not ------------
@@ -601,8 +626,9 @@ class Blip2Retrieval(nn.Module):
     @torch.no_grad()
     def image_embeds(self, images):
         """images [B,3,h,w] in BLIP's normalisation -> the frozen tower's [B,P,W]; or [B,P,W] of a cache, handed on."""
-        if images.ndim == 3:
+        if getattr(images, "ndim", None) == 3:
             return images.float()
+        rows.refuse_other_pixels(images, anywhere=False)
         return self.vision_model(pixel_values=images).last_hidden_state.float()
 
     def joint(self, image_embeds, input_ids, attention_mask, mask=padding_mask):
@@ -613,7 +639,9 @@ class Blip2Retrieval(nn.Module):
         return self.qformer(embeds, image_embeds, mask(attention_mask, Q), query_length=Q)
 
     def image_features(self, image_embeds):
-        """image_embeds [B,P,W] -> unit vectors [B,Q,E]."""
+        """image_embeds [B,P,W] -> unit vectors [B,Q,E]. ValueError: pixels, say."""
+        if image_embeds.ndim != 3:
+            raise ValueError(f"image_embeds must be [B,P,W], as the method of that name gives them, got {_kind(image_embeds)}")
         states = self.qformer(self.query_tokens.expand(len(image_embeds), -1, -1), image_embeds)
         return F.normalize(self.vision_projection(states), dim=-1)
 
@@ -686,14 +714,17 @@ class Blip2OPTGated(nn.Module):
     def build(cls, blip2, efficientnet, styles, gating="film", qformer=None, dtype=torch.float32, safe=False, lm_precision=None,
               tower=True, log=print, **settings):
         """From names and plain values (best.pt's model_args): blip2 an id or folder, efficientnet a checkpoint, qformer the
-        folder or file of another Q-Former, whose ln_vision comes with it (see towers.join; without `tower` it is in the features
-        already). dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
+        folder or file of another Q-Former, whose ln_vision and projection come with it (see towers; without `tower` the norm is in
+        the features already). dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
         net = cls.style_tower.from_checkpoint(efficientnet, safe) if sees_style({"gating": gating, **settings}) else None
+        if note := getattr(net, "note", ""):
+            log(note)
         name, (blip2, tokenizer) = blip2, load_blip2(blip2, dtype, lm_precision, tower)
         if not tower:
             blip2.vision_model = None
         if qformer:
-            replace_qformer(blip2, qformer, log)
+            if replace_qformer(blip2, qformer, log):
+                towers.refuse_other_reader(blip2.language_model, qformer, name, log)
             if tower:
                 towers.join(blip2.vision_model, qformer, name, log)
         return cls(blip2, tokenizer, net, styles, gating, **settings)
@@ -783,6 +814,7 @@ class Blip2OPTGated(nn.Module):
         """
         if self.vision_model is None:
             raise RuntimeError("built without the vision tower (tower=False): pass image_embeds, from a cache")
+        rows.refuse_other_pixels(images, anywhere=False)
         embeds = self.vision_model(pixel_values=images).last_hidden_state  # casts to its own dtype
         style_images = images if style_images is None else style_images
         return {"image_embeds": embeds, "style_feature": self.efficientnet(style_images) if self.efficientnet else None}
@@ -837,6 +869,8 @@ class Blip2OPTGated(nn.Module):
         features = {"image_embeds": image_embeds, "style_feature": style_feature}
         if image_embeds is None:
             features = self.image_features(images)
+        elif images is not None:
+            raise ValueError(BOTH)
         visual = self.visual_prompt(**features, input_ids=input_ids, prompt_mask=prompt_mask, gated=gated, blind=blind)
         logits, targets, owner = self.decoder.answer_logits(visual, input_ids, attention_mask, labels)
         rows = F.one_hot(owner, len(labels)).T.float()  # [B,M]
@@ -869,21 +903,26 @@ class Blip2OPTGated(nn.Module):
         images [B,3,h,w] as Processor makes them, or None with image_embeds [B,P,W] and style_feature [B,F] computed before. A single
         picture, question or context stands for all others. ValueError: anything else that does not go together. method "generate":
         beam search (BLIP-2's VQA settings as defaults) up to max_new_tokens (None: max_answer of the model); with best=N a list for each
-        question, the N best of the beams, equal ones once; batch_size questions at a time, "auto": as many as the GPU's memory holds.
-        method "rank": the likeliest of the given list `answers`.
+        question, the N best of the beams (N at least), equal ones once; batch_size questions at a time, "auto": as many as the GPU's
+        memory holds. method "rank": the likeliest of the given list `answers`.
         """
         if self.training:
             raise RuntimeError("call model.eval() before predict_answers: dropout would change the answers")
+        if method not in ("generate", "rank"):
+            raise ValueError(f"method must be generate or rank, got {method!r}")
+        if images is not None and (image_embeds is not None or style_feature is not None):
+            raise ValueError(BOTH)
+        new_tokens = self.max_answer if max_new_tokens is None else max_new_tokens
+        _check_search(method, answers, best, beams=beams, max_new_tokens=new_tokens, batch_size=1 if batch_size == "auto" else batch_size)
         features = {"image_embeds": image_embeds, "style_feature": style_feature}
         if image_embeds is None:
-            features = self.image_features(_pixels(images))
+            rows.refuse_other_pixels(images)
+            features = self.image_features(images)
         if method == "rank":
             scores = self.score_answers(questions, answers, contexts=contexts, **features, gated=gated, blind=blind)
             return [answers[i] for i in scores.argmax(-1).tolist()]
-        if method != "generate":
-            raise ValueError(f"method must be generate or rank, got {method!r}")
         asked = self._asked(questions, contexts, **features, gated=gated and not blind)
-        new_tokens, found = max_new_tokens or self.max_answer, {}
+        found = {}
         for part in self._parts(*asked[:2], memory.answer_batch(batch_size, self.language_model, beams, new_tokens)):
             own = (x if x is None else x[part] if isinstance(x, torch.Tensor) else [x[i] for i in part] for x in asked)
             ids = self.decoder.generate(*self._prompts(*own, gated, blind), beams, new_tokens, length_penalty, best or 1)
@@ -906,6 +945,7 @@ class Blip2OPTGated(nn.Module):
 
         image_embeds [B,P,W], style_feature [B,F]. Candidates are scored in chunks of `chunk` question-answer pairs.
         """
+        _at_least_one(chunk=chunk)
         asked = questions, *_ = self._asked(questions, contexts, image_embeds, style_feature, gated and not blind)
         prompts = self._prompts(*asked, gated, blind)
         targets = [answer_ids(self.tokenizer, answer) for answer in _texts(answers, "answers")]
@@ -919,6 +959,7 @@ class Blip2OPTGated(nn.Module):
         image_embeds [B,P,W], style_feature [B,F]. The mean and not the sum, so that long answers do not count as doubtful. An
         empty answer is what answer_ids makes of it: a space and the newline, which generation may well give.
         """
+        _at_least_one(chunk=chunk)
         asked = questions, *_ = self._asked(questions, contexts, image_embeds, style_feature, gated and not blind)
         if len(_texts(answers, "answers")) != len(questions):
             raise ValueError(f"{len(answers)} answers to {len(questions)} questions: one of each is wanted")
@@ -936,8 +977,14 @@ class Blip2OPTGated(nn.Module):
             contexts = [contexts] if isinstance(contexts, str) else _texts(contexts, "contexts")
         if not isinstance(image_embeds, torch.Tensor) or image_embeds.ndim != 3:
             raise ValueError(f"image_embeds must be [B,P,W], as image_features gives them, got {_kind(image_embeds)}")
+        W = self.qformer.config.encoder_hidden_size
+        if image_embeds.shape[2] != W:
+            raise ValueError(f"image_embeds must be [B,P,{W}], as image_features gives them, got {_kind(image_embeds)}")
         if gated and self.mapper is not None and style_feature is None:
             raise ValueError("the gates need style_feature [B,F] too: image_features gives it beside image_embeds")
+        width = self.efficientnet.width if self.efficientnet is not None else None
+        if style_feature is not None and width and tuple(getattr(style_feature, "shape", ())[1:]) != (width,):
+            raise ValueError(f"style_feature must be [B,{width}], as image_features gives it, got {_kind(style_feature)}")
         counts = {"pictures": len(image_embeds), "questions": len(questions), "contexts": len(contexts or [""])}
         B = max(counts.values())
         if set(counts.values()) - {1, B} or (style_feature is not None and len(style_feature) != len(image_embeds)):
@@ -964,11 +1011,25 @@ def _texts(texts, name):
     raise ValueError(f"{name} must be a list of texts, at least one, got {texts!r:.60}")
 
 
-def _pixels(images):
-    """images, checked: [B,3,h,w]."""
-    if isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] == 3 and len(images):
-        return images
-    raise ValueError(f"images must be pixels [B,3,h,w], which load_gated's processor makes of paths and pictures, got {_kind(images)}")
+BOTH = "give pictures or what image_features made of them (image_embeds, style_feature), and not both: one would be left out"
+
+
+def _at_least_one(**numbers):
+    """ValueError where one of these is no whole number from 1 on."""
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or number < 1:
+            raise ValueError(f"{name} must be a whole number from 1 on, got {number!r:.60}")
+
+
+def _check_search(method, answers, best, **numbers):
+    """ValueError where the settings of predict_answers do not go together. numbers: those that are 1 at least."""
+    _at_least_one(**numbers, best=1 if best is None else best)
+    if method == "generate" and answers is not None:
+        raise ValueError('answers are a list to choose from, for method="rank"; method="generate" would not look at them')
+    if method == "rank" and best is not None:
+        raise ValueError('best is of the beams of method="generate": score_answers gives what method="rank" makes of every answer')
+    if best is not None and best > numbers["beams"]:
+        raise ValueError(f"best={best} of beams={numbers['beams']}: as many beams are wanted at least")
 
 
 def _weighed(rows, values):
@@ -993,13 +1054,15 @@ def _known_settings():
 class Processor:
     """Pictures -> [B,3,s,s] as the model takes them, on its device: a path, a PIL image, or a list of these (B of them).
 
-    DataError: a picture that is missing, damaged, or of another kind."""
+    DataError: a picture that is missing, damaged, or of another kind; none at all."""
 
     def __init__(self, model):
         self.model = model
 
     def __call__(self, pictures):
         pictures = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+        if not pictures:
+            raise DataError("an empty list of pictures: a path, a PIL image or a list of at least one is wanted")
         tensors = [rows.image_tensor(self._image(one), self.model.image_size) for one in pictures]
         return torch.stack(tensors).to(self.model.query_tokens.device)
 

@@ -255,7 +255,7 @@ def build(args, classes, log, blank=False):
                             "them as --init FILE") from None
     torch.nn.init.normal_(net.classifier.weight, std=0.01)  # timm's start is so wide that a first loss of ln 27 = 3.3 becomes 4.6
     if args.init and not blank:
-        checkpoints.start_from(net, args.init, ("classifier.weight", "classifier.bias"), log)  # without a head of another size
+        checkpoints.start_from(net, args.init, ("classifier.weight", "classifier.bias"), args.arch, log)  # no head of another size
     elif not args.pretrained and not blank:
         log("random weights: --pretrained or --init start from ImageNet's, which takes far fewer pictures")
     if args.probe:

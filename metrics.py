@@ -112,6 +112,7 @@ def vqa_accuracy(prediction, answers):
     Texts of nothing but articles and marks normalise to "" and match each other and an empty prediction.
     """
     _need_list(answers, "answers")
+    _need_text(prediction=prediction, **_numbered("answers", answers))
     if len(answers) == 1:
         return float(normalise_answer(prediction) == normalise_answer(answers[0]))
     prediction, answers = _one_line(prediction), [_one_line(answer) for answer in answers]
@@ -126,6 +127,7 @@ def vqa_accuracy(prediction, answers):
 def exact_match(prediction, answer):
     """ArtQuest's EM: 1.0 if both are the same string in lower case, else 0.0. Nothing else is forgiven: no strip, no
     punctuation, no articles, so "dog" against "dog." or "dog " is 0 (vqa_accuracy is the forgiving one)."""
+    _need_text(prediction=prediction, answer=answer)
     return float(prediction.lower() == answer.lower())
 
 
@@ -137,6 +139,7 @@ def sentence_bleu(hypothesis, reference):
     sentence_bleu(answer, prediction) is its figure, sentence_bleu(prediction, answer) the usual one. Report both.
     Characters of scripts without blanks are tokens of their own, as in `tokenize`; sacrebleu's rules alone leave a sentence in one.
     """
+    _need_text(hypothesis=hypothesis, reference=reference)
     import sacrebleu
     hypothesis, reference = (UNSPACED.sub(r" \g<0> ", text.lower()) for text in (hypothesis, reference))
     return sacrebleu.sentence_bleu(hypothesis, [reference], use_effective_order=True).score / 100
@@ -176,6 +179,7 @@ def tokenize(text):
     In scripts without blanks between words each character is a token, as is usual for Chinese captions: the rules above would make
     one token of a sentence, and one wrong character would score 0.
     """
+    _need_text(text=text)
     text = UNSPACED.sub(r" \g<0> ", text)
     text = _SPLIT.sub(r"\g<0> ", text.lower().replace("\u2019", "'"))
     tokens = _TOKEN.findall(text)
@@ -199,16 +203,31 @@ def log_characters(texts, log=print):
 def _need_list(strings, name):
     if isinstance(strings, str):
         raise ValueError(f"{name} must be a list of strings, got the single string {strings!r}")
+    if not hasattr(strings, "__len__") or not hasattr(strings, "__getitem__"):
+        raise ValueError(f"{name} must be a list of strings, got {strings!r:.60}")
     if not len(strings):
         raise ValueError(f"{name} is empty: at least one is needed")
 
 
+def _numbered(name, texts):
+    return {f"{name}[{k}]": text for k, text in enumerate(texts)}
+
+
+def _need_text(**texts):
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name} must be a string, got {text!r:.60}")
+
+
 def _need_pairs(hypotheses, references):
     _need_list(hypotheses, "hypotheses")
+    if isinstance(references, str) or not hasattr(references, "__len__"):
+        _need_list(references, "references")
     if len(hypotheses) != len(references):
         raise ValueError(f"{len(hypotheses)} hypotheses but {len(references)} lists of references")
-    for i, refs in enumerate(references):
+    for i, (hypothesis, refs) in enumerate(zip(hypotheses, references)):
         _need_list(refs, f"references[{i}]")
+        _need_text(**{f"hypotheses[{i}]": hypothesis}, **_numbered(f"references[{i}]", refs))
 
 
 def _ngrams(words, n):
@@ -275,6 +294,7 @@ def rouge_l(hypothesis, references):
     blanks, so an empty hypothesis is one empty word: 0, unless a reference is empty too. No reference: ValueError.
     """
     _need_list(references, "references")
+    _need_text(hypothesis=hypothesis, **_numbered("references", references))
     words = hypothesis.split(" ")
     positions = {}
     for i, word in enumerate(words):
@@ -397,6 +417,7 @@ def meteor(hypothesis, references):
     An empty hypothesis scores 0. No reference: ValueError.
     """
     _need_list(references, "references")
+    _need_text(hypothesis=hypothesis, **_numbered("references", references))
     from nltk.translate.meteor_score import meteor_score
     return float(meteor_score([ref.split() for ref in references], hypothesis.split(), **_meteor_helpers()))
 
@@ -489,7 +510,11 @@ def target_ranks(scores, target, excluded=None):
 
 
 def best_ranks(scores, right):
-    """Where the best of several right columns stands: scores [N,G], right [N,G] bool -> [N], from 1; ties and NaN as above."""
+    """Where the best of several right columns stands: scores [N,G], right [N,G] bool -> [N], from 1; ties and NaN as above. ValueError:
+    shapes; a row without a right column."""
+    scores, right = np.asarray(scores), np.asarray(right, bool)
+    if scores.ndim != 2 or scores.shape != right.shape or not right.any(axis=1).all():
+        raise ValueError(f"scores {scores.shape} and right {right.shape}: both [N,G], with a right column in every row")
     best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
     return 1 + (~right & ~(scores < best)).sum(axis=1)
 
@@ -582,6 +607,7 @@ def chance_level(gallery, members=None):
 
 def retrieval_scores(t2i, i2t, owner):
     """Recall@1, 5, 10 in percent both ways, and their mean. t2i [T,G], i2t [G,T] scores, owner [T] = the image of each text."""
+    owner = np.asarray(owner)
     ranks = {"i2t": best_ranks(i2t, owner[None] == np.arange(len(i2t))[:, None]), "t2i": target_ranks(t2i, owner)}
     scores = {f"{side} R@{k}": recall_at(ranks[side], k) for side in ranks for k in (1, 5, 10)}
     return scores | {"mean": float(np.mean(list(scores.values())))}

@@ -291,12 +291,12 @@ def loss_weights(args, model, log):
 
 # --- checkpoints ------------
 
-def best_of(args, model, parts, frozen, command):
-    """What best.pt holds: trained tensors and plain values only."""
+def best_of(args, model, parts, frozen, command, precision):
+    """What best.pt holds: trained tensors and plain values only. precision: what --precision became."""
     read = parts.train.rows
     return {"state": checkpoints.trainable_state(model), "model_args": parts.built_from, "args": vars(args), "command": list(command),
             "loss_weights": parts.weights, "majority": majority_answers(read), "answers": sorted({r.answer.strip() for r in read}),
-            "frozen": frozen, "pictures": parts.pictures, "draws_answers": draws_answers(read)}
+            "frozen": frozen, "precision": precision, "pictures": parts.pictures, "draws_answers": draws_answers(read)}
 
 
 def draws_answers(train_rows):
@@ -460,7 +460,8 @@ def make_run(args, accelerator, model, parts, frozen, command=()):
                lr=lambda step, total: loop.cosine_lr(step, total, round(args.warmup * total), args.lr),
                metric=args.select, lowest=args.select == "loss", settings=settings(args, parts, accelerator),
                frozen=frozen, base=("BLIP-2 or style classifier", "--blip2 and --efficientnet"),
-               best=lambda: best_of(args, model, parts, frozen, command), columns=LOG_COLUMNS, panels=PANELS,
+               best=lambda: best_of(args, model, parts, frozen, command, accelerator.mixed_precision),
+               columns=LOG_COLUMNS, panels=PANELS,
                title=f"{pathlib.Path(args.out).name}: {' and '.join([f'gating {args.gating}, per {args.per}', *args.steer])}",
                unit="questions", save_last=args.save_last, profile=args.profile)
 

@@ -10,6 +10,7 @@ What the training and evaluation scripts must agree on, as plain functions:
     find_pictures                           names in a list -> paths below a root, also where the folders differ
     unify_spelling, one_spelling            Cubism and cubism are one style
     resolve_image, load_image, image_tensor a name as it is written -> a path -> RGB pixels -> [3, size, size]
+    refuse_other_pixels                     a batch that somebody made in another way
     check_rows, usable_rows, verify_images  which rows cannot be used, and why
     hold_out                                a validation split of one table
     picture_digests, sizes_hash             which pictures these are, whatever they are called
@@ -46,6 +47,7 @@ LAYOUTS = (("AQUA-like", "image question answer need_external_knowledge"),  # th
            ("LLaVA conversations", "conversations"), ("messages and images", "messages"), ("ImageFolder", "file_name"))
 TURNS_IN = {"LLaVA conversations": "conversations", "messages and images": "messages"}
 METADATA = ("metadata.csv", "metadata.jsonl")  # of HuggingFace's ImageFolder
+BRIGHTEST = 50  # more than any normalisation makes of white, less than any picture's brightest of 255
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -554,6 +556,26 @@ def image_tensor(image, size, mean=BLIP_MEAN, std=BLIP_STD):
     pixels = torch.from_numpy(np.asarray(squashed, dtype=np.float32) / 255)  # [size, size, 3]
     pixels = (pixels - torch.tensor(mean)) / torch.tensor(std)
     return pixels.permute(2, 0, 1).contiguous()  # [3, size, size]
+
+
+def refuse_other_pixels(images, anywhere=True):
+    """ValueError where these are certainly no pixels [B,3,h,w] in BLIP's normalisation: of another shape or kind, whole numbers, not
+    finite, or 0 to 255. anywhere=False: values are looked at on a CPU alone, since on a GPU that waits for all that runs there."""
+    import torch
+    wanted = "images must be pixels [B,3,h,w] in BLIP's normalisation, which load_gated's processor makes of paths and pictures, got"
+    if not isinstance(images, torch.Tensor):
+        raise ValueError(f"{wanted} {type(images).__name__}")
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(f"{wanted} a tensor {list(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"{wanted} {images.dtype}")
+    if images.device.type == "meta" or not anywhere and images.device.type != "cpu":
+        return
+    low, high = (value.item() for value in images.aminmax())
+    if not np.isfinite([low, high]).all():
+        raise ValueError(f"{wanted} values that are not finite")
+    if low >= 0 and high > BRIGHTEST:
+        raise ValueError(f"{wanted} values from {low:g} to {high:g}, as a picture's file has them")
 
 
 def tensor_image(pixels, mean=BLIP_MEAN, std=BLIP_STD):

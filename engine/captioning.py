@@ -18,6 +18,7 @@ from accelerate.utils import gather_object, send_to_device
 from tqdm import tqdm
 
 import metrics
+from data import rows
 from data.captions import token_ids
 from engine import errors, files, loaders, pages, published
 from engine.errors import DataError
@@ -92,6 +93,7 @@ class Collate:
 @torch.no_grad()
 def describe(model, tokenizer, pixels, settings):
     """Pixels [B,3,s,s] -> B captions. The one way from a picture to a caption. settings: of generate()."""
+    rows.refuse_other_pixels(pixels)
     ids = model.generate(pixel_values=pixels, **settings)  # [B,up to max_length]
     return texts_of(tokenizer, ids[:, 1:])  # without [DEC], which is no token of the tokenizer
 
@@ -105,6 +107,9 @@ def token_losses(model, pixels, inputs, smoothing=0.0):
 @torch.no_grad()
 def confidence(model, tokenizer, pixels, captions):
     """Mean log-probability of a caption's tokens, its end among them, without the search's penalties: [B,3,s,s], B texts -> [B]."""
+    rows.refuse_other_pixels(pixels)
+    if isinstance(captions, str) or len(captions) != len(pixels):
+        raise ValueError(f"a list of {len(pixels)} captions is wanted, one for each picture, got {captions!r:.60}")
     ids = token_ids(tokenizer, captions)
     inputs = send_to_device(Collate.of(model).inputs(ids), pixels.device)
     return -token_losses(model, pixels, inputs).sum(1) / torch.tensor([len(i) - 1 for i in ids], device=pixels.device)

@@ -1,13 +1,14 @@
 """checkpoints.py: tensors on disk: our own best.pt and last.pt, and what others wrote, without running what it holds.
 
     checkpoint_file, save_checkpoint, load_checkpoint    our own; code in a file never runs; load_best: a stage's best.pt
-    trainable_state, load_trainable, fingerprint, other_parts, parts_table    what one holds of a model
+    trainable_state, load_trainable, fingerprint, other_parts, is_part, parts_table    what one holds of a model
     write_merged                                the same without LoRA
     verify_saved, refuse_other_tensors          proof that it holds the model, bit by bit
-    load_foreign, unwrap_state, load_strictly, start_from   somebody else's
+    load_foreign, unwrap_state, stated_net, load_strictly, start_from   somebody else's
 """
 
 import hashlib
+import json
 import pathlib
 import pickle
 import shutil
@@ -110,6 +111,8 @@ def forbidden(error):
 # --- what one holds of a model ------------
 
 LINEAR = "language_model, linear layers"  # a part of fingerprint
+ARCHITECTURE = "efficientnet, architecture"  # another: not a hash but what its `settings` say
+PRECISIONS = {"no": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parts_table(model):
@@ -153,7 +156,8 @@ def fingerprint(model, dtype=None):
     on the dtype of loading. Tells the BLIP-2 a run was trained on from another one; it is not a checksum of all bytes.
     dtype: as of a model loaded in it, for float16, whose values round to bf16 in another way at times (None: as it is).
 
-    The linear layers of the language model are a part of their own, absent where their weights are packed (int8, nf4)."""
+    The linear layers of the language model are a part of their own, absent where their weights are packed (int8, nf4); so is what
+    architecture the style classifier's tensors were put into, which other architectures have too."""
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     linear = {f"{name}.": module for name, module in model.named_modules() if isinstance(module, nn.Linear)
               and name.startswith("language_model.") and (".layers." in name or ".block." in name)}  # T5's layers are blocks
@@ -170,15 +174,30 @@ def fingerprint(model, dtype=None):
     for name, part in model.named_children():
         if isinstance(part, vision.TimmTower):  # the same weights with another mean and std are another tower
             digests[name].update(repr(part.settings).encode())
-    return {part: digest.hexdigest()[:16] for part, digest in digests.items()}
+    style = getattr(getattr(model, "efficientnet", None), "settings", None)
+    described = {ARCHITECTURE: ", ".join(f"{name} {value}" for name, value in style.items())} if style else {}
+    return {part: digest.hexdigest()[:16] for part, digest in digests.items()} | described
 
 
 def other_parts(now, was):
-    """The parts whose fingerprints differ. The language model's linear layers count only where neither side has packed them."""
+    """The parts whose fingerprints differ. The language model's linear layers count only where neither side has packed them, the style
+    classifier's architecture only where both name it (earlier versions did not)."""
     if not isinstance(was, dict):  # of an older version of this project
         return ["all"]
-    packed = (LINEAR in now) != (LINEAR in was)
-    return sorted(part for part in now.keys() | was.keys() if now.get(part) != was.get(part) and not (packed and part == LINEAR))
+    return sorted(part for part in now.keys() | was.keys() if now.get(part) != was.get(part)
+                  and not (part in (LINEAR, ARCHITECTURE) and (part in now) != (part in was)))
+
+
+def is_part(module, part, frozen, precision=None):
+    """Is a module, frozen by this, the `part` of a training? frozen: the fingerprints of that; precision: the name of what it was loaded
+    in there (None: not known). -> True, False, or None where float16 on one side alone rounds otherwise, so that it cannot be told."""
+    asked = nn.ModuleDict({part: module.requires_grad_(False)})
+    was, then = {name: value for name, value in frozen.items() if name.startswith(part)}, PRECISIONS.get(precision)
+    if any(not other_parts(fingerprint(asked, dtype), was) for dtype in (None, then or torch.float16)):
+        return True
+    now = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    lost = now is torch.float16 and then is not torch.float16 or then is torch.float16 and now is torch.bfloat16
+    return None if lost else False
 
 
 def write_merged(path, model, checkpoint):
@@ -349,12 +368,46 @@ def load_strictly(module, state, source, assign=False):
     module.load_state_dict(state, assign=assign)
 
 
-def start_from(net, path, head, log=print):
+def stated_net(loaded, path):
+    """What is said of the net whose weights were `loaded` from a file: {"arch", "mean", "std"}, those that are named in the file, else in
+    the config.json that timm writes beside it. DataError: that cannot be read."""
+    own = {name: loaded[name] for name in ("arch", "mean", "std") if isinstance(loaded, dict) and name in loaded}
+    beside = pathlib.Path(path).with_name("config.json")
+    if isinstance(own.get("arch"), str):
+        return own
+    own.pop("arch", None)  # of somebody else's making: a module, say
+    if not beside.is_file():
+        return own
+    try:
+        config = json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise DataError(f"{beside}: cannot be read ({said(error)}): it should say which net {path} is of") from None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        return own  # of another library
+    pixels = config["pretrained_cfg"] if isinstance(config.get("pretrained_cfg"), dict) else config
+    return {"arch": config["architecture"], **{name: pixels[name] for name in ("mean", "std") if name in pixels}, **own}
+
+
+def refuse_other_net(net, arch, stated, path):
+    """DataError where a file's weights are of another of timm's nets (see stated_net) than `net`, which `arch` names. Their tensors may
+    have the same names and shapes."""
+    import timm
+    named = stated.get("arch", arch)
+    known = timm.models.get_pretrained_cfg(named)  # None of a name that timm has given up
+    if (known.architecture != net.pretrained_cfg["architecture"]) if known else named != arch:
+        raise DataError(f"--init {path}: weights of {named}, and not of {arch}, whose layers compute otherwise: give --arch {named}")
+
+
+def start_from(net, path, head, arch, log=print):
     """--init of a classifier: every weight of a file, strictly, but a head of another number of classes; code in it never runs.
 
-    head: the names of the head's tensors."""
+    head: the names of the head's tensors; arch: timm's name of the net."""
     advice = "save its state dict alone: torch.save(model.state_dict(), FILE)"
-    state, where = unwrap_state(load_foreign(path, True, advice), path)
+    loaded = load_foreign(path, True, advice)
+    (state, where), stated = unwrap_state(loaded, path), stated_net(loaded, path)
+    refuse_other_net(net, arch, stated, path)
+    if "arch" not in stated:
+        log(f"{path}: taken for {arch} (--arch): neither the file nor a config.json beside it names its net")
     own = net.state_dict()
     other = [n for n in head if n in state and state[n].shape[:1] != own[n].shape[:1] and state[n].ndim == own[n].ndim]
     if other:

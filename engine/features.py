@@ -16,6 +16,8 @@ def predicted_styles(net, size, checkpoint, splits, workers, device, log=print, 
     """--style or --context efficientnet: the rows of every split with the classifier's likeliest style of their picture in `field`.
 
     net: the EfficientNet28 on `device`; size: of the pictures; checkpoint: its file, for the message."""
+    if note := getattr(net, "note", ""):
+        log(note)
     paths = list(dict.fromkeys(row.image for read in splits for row in read))
     style = {}
     with ThreadPoolExecutor(max(1, workers)) as pool:

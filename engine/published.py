@@ -597,7 +597,8 @@ def refuse_reader(source, other, reader):
 
 
 def replace_qformer(blip2, source, log=print):
-    """Put another checkpoint's Q-Former and queries (and projection, where it holds one, else it says so) into a transformers BLIP-2."""
+    """Put another checkpoint's Q-Former and queries (and projection, where it holds one, else it says so) into a transformers BLIP-2.
+    -> did it hold a projection?"""
     reader = blip2.config.text_config.model_type
     refuse_other_reader(reader, source)
     state = read_weights(source)
@@ -615,3 +616,4 @@ def replace_qformer(blip2, source, log=print):
         load_strictly(blip2.language_projection, parts["language_projection"], f"language projection of {source}")
     else:
         log(f"Q-Former of {source}: without a projection to a language model, which stays as --blip2 has it")
+    return "language_projection" in parts

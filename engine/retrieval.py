@@ -31,6 +31,15 @@ def columns(pool):
     return target, reference, members
 
 
+def table_of(scores, pool):
+    """Scores of a pool as an array [N,G]. ValueError: another number of queries or pictures."""
+    scores = np.asarray(scores)
+    if scores.shape != (len(pool.queries), len(pool.gallery)) or not len(pool.queries):
+        raise ValueError(f"scores {scores.shape} of {len(pool.queries)} queries and {len(pool.gallery)} pictures of {pool.name}: [N,G] is "
+                         "wanted, with a query at least")
+    return scores
+
+
 def right_answers(pool):
     """The right answers of CIRCO's queries: [N,G] bool."""
     place = {name: column for column, name in enumerate(pool.gallery)}
@@ -42,6 +51,9 @@ def right_answers(pool):
 
 def recalls(scores, pool, layout):
     """The recalls of one pool, in percent. scores: [N,G]; layout: cirr, fashioniq or circo."""
+    scores = table_of(scores, pool)
+    if layout not in FIRST:
+        raise ValueError(f"layout must be one of {', '.join(FIRST)}, got {layout!r}")
     target, reference, members = columns(pool)
     if layout == "circo":
         return metrics.circo_scores(scores, right_answers(pool), target)
@@ -80,6 +92,7 @@ FIRST = {"cirr": 1, "fashioniq": 10, "circo": 10}  # a target up to this rank is
 
 def per_query(scores, pool, layout):
     """The layout's "mean" of each query in percent: (R@5 + Rs@1) / 2 of CIRR, (R@10 + R@50) / 2 of FashionIQ, AP@10 of CIRCO -> [N]."""
+    scores = table_of(scores, pool)
     target, reference, members = columns(pool)
     if layout == "circo":
         return metrics.average_precision(scores, right_answers(pool), (10,))[10]
@@ -143,7 +156,8 @@ def rank_queries(pool, scores):
     margin: how far it stands above the best of the others, best: names of the five best pictures.
 
     In CIRR the reference is left out of every ranking."""
-    (target, reference, members), scores, names = columns(pool), np.asarray(scores), list(pool.gallery)
+    scores = table_of(scores, pool)
+    (target, reference, members), names = columns(pool), list(pool.gallery)
     ranks = metrics.target_ranks(scores, target, None if members is None else reference)
     inner = None if members is None else metrics.subset_ranks(scores, target, reference, members)
     results = []

@@ -62,11 +62,16 @@ def settings_of(flags, free, **became):
     return {f"--{name.replace('_', '-')}": value for name, value in {**flags, **became}.items() if name not in free}
 
 
-def refuse_other_settings(now, was, path):
-    """DataError that lists what would make a resumed run end otherwise. now, was: {name: value}, of this run and of last.pt.
+def other_settings(now, was):
+    """["NAME is VALUE, was VALUE"] of what would make a run end otherwise. now, was: {name: value}, as settings_of gives them.
 
     An earlier version kept the word "auto": what it came to mean then cannot be told, and is not compared."""
-    other = [f"{name} is {now.get(name)!r}, was {value!r}" for name, value in was.items() if now.get(name) != value and value != "auto"]
+    return [f"{name} is {now.get(name)!r}, was {value!r}" for name, value in was.items() if now.get(name) != value and value != "auto"]
+
+
+def refuse_other_settings(now, was, path):
+    """DataError that lists the other_settings of a resumed run. now, was: of this run and of the last.pt at `path`."""
+    other = other_settings(now, was)
     if other:
         raise DataError(f"--resume with other settings than {path}: {'; '.join(other)}: give the former ones, or another --out")
 

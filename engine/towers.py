@@ -1,6 +1,7 @@
-"""towers.py: the vision tower that a Q-Former from elsewhere is put behind.
+"""towers.py: the frozen parts that a Q-Former from elsewhere is put between.
 
     join          the ln_vision that was trained with the Q-Former goes into the tower; another tower is refused, or said
+    refuse_other_reader    the language model that its projection speaks to; another one is refused
     differing     two towers, tensor by tensor
 
 LAVIS trains ln_vision, the norm between tower and Q-Former, together with the Q-Former and leaves the tower frozen. HuggingFace's
@@ -21,7 +22,8 @@ NORM = "post_layernorm."
 LAVIS_TOWER = (("visual_encoder.", ""), ("blocks.", "encoder.layers."), (".norm", ".layer_norm"),
                (".attn.proj.", ".self_attn.projection."), (".attn.", ".self_attn."), ("cls_token", "embeddings.class_embedding"),
                ("pos_embed", "embeddings.position_embedding"), ("patch_embed.proj.", "embeddings.patch_embedding."))
-PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOWER, READER = "vision_model", "language_model"  # parts, as HuggingFace calls them
+ROUNDED = " (float16 then or now rounds its values otherwise)"
 ROUNDING = 2 ** -7  # relative; of bfloat16, the coarsest that a tower is kept in
 
 
@@ -41,7 +43,8 @@ def join(tower, source, name, log=print, strict=True):
     else:
         checkpoints.load_strictly(own, norm or before, f"ln_vision of {source}")
         other = differing(tower, found["held"], found["of_lavis"]) if found["held"] else []
-    if found["frozen"] not in (None, fingerprint(tower, found["precision"])):
+    alike = not found["frozen"] or checkpoints.is_part(tower, TOWER, found["frozen"], found["precision"])
+    if alike is False:
         other = ["its fingerprint"]
     if other and (of_timm or not found["of_lavis"]):
         told = f"its Q-Former was trained behind another vision tower than that of {name} ({len(other)} differ, first {other[0]})"
@@ -55,15 +58,40 @@ def join(tower, source, name, log=print, strict=True):
     if found["of_lavis"]:
         told += [f"its visual_encoder is left out, {len(found['held'])} tensors, "
                  + (f"though {len(other)} of them are other than those of {name} (fine-tuned?)" if other else f"the same as {name}")]
-    elif not found["held"] and found["frozen"] is None:
-        told += [f"which vision tower it was trained behind cannot be told, that of {name} is taken"]
+    elif alike is None or not found["held"] and not found["frozen"]:
+        told += [f"which vision tower it was trained behind cannot be told{ROUNDED if alike is None else ''}, that of {name} is taken"]
     log(f"Q-Former of {source}: {'; '.join(told)}")
     return norm
 
 
-def fingerprint(tower, precision=None):
-    """checkpoints.fingerprint of a tower, which is frozen by this, as one that was loaded in this precision has it."""
-    return checkpoints.fingerprint(nn.ModuleDict({"vision_model": tower.requires_grad_(False)}), PRECISIONS.get(precision))["vision_model"]
+def refuse_other_reader(language_model, source, name, log=print):
+    """Before the Q-Former of `source`, which brings its projection, speaks to `language_model`, that of `name` (in any precision, packed or
+    not): DataError where the source holds another one, or names it by its fingerprint. One line says what was found."""
+    path, alike, other = pathlib.Path(source), None, ["its fingerprint"]
+    loaded = {} if path.is_dir() else published.load_qformer_file(path)
+    frozen = loaded.get("frozen") if isinstance(loaded, dict) else None
+    if path.is_dir():
+        own = {n: sampled(t) for n, t in language_model.state_dict().items() if t.is_floating_point()}  # packed ones are in whole numbers
+        held = {n.removeprefix(f"{READER}."): sampled(tensor) for n, tensor in _tensors_in(path, f"{READER}.")}
+        both = [n for n in own.keys() & held.keys() if own[n][0] == held[n][0]]  # a table of words may have been given more rows
+        other = sorted(n for n in both if not close(own[n], held[n]))
+        alike = not other if both else None
+    elif isinstance(frozen, dict) and READER in frozen:
+        built = loaded.get("model_args") or {}
+        precision = built.get("lm_precision") if built.get("lm_precision") in checkpoints.PRECISIONS else loaded.get("precision")
+        alike = checkpoints.is_part(language_model, READER, frozen, precision)
+    if alike is False:
+        raise DataError(f"{source}: its Q-Former was trained with another language model than that of {name} ({len(other)} differ, first "
+                        f"{other[0]}): give --blip2 with the language model of that training, or a Q-Former of stage 1, which has spoken "
+                        "to none")
+    log(f"Q-Former of {source}: with its projection to the language model; " + (
+        f"which one it was trained with cannot be told{ROUNDED if frozen else ''}, that of {name} is taken" if alike is None else
+        f"that of {name} is the one it was trained with"))
+
+
+def fingerprint(tower):
+    """checkpoints.fingerprint of a tower, which is frozen by this."""
+    return checkpoints.fingerprint(nn.ModuleDict({TOWER: tower.requires_grad_(False)}))[TOWER]
 
 
 def sampled(tensor):
@@ -78,16 +106,20 @@ def differing(tower, other, common=False):
     own = {n: sampled(tensor) for n, tensor in tower.state_dict().items() if not n.startswith(NORM)}
     other = {n: values for n, values in other.items() if not n.startswith(NORM)}
     names = own.keys() & other.keys() if common else own.keys() | other.keys()
-    return sorted(n for n in names if n not in own or n not in other or own[n][0] != other[n][0]
-                  or not torch.allclose(own[n][1], other[n][1], rtol=ROUNDING, atol=1e-7))
+    return sorted(n for n in names if n not in own or n not in other or own[n][0] != other[n][0] or not close(own[n], other[n]))
+
+
+def close(one, other):
+    """Are two of `sampled`, of one shape, the same but for the precision that they are kept in?"""
+    return torch.allclose(one[1], other[1], rtol=ROUNDING, atol=1e-7)
 
 
 def _tower_of(path):
     """What a source knows of its tower: held {name: sampled}, of_lavis: is it LAVIS's visual_encoder?, norm {name: tensor}, frozen and
-    precision: the fingerprint in a best.pt, and what the tower was loaded in."""
+    precision: the fingerprints in a best.pt, {} where none is of a tower, and what the tower was loaded in."""
     held, norm, loaded = {}, {}, {}
     if path.is_dir():
-        tensors = _tensors_in(path)
+        tensors = _tensors_in(path, f"{TOWER}.")
     else:
         loaded = published.load_qformer_file(path)
         tensors = checkpoints.unwrap_state(loaded, path)[0].items()
@@ -105,13 +137,13 @@ def _tower_of(path):
             held[inner] = sampled(tensor)
     own = loaded if isinstance(loaded, dict) and isinstance(loaded.get("frozen"), dict) else {}  # one of this project's
     return {"held": held, "of_lavis": of_lavis, "norm": norm or own.get("ln_vision", {}),
-            "frozen": own.get("frozen", {}).get("vision_model"), "precision": own.get("precision")}
+            "frozen": own["frozen"] if TOWER in own.get("frozen", ()) else {}, "precision": own.get("precision")}
 
 
-def _tensors_in(folder):
-    """(name, tensor) of the vision tower in a folder's .safetensors files, one at a time."""
+def _tensors_in(folder, prefix):
+    """(name, tensor) of the names with this prefix in a folder's .safetensors files, one at a time."""
     from safetensors import safe_open
     for file in sorted(folder.glob("*.safetensors")):
         published.refuse_incomplete(file)
         with safe_open(file, "pt") as tensors:
-            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys() if name.startswith("vision_model."))
+            yield from ((name, tensors.get_tensor(name)) for name in tensors.keys() if name.startswith(prefix))

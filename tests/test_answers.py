@@ -10,7 +10,9 @@ import transformers
 from torch import nn
 
 import core
-from engine import decoders, prompts, published
+from data import rows
+from engine import captioning, decoders, prompts, published
+from engine.errors import DataError
 
 QUESTIONS = ["Which style is this painting?", "How many?", "What colour are the very many boats on the water of this lake?", "Colour?"]
 CONTEXTS = ["", "A boat.", "", "Three large red boats lie in the sun, one of them is old."]
@@ -311,7 +313,8 @@ def test_refusals(model, features, build):
 
 @pytest.mark.parametrize("method", ["generate", "rank"])
 def test_a_single_question_context_or_picture_stands_for_all_others(build, batch, method):
-    model, images, more = decisive(build()), batch["images"], {"method": method, "answers": ANSWERS}
+    model, images = decisive(build()), batch["images"]
+    more = {"method": method, "answers": ANSWERS if method == "rank" else None}
 
     def answers(*asked, **also):
         return model.predict_answers(*asked, **more, **also)
@@ -347,3 +350,84 @@ def test_what_does_not_go_together_is_one_clear_error(build, batch):
         model.predict_answers(None, "a", image_embeds=features["image_embeds"], style_feature=features["style_feature"][:2])
     with pytest.raises(ValueError, match="image_embeds must be"):
         model.score_answers(["a"], ["x"], images)
+
+
+def test_what_would_be_left_out_in_silence_is_refused(model, features):
+    images, embeds = torch.randn(1, 3, model.image_size, model.image_size), features["image_embeds"][:1]
+    for more in ({"image_embeds": embeds}, {"style_feature": features["style_feature"][:1]}):
+        with pytest.raises(ValueError, match="give pictures or what image_features made of them"):
+            model.predict_answers(images, "a", **more)
+    batch = core.encode_training(model.tokenizer, ["a"], ["b"])
+    with pytest.raises(ValueError, match="give pictures or what"):
+        model(**batch, images=images, image_embeds=embeds)
+    with pytest.raises(ValueError, match='for method="rank"'):
+        model.predict_answers(images, "a", answers=ANSWERS)
+    with pytest.raises(ValueError, match='of the beams of method="generate"'):
+        model.predict_answers(images, "a", method="rank", answers=ANSWERS, best=2)
+    wide = torch.zeros(1, 5, embeds.shape[2] + 1)
+    with pytest.raises(ValueError, match=rf"image_embeds must be .B,P,{embeds.shape[2]}."):
+        model.predict_answers(None, "a", image_embeds=wide, style_feature=features["style_feature"][:1])
+    with pytest.raises(ValueError, match=rf"style_feature must be .B,{model.efficientnet.width}.*got a tensor .1, 3."):
+        model.predict_answers(None, "a", image_embeds=embeds, style_feature=torch.zeros(1, 3))
+
+
+@pytest.mark.parametrize("more, wanted", [
+    ({"beams": 0}, "beams must be a whole number from 1 on, got 0"), ({"beams": 2.0}, "beams.*got 2.0"), ({"beams": -1}, "beams"),
+    ({"max_new_tokens": 0}, "max_new_tokens.*got 0"), ({"max_new_tokens": -3}, "max_new_tokens.*got -3"), ({"best": 0}, "best.*got 0"),
+    ({"best": 6}, "best=6 of beams=5"), ({"best": 2, "beams": 1}, "best=2 of beams=1"), ({"batch_size": 0}, "batch_size.*got 0"),
+    ({"batch_size": "all"}, "batch_size.*got 'all'")])
+def test_settings_of_the_search_that_cannot_be_are_one_clear_error(model, features, more, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        model.predict_answers(None, QUESTIONS, **features, **more)
+
+
+def test_no_chunk_is_empty(model, features):
+    for ask in (model.score_answers, model.confidence):
+        with pytest.raises(ValueError, match="chunk must be a whole number from 1 on, got 0"):
+            ask(QUESTIONS, ANSWERS[:4], **features, chunk=0)
+
+
+def wrong_pixels(size):
+    """name -> (what is no batch of pixels in BLIP's normalisation, what the error says)"""
+    torch.manual_seed(0)
+    whole, nan = torch.randint(0, 256, (2, 3, size, size)), torch.full((1, 3, size, size), torch.nan)
+    return {"uint8": (whole.byte(), "got torch.uint8"), "int64": (whole, "got torch.int64"), "0 to 255": (whole.float(), "got values from"),
+            "half precision": (whole.half(), "got values from"), "NaN": (nan, "not finite"), "none": (torch.randn(0, 3, 4, 4), "got"),
+            "channels last": (torch.randn(1, size, size, 3), rf"got a tensor .1, {size}, {size}, 3.")}
+
+
+@pytest.mark.parametrize("kind", wrong_pixels(8))
+def test_what_is_no_normalised_picture_is_refused_by_all_that_take_pixels(model, kind):
+    images, wanted = wrong_pixels(model.image_size)[kind]
+    for take in (lambda: model.predict_answers(images, "a"), lambda: model.image_features(images), lambda: model.efficientnet(images),
+                 lambda: model.efficientnet(images=images), lambda: core.Blip2Retrieval.image_embeds(None, images),
+                 lambda: captioning.describe(None, None, images, {}), lambda: captioning.confidence(None, None, images, ["a"])):
+        with pytest.raises(ValueError, match=f"images must be pixels .*{wanted}"):
+            take()
+
+
+def test_every_normalised_picture_is_taken(model):
+    """White, black, and a picture between 0 and 1, which may be a bright one."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (rows.BLIP_MEAN, rows.BLIP_STD))
+    one = torch.ones(3, model.image_size, model.image_size)
+    pictures = torch.stack([(one - mean) / std, (0 * one - mean) / std, torch.rand_like(one)])
+    for dtype in (torch.float32, torch.bfloat16):
+        rows.refuse_other_pixels(pictures.to(dtype))
+    assert len(model.predict_answers(pictures, "a", beams=1)) == 3
+
+
+def test_no_picture_is_one_clear_error(model):
+    for nothing in ([], ()):
+        with pytest.raises(DataError, match="empty list of pictures"):
+            core.Processor(model)(nothing)
+
+
+def test_captions_are_one_for_each_picture():
+    for captions in ("a dog", ["a"], []):
+        with pytest.raises(ValueError, match="a list of 2 captions is wanted"):
+            captioning.confidence(None, None, torch.randn(2, 3, 8, 8), captions)
+
+
+def test_retrieval_tells_pixels_from_what_the_tower_sees():
+    with pytest.raises(ValueError, match=r"image_embeds must be .B,P,W.*got a tensor .1, 3, 8, 8."):
+        core.Blip2Retrieval.image_features(None, torch.randn(1, 3, 8, 8))

@@ -8,6 +8,7 @@ import argparse
 import copy
 import json
 import types
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +28,7 @@ import train_gated
 from data import cirr, rows, wikiart
 from data.questions import Questions
 from data.rows import Row
-from engine import cache, captioning, checkpoints, comparison, evaluation, galleries, loop, picture_index, published, retrieval
+from engine import cache, captioning, checkpoints, comparison, errors, evaluation, galleries, loop, picture_index, published, retrieval
 from engine.prompts import Collate
 from test_cir import random_retrieval
 from tools import compare_gated
@@ -163,7 +164,7 @@ def test_the_commonest_answer_and_the_candidates_are_the_trainings(world):
     train = [replace(row, answer="Pop Art" if row.question_type == "style" else "two") for row in ASKED]
     parts = types.SimpleNamespace(train=types.SimpleNamespace(rows=train), val=types.SimpleNamespace(rows=ASKED), built_from={},
                                   weights=WEIGHTS, pictures=[])
-    held = train_gated.best_of(argparse.Namespace(), world.before, parts, {}, ())
+    held = train_gated.best_of(argparse.Namespace(), world.before, parts, {}, (), "no")
     assert held["answers"] == ["Pop Art", "two"] and held["majority"] == {"": "two", "style": "Pop Art", "count": "two", "colour": "two"}
 
 
@@ -217,7 +218,7 @@ def compared(tmp_path, monkeypatch):
         return {"flags": [], "value": {3e-4: 2.0, 1e-3: 1.0, 3e-3: None}[lr], "trained": 5, "steps": 7}, folder
 
     monkeypatch.setattr(compare_gated, "one_run", one_run)
-    monkeypatch.setattr(compare_gated.train_gated, "read_data", lambda *args: None)
+    monkeypatch.setattr(compare_gated.train_gated, "read_data", lambda *args: [])
     monkeypatch.setattr(compare_gated, "step_seconds", lambda others, system: 0.5)
     monkeypatch.setattr(compare_gated, "scores", lambda args, others, folder: [
         {"type": kind, "system": "gated", "n": 2, "EM": 50.0} for kind in ("style", "colour")])
@@ -244,6 +245,69 @@ def test_differences_are_of_the_same_questions_and_seeds(compared):
 
 def test_the_spread_over_seeds_is_the_samples_standard_deviation():
     assert compare_gated.spread([1.0, 2.0, 3.0]) == "2.0 +- 1.0" and compare_gated.spread([4.0]) == "4.0 +- 0.0"
+
+
+def finished_run(folder, last=None, **content):
+    """run.json of a finished run of these flags, and its last.pt with `last` as settings."""
+    folder.mkdir()
+    (folder / "run.json").write_text(json.dumps({"flags": ["--data", "x"], "value": 1.0, "trained": 5, "steps": 7, **content}))
+    if last:
+        checkpoints.save_checkpoint(folder / "last.pt", {"settings": last})
+    return folder / "run.json"
+
+
+def test_a_finished_run_is_compared_by_what_its_settings_became(tmp_path, monkeypatch, capsys):
+    """Typed alike, on a machine where auto was bf16, of other rows, or by a version with another default: none stands beside new runs."""
+    args = train_gated.get_args(["--data", "x"])
+    kept = {}
+    for became in ("no", "bf16"):
+        monkeypatch.setattr(compare_gated.loop, "make_accelerator", lambda precision: types.SimpleNamespace(
+            mixed_precision=became, num_processes=1))
+        kept[became] = compare_gated.made_with(args, {"train": [], "val": []})
+    now = kept["no"]
+    assert compare_gated.held_of(finished_run(tmp_path / "same", settings=now), ["--data", "x"], now).keys() == {
+        "flags", "value", "trained", "steps"}
+    others = {"machine": kept["bf16"], "data": {**now, "training rows (hash)": "0"}, "version": {**now, "--per": "head"}}
+    for name, was in others.items():
+        wanted = {"machine": "--precision is 'no', was 'bf16'", "data": "training rows", "version": "--per is 'channel', was 'head'"}[name]
+        with pytest.raises(errors.DataError, match=f"{name}/run.json: .*{wanted}.*choose another --out, or delete .*{name} to train"):
+            compare_gated.held_of(finished_run(tmp_path / name, settings=was), ["--data", "x"], now)
+    for name, precision in (("older", "no"), ("of the word", "auto")):
+        run = finished_run(tmp_path / name, last={**now, "--precision": precision, "training rows (hash)": "0"})
+        compare_gated.held_of(run, ["--data", "x"], now)
+        with pytest.raises(errors.DataError, match="--per"):
+            compare_gated.held_of(run, ["--data", "x"], {**now, "--per": "head"})
+    with pytest.raises(errors.DataError, match="--precision is 'bf16', was 'no'"):
+        compare_gated.held_of(tmp_path / "older/run.json", ["--data", "x"], kept["bf16"])
+    assert not capsys.readouterr().out
+    compare_gated.held_of(finished_run(tmp_path / "untrained"), ["--data", "x"], now)
+    assert capsys.readouterr().out.startswith(f"note: {tmp_path / 'untrained/run.json'}: of an earlier version")
+
+
+def test_the_seconds_are_of_one_model_at_a_time_and_come_after_the_table(few, tiny, tmp_path, monkeypatch):
+    built, prepare, seconds = [], compare_gated.train_gated.prepare, compare_gated.step_seconds
+
+    def watched(*args):
+        written = json.loads((tmp_path / "out/compare.json").read_text())  # what cost hours is there
+        assert len(written["results"]) == 2 and len(written["seconds_per_step"]) == len(built)
+        assert not [one for one in built if one() is not None]
+        run, parts = prepare(*args)
+        built.append(weakref.ref(run.model))
+        return run, parts
+
+    held = {"flags": [], "value": 1.0, "trained": 5, "steps": 7, "style": 50.0, "content": 50.0}
+    held |= {kind + seen: None for seen in list(compare_gated.SEEN)[1:] for kind in ("style", "content")}
+    monkeypatch.setattr(compare_gated.train_gated, "prepare", watched)
+    monkeypatch.setattr(compare_gated, "chosen_rates", lambda args, others: dict.fromkeys(args.systems, 1e-3))
+    monkeypatch.setattr(compare_gated, "run_all", lambda args, others, rates: ({name: [held] for name in args.systems}, {}))
+    monkeypatch.setattr(compare_gated, "differences", lambda args, folders: {})
+    monkeypatch.setattr(compare_gated, "print_differences", lambda *args: None)
+    monkeypatch.setattr(compare_gated, "step_seconds", lambda others, system: seconds(others, system, rounds=1, steps=1))
+    compare_gated.main(["--systems", *compare_gated.SYSTEMS][:3] + [
+        "--data", str(few), "--blip2", tiny[0], "--efficientnet", tiny[1], "--batch-size", "2", "--accumulation", "1", "--precision", "no",
+        "--split", "val", "--out", str(tmp_path / "out")])
+    assert len(built) == 2 and not [one for one in built if one() is not None]
+    assert len(json.loads((tmp_path / "out/compare.json").read_text())["seconds_per_step"]) == 2
 
 
 # --- retrieval ------------
@@ -286,6 +350,19 @@ def test_ranks_are_of_the_target_with_the_reference_left_out():
     found = retrieval.recalls(scores, pool, "cirr")
     assert (found["R@1"], found["R@5"], found["Rs@1"], found["Rs@2"], found["Rs@3"]) == (0, 100, 0, 50, 100) and found["mean"] == 50
     assert retrieval.mean_of([{"R@10": 10.0}, {"R@10": 40.0}]) == {"R@10": 25.0}
+
+
+def test_scores_of_another_pool_are_refused():
+    """More columns than the gallery has pictures would be ranked as well."""
+    pool = pool_of([query("p0", "p2"), query("p5", "p1")])
+    for scores in (np.zeros((2, 11)), np.zeros((1, 10)), np.zeros(10), []):
+        for rank in (lambda: retrieval.recalls(scores, pool, "cirr"), lambda: retrieval.rank_queries(pool, scores)):
+            with pytest.raises(ValueError, match="of 2 queries and 10 pictures of cirr"):
+                rank()
+    with pytest.raises(ValueError, match="layout must be one of cirr, fashioniq, circo, got 'CIRR'"):
+        retrieval.recalls(np.zeros((2, 10)), pool, "CIRR")
+    with pytest.raises(ValueError, match="with a query at least"):
+        retrieval.recalls(np.zeros((0, 10)), pool_of([]), "cirr")
 
 
 def test_every_right_answer_of_circo_counts_and_the_reference_is_ranked():

@@ -15,6 +15,7 @@ import types
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,7 +149,10 @@ def test_bleu_guards():
 @pytest.mark.parametrize("arguments, message", [
     (([], []), "hypotheses is empty"), ((["a"], []), "1 hypotheses but 0"),
     ((["a", "b"], [["a"], []]), r"references\[1\] is empty"), ((["a"], ["a cat"]), "single string 'a cat'"),
-    (("a", [["a"]]), "hypotheses must be a list"),
+    (("a", [["a"]]), "hypotheses must be a list"), ((None, [["a"]]), "hypotheses must be a list of strings, got None"),
+    ((["a"], "a"), "references must be a list"), ((["a"], None), "references must be a list"),
+    (([["a", "cat"]], [["a cat"]]), r"hypotheses\[0\] must be a string, got \['a', 'cat'\]"),
+    ((["a"], [["a", None]]), r"references\[0\]\[1\] must be a string, got None"),
 ])
 def test_lists_are_checked(function, arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -161,6 +165,35 @@ def test_references_must_be_a_filled_list(function):
         function("a cat", [])
     with pytest.raises(ValueError, match="must be a list of strings, got the single string 'a cat'"):
         function("a cat", "a cat")
+    with pytest.raises(ValueError, match="must be a list of strings, got None"):
+        function("a cat", None)
+    with pytest.raises(ValueError, match=r"(hypothesis|prediction) must be a string, got \['a cat'\]"):
+        function(["a cat"], ["a cat"])
+    with pytest.raises(ValueError, match=r"(references|answers)\[1\] must be a string, got 2"):
+        function("a cat", ["a cat", 2])
+
+
+@pytest.mark.parametrize("function", [exact_match, sentence_bleu])
+@pytest.mark.parametrize("arguments", [(["a"], "a"), ("a", ["a"]), (None, "a"), ("a", 3)])
+def test_two_strings_are_wanted(function, arguments):
+    with pytest.raises(ValueError, match="(prediction|answer|hypothesis|reference) must be a string"):
+        function(*arguments)
+
+
+def test_a_text_is_wanted_to_be_tokenised():
+    with pytest.raises(ValueError, match=r"text must be a string, got \['a cat'\]"):
+        tokenize(["a cat"])
+
+
+@pytest.mark.parametrize("scores, right", [
+    ([[1, 2]], [[True, False], [True, False]]), ([[1, 2]], [[False, False]]), ([1, 2], [True, False])])
+def test_best_ranks_refuses_what_has_no_right_answer(scores, right):
+    with pytest.raises(ValueError, match="with a right column in every row"):
+        metrics.best_ranks(scores, right)
+
+
+def test_retrieval_scores_take_lists():
+    assert metrics.retrieval_scores(np.eye(2), np.eye(2), [0, 1])["mean"] == 100
 
 
 # --------------------------------------------------------------------------- ROUGE-L and the tokeniser

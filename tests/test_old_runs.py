@@ -13,6 +13,7 @@ from conftest import ROOT
 import efficientnet_pretrain
 import eval_gated
 import pretrain_qformer
+import pretrain_stage2
 import train_blip_caption
 import train_cir
 import train_gated
@@ -48,7 +49,7 @@ def test_an_old_last_pt_is_resumed_to_the_same_end(data, tmp_path, no_curves):
         assert (now["state"][name] - tensor).abs().max() < 0.01 * moved, name
 
 
-@pytest.mark.parametrize("script", [efficientnet_pretrain, pretrain_qformer, train_blip_caption, train_cir, train_gated])
+@pytest.mark.parametrize("script", [efficientnet_pretrain, pretrain_qformer, pretrain_stage2, train_blip_caption, train_cir, train_gated])
 def test_what_a_resumed_run_is_compared_by_is_what_auto_became(script):
     """Typed alike on two machines, or without and with a new accelerate config, the runs would end differently."""
     nothing = SimpleNamespace(rows=[], paths={})

@@ -7,10 +7,12 @@ By default four systems: with gates or without, the Q-Former frozen or trained. 
 one run for each of --lrs on the first seed, the best by validation loss; with that rate a run for each of --seeds. Every run is
 train_gated.py and eval_gated.py as they stand (its folder is OUT/<name>), on features of the frozen towers computed once
 (--cache OUT/cache); seconds a step are therefore without the towers. Finished runs are not repeated when the command is given
-again, with more seeds or systems too. All other flags go to train_gated.py. Every system is compared with --reference in pairs,
+again, with more seeds or systems too, and refused where their settings came to something else than now (on another machine, of other
+data). All other flags go to train_gated.py. Every system is compared with --reference in pairs,
 question by question and seed by seed; intervals are over pictures and seeds together (metrics.estimate).
 """
 
+import gc
 import itertools
 import json
 import pathlib
@@ -19,12 +21,13 @@ import statistics
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the project's root, from wherever this is started
 
 import eval_gated
 import train_gated
-from engine import comparison, errors, features, files, flags, published
+from engine import checkpoints, comparison, errors, features, files, flags, loop, published, runfolder
 from engine.errors import DataError
 
 UNGATED = ["--gating", "none"]
@@ -80,13 +83,10 @@ def one_run(args, others, system, lr, seed):
     name = re.sub(r"\W+", "-", system.replace(", Q-Former", ""))
     folder = pathlib.Path(args.out) / f"{name}-lr{lr:g}-seed{seed}"
     given = [*others, *FLAGS[system], "--lr", str(lr), "--seed", str(seed)]
-    done = folder / "run.json"
-    if done.exists():
-        held = json.loads(done.read_text(encoding="utf-8"))
-        if held["flags"] != given:
-            raise DataError(f"{done} is of other flags ({' '.join(held['flags'])}): choose another --out")
-        return held, folder
     settings = train_gated.get_args([*given, "--out", str(folder), "--resume", "--save-last"])
+    done, now = folder / "run.json", made_with(settings, args.rows)
+    if done.exists():
+        return held_of(done, given, now), folder
     if system in UNTRAINED:
         run, _ = train_gated.prepare(settings, train_gated.start(settings))
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,8 +98,32 @@ def one_run(args, others, system, lr, seed):
     trained = 0 if system in UNTRAINED else sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     held = {"flags": given, "value": run.progress["value"], "trained": trained, "steps": run.step}
     with files.whole_file(done) as file:
-        json.dump(held, file, indent=1)
+        json.dump({**held, "settings": now}, file, indent=1)
     return held, folder
+
+
+def made_with(settings, read):
+    """What the flags of a run become here, as run.json keeps them: those that are not typed too, the precision of this machine, hashes of
+    the data. read: {split: rows} before any style is predicted."""
+    parts = SimpleNamespace(train=SimpleNamespace(rows=read["train"]), val=SimpleNamespace(rows=read["val"]))
+    return json.loads(json.dumps(train_gated.settings(settings, parts, loop.make_accelerator(settings.precision))))
+
+
+def held_of(done, given, now):
+    """What the run.json of a finished run holds. DataError: of other flags, or they came to something else: no rows of one table."""
+    held = json.loads(done.read_text(encoding="utf-8"))
+    if held["flags"] != given:
+        raise DataError(f"{done} is of other flags ({' '.join(held['flags'])}): choose another --out")
+    last, was = done.with_name("last.pt"), held.pop("settings", None)
+    if was is None and last.exists():  # of an earlier version, whose hashes are of the rows with predicted styles
+        was = {name: value for name, value in checkpoints.load_checkpoint(last, ("settings",))["settings"].items() if name[:2] == "--"}
+    if was is None:
+        print(f"note: {done}: of an earlier version, which did not keep what its settings came to: taken as it is")
+    other = runfolder.other_settings(now, was or {})
+    if other:
+        raise DataError(f"{done}: a finished run that does not belong beside new ones: {'; '.join(other)}: give the former settings, "
+                        f"choose another --out, or delete {done.parent} to train it again")
+    return held
 
 
 def step_seconds(others, system, rounds=5, steps=10):
@@ -115,6 +139,8 @@ def step_seconds(others, system, rounds=5, steps=10):
             train_gated.train_step(run, step, parts.weights)
             step.update()
         found.append((time.perf_counter() - started) / steps)
+    del run, parts, step
+    gc.collect()  # a Run and its functions hold each other
     return statistics.median(found)
 
 
@@ -239,7 +265,9 @@ def print_probes(results):
 
 def main(argv=None):
     args, others = get_args(argv)
-    train_gated.read_data(train_gated.get_args(others), args.split, lambda line: None)  # a split that is not there shows now
+    settings = train_gated.get_args(others)
+    args.rows = {split: train_gated.read_data(settings, split, lambda line: None)  # what is not there shows now
+                 for split in (args.split, "train", "val")}
     others += ["--workers", "0", "--cache", str(pathlib.Path(args.out) / "cache")]
     rates = chosen_rates(args, others)
     results, folders = run_all(args, others, rates)

@@ -1,6 +1,7 @@
 """pytest tests/engine/test_efficientnet.py: style checkpoints of every shape that is around, and hostile ones. Behaviour-checked."""
 
 import argparse
+import json
 import pathlib
 import shutil
 import warnings
@@ -9,10 +10,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 import core
+import train_gated
+from conftest import prepared
 from data import rows
-from engine import checkpoints
+from engine import checkpoints, published
 from engine.errors import DataError
 from tools import make_tiny
 
@@ -169,7 +174,6 @@ def test_where_no_state_can_be_told_the_keys_are_named(content, named):
 
 
 def test_safetensors_and_torchscript(state, tmp_path):
-    from safetensors.torch import save_file
     save_file(state, tmp_path / "model.safetensors")
     shutil.copy(tmp_path / "model.safetensors", tmp_path / "renamed.pt")
     for name in ("model.safetensors", "renamed.pt"):
@@ -181,7 +185,109 @@ def test_safetensors_and_torchscript(state, tmp_path):
 
 
 def test_a_timm_file_of_another_size_does_not_fit_and_is_not_called_broken(tmp_path):
-    from safetensors.torch import save_file
     save_file(timm.create_model("efficientnet_b0", num_classes=27).state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(DataError, match="does not fit"):
         core.EfficientNet28.from_checkpoint(tmp_path / "model.safetensors")
+
+
+# --- which net a file is of ------------
+
+TF = "tf_efficientnet_lite0"  # the tensors of efficientnet_lite0, other paddings and epsilon, and pixels around 0.5
+HALF = [0.5, 0.5, 0.5]
+
+
+@pytest.fixture(scope="module")
+def lite(tmp_path_factory):
+    """(file of a tf_ net's weights as timm leaves them, without its name; the net)"""
+    torch.manual_seed(0)
+    net = timm.create_model(TF, num_classes=3).eval()
+    file = tmp_path_factory.mktemp("timm") / "model.safetensors"
+    save_file(net.state_dict(), file)
+    return file, net
+
+
+def beside(lite, folder, config):
+    """A copy of the file with this config.json beside it."""
+    shutil.copy(lite[0], folder)
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    return folder / lite[0].name
+
+
+CONFIGS = {"timm": {"architecture": TF, "num_classes": 3, "pretrained_cfg": {"mean": HALF, "std": HALF, "input_size": [3, 224, 224]}},
+           "older timm": {"architecture": TF, "mean": HALF, "std": HALF}}
+
+
+class Holder(nn.Module):
+    """The part of a model that is asked for here."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.efficientnet = net
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@torch.no_grad()
+def test_timms_config_beside_a_file_names_its_net(lite, tmp_path, config):
+    net = core.EfficientNet28.from_checkpoint(beside(lite, tmp_path, CONFIGS[config])).eval()
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (rows.BLIP_MEAN, rows.BLIP_STD))
+    wanted = lite[1]((pixels - 0.5) / 0.5)
+    assert torch.allclose(net.logits(net((pixels - mean) / std)), wanted, rtol=1e-3, atol=1e-4)
+    assert net.note.endswith("as its config.json says") and f"arch {TF}, mean 0.5 0.5 0.5, std 0.5 0.5 0.5" in net.note
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": TF.removeprefix("tf_"), "mean": HALF, "std": HALF}))
+    other = core.EfficientNet28.from_checkpoint(tmp_path / lite[0].name).eval()
+    assert not torch.allclose(other.logits(other((pixels - mean) / std)), wanted, rtol=0.05)  # loads as well: nothing else would tell
+    frozen = [checkpoints.fingerprint(Holder(one).requires_grad_(False)) for one in (net, other)]
+    assert frozen[0]["efficientnet"] == frozen[1]["efficientnet"]
+    assert checkpoints.other_parts(*frozen) == [checkpoints.ARCHITECTURE]
+    del frozen[0][checkpoints.ARCHITECTURE]  # of an earlier version
+    assert checkpoints.other_parts(*frozen) == []
+
+
+def test_what_a_file_without_a_name_was_taken_for_is_said(tmp_path):
+    torch.manual_seed(0)
+    save_file(timm.create_model("tf_efficientnet_b3", num_classes=3).state_dict(), tmp_path / "model.safetensors")
+    note = core.EfficientNet28.from_checkpoint(tmp_path / "model.safetensors").note
+    assert "model.safetensors: taken for arch efficientnet_b3, mean 0.485 0.456 0.406, std 0.229 0.224 0.225, for want" in note
+    assert "config.json beside it" in note and "\n" not in note
+
+
+def test_a_training_says_what_it_took_and_keeps_it(flags, tiny, tmp_path, capsys):
+    held = torch.load(tiny[1])
+    arch = held.pop("arch")
+    torch.save(held, tmp_path / "net.pt")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": arch, "mean": HALF, "std": HALF}))
+    run, _ = prepared(train_gated.get_args(flags("--efficientnet", str(tmp_path / "net.pt"))))
+    assert capsys.readouterr().out.count(f"net.pt: taken for arch {arch}, mean 0.5 0.5 0.5, std 0.5 0.5 0.5, as its config.json says") == 1
+    assert run.frozen[checkpoints.ARCHITECTURE] == f"arch {arch}, mean 0.5 0.5 0.5, std 0.5 0.5 0.5"
+
+
+def test_only_what_the_file_leaves_open_is_said(lite, tmp_path):
+    state = lite[1].state_dict()
+    for content, wanted in (({"arch": TF, "mean": HALF, "std": HALF}, ""), ({"arch": TF}, "mean 0.485")):  # lite0's are others
+        torch.save({"model": state, **content}, tmp_path / "best.pt")
+        note = core.EfficientNet28.from_checkpoint(tmp_path / "best.pt").note
+        assert (wanted in note) if wanted else not note
+    assert core.EfficientNet28.from_checkpoint(published.tiny("efficientnet-28.pt")).note == ""
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "efficientnet_b3"}))  # of another file there
+    assert core.EfficientNet28.from_checkpoint(tmp_path / "best.pt").arch == TF
+
+
+def test_a_config_of_another_library_says_nothing_and_a_broken_one_is_named(lite, tmp_path):
+    with pytest.raises(DataError, match="as efficientnet_b3 does not fit"):
+        core.EfficientNet28.from_checkpoint(beside(lite, tmp_path, {"model_type": "blip-2"}))
+    with pytest.raises(DataError, match="config.json: cannot be read"):
+        core.EfficientNet28.from_checkpoint(beside(lite, tmp_path, "{"))
+
+
+def test_a_start_from_another_nets_weights_is_refused(lite, tmp_path):
+    file, said = beside(lite, tmp_path, CONFIGS["timm"]), []
+    head = ("classifier.weight", "classifier.bias")
+    with pytest.raises(DataError, match=f"model.safetensors: weights of {TF}.*give --arch {TF}"):
+        checkpoints.start_from(timm.create_model("efficientnet_lite0", num_classes=3), file, head, "efficientnet_lite0", said.append)
+    net = timm.create_model(TF, num_classes=3)
+    checkpoints.start_from(net, file, head, f"{TF}.in1k", said.append)
+    assert not said and torch.equal(net.conv_stem.weight, lite[1].conv_stem.weight)
+    (tmp_path / "config.json").unlink()
+    checkpoints.start_from(net, file, head, TF, said.append)
+    assert len(said) == 1 and f"taken for {TF} (--arch)" in said[0]

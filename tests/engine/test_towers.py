@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import core
 import pretrain_qformer
+import pretrain_stage2
 import train_cir
 import train_gated
 from conftest import prepared
@@ -157,6 +158,82 @@ def test_a_start_behind_another_tower_is_said_and_keeps_the_towers_norm(folder, 
     assert model.ln_vision == {} and "another vision tower" in said[0]
     own = published.load_vision(folder)[0]
     assert torch.equal(model.vision_model.post_layernorm.weight, own.post_layernorm.weight)
+
+
+# --- another language model ------------
+
+def stage2_of(folder, path, precision="no", lm_precision=None):
+    """A best.pt of pretrain_stage2.py, as it stands after no step."""
+    more = ["--lm-precision", lm_precision] if lm_precision else []
+    args = pretrain_stage2.get_args(["--data", "x=y", "--blip2", folder, *more])
+    model = core.Blip2OPTGated.build(folder, None, [], "none", dtype=core.DTYPES[precision], train_qformer=True, lm_precision=lm_precision)
+    content = {"stage": "stage2", **pretrain_stage2.best_of(args, model, checkpoints.fingerprint(model), precision)}
+    checkpoints.save_checkpoint(path, content)
+    return str(path)
+
+
+def behind(folder, source, precision="no", lm_precision=None):
+    return core.Blip2OPTGated.build(folder, None, [], "none", qformer=source, dtype=core.DTYPES[precision], lm_precision=lm_precision)
+
+
+def other_reader(name):
+    """Change of the one tensor of a language model whose name ends so."""
+    return lambda own, tensor: tensor * 1.02 if own.startswith("language_model.") and own.endswith(name) else tensor
+
+
+@pytest.mark.parametrize("name", ["layers.1.fc1.weight", "embed_positions.weight"])
+def test_a_qformer_of_another_language_model_is_refused(tiny, tmp_path, name):
+    """Of the same shapes throughout: nothing else would tell."""
+    best, other = stage2_of(tiny[0], tmp_path / "best.pt"), changed(tiny[0], tmp_path / "other", other_reader(name))
+    with pytest.raises(DataError, match="best.pt: .*another language model than that of .*other .*fingerprint.*give --blip2"):
+        behind(other, best)
+    with pytest.raises(DataError, match=f"other: .*another language model than that of .*1 differ, first .*{name}"):
+        behind(tiny[0], other)
+
+
+def test_training_of_gates_refuses_the_qformer_of_another_language_model(flags, tiny, tmp_path):
+    best, other = stage2_of(tiny[0], tmp_path / "best.pt"), changed(tiny[0], tmp_path / "other", other_reader("layers.1.fc1.weight"))
+    for more in ([], ["--cache", str(tmp_path / "cache")]):
+        with pytest.raises(DataError, match="another language model"):
+            prepared(train_gated.get_args(flags("--blip2", other, "--qformer", best, *more)))
+
+
+@pytest.mark.parametrize("then", ["no", "bf16", "fp16"])
+def test_the_same_language_model_in_another_precision_is_the_same(tiny, tmp_path, capsys, then):
+    """Also where float16 on one side alone has moved the values, float32 ones here, and nothing can be told."""
+    best = stage2_of(tiny[0], tmp_path / "best.pt", then)
+    half = changed(tiny[0], tmp_path / "half", lambda name, tensor: tensor.to(core.DTYPES[then]))
+    capsys.readouterr()
+    for now in ("no", "bf16", "fp16"):
+        behind(tiny[0], best, now)
+        of_file, of_tower = capsys.readouterr().out.splitlines()
+        unknown = then != now and "fp16" in (then, now) and (then, now) != ("fp16", "no")
+        assert ("cannot be told" in of_file) == ("cannot be told" in of_tower) == unknown
+        assert ("is the one it was trained with" in of_file) != unknown
+        behind(tiny[0], half, now)
+        assert "is the one it was trained with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packed", ["int8", "nf4"])
+def test_a_packed_language_model_is_the_same_and_another_one_is_not(tiny, tmp_path, packed):
+    pytest.importorskip("bitsandbytes")
+    for then, now in ((packed, None), (None, packed)):
+        behind(tiny[0], stage2_of(tiny[0], tmp_path / "best.pt", lm_precision=then), lm_precision=now)
+    behind(tiny[0], changed(tiny[0], tmp_path / "same", lambda name, tensor: tensor), lm_precision=packed)
+    other = changed(tiny[0], tmp_path / "other", other_reader("embed_positions.weight"))
+    for source in (tmp_path / "best.pt", tiny[0]):
+        with pytest.raises(DataError, match="another language model"):
+            behind(other, str(source), lm_precision=packed)
+
+
+def test_the_projection_of_a_lavis_file_is_said_once(tiny, tmp_path, capsys):
+    """It names no language model."""
+    torch.save({"model": {name.replace("t5_proj.", "opt_proj."): tensor for name, tensor in to_lavis(
+        {n: t for n, t in load_file(f"{tiny[0]}/model.safetensors").items() if not n.startswith(("vision_", "language_model."))}).items()}},
+        tmp_path / "stage2.pth")
+    behind(tiny[0], str(tmp_path / "stage2.pth"))
+    told = [line for line in capsys.readouterr().out.splitlines() if "its projection" in line]
+    assert len(told) == 1 and "stage2.pth: with its projection" in told[0] and f"cannot be told, that of {tiny[0]} is taken" in told[0]
 
 
 # --- --convert and OUT/hf ------------
