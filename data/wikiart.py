@@ -276,7 +276,11 @@ def read_data(data, log=print, **reading):
 def check_data(data, workers, **reading):
     """--check-data: decode everything, write broken.txt, print what is there. No weight is loaded."""
     classes, splits = read_lists(data, **reading)
-    faults = {}
+    path, faults = broken_list(data), {}
+    try:
+        files.refuse_unwritable(path)  # now, and not after an hour of decoding; where nothing is broken, nothing is written
+    except DataError as error:
+        print(f"{error}: what is broken can be named here alone, and training will not know of it")
     for split, read in splits.items():
         decoded = dict(rows.verify_images([row for row in read if not row.fault], max(1, workers)))
         faults |= {row.name: row.fault or decoded[row.image] for row in read if row.fault or row.image in decoded}
@@ -289,8 +293,7 @@ def check_data(data, workers, **reading):
         print(f"broken: {name}: {reason}")
     for image, names in list(rows.shared_images(splits).items())[:10]:
         print(f"in {' and '.join(names)}: {image}")
-    path = broken_list(data)
-    if faults or path.exists():
+    if faults or path.exists() and path.read_bytes():
         with files.whole_file(path) as file:
             file.writelines(f"{name}\t{' '.join(reason.split())}\n" for name, reason in faults.items())
         print(f"{len(faults)} broken pictures listed in {path}: training leaves them out")

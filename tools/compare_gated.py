@@ -242,6 +242,7 @@ def print_probes(results):
 def main(argv=None):
     args, others = get_args(argv)
     train_gated.read_data(train_gated.get_args(others), args.split, lambda line: None)  # a split that is not there shows now
+    files.refuse_unwritable(pathlib.Path(args.out) / "compare.json")  # nor after hours
     others += ["--workers", "0", "--cache", str(pathlib.Path(args.out) / "cache")]
     rates = chosen_rates(args, others)
     results, folders = run_all(args, others, rates)
