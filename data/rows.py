@@ -696,9 +696,9 @@ def summary(rows):
 
 
 def shared_images(splits):
-    """{picture's path: [splits]} for the pictures that stand in more than one of `splits` = {split: rows}."""
-    homes = {}
+    """{picture's path: [splits]} for the pictures that stand in more than one of `splits` = {split: rows}, as the same file or a copy."""
+    homes, same = {}, copies((row.image for rows in splits.values() for row in rows), lambda line: None)
     for split, rows in splits.items():
-        for image in {row.image for row in rows if row.image}:
+        for image in {same.get(row.image, row.image) for row in rows if row.image}:
             homes.setdefault(image, []).append(split)
     return {image: names for image, names in sorted(homes.items()) if len(names) > 1}

@@ -254,6 +254,8 @@ def test_copies_of_a_picture_stay_on_one_side(sample, tmp_path):
     assert len(said) == 2 and all(line.startswith("4 pictures are copies of others under another name") for line in said)
     with pytest.raises(errors.DataError, match="one picture"):
         rows.hold_out([held[0], copied[0]], 0.5, True, said.append)
+    shared = rows.shared_images({"train": kept, "val": [*held, copied[1]]})  # what --check-data says of two tables
+    assert list(shared.values()) == [["train", "val"]] and len(said) == 3
 
 
 def test_what_only_looks_like_a_copy_is_none(tmp_path):
@@ -304,11 +306,12 @@ def test_training_rows_are_never_scored_as_held_out_ones(few, one_table, tmp_pat
     read = rows.read_split(few, "train")[:10]
     for row in read:
         shutil.copy(row.image, tmp_path / "copy/images" / f"x{row.name}")
-    (tmp_path / "copy/some.csv").write_text("image,question,answer\n" + "".join(f"x{r.name},What?,two\n" for r in read))
+    (tmp_path / "copy/some.csv").write_text("image,question,answer,question_type\n" + "".join(f"x{r.name},What?,two,STYLE\n" for r in read))
     seen = {r.image for r in rows.hold_out(rows.read_split(few, "train"), 0.2, False)}
     count = sum(row.image in seen for row in read)
     said, table = one_table("--data", str(tmp_path / "copy/some.csv"), "--report", str(tmp_path / "page.html"))
     assert 0 < count and f"saw: {count} of 10 rows" in said and table[-1]["seen"] == count
+    assert {r["type"] for r in table} == {"style", "all"}  # as training spells it
     assert f"{count} of 10 rows" in (tmp_path / "page.html").read_text()
 
 
