@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -436,6 +437,15 @@ def test_training_writes_what_it_says(trained):
     best = checkpoints.load_checkpoint(out / "best.pt")
     assert best["metric"] == "mean" and not any(name.startswith("vision_model") for name in best["state"])
     assert best["value"] == pytest.approx(max(float(row["mean"]) for row in epochs), abs=1e-3)
+
+
+def test_training_pictures_are_references_targets_and_the_negatives_that_are_shown():
+    query, asked = cirr.Query("1", "a", "b", ("x",), tuple("abcdef"), "f", 1), cirr.Query("2", "g", "h", ("x",), (), "f", 1)
+    parts = SimpleNamespace(train=SimpleNamespace(rows=[query], paths={name: f"/{name}" for name in "abcdef"}),
+                            val=[cirr.Pool("cirr", [asked], {name: f"/{name}" for name in "ghi"}, "val", "f")])
+    for negatives, trained in ((0, "ab"), (2, "abcdef")):
+        found = train_cir.training_and_validation(parts, SimpleNamespace(hard_set=negatives))
+        assert found == [[f"/{name}" for name in trained], ["/g", "/h"]]
 
 
 def test_checkpoint_scores_what_training_said_and_submits(trained, drawn, tmp_path, capsys):
