@@ -57,8 +57,9 @@ def errors_about(path):
 
 def remedy(error):
     """What helps where an OSError, or a library's error that quotes one, kept a file from being written."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
-    return "free some space" if full else "see that its folder can be written"
+    closed = (errno.EROFS, errno.EACCES, errno.EPERM)
+    denied = getattr(error, "errno", None) in closed or any(os.strerror(number) in str(error) for number in closed)
+    return "see that its folder can be written" if denied else "free some space"
 
 
 def write_all(file, data):

@@ -311,7 +311,8 @@ def test_every_write_of_what_else_is_written(what, before, fault, tmp_path, caps
 @pytest.mark.parametrize("error, remedy", [
     (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "free some space"),
     (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "free some space"), (OSError(errno.EDQUOT, "quota"), "free some space"),
-    (OSError(errno.EACCES, os.strerror(errno.EACCES)), "can be written"), (OSError(errno.EIO, "I/O error"), "can be written")])
+    (OSError(errno.EACCES, os.strerror(errno.EACCES)), "can be written"), (OSError(errno.EFBIG, "File too large"), "free some space"),
+    (SafetensorError("I/O error: Read-only file system (os error 30)"), "can be written")])
 def test_a_folder_that_cannot_be_written_leaves_nothing_and_is_one_line(error, remedy, tmp_path, capsys):
     def work():
         with files.whole_folder(tmp_path / "model") as part:
