@@ -336,12 +336,12 @@ def load_captioner(place):
     is_blip = not os.path.exists(place) or os.path.isfile(os.path.join(place, "config.json"))
     named = ["--blip" if is_blip else "--checkpoint", place]
     args = train_blip_caption.get_args(["--caption", place, *named, "--precision", loop.precision_of("auto")])
-    model, tokenizer, accelerator, generation = train_blip_caption.ready(args)
+    model, tokenizer, accelerator, best = train_blip_caption.ready(args)
     size = model.config.vision_config.image_size
 
     def caption(image):
         pixels = rows.picture_tensor(image, size)[None].to(accelerator.device)
-        return train_blip_caption.describe(model, tokenizer, pixels, generation)[0]
+        return train_blip_caption.describe(model, tokenizer, pixels, best["generation"])[0]
 
     return caption
 

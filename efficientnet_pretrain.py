@@ -437,7 +437,8 @@ def prepare(args, accelerator, resumed=False):
                seed=args.seed, metric="f1", settings=settings(args, parts, accelerator),
                best=lambda: best_of(args, parts), state=lambda: {"state": model.state_dict(), "ema": ema.module.state_dict()},
                load_state=load_state, clip=CLIP, columns=LOG_COLUMNS, panels=PANELS, unit="pictures", save_last=args.save_last,
-               profile=args.profile, title=f"{pathlib.Path(args.out).name}: {args.arch}, {args.size} px",
+               profile=args.profile, title=f"{pathlib.Path(args.out).name}: {args.arch}, {args.size} px", workers=args.workers,
+               pictures=[[row.image for row in data.rows] for data in (parts.train, parts.val)],
                # best.pt; last.pt with weights, average and AdamW's two; of each the old and the new file
                disk=sum(t.nbytes for t in model.state_dict().values()) * (10 if args.save_last else 2)), parts
 

@@ -28,9 +28,9 @@ import core
 import metrics
 from data import rows
 from data.questions import OtherStyle, Questions, read_questions
-from engine import answering, checkpoints, comparison, errors, files, flags, folders, loop, memory, packing, published
+from engine import answering, checkpoints, comparison, errors, files, flags, folders, loop, memory, packing, published, seen
 from engine.errors import DataError
-from engine.evaluation import PANELS, coverage, evaluate, format_overlap, print_table, score_table, training_overlap, write_table
+from engine.evaluation import PANELS, coverage, evaluate, print_table, score_table, write_table
 from engine.features import cached_features, likeliest_styles, predicted_styles
 from engine.prompts import Collate, log_cut_answers
 from engine.saved import sees_style
@@ -227,8 +227,8 @@ def questions_at_once(args, model):
 def prepare(args, checkpoint, accelerator):
     """Data of --split and the model, not yet with its trained tensors -> Evaluation."""
     questions = read_data(args, {**BEFORE, **checkpoint["args"]}, accelerator.print)
-    ids, overlap = comparison.question_ids(questions), training_overlap(checkpoint.get("pictures"), questions, args.workers)
-    accelerator.print(f"{args.split}: pictures that training saw: {format_overlap(overlap)}")
+    ids = comparison.question_ids(questions)
+    overlap = seen.tell(args.split, checkpoint, [[row.image] for row in questions], args.workers, accelerator.print)
     places, dtype = current_model_args(args, checkpoint), core.DTYPES[accelerator.mixed_precision]
     features, towers = cached_features(args.cache, places["blip2"], places.get("qformer"),
                                        partial(load_style, args, places) if sees_style(places) else None, questions, accelerator,
@@ -244,6 +244,7 @@ def prepare(args, checkpoint, accelerator):
         questions, = predicted_styles(load_style(args, places).to(accelerator.device), published.image_size_of(places["blip2"]),
                                       places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print, field)
     questions = rows.unify_spelling(questions, model.styles, accelerator.print)
+    questions = rows.unify_spelling(questions, checkpoint["majority"], accelerator.print, "question_type")
     return Evaluation(args, checkpoint, accelerator, model, questions, ids, overlap, Questions(questions, model.image_size, features),
                       Collate(model.tokenizer, model.styles, model.max_answer))
 
@@ -283,7 +284,7 @@ class Evaluation:
     model: core.Blip2OPTGated
     questions: list  # of Row
     ids: list  # question_id of each
-    overlap: list | None  # see training_overlap
+    overlap: list | None  # see seen.training_overlap
     data: Questions
     collate: Collate
 
@@ -336,7 +337,7 @@ def write_outputs(run, systems, command):
     drawn = maps.draw_run(run.model, questions, trained, args.maps, map_folder(args), run.data.features) if args.maps else []
     if args.report:
         made = report.about(checkpoint=args.checkpoint, data=f"{args.data}, {args.split}", seed=run.checkpoint["args"]["seed"],
-                            **{"pictures that training saw": format_overlap(run.overlap)})
+                            **{"pictures that training saw": seen.format_overlap(run.overlap)})
         log, model = pathlib.Path(args.checkpoint).with_name("training_log.csv"), "BLIP-2" if run.model.gates is None else "Gated BLIP-2"
         data = pathlib.Path(os.path.abspath(args.data)).name
         report.write(args.report, report.outcome(f"{model} on {data} {args.split}", questions, systems),

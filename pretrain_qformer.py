@@ -410,6 +410,8 @@ def print_start(run, parts, args, by_chance):
     run.accelerator.print(f"{len(parts.train)} training pairs and {streamed} in tar files, {len(parts.val)} validation pairs of {images} "
                           f"pictures; {run.total} steps of {min(len(parts.train), batch)}, lr {args.lr:g}, "
                           f"precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
+    if streamed:
+        run.accelerator.print("the pictures of the tar files are not among those that best.pt knows, nor looked for in the validation")
     run.accelerator.print(f"a model that knows nothing: {format_metrics(by_chance)}; "
                           f"recall of a random order: {format_metrics(metrics.retrieval_chance(len(parts.val), images))}")
 
@@ -456,6 +458,7 @@ def make_run(args, accelerator, model, parts):
                best=lambda: best_of(args, model, frozen, accelerator.mixed_precision),
                # AdamW keeps twice the weights; old and new file; at the end OUT/hf
                disk=trained * (9 if args.save_last else 3) + tower, save_last=args.save_last, profile=args.profile, unit="pairs",
+               workers=args.workers, pictures=[[pair.image for pair in data.rows] for data in (parts.train, parts.val)],
                columns=LOG_COLUMNS, panels=PANELS, title=f"{pathlib.Path(args.out).name}: {args.blip2}, Q-Former from {args.init}",
                format_metrics=lambda numbers: format_metrics({name: value for name, value in numbers.items() if name != "temp"}))
 

@@ -23,7 +23,7 @@ import core
 import metrics
 from data import pairs, rows
 from data.pairs import Captioned
-from engine import checkpoints, environment, errors, files, flags, loaders, loop, memory, packing, prompts, published, runfolder
+from engine import checkpoints, environment, errors, files, flags, loaders, loop, memory, packing, prompts, published, runfolder, seen
 from engine.errors import DataError
 from engine.run import Run, resumes
 from engine.text import text_of, texts_of
@@ -297,7 +297,8 @@ def make_run(args, accelerator, model, parts):
                lr=lambda step, total: loop.cosine_lr(step, total, min(args.warmup, total // 10), args.lr, min(args.min_lr, args.lr)),
                best=lambda: best_of(args, model, frozen, accelerator.mixed_precision), columns=LOG_COLUMNS, panels=PANELS,
                title=f"{pathlib.Path(args.out).name}: {args.blip2}", unit="pairs", format_metrics=format_metrics, save_last=args.save_last,
-               profile=args.profile)
+               profile=args.profile, workers=args.workers,
+               pictures=[[pair.image for pair in data.rows] for data in (parts.train, parts.val)])
 
 
 def dry_run(args):
@@ -337,6 +338,7 @@ def score(args):
         if others:
             raise DataError(f"{args.checkpoint} was trained on another BLIP-2 than lies at {args.blip2} now (other: {', '.join(others)})")
         checkpoints.load_trainable(model, saved["state"], args.checkpoint)
+        seen.tell("val", saved, [[pair.image] for pair in val.rows], args.workers, accelerator.print)
     numbers, captions = evaluate(model.to(accelerator.device), val, accelerator, args.batch_size, args.workers)
     accelerator.print(format_metrics({**numbers, CONSTANT: best_constant(train_pairs, val, args.seed)[1]}))
     write_captions(args, val, captions, accelerator)

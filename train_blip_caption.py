@@ -24,7 +24,7 @@ from accelerate import DistributedDataParallelKwargs
 import metrics
 from data import captions, rows
 from data.captions import LONGEST, MAX_LENGTH, Captions, fingerprint, pictures_in
-from engine import checkpoints, environment, errors, files, flags, folders, loaders, loop, pages, published, runfolder
+from engine import checkpoints, environment, errors, files, flags, folders, loaders, loop, pages, published, runfolder, seen
 from engine.captioning import Collate, captions_of, describe, evaluate, load_blip, summarize, write_captions, write_results
 from engine.errors import DataError
 from engine.run import Run, first_decides, resumes
@@ -312,12 +312,13 @@ def finish(run, parts, args):
         content = first_decides(accelerator, lambda: checkpoints.load_checkpoint(best))  # the others would come before it is written
         model = load_trained(None, content, best)[0].to(accelerator.device)
         data = Captions(read_scored(args, "test", accelerator.print), parts.val.image_size, parts.tokenizer)
+        overlap = tell_seen("test", content, data, args, accelerator.print)
         numbers, results = validate(model, parts.tokenizer, data, accelerator, args)
         accelerator.print(f"test: {format_metrics(numbers)}")
         if accelerator.is_main_process:
             write_captions(run.out / "test.json", data, results)
             if args.report:
-                report_results(args, best, "test", data, results)
+                report_results(args, best, "test", data, results, seen.format_overlap(overlap))
 
 
 def rehearse(run, parts, args):
@@ -379,7 +380,8 @@ def make_run(args, accelerator, model, parts):
                load_state=lambda last: put_back(model, last, pathlib.Path(args.out) / "last.pt"),
                best=lambda: best_of(args, model, accelerator.mixed_precision), columns=LOG_COLUMNS, panels=PANELS,
                title=f"{pathlib.Path(args.out).name}: {args.blip}, {args.recipe}", unit="pictures", format_metrics=format_metrics,
-               save_last=args.save_last, profile=args.profile)
+               save_last=args.save_last, profile=args.profile, workers=args.workers,
+               pictures=[[picture.image for picture in data.rows] for data in (parts.train, parts.val)])
 
 
 def dry_run(args):
@@ -395,7 +397,7 @@ def dry_run(args):
 # --- without training ------------
 
 def ready(args):
-    """What generates without training -> (model in eval mode, tokenizer, Accelerator, generation settings)."""
+    """What generates without training -> (model in eval mode, tokenizer, Accelerator, what best.pt holds, at least "generation")."""
     best = {"generation": GENERATION}
     if args.checkpoint:
         args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # the report's curves go by its folder
@@ -409,7 +411,12 @@ def ready(args):
     accelerator = loop.make_accelerator(args.precision)
     with accelerator.main_process_first():
         model, tokenizer = load_trained(name, best, args.checkpoint) if args.checkpoint else load_blip(name)
-    return model.eval().to(accelerator.device), tokenizer, accelerator, best["generation"]
+    return model.eval().to(accelerator.device), tokenizer, accelerator, best
+
+
+def tell_seen(split, best, data, args, log):
+    """seen.tell of the pictures of a split."""
+    return seen.tell(split, best, [[picture.image] for picture in data.rows], args.workers, log)
 
 
 def score(args):
@@ -419,17 +426,18 @@ def score(args):
 
     for path in filter(None, (args.cases and cases_page(args), args.report)):
         files.refuse_unwritable(path)
-    model, tokenizer, accelerator, generation = ready(args)
+    model, tokenizer, accelerator, best = ready(args)
     scored = {}
     for split in splits(args):
         data = Captions(read_scored(args, split, log), model.config.vision_config.image_size, tokenizer)
-        numbers, results = validate(model, tokenizer, data, accelerator, args, generation)
+        overlap = tell_seen(split, best, data, args, log) if args.checkpoint else None
+        numbers, results = validate(model, tokenizer, data, accelerator, args, best["generation"])
         log(f"{split}: {format_metrics(numbers)}")
-        scored[split] = {"scores": numbers, "captions": captions_of(data, results)}
+        scored[split] = {"scores": numbers, "captions": captions_of(data, results), **({"seen": sum(overlap)} if overlap else {})}
         if args.cases and split == "val" and accelerator.is_main_process:
             case_results(args, data, list(scored[split]["captions"].values()), f"{args.checkpoint or args.blip}: {split}")
         if args.report and accelerator.is_main_process:
-            report_results(args, args.checkpoint, split, data, results)
+            report_results(args, args.checkpoint, split, data, results, seen.format_overlap(overlap) if args.checkpoint else None)
     if args.json:
         accelerator.print(json.dumps(scored, indent=1, ensure_ascii=False))
     if accelerator.is_main_process:
@@ -442,10 +450,11 @@ def report_page(args, split):
     return page if split == "val" else page.with_name(f"{page.stem}_{split}{page.suffix}")
 
 
-def report_results(args, checkpoint, split, data, results):
-    """What --report draws of a split, as a file. checkpoint: None = untrained; results: of evaluate."""
+def report_results(args, checkpoint, split, data, results, saw=None):
+    """What --report draws of a split, as a file. checkpoint: None = untrained; results: of evaluate; saw: of seen.format_overlap."""
     log = checkpoint and os.path.abspath(pathlib.Path(checkpoint).with_name("training_log.csv"))
-    made = environment.provenance(checkpoint=checkpoint, blip=args.blip, data=f"{args.data}, {split}")
+    made = environment.provenance(checkpoint=checkpoint, blip=args.blip, data=f"{args.data}, {split}",
+                                  **{"pictures that training saw": saw})
     write_results(report_page(args, split), f"{checkpoint or args.blip}: {split}", data.rows,
                   {"trained" if checkpoint else "untrained": results}, log=log, panels=PANELS, made=made)
 
@@ -472,7 +481,8 @@ def caption_folder(args):
     folder, = args.caption
     names = folders.pictures_in(folder)
     files.refuse_unwritable(args.captions)
-    model, tokenizer, accelerator, generation = ready(args)
+    model, tokenizer, accelerator, best = ready(args)
+    generation = best["generation"]
     if accelerator.num_processes > 1:
         raise DataError("--captions writes one file from one process: start it without accelerate launch")
     trained = files.digest(args.checkpoint) if args.checkpoint else None
@@ -498,9 +508,9 @@ def caption(args):
         print(f"error: {reason}", file=sys.stderr)
     pictures = [p for p in pictures if p.image not in broken]
     if pictures:
-        model, tokenizer, accelerator, generation = ready(args)
+        model, tokenizer, accelerator, best = ready(args)
         data = Captions(pictures, model.config.vision_config.image_size)
-        said = captions_of(data, evaluate(model, tokenizer, data, accelerator, generation, args.val_batch, args.workers))
+        said = captions_of(data, evaluate(model, tokenizer, data, accelerator, best["generation"], args.val_batch, args.workers))
         accelerator.print(json.dumps(said, indent=1, ensure_ascii=False) if args.json else
                           "\n".join(f"{name}: {text}" for name, text in said.items()))
     return 2 * bool(broken)

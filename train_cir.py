@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 import core
 from data import cirr, rows
 from engine import (checkpoints, environment, errors, files, flags, galleries, loaders, loop, pages, picture_index, published, retrieval,
-                    runfolder)
+                    runfolder, seen)
 from engine.errors import DataError
 from engine.galleries import Opener
 from engine.retrieval import chance, chance_text, format_metrics, mean_of
@@ -473,7 +473,15 @@ def prepare(args, accelerator):
                best=lambda: best_of(args, model, frozen, accelerator.mixed_precision), frozen=frozen,
                base=("vision tower", "--blip2"), columns=LOG_COLUMNS, panels=PANELS, unit="queries", format_metrics=format_metrics,
                title=f"{pathlib.Path(args.out).name}: {'without gate' if args.no_gate else 'gated'}, {args.blip2 or DEFAULT}",
-               save_last=args.save_last, profile=args.profile), parts
+               save_last=args.save_last, profile=args.profile, workers=args.workers, pictures=training_and_validation(parts, args)), parts
+
+
+def training_and_validation(parts, args):
+    """Paths of the pictures that are trained on: references and targets and, as negatives of --hard-set, the rest of their image sets;
+    and of the references and targets of the validation."""
+    shown = cirr.pictures_of(parts.train.rows, parts.train.paths, members=args.hard_set > 0)
+    asked = [paths for pool in parts.val for paths in cirr.pictures_of(pool.queries, pool.gallery)]
+    return [[path for paths in some for path in paths] for some in (shown, asked)]
 
 
 def dry_run(args):
@@ -489,7 +497,7 @@ def dry_run(args):
 
 def score(args):
     """--checkpoint: the recalls of the validation split; --submit, --gate-maps and --report."""
-    _, model, accelerator = load_best(args)
+    best, model, accelerator = load_best(args)
     log, first = accelerator.print, accelerator.is_main_process
     pools = read_data(args, "val", log)
     unseen = read_data(args, cirr.UNSEEN[args.format], log) if args.submit else []
@@ -497,6 +505,8 @@ def score(args):
         files.refuse_unwritable(pathlib.Path(folder, "a file"))
     if args.report:
         files.refuse_unwritable(args.report)
+    saw = [seen.tell(f"{pool.name} {pool.split}", best, cirr.pictures_of(pool.queries, pool.gallery), args.workers, log)
+           for pool in [*pools, *unseen]][:len(pools)]
     opener = picture_source(args, model, [*pools, *unseen], accelerator)
     log(f"a random order scores {format_metrics(chance(pools, args.format))}")
     results, scores, maps = [], [], {}
@@ -516,7 +526,8 @@ def score(args):
             retrieval.print_shortcuts(pool, found, log)
     if args.report and first:
         figures = [path for drawn in maps.values() for path in drawn]
-        retrieval.write_report(args.report, args.checkpoint, args.data, pools, scores, PANELS, figures)
+        overlap = None if None in saw else [one for some in saw for one in some]
+        retrieval.write_report(args.report, args.checkpoint, args.data, pools, scores, PANELS, figures, seen.format_overlap(overlap))
     for pool in unseen:
         features, vectors, _ = galleries.encode(model, pool, opener, accelerator, args.batch_size, args.workers)
         if first:

@@ -296,7 +296,7 @@ def best_of(args, model, parts, frozen, command, precision):
     read = parts.train.rows
     return {"state": checkpoints.trainable_state(model), "model_args": parts.built_from, "args": vars(args), "command": list(command),
             "loss_weights": parts.weights, "majority": majority_answers(read), "answers": sorted({r.answer.strip() for r in read}),
-            "frozen": frozen, "precision": precision, "pictures": parts.pictures, "draws_answers": draws_answers(read)}
+            "frozen": frozen, "precision": precision, "draws_answers": draws_answers(read)}
 
 
 def draws_answers(train_rows):
@@ -334,7 +334,6 @@ class Parts(NamedTuple):
     collate: Collate
     weights: dict  # of the style terms, see loss_weights
     built_from: dict  # see model_args
-    pictures: list  # rows.picture_digest of those that are trained on, sorted: evaluation can tell whether it meets them again
 
 
 def train_step(run, step, weights):
@@ -435,8 +434,7 @@ def prepare(args, accelerator, command=()):
     memory.save_activations(model.language_model, args.activations)
     packing.pack_samples(model.language_model, accelerator.print)
     parts = Parts(Questions(train_rows, model.image_size, features, args.seed), Questions(val_rows, model.image_size, features),
-                  Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from,
-                  sorted(set(rows.picture_digests(train_rows, args.workers).values())))
+                  Collate(model.tokenizer, model.styles, model.max_answer), loss_weights(args, model, accelerator.print), built_from)
     return make_run(args, accelerator, model, parts, {**checkpoints.fingerprint(model), **towers}, command), parts
 
 
@@ -463,7 +461,8 @@ def make_run(args, accelerator, model, parts, frozen, command=()):
                best=lambda: best_of(args, model, parts, frozen, command, accelerator.mixed_precision),
                columns=LOG_COLUMNS, panels=PANELS,
                title=f"{pathlib.Path(args.out).name}: {' and '.join([f'gating {args.gating}, per {args.per}', *args.steer])}",
-               unit="questions", save_last=args.save_last, profile=args.profile)
+               unit="questions", save_last=args.save_last, profile=args.profile, workers=args.workers,
+               pictures=[[row.image for row in data.rows] for data in (parts.train, parts.val)])
 
 
 def dry_run(args):

@@ -308,7 +308,7 @@ def read_data(data, split, images=None, encoding="utf-8", texts_clean=False, ski
         fault = fault or ("" if os.path.getsize(image) else f"image {excerpt(one.name)} has 0 bytes")
         found.append(Picture(image, one.name, tuple(" ".join(text.split()) for text in one.captions), one.line, path, fault))
     if is_whole(data, path):
-        found = rows.hold_out(found, HELD_OUT, split == "val")
+        found = rows.hold_out(found, HELD_OUT, split == "val", lambda line: log(f"{split}: {line}"))
         form = f"{form}, one file for both: {HELD_OUT:.0%} of the pictures are held out for validation"
     if split == "train" and texts_clean:
         found = clean(found, log)

@@ -1,6 +1,7 @@
 """cirr.py: everything around composed image retrieval (CIRR, FashionIQ, CIRCO) that is not the model.
 
     annotations, read_split     a split -> [Pool]: queries and the gallery they are ranked in; then with pictures found
+    pictures_of                 the pictures that a query is about: what training sees of it
     clean_text, text_of         captions as LAVIS cleans them; the text of a query
     check                       what --check-data prints
     pad_to_ratio, prepare       a picture -> [3, size, size] as SPRC prepares it
@@ -327,6 +328,13 @@ def read_split(data, format, split, images=None, category="all", skip_bad=0.0, w
     pools = annotations(data, format, split, category)
     root = image_root(data, images, pools, format)
     return [with_images(pool, root, skip_bad, workers, log) for pool in pools]
+
+
+def pictures_of(queries, gallery, members=False):
+    """Of each query the paths of its pictures: the reference, the target or all right answers and, with `members`, the rest of its
+    image set. gallery: {name: path}."""
+    named = [(q.reference, q.target, *q.answers, *(q.members if members else ())) for q in queries]
+    return [[gallery[name] for name in dict.fromkeys(names) if name] for names in named]  # test1 has no target
 
 
 def fingerprint(queries):

@@ -149,7 +149,7 @@ def of_split(places, split, images, val_share, encoding, log):
     source = "train" if divided else split
     found = [pair for name, place in places.items() for pair in read_set(name, place, source, root_of(name), encoding, log)]
     if divided and val_share:
-        kept = hold_out(found, val_share, split == "val")
+        kept = hold_out(found, val_share, split == "val", lambda line: log(f"{split}: {line}"))
         log(f"{split}: no set has a validation file: {len({pair.image_id for pair in kept})} of "
             f"{len({pair.image_id for pair in found})} pictures, divided by the hash of their names")
         return kept
@@ -158,13 +158,13 @@ def of_split(places, split, images, val_share, encoding, log):
     return found
 
 
-def hold_out(pairs, share, validation):
+def hold_out(pairs, share, validation, log=print):
     """As rows.hold_out, but that a picture which two sets name differently stays on one side, with the first of its names."""
     firsts = {}
     for pair in pairs:
         if pair.image_id not in firsts or pair.name < firsts[pair.image_id].name:
             firsts[pair.image_id] = pair
-    chosen = {pair.image_id for pair in rows.hold_out(list(firsts.values()), share, validation)} if pairs else set()
+    chosen = {pair.image_id for pair in rows.hold_out(list(firsts.values()), share, validation, log)} if pairs else set()
     return [pair for pair in pairs if pair.image_id in chosen]
 
 

@@ -29,10 +29,15 @@ def read_questions(place, split, columns=(), images=None, encoding="utf-8", sepa
         name = rows.FRAME if rows.is_frame(place) else place
         raise DataError(f"{name} is one table, of which {val_share:.0%} of the pictures are held out as val and the others are "
                         f"trained on: there is no {split} in it: take val (--split val), or give --data with rows of their own")
+
+    def say(line):
+        log(f"{split}: {line}")
+
     if one_table and val_share:
-        read = rows.hold_out(read, val_share, split == "val")
+        read = rows.hold_out(read, val_share, split == "val", say)
         log(f"{split}: one table for both: {len(read)} rows, {val_share:.0%} of the pictures are held out for validation")
-    read = rows.unify_spelling(add_style_and_context(read, split, style, semart, context, log), log=lambda line: log(f"{split}: {line}"))
+    read = rows.unify_spelling(add_style_and_context(read, split, style, semart, context, log), log=say)
+    read = rows.unify_spelling(read, log=say, field="question_type")
     broken = rows.verify_images(read, max(1, workers)) if skip_bad else []
     good, bad = rows.usable_rows(read, skip_bad, broken)
     for row, reason in bad:

@@ -8,18 +8,20 @@ What the training and evaluation scripts must agree on, as plain functions:
     draw_answer                             the answer of several that an epoch trains on
     join_semart                             styles from a column of SemArt's table
     find_pictures                           names in a list -> paths below a root, also where the folders differ
-    unify_spelling, one_spelling            Cubism and cubism are one style
+    unify_spelling, one_spelling            Pop Art and pop_art are one style
     resolve_image, load_image, image_tensor a name as it is written -> a path -> RGB pixels -> [3, size, size]
     refuse_other_pixels                     a batch that somebody made in another way
     check_rows, usable_rows, verify_images  which rows cannot be used, and why
-    hold_out                                a validation split of one table
+    hold_out, copies                        a validation split of one table; the same picture under other names
     picture_digests, sizes_hash             which pictures these are, whatever they are called
     summary, shared_images                  what --check-data prints
 
 Bad input raises DataError, whose text is one line that names the file, the row and what to do about it.
 """
 
+import contextlib
 import difflib
+import filecmp
 import hashlib
 import os
 import re
@@ -310,26 +312,35 @@ def draw_answer(row, *seed):
     return replace(row, answer=row.trained_on[int(np.random.default_rng(seed).integers(len(row.trained_on)))])
 
 
-# --- styles ------------
+# --- labels: styles and question types ------------
 
-def one_spelling(styles, known=(), log=print):
-    """{spelling: the one that stands for it}, for those that change, among styles that differ by letter case alone.
+def label_key(name):
+    """What is the same for all spellings of a style or a question type: Pop Art, pop art, Pop_Art, pop-art."""
+    return re.sub(r"[\s_-]+", " ", folded(name))
 
-    styles: of every row; the spelling in `known`, else the commonest stands for all (ties: the first in the alphabet)."""
-    spelled, known = {}, {folded(name): name for name in known}
-    for style, count in Counter(style.strip() for style in styles).items():
-        spelled.setdefault(folded(style), {})[style] = count
-    chosen = {key: known.get(key) or min(counts, key=lambda style: (-counts[style], style)) for key, counts in spelled.items()}
-    others = {style: chosen[key] for key, counts in spelled.items() for style in counts if style != chosen[key]}
+
+def one_spelling(labels, known=(), log=print, what="styles"):
+    """{spelling: the one that stands for it}, for those that change, among labels of one label_key.
+
+    labels: of every row; one in `known` stays; the spelling there, else the commonest stands for all (ties: the first in the
+    alphabet)."""
+    exact, known = set(known), {label_key(name): name for name in known}
+    spelled = {}
+    for label, count in Counter(label.strip() for label in labels).items():
+        spelled.setdefault(label_key(label), {})[label] = count
+    chosen = {key: known.get(key) or min(counts, key=lambda label: (-counts[label], label)) for key, counts in spelled.items()}
+    others = {label: chosen[key] for key, counts in spelled.items() for label in counts if label not in (chosen[key], *exact)}
     if others:
-        log("styles that differ by case only are one: " + ", ".join(f"{style} is {others[style]}" for style in sorted(others)))
+        log(f"{what} that differ by case, blanks, _ and - only are one: "
+            + ", ".join(f"{label} is {others[label]}" for label in sorted(others)))
     return others
 
 
-def unify_spelling(rows, known=(), log=print):
-    """The rows with one_spelling of each style."""
-    others = one_spelling([row.style for row in rows], known, log)
-    return [replace(row, style=others[row.style.strip()]) if row.style.strip() in others else row for row in rows] if others else rows
+def unify_spelling(rows, known=(), log=print, field="style"):
+    """The rows with one_spelling of each style, or of another field."""
+    others = one_spelling([getattr(row, field) for row in rows], known, log, f"{field.replace('_', ' ')}s")
+    chosen = [others.get(label, label) for label in (getattr(row, field).strip() for row in rows)]
+    return [row if getattr(row, field) == label else replace(row, **{field: label}) for row, label in zip(rows, chosen)]
 
 
 # --- paths ------------
@@ -643,21 +654,46 @@ def verify_images(rows, workers=2):
     return [(path, reason) for path, reason in zip(paths, faults) if reason]
 
 
-def hold_out(rows, share, validation):
+def hold_out(rows, share, validation, log=print, same=None):
     """The rows of the pictures that are held out (validation), or of the others: a picture never stands on both sides, however often and
-    by whichever names (a.jpg, ./a.jpg) the table has it.
+    by whichever names (a.jpg, ./a.jpg) the table has it, nor does a copy of it.
 
     The first `share` (0..1, at least one) of the pictures in the order of the hashes of their first names: no seed, no dependence
-    on the order of the rows. DataError: fewer than two pictures."""
+    on the order of the rows. same: `copies` of the rows, where they have been looked for. DataError: fewer than two pictures."""
+    same = copies((row.image for row in rows), log) if same is None else same
     firsts = {}  # picture: the first of its names
     for row in rows:
-        picture = row.image or row.name
+        picture = same.get(row.image, row.image) or row.name
         firsts[picture] = min(row.name, firsts.get(picture, row.name))
     names = sorted(set(firsts.values()), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(names) < 2:
         raise DataError(f"{rows[0].file}: all rows are about one picture: nothing can be held out for validation")
     out = set(names[:min(len(names) - 1, max(1, round(share * len(names))))])
-    return [row for row in rows if (firsts[row.image or row.name] in out) is validation]
+    return [row for row in rows if (firsts[same.get(row.image, row.image) or row.name] in out) is validation]
+
+
+def copies(paths, log=print):
+    """{path: the path of the picture that it is a copy of}, byte by byte; how many is said.
+
+    Few files have the size of another one, so that few are opened, and few of those have its digest, so that hardly one is read whole
+    that is no copy. What is empty or cannot be read is none: others say so."""
+    sizes, originals, found = {}, {}, {}
+    for path in sorted(set(paths) - {""}):
+        with contextlib.suppress(OSError):
+            sizes.setdefault(os.path.getsize(path), []).append(path)
+    for path in (path for size, alike in sizes.items() if size and len(alike) > 1 for path in alike):
+        with contextlib.suppress(DataError, OSError):
+            known = originals.setdefault(picture_digest(path), [])
+            original = next((one for one in known if filecmp.cmp(one, path, shallow=False)), None)
+            if original is None:
+                known.append(path)
+            else:
+                found[path] = original
+    if found:
+        path, original = next(iter(found.items()))
+        log(f"{len(found)} pictures are copies of others under another name, such as {path} of {original}: each stays on the side of the "
+            "other")
+    return found
 
 
 ENDS = 2**16  # bytes; see picture_digest
@@ -680,11 +716,12 @@ def picture_digest(path):
     return found.hexdigest()[:16]
 
 
-def picture_digests(rows, workers=2):
-    """{path: picture_digest} of the distinct pictures of the rows."""
-    paths = list(dict.fromkeys(row.image for row in rows))
+def picture_digests(paths, workers=2):
+    """{path: picture_digest} of the distinct paths."""
+    paths = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        return dict(zip(paths, pool.map(picture_digest, paths)))
+        found = tqdm(pool.map(picture_digest, paths), total=len(paths), desc="which pictures", unit="image", leave=False, disable=None)
+        return dict(zip(paths, found))
 
 
 def fingerprint(rows):
@@ -732,9 +769,9 @@ def summary(rows):
 
 
 def shared_images(splits):
-    """{picture's path: [splits]} for the pictures that stand in more than one of `splits` = {split: rows}."""
-    homes = {}
+    """{picture's path: [splits]} for the pictures that stand in more than one of `splits` = {split: rows}, as the same file or a copy."""
+    homes, same = {}, copies((row.image for rows in splits.values() for row in rows), lambda line: None)
     for split, rows in splits.items():
-        for image in {row.image for row in rows if row.image}:
+        for image in {same.get(row.image, row.image) for row in rows if row.image}:
             homes.setdefault(image, []).append(split)
     return {image: names for image, names in sorted(homes.items()) if len(names) > 1}

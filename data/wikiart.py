@@ -35,16 +35,12 @@ WIKIART = ["Abstract Expressionism", "Action Painting", "Analytical Cubism", "Ar
 
 # --- names of styles ------------
 
-def style_key(name):
-    return re.sub(r"[\s_-]+", " ", rows.folded(name))
-
-
-KNOWN = {style_key(name): name for name in WIKIART} | {"art nouveau modern": "Art Nouveau"}  # folder, list
+KNOWN = {rows.label_key(name): name for name in WIKIART} | {"art nouveau modern": "Art Nouveau"}  # folder, list
 
 
 def style_name(name):
     """A folder's or a list's name of a style as it is shown: 'Art_Nouveau_Modern' -> 'Art Nouveau', 'Ukiyo_e' -> 'Ukiyo-e'."""
-    return KNOWN.get(style_key(name)) or " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
+    return KNOWN.get(rows.label_key(name)) or " ".join(unicodedata.normalize("NFC", name).replace("_", " ").split())
 
 
 # --- layouts ------------
@@ -169,12 +165,23 @@ def make_rows(entries, root):
     return made
 
 
-def hold_out(read, share, validation):
-    """rows.hold_out within each style, so that the rarest have validation pictures too; a style's only picture is trained on."""
-    styles = {}
+def hold_out(read, share, validation, log=print):
+    """rows.hold_out within each style, so that the rarest have validation pictures too; a style's only picture is trained on. A copy of a
+    picture, be it one of another style, goes where the first of their names goes."""
+    same, firsts, styles = rows.copies((row.image for row in read), log), {}, {}
+
+    def picture(row):
+        return same.get(row.image, row.image) or row.name
+
     for row in read:
-        styles.setdefault(row.style, []).append(row)
-    return [row for group in styles.values() for row in (rows.hold_out(group, share, validation) if len(group) > 1 else group[validation:])]
+        styles.setdefault(row.style, [])
+        firsts[picture(row)] = min(row, firsts.get(picture(row), row), key=lambda one: one.name)
+    for row in firsts.values():
+        styles[row.style].append(row)
+    chosen = {picture(row) for group in styles.values()
+              for row in (rows.hold_out(group, share, validation, same={}) if len(group) > 1 else group[validation:])}
+    place = {style: number for number, style in enumerate(styles)}
+    return [row for row in sorted(read, key=lambda row: place[row.style]) if picture(row) in chosen]
 
 
 def add_photos(folder, classes, splits, log):
@@ -233,7 +240,7 @@ def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0
     root = rows.image_root(table, images, "", found["train"][0][0]) if table else place
     if table is None and not folders["train"]:
         read = make_rows(found["train"], root)
-        splits = {"train": hold_out(read, val_share, False), "val": hold_out(read, val_share, True)}
+        splits = {"train": hold_out(read, val_share, False, log), "val": hold_out(read, val_share, True, lambda line: None)}
         if not splits["val"]:
             raise DataError(f"{place}: no style has a second picture: nothing can be held out for validation")
     else:
@@ -279,7 +286,11 @@ def read_data(data, log=print, **reading):
 def check_data(data, workers, **reading):
     """--check-data: decode everything, write broken.txt, print what is there. No weight is loaded."""
     classes, splits = read_lists(data, **reading)
-    faults = {}
+    path, faults = broken_list(data), {}
+    try:
+        files.refuse_unwritable(path)  # now, and not after an hour of decoding; where nothing is broken, nothing is written
+    except DataError as error:
+        print(f"{error}: what is broken can be named here alone, and training will not know of it")
     for split, read in splits.items():
         decoded = dict(rows.verify_images([row for row in read if not row.fault], max(1, workers)))
         faults |= {row.name: row.fault or decoded[row.image] for row in read if row.fault or row.image in decoded}
@@ -292,8 +303,7 @@ def check_data(data, workers, **reading):
         print(f"broken: {name}: {reason}")
     for image, names in list(rows.shared_images(splits).items())[:10]:
         print(f"in {' and '.join(names)}: {image}")
-    path = broken_list(data)
-    if faults or path.exists():
+    if faults or path.exists() and path.read_bytes():
         with files.whole_file(path) as file:
             file.writelines(f"{name}\t{' '.join(reason.split())}\n" for name, reason in faults.items())
         print(f"{len(faults)} broken pictures listed in {path}: training leaves them out")

@@ -172,8 +172,8 @@ def errors_named(path, note=""):
     try:
         yield
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}){note}: free some space, or give another folder, and start "
-                        "again") from None
+        raise DataError(f"{path}: cannot be written ({error.strerror}){note}: {files.remedy(error)}, or give another folder, "
+                        "and start again") from None
 
 
 def record_of(picture, row, number):

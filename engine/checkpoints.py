@@ -51,10 +51,12 @@ def save_checkpoint(path, content):
         while not isinstance(error, OSError) and error.__context__:  # torch tells of its own place in the file, and not why
             error = error.__context__
         folder = pathlib.Path(path).parent
+        advice = files.remedy(error)
         free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MB are free on its disk" if folder.is_dir() else "no such folder"
+        free = f"; {free}" if advice == "free some space" else ""
         resume = " and use --resume" if (folder / "last.pt").exists() else " (with --save-last, --resume could go on from here)"
-        raise DataError(f"{path}: could not be saved ({' '.join(str(error).split())}; {free}); what stood there before is "
-                        f"untouched: free some space{resume}") from None
+        raise DataError(f"{path}: could not be saved ({' '.join(str(error).split())}{free}); what stood there before is "
+                        f"untouched: {advice}{resume}") from None
 
 
 def load_checkpoint(path, needs=()):

@@ -3,7 +3,6 @@
     evaluate, loss_summary                 every row's losses and answer; their means, as they are logged
     score, score_table                     the answers' scores; all of it by question type and system
     print_table, write_table, coverage     what is told of them
-    training_overlap, format_overlap       which pictures the training had seen
 """
 
 import json
@@ -14,7 +13,6 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import metrics
-from data import rows
 from engine import comparison, files, gate_frames, loaders
 
 # of curves.png and of the report: (heading, [(kind of row, column of training_log.csv, label)])
@@ -94,7 +92,7 @@ def score(predictions, answers, people=None):
 
 def score_table(questions, systems, overlap=None):
     """questions: list of Row; systems: {name: what evaluate returns, at least [{"prediction"}]}; overlap: see
-    training_overlap.
+    seen.training_overlap.
 
     -> rows {type, system, n, seen (how many of n, where that is known), loss, hit, kl (those that the system has), EM, ...}; types
     sorted, "all" last.
@@ -138,21 +136,3 @@ def coverage(questions, results, least):
     told = f"EM {100 * sum(kept) / len(kept):.1f} on those, " if kept else ""
     return (f"--abstain-below {least:g}: {len(kept)} of {len(hits)} questions are answered ({len(kept) / len(hits):.1%}), {told}"
             f"{100 * sum(hits) / len(hits):.1f} on all")
-
-
-# --- pictures that training saw ------------
-
-def training_overlap(pictures, questions, workers):
-    """Of each row: did training see its picture? pictures: digests of those of training; None where a checkpoint of an earlier version
-    does not say, then so here."""
-    if pictures is None:
-        return None
-    pictures, digests = set(pictures), rows.picture_digests(questions, workers)
-    return [digests[row.image] in pictures for row in questions]
-
-
-def format_overlap(overlap):
-    """training_overlap in words."""
-    if overlap is None:
-        return "unknown, since this checkpoint of an earlier version does not say which pictures were trained on"
-    return f"{sum(overlap)} of {len(overlap)} rows" + (": these scores are not of held-out pictures" if any(overlap) else "")

@@ -1,6 +1,7 @@
 """files.py: files that are whole or not there at all, tables for people, where relative paths are looked for, locks, full disks."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
@@ -34,7 +35,8 @@ def whole_file(path, mode="w"):
             os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)  # mkstemp's 0600 would stay
             os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            with contextlib.suppress(OSError):  # a disk that is read-only by now keeps it; the error to tell is the first
+                os.unlink(temporary)
             raise
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -53,6 +55,13 @@ def errors_about(path):
         raise
 
 
+def remedy(error):
+    """What helps where an OSError, or a library's error that quotes one, kept a file from being written."""
+    closed = (errno.EROFS, errno.EACCES, errno.EPERM)
+    denied = getattr(error, "errno", None) in closed or any(os.strerror(number) in str(error) for number in closed)
+    return "see that its folder can be written" if denied else "free some space"
+
+
 def write_all(file, data):
     """All bytes of `data` to an unbuffered file: a write may take a part, and a full disk shows in the next."""
     data = memoryview(data)
@@ -67,7 +76,8 @@ def append_whole(path, data):
         try:
             write_all(file, data)
         except OSError:
-            file.truncate(end)
+            with contextlib.suppress(OSError):
+                file.truncate(end)
             raise
 
 
@@ -80,7 +90,9 @@ def write_csv(path, table):
 
 @contextlib.contextmanager
 def whole_folder(folder):
-    """A new folder beside `folder`, which takes its place (and replaces it) when the block ends well, and is deleted where it does not."""
+    """A new folder beside `folder`, which takes its place (and replaces it) when the block ends well, and is deleted where it does not.
+    What safetensors could not write is an OSError, as what others could not."""
+    from safetensors import SafetensorError
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -88,8 +100,10 @@ def whole_folder(folder):
         yield part
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, SafetensorError):
+            raise OSError(errno.EIO, " ".join(str(error).split()), str(folder)) from None
         raise
 
 

@@ -135,7 +135,7 @@ def append(store, file, row, batches, stamps):
                 write_through(lines, "".join(json.dumps([name, *entry]) + "\n" for name, entry in entries.items()).encode())
             except OSError as error:
                 raise DataError(f"{store}: cannot be written ({error.strerror}); the {len(made)} pictures indexed in this run "
-                                "stay: free some space and start again") from None
+                                f"stay: {files.remedy(error)} and start again") from None
             made |= entries
             bar.update(len(faults))
     return made

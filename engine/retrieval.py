@@ -178,10 +178,11 @@ def write_results(page, title, pools, scores, **content):
         for pool, table in zip(pools, scores)])
 
 
-def write_report(page, checkpoint, data, pools, scores, panels, figures=()):
+def write_report(page, checkpoint, data, pools, scores, panels, figures=(), saw=None):
     """The results of a checkpoint on the validation pools of the folder `data` for the page of --report, with the curves of its training.
 
-    scores: of each pool, as galleries.evaluate gives them; panels: of the curves, see Run; figures: paths, as of write_gate_maps."""
+    scores: of each pool, as galleries.evaluate gives them; panels: of the curves, see Run; figures: paths, as of write_gate_maps;
+    saw: how many of their pictures training saw, in words."""
     log = os.path.abspath(pathlib.Path(checkpoint).with_name("training_log.csv"))
-    made = environment.provenance(checkpoint=checkpoint, data=f"{data}, val")
+    made = environment.provenance(checkpoint=checkpoint, data=f"{data}, val", **{"pictures that training saw": saw})
     write_results(page, f"{checkpoint}: val", pools, [one["both"] for one in scores], log=log, panels=panels, made=made, figures=figures)

@@ -25,7 +25,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from engine import checkpoints, environment, files, loaders, loop, runfolder
+from engine import checkpoints, environment, files, loaders, loop, runfolder, seen
 from engine.errors import DEAD_LOADER, DataError, dead_loader
 from engine.profiling import Profile
 
@@ -79,19 +79,21 @@ class Run:
     of a step. metric: the number of an epoch that best.pt is chosen by; lowest: a low one is good.
     settings: {name: value}, what must be the same on --resume; frozen: fingerprint of what is not trained (None: everything is).
     best: () -> what best.pt holds beside stage, progress and versions. state, load_state: () -> dict of what is trained, for last.pt,
-    and how it is put back. base: what must be the same frozen model, in words, and the flags that name it. profile: measure the phases
-    of the steps, see profiling.Profile.
+    and how it is put back. base: what must be the same frozen model, in words, and the flags that name it. pictures: paths of those
+    that are trained on, and of those of the validation; best.pt has the digests of the first under "pictures". workers: threads that
+    read them. profile: measure the phases of the steps, see profiling.Profile.
     """
 
     def __init__(self, stage, out, accelerator, model, wrapped, optimizer, *, rows, plan, batches, epochs, lr, seed, metric, settings,
                  best, lowest=False, frozen=None, base=("base model", "--blip2"), state=None, load_state=None, weigh=len, clip=CLIP,
                  columns=COLUMNS, panels=PANELS, title="", unit="rows", format_metrics=loop.format_metrics, save_last=False, disk=None,
-                 profile=False):
+                 pictures=None, workers=2, profile=False):
         self.stage, self.out, self.accelerator = stage, pathlib.Path(out), accelerator
         self.model, self.wrapped, self.optimizer = model, wrapped, optimizer
         self.rows, self.plan, self.batches, self.weigh, self.clip = rows, plan, batches, weigh, clip
         self.seed, self.metric, self.lowest, self.settings, self.frozen, self.base = seed, metric, lowest, settings, frozen, base
         self.best, self.state, self.load_state = best, state or self._trained, load_state or self._put_back
+        self.pictures, self.workers, self.digests = pictures, workers, None
         self.columns, self.panels, self.title, self.format_metrics, self.keeps_last = columns, panels, title, format_metrics, save_last
         self.disk = disk or sum(t.nbytes for t in checkpoints.trainable_state(model).values()) * (8 if save_last else 2)
         self.per_epoch = len(plan(0))
@@ -139,6 +141,7 @@ class Run:
             self._restore(first_decides(self.accelerator, lambda: checkpoints.load_checkpoint(
                 self.out / "last.pt", ("optimizer", "step", "marks", "settings"))))
             self.accelerator.print(f"resuming after step {self.step} of {self.total}")
+        self._look_at_pictures()
         if self.accelerator.is_main_process:
             files.refuse_full_disk(self.out, self.disk)
             runfolder.start_run(self.out, flags, script)
@@ -147,6 +150,16 @@ class Run:
                 self.save_best()  # last.pt is written first: a kill between the two leaves no best.pt of its epoch
             if resumed:
                 self.draw()
+
+    def _look_at_pictures(self):
+        """Digests of the training pictures, once; says where the validation has some of them."""
+        if self.pictures is not None and self.digests is None:
+            train, val = map(list, self.pictures)
+            found = seen.digests(self.accelerator, [*train, *val], self.workers)
+            self.digests = sorted({found[path] for path in train})
+            shared = seen.format_shared(set(self.digests), {found[path] for path in val})
+            if shared:
+                self.accelerator.print(shared)
 
     def _restore(self, last):
         """Put last.pt back. DataError where anything differs that would change the result."""
@@ -193,9 +206,11 @@ class Run:
 
     def save_best(self):
         """best.pt: what is trained and plain values only."""
+        self._look_at_pictures()  # of a model that is saved as it is, without a run
         if self.accelerator.is_main_process:
             path, content = self.out / "best.pt", self.best()
-            checkpoints.save_checkpoint(path, {"stage": self.stage, **content, **self.progress, **versions()})
+            known = {} if self.digests is None else {"pictures": self.digests}
+            checkpoints.save_checkpoint(path, {"stage": self.stage, **content, **known, **self.progress, **versions()})
             if "state" in content:
                 checkpoints.verify_saved(path, self.model)
 

@@ -88,8 +88,9 @@ def folder_lock(out):
     lock, owner = FileLock(out / ".lock"), out / ".owner"
 
     def leave():
-        owner.unlink(missing_ok=True)
-        (out / ".lock").unlink(missing_ok=True)  # while it is held: a run that waits for the old file notices
+        for path in (owner, out / ".lock"):  # while it is held: a run that waits for the old file notices
+            with contextlib.suppress(OSError):  # of a disk that is read-only by now; another run takes them for what they are
+                path.unlink()
         lock.release()
         with contextlib.suppress(OSError):
             out.rmdir()  # where nothing was written

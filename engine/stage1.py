@@ -137,7 +137,7 @@ def export(model, folder, tower=None, ln_vision=None):
             save_file(extra, part / "stage1.safetensors")
             Blip2Processor(pixels, model.tokenizer).save_pretrained(part)
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{folder}: could not be written ({' '.join(str(error).split())}): free some space; --convert "
+        raise DataError(f"{folder}: could not be written ({' '.join(str(error).split())}): {files.remedy(error)}; --convert "
                         "writes it from a best.pt") from None
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 import metrics
 import train_blip_caption as blip
 from conftest import ROOT
-from data import captions
+from data import captions, rows
 from engine import captioning, checkpoints, errors, loaders, loop, runfolder
 from engine import run as engine_run
 from engine.errors import DataError
@@ -405,13 +405,18 @@ def test_test_split_is_scored_by_best_even_where_layers_were_opened_later(flags,
 def test_zero_shot_checkpoint_and_caption_agree_with_validation(flags, data, tmp_path, capsys):
     write(data, test={"t1.png": "a blue square"})
     blip.main(flags("--save-last"))
+    assert "test: pictures that training saw: 1 of 1 rows: these" in capsys.readouterr().out
     said = json.loads((tmp_path / "run/val.json").read_text())
     numbers = [r for r in runfolder.read_log(tmp_path / "run/training_log.csv") if r["kind"] == "epoch"]
     best = checkpoints.load_checkpoint(tmp_path / "run/best.pt")
     capsys.readouterr()
     checkpoint = ["--checkpoint", str(tmp_path / "run/best.pt"), "--json", "--workers", "0"]
     assert blip.main(["--data", str(data), *checkpoint]) is None
-    scored = json.loads(capsys.readouterr().out)
+    told = capsys.readouterr()
+    scored = json.loads(told.out)
+    assert best["pictures"] == sorted(rows.picture_digest(str(data / f"images/t{n}.png")) for n in range(9))
+    assert "val: pictures that training saw: 0 of 4 rows\n" in told.err and (scored["val"]["seen"], scored["test"]["seen"]) == (0, 1)
+    assert "test: pictures that training saw: 1 of 1 rows: these scores are not of held-out pictures" in told.err  # t1.png
     assert scored["val"]["captions"] == said
     assert scored["test"]["captions"] == json.loads((tmp_path / "run/test.json").read_text())
     assert scored["val"]["scores"]["score"] == pytest.approx(float(numbers[best["epoch"] - 1]["score"]), rel=1e-4)

@@ -9,6 +9,7 @@ import pathlib
 import re
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import core
 import metrics
 import train_cir
 from data import cirr
+from data.rows import picture_digest
 from engine import checkpoints, errors, galleries, loop, pages, published, runfolder
 from engine.errors import DataError
 from tools import make_sample, make_tiny
@@ -437,11 +439,29 @@ def test_training_writes_what_it_says(trained):
     assert best["value"] == pytest.approx(max(float(row["mean"]) for row in epochs), abs=1e-3)
 
 
+def test_training_pictures_are_references_targets_and_the_negatives_that_are_shown():
+    query, asked = cirr.Query("1", "a", "b", ("x",), tuple("abcdef"), "f", 1), cirr.Query("2", "g", "h", ("x",), (), "f", 1)
+    parts = SimpleNamespace(train=SimpleNamespace(rows=[query], paths={name: f"/{name}" for name in "abcdef"}),
+                            val=[cirr.Pool("cirr", [asked], {name: f"/{name}" for name in "ghi"}, "val", "f")])
+    for negatives, trained in ((0, "ab"), (2, "abcdef")):
+        found = train_cir.training_and_validation(parts, SimpleNamespace(hard_set=negatives))
+        assert found == [[f"/{name}" for name in trained], ["/g", "/h"]]
+
+
 def test_checkpoint_scores_what_training_said_and_submits(trained, drawn, tmp_path, capsys):
     best = checkpoints.load_checkpoint(trained[0] / "best.pt")
-    train_cir.main(["--data", str(drawn), "--checkpoint", str(trained[0] / "best.pt"), "--workers", "0",
+    train, = cirr.read_split(drawn, "cirr", "train", log=lambda *words: None)
+    shown = {name for query in train.queries for name in (query.reference, query.target, *query.members)}  # with --hard-set
+    assert best["pictures"] == sorted({picture_digest(train.gallery[name]) for name in shown})
+    val, = cirr.read_split(drawn, "cirr", "val", log=lambda *words: None)
+    met = val.queries[3].target  # as if it had been trained on
+    checkpoints.save_checkpoint(tmp_path / "best.pt", {**best, "pictures": [*best["pictures"], picture_digest(val.gallery[met])]})
+    count = sum(met in (query.reference, query.target) for query in val.queries)
+    train_cir.main(["--data", str(drawn), "--checkpoint", str(tmp_path / "best.pt"), "--workers", "0",
                     "--submit", str(tmp_path / "submission")])
-    assert f"mean {best['value']:.2f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"mean {best['value']:.2f}" in printed and re.search(r"cirr test1: pictures that training saw: 0 of \d+ rows\n", printed)
+    assert f"cirr val: pictures that training saw: {count} of {len(val.queries)} rows: these scores are not" in printed
     pool, = cirr.read_split(drawn, "cirr", "test1", log=lambda *words: None)
     for metric in ("recall", "recall_subset"):
         content = json.loads((tmp_path / f"submission/{metric}_submission.json").read_text())
@@ -487,6 +507,7 @@ def test_report_of_an_evaluation(trained, drawn, tmp_path, capsys):
     row = page.part("Recall, percent").split("a random order")[0]
     for name, value in re.findall(r"(R@\d+|Rs@\d|mean) ([\d.]+)", out.split("random order scores")[1].splitlines()[1]):
         assert f"<bdi>{name}</bdi>" in row and f"<bdi>{float(value):.1f}</bdi>" in row, name
+    assert re.search(r"pictures that training saw\D*0 of \d+ rows", page.part("How this was made"))
     assert page.part("Training").count("<svg") == 2 and "best.pt" in page.part("How this was made")  # too short a run for a logged loss
 
 

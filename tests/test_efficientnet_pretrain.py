@@ -165,14 +165,34 @@ def test_folders_with_train_and_val(tmp_path):
 def test_plain_folders_are_split_by_hash_within_each_style(tmp_path):
     for style, count in (("Big", 20), ("Pair", 2), ("Single", 1)):
         for n in range(count):
-            picture(tmp_path / style / f"{n}.png")
-    _, splits, _ = read(tmp_path, "--val-share", "0.2")
+            picture(tmp_path / style / f"{n}.png", seed=100 * len(style) + n)
+    _, splits, said = read(tmp_path, "--val-share", "0.2")
+    assert "copies" not in said
     names = {s: {r.name for r in found} for s, found in splits.items()}
     assert not names["train"] & names["val"] and len(names["train"] | names["val"]) == 23
     counts = {split: Counter(r.style for r in found) for split, found in splits.items()}
     assert counts == {"train": {"Big": 16, "Pair": 1, "Single": 1}, "val": {"Big": 4, "Pair": 1}}
     shutil.rmtree(tmp_path / "Single")
     assert {r.name for r in read(tmp_path, "--val-share", "0.2")[1]["val"]} == names["val"]
+
+
+def test_a_copy_stays_on_the_side_of_its_picture_in_another_style_too(tmp_path):
+    """The pictures that have no copy are split as without any; of a style that has nothing but copies they follow theirs."""
+    for style in ("A", "B"):
+        for n in range(20):
+            picture(tmp_path / style / f"{n}.png", seed=n + 100 * (style == "B"))
+    names = {side: {r.name for r in found} for side, found in read(tmp_path, "--val-share", "0.2")[1].items()}
+    assert len(names["val"]) == 8
+    twice = [min(names["val"]), min(names["train"]), max(names["val"]), max(names["train"])]
+    for number, name in enumerate(twice):
+        for other in ("B", "C"):  # after all other names of B, and alone in C
+            (tmp_path / other).mkdir(exist_ok=True)
+            shutil.copy(tmp_path / name, tmp_path / other / f"z{number}.png")
+    _, splits, said = read(tmp_path, "--val-share", "0.2")
+    assert said.count("8 pictures are copies of others under another name, such as") == 1
+    for side, found in splits.items():
+        copied = {f"{other}/z{number}.png" for number, name in enumerate(twice) if name in names[side] for other in ("B", "C")}
+        assert copied and {r.name for r in found} == names[side] | copied, side
 
 
 def test_table_of_subsets(data):
@@ -543,6 +563,7 @@ def test_run_folder(finished):
     assert {"best.pt", "last.pt", "args.yaml", "training_log.csv", "curves.png", "confusion.png", "per_class.csv"} <= held
     assert not any(name.startswith(".") for name in held)
     best = torch.load(out / "best.pt", weights_only=True)
+    assert len(best["pictures"]) == 14 and best["pictures"] == sorted(map(rows.picture_digest, (r.image for r in parts.train.rows)))
     assert {"model", "arch", "classes", "size", "mean", "std", "args", "metric", "value", "epoch", "torch", "timm"} <= best.keys()
     assert best["stage"] == "efficientnet" and best["metric"] == "f1" and best["classes"] == parts.classes
     assert best["mean"] == list(rows.IMAGENET_MEAN) and best["std"] == list(rows.IMAGENET_STD)

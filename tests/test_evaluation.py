@@ -163,7 +163,7 @@ def test_a_type_counts_its_own_rows_and_those_that_training_saw():
 def test_the_commonest_answer_and_the_candidates_are_the_trainings(world):
     train = [replace(row, answer="Pop Art" if row.question_type == "style" else "two") for row in ASKED]
     parts = types.SimpleNamespace(train=types.SimpleNamespace(rows=train), val=types.SimpleNamespace(rows=ASKED), built_from={},
-                                  weights=WEIGHTS, pictures=[])
+                                  weights=WEIGHTS)
     held = train_gated.best_of(argparse.Namespace(), world.before, parts, {}, (), "no")
     assert held["answers"] == ["Pop Art", "two"] and held["majority"] == {"": "two", "style": "Pop Art", "count": "two", "colour": "two"}
 

@@ -17,6 +17,7 @@ import eval_gated
 import metrics
 import train_gated
 from data import rows, wikiart
+from data.questions import read_questions
 from conftest import prepared
 from engine import checkpoints, comparison, errors, evaluation, loop, runfolder
 from engine.text import text_of
@@ -158,9 +159,40 @@ def test_styles_that_differ_by_case_are_one(few, flags, tmp_path, capsys):
     run, parts = prepared(train_gated.get_args(flags("--data", str(tmp_path / "data"), "--images", str(few / "images"))))
     assert run.model.styles == names and {r.style for r in parts.train.rows} == set(names) >= {r.style for r in parts.val.rows}
     told = [line for line in capsys.readouterr().out.splitlines() if "differ by case" in line]
-    assert [line.split(":")[0] for line in told] == ["train", "styles that differ by case only are one"]
+    assert [line.split(":")[0] for line in told] == ["train", "styles that differ by case, blanks, _ and - only are one"]
     assert "cubism is Cubism" in told[0] and "CUBISM is Cubism" in told[1]
     assert rows.one_spelling(["Pop Art", "pop art", " Pop Art", "b", "B"], log=lambda line: None) == {"pop art": "Pop Art", "b": "B"}
+
+
+def test_styles_of_a_table_are_one_in_the_spellings_of_wikiarts_lists():
+    """A folder's Pop_Art is the list's Pop Art; so are those of a table. The spelling that is known stands, else the commonest."""
+    said = []
+    named = rows.one_spelling(["Pop_Art", "Pop Art", "pop-art", "Pop Art", "Neo_X", "Rococo"], log=said.append)
+    assert named == {"Pop_Art": "Pop Art", "pop-art": "Pop Art"} and len(said) == 1
+    assert rows.one_spelling(["Pop Art", "Pop Art"], known={"Pop_Art"}, log=said.append) == {"Pop Art": "Pop_Art"}
+    assert {wikiart.style_name(name) for name in ("Pop_Art", "Pop Art", "pop-art")} == {"Pop Art"}
+    both = ["Pop_Art", "Pop Art"]  # of a best.pt of an earlier version, which knows them as two
+    assert rows.one_spelling(both, known=both, log=said.append) == {}
+
+
+def test_question_types_of_one_name_are_one_row_of_the_table(few, tmp_path):
+    """Also where training spelled them otherwise, and in a file of answers of an earlier version."""
+    kinds = ["Style", "style", "style ", "how_many", "How many"]
+    (tmp_path / "val.csv").write_text("image,question,answer,question_type\n" + "".join(
+        f"{row.name},What?,two,{kind}\n" for row, kind in zip(rows.read_split(few, "val"), kinds)))
+    said = []
+    read = read_questions(str(tmp_path / "val.csv"), "val", images=str(few / "images"), log=said.append)
+    told = [line for line in said if "question types" in line]
+    assert told == ["val: question types that differ by case, blanks, _ and - only are one: Style is style, how_many is How many"]
+    table = evaluation.score_table(read, {"x": [{"prediction": "two"}] * 5})
+    assert [(row["type"], row["n"]) for row in table] == [("How many", 2), ("style", 3), ("all", 5)]
+    again = rows.unify_spelling(read, {"": "two", "STYLE": "two"}, said.append, "question_type")  # the keys of best.pt's "majority"
+    assert [row.question_type for row in again] == ["STYLE"] * 3 + ["How many"] * 2
+    ours = comparison.rows_of(range(5), read, [{"prediction": "two"}] * 5)
+    theirs = [{**row, "question_type": kind} for row, kind in zip(ours, kinds)]
+    assert comparison.in_order(ours, theirs, "a", "b") == theirs
+    with pytest.raises(errors.DataError, match="question_type is"):
+        comparison.in_order(ours, [{**row, "question_type": "colour"} for row in ours], "a", "b")
 
 
 def test_wikiart_styles_that_differ_by_case_are_one(few, tmp_path, capsys):
@@ -211,6 +243,45 @@ def test_a_picture_under_two_names_stays_on_one_side(sample):
     assert {row.name for row in rows.hold_out(found, 0.25, True)} == set(names[:round(0.25 * len(names))])
 
 
+def test_copies_of_a_picture_stay_on_one_side(sample, tmp_path):
+    """Under whatever names, in rows of their own; all pictures that have none are divided as they would be without."""
+    found, said = rows.read_split(sample, "train"), []
+    held, kept = (rows.hold_out(found, 0.25, side, said.append) for side in (True, False))
+    assert said == []
+    twice = [held[0], kept[0], held[-1], kept[-1]]
+    copied = [replace(row, image=shutil.copy(row.image, str(tmp_path / f"{n}.jpg")), name=f"zz/{n}.jpg") for n, row in enumerate(twice)]
+    for side, before, more in ((True, held, copied[::2]), (False, kept, copied[1::2])):
+        assert rows.hold_out(found + copied, 0.25, side, said.append) == before + more
+    assert len(said) == 2 and all(line.startswith("4 pictures are copies of others under another name") for line in said)
+    with pytest.raises(errors.DataError, match="one picture"):
+        rows.hold_out([held[0], copied[0]], 0.5, True, said.append)
+    shared = rows.shared_images({"train": kept, "val": [*held, copied[1]]})  # what --check-data says of two tables
+    assert list(shared.values()) == [["train", "val"]] and len(said) == 3
+
+
+def test_what_only_looks_like_a_copy_is_none(tmp_path):
+    """Another byte in the middle, of uncompressed scans with white borders; empty files and such that are gone have no picture."""
+    for name, middle in (("a", b"1"), ("b", b"2"), ("c", b"2"), ("d", b"12")):
+        (tmp_path / name).write_bytes(b"w" * 2**17 + middle + b"w" * 2**17)
+    for name in ("empty", "empty too"):
+        (tmp_path / name).write_bytes(b"")
+    paths = [str(tmp_path / name) for name in ("c", "b", "a", "d", "empty", "empty too", "gone")]
+    assert rows.copies([*paths, "", *paths], lambda line: None) == {str(tmp_path / "c"): str(tmp_path / "b")}
+
+
+def test_a_run_that_validates_on_its_training_pictures_says_so(few, flags, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    for split in ("train", "val"):
+        shutil.copy(few / "train.csv", tmp_path / "data" / f"{split}.csv")
+    args = train_gated.get_args(flags("--data", str(tmp_path / "data"), "--images", str(few / "images")))
+    run, _ = prepared(args)
+    capsys.readouterr()
+    with run.open(False, vars(args), train_gated.__file__):
+        said = capsys.readouterr().out
+    assert said.startswith("8 of 8 validation pictures are trained on too, as the same file or a copy of it")
+    assert run.digests == sorted({rows.picture_digest(str(path)) for path in {r.image for r in rows.read_split(few, "train")}})
+
+
 @pytest.fixture
 def one_table(few, flags, tmp_path, capsys):
     """(function: flags -> what eval_gated prints, its table) of a run on one table, of which some pictures were held out."""
@@ -236,11 +307,12 @@ def test_training_rows_are_never_scored_as_held_out_ones(few, one_table, tmp_pat
     read = rows.read_split(few, "train")[:10]
     for row in read:
         shutil.copy(row.image, tmp_path / "copy/images" / f"x{row.name}")
-    (tmp_path / "copy/some.csv").write_text("image,question,answer\n" + "".join(f"x{r.name},What?,two\n" for r in read))
+    (tmp_path / "copy/some.csv").write_text("image,question,answer,question_type\n" + "".join(f"x{r.name},What?,two,STYLE\n" for r in read))
     seen = {r.image for r in rows.hold_out(rows.read_split(few, "train"), 0.2, False)}
     count = sum(row.image in seen for row in read)
     said, table = one_table("--data", str(tmp_path / "copy/some.csv"), "--report", str(tmp_path / "page.html"))
     assert 0 < count and f"saw: {count} of 10 rows" in said and table[-1]["seen"] == count
+    assert {r["type"] for r in table} == {"style", "all"}  # as training spells it
     assert f"{count} of 10 rows" in (tmp_path / "page.html").read_text()
 
 

@@ -19,7 +19,7 @@ import core
 import metrics
 import pretrain_qformer
 import train_cir
-from data import rows
+from data import pairs, rows
 from engine import checkpoints, errors, loop, mixed_epochs, published, run, runfolder, stage1
 from engine.errors import DataError
 from conftest import ROOT
@@ -467,7 +467,7 @@ def short(monkeypatch):
     monkeypatch.setattr(runfolder, "draw_curves", lambda *args: None)
 
 
-def test_training_writes_what_it_says(trained):
+def test_training_writes_what_it_says(trained, sets):
     out = trained["pairs"]
     assert {p.name for p in out.iterdir()} >= {"best.pt", "last.pt", "args.yaml", "training_log.csv", "curves.png", "hf"}
     log = runfolder.read_log(out / "training_log.csv")
@@ -480,6 +480,8 @@ def test_training_writes_what_it_says(trained):
             [math.log(8), -math.log(1 / 3) / 3 - 2 * math.log(2 / 3) / 3, math.log(words)], abs=1e-4)
     best = checkpoints.load_checkpoint(out / "best.pt")
     assert best["value"] == pytest.approx(max(float(row["mean"]) for row in epochs), abs=1e-3)
+    read = pairs.read_sets({"drawn": str(sets[0])}, "train", log=lambda *words: None)
+    assert best["pictures"] == sorted({rows.picture_digest(pair.image) for pair in read}) and len(best["pictures"]) > 5
     assert all(0 <= float(row[name]) <= 100 for row in epochs for name in (*pretrain_qformer.RECALLS, "reranked mean",
                                                                            "itm_accuracy"))
     exported = published.read_weights(out / "hf")

@@ -119,7 +119,7 @@ def make_run(build, flags):
 
     def make(**weights):
         model = build(styles=sorted({r.style for r in data.rows}), train_qformer=True)  # eval mode: no dropout
-        parts = train_gated.Parts(data, data, train_gated.Collate(model.tokenizer, model.styles, 16), weights, {}, [])
+        parts = train_gated.Parts(data, data, train_gated.Collate(model.tokenizer, model.styles, 16), weights, {})
         return train_gated.make_run(args, Accelerator(cpu=True), model, parts, {}), parts
     return make
 

@@ -14,9 +14,9 @@ from transformers import Blip2ForConditionalGeneration
 import core
 import pretrain_stage2
 import train_gated
-from data import pairs
+from data import pairs, rows
 from data.pairs import Captioned, Pair
-from engine import checkpoints, errors, packing, prompts, published
+from engine import checkpoints, errors, packing, prompts, published, seen
 from tests import decoder_kinds
 from tests.decoder_kinds import SIZE, Q
 
@@ -98,7 +98,7 @@ def test_it_trains_without_pads(flags):
     assert run.model.language_model.config._attn_implementation == packing.NAME
 
 
-def test_training_lowers_the_loss_and_writes_captions(flags, tmp_path, capsys):
+def test_training_lowers_the_loss_and_writes_captions(flags, few, tmp_path, capsys):
     pretrain_stage2.main(flags("--epochs", "3", "--captions", str(tmp_path / "captions.json")))
     out = capsys.readouterr().out
     losses = [float(line.split("loss ")[1].split(",")[0]) for line in out.splitlines() if line.startswith("epoch ")]
@@ -107,8 +107,13 @@ def test_training_lowers_the_loss_and_writes_captions(flags, tmp_path, capsys):
     said = json.loads((tmp_path / "captions.json").read_text())
     pretrain_stage2.main(flags("--checkpoint", str(tmp_path / "run"), "--captions", str(tmp_path / "again.json")))
     assert json.loads((tmp_path / "again.json").read_text()) == said and len(said) == 3
-    value = checkpoints.load_checkpoint(tmp_path / "run/best.pt")["value"]
-    assert f"loss {value:.3f}," in capsys.readouterr().out
+    best = checkpoints.load_checkpoint(tmp_path / "run/best.pt")
+    printed = capsys.readouterr().out
+    assert f"loss {best['value']:.3f}," in printed and "val: pictures that training saw: 0 of 3 rows\n" in printed
+    read = {split: pairs.read_sets({"x": str(few)}, split, log=lambda *words: None) for split in ("train", "val")}
+    assert best["pictures"] == sorted({rows.picture_digest(pair.image) for pair in read["train"]}) and len(best["pictures"]) == 8
+    shown = [[read["val"][0].image], [read["train"][0].image]]  # the first picture of a validation is new, the second is not
+    assert seen.training_overlap(best["pictures"], shown, 1) == [False, True]
 
 
 def test_a_stopped_and_resumed_run_ends_in_the_same_bits(flags, tmp_path):

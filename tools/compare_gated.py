@@ -27,6 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # the p
 
 import eval_gated
 import train_gated
+from data import rows
 from engine import checkpoints, comparison, errors, features, files, flags, loop, published, runfolder
 from engine.errors import DataError
 
@@ -165,6 +166,7 @@ def label_answers(args, others):
     style itself, the technique that goes with it; of a question on content that says next to nothing."""
     settings = train_gated.get_args(others)
     train, asked = (train_gated.read_data(settings, split, lambda line: None) for split in ("train", args.split))
+    asked = rows.unify_spelling(asked, {row.question_type for row in train}, lambda line: None, "question_type")
     places = published.resolve_paths({"blip2": settings.blip2, "efficientnet": settings.efficientnet})
     net = train_gated.Model.style_tower.from_checkpoint(places["efficientnet"], settings.safe_load).eval()
     asked, = features.predicted_styles(net, published.image_size_of(places["blip2"]), places["efficientnet"], [asked],
@@ -268,6 +270,7 @@ def main(argv=None):
     settings = train_gated.get_args(others)
     args.rows = {split: train_gated.read_data(settings, split, lambda line: None)  # what is not there shows now
                  for split in (args.split, "train", "val")}
+    files.refuse_unwritable(pathlib.Path(args.out) / "compare.json")  # nor after hours
     others += ["--workers", "0", "--cache", str(pathlib.Path(args.out) / "cache")]
     rates = chosen_rates(args, others)
     results, folders = run_all(args, others, rates)

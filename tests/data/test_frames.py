@@ -25,8 +25,8 @@ TABLE = ("image,question,answer,question_type,style\n"
 def place(tmp_path):
     """Folder with train.csv and its two pictures."""
     (tmp_path / "images").mkdir()
-    for name in "ab":
-        Image.new("RGB", (8, 8)).save(tmp_path / f"images/{name}.png")
+    for name, colour in (("a", "red"), ("b", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"images/{name}.png")
     (tmp_path / "train.csv").write_text(TABLE)
     return tmp_path
 

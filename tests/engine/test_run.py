@@ -4,7 +4,9 @@ Checked by hand: clipping, learning rate, weight decay, means over micro-batches
 strike every stage, so each promise of engine/run.py has a test named for it.
 """
 
+import ast
 import csv
+import hashlib
 import math
 import os
 import pathlib
@@ -85,6 +87,35 @@ def same(a, b):
 def moved(before, after):
     """Length of the way from one state to another."""
     return math.sqrt(sum((after[name] - before[name]).square().sum().item() for name in before))
+
+
+# --- pictures ------------
+
+def test_best_pt_knows_the_training_pictures_and_a_validation_with_some_of_them_is_said(make, tmp_path, capsys):
+    for number, text in enumerate(("a", "b", "c", "b")):
+        (tmp_path / f"{number}.jpg").write_bytes(text.encode() * 9)
+    paths = [str(tmp_path / f"{number}.jpg") for number in range(4)]
+    digest = [hashlib.sha256(b"9 " + text * 9 + text * 9).hexdigest()[:16] for text in (b"a", b"b", b"c")]  # both ends of 9 bytes
+    train(make("own", epochs=1, pictures=(paths[:2] * 3, paths[2:3])))
+    assert "validation pictures" not in capsys.readouterr().out
+    assert checkpoints.load_checkpoint(tmp_path / "own/best.pt")["pictures"] == sorted(digest[:2])
+    train(make("shared", epochs=2, save_last=True, pictures=(paths[:2], paths)))  # two of them as they are; 3 is a copy of 1
+    line = "2 of 3 validation pictures are trained on too, as the same file or a copy of it"
+    assert capsys.readouterr().out.count(line) == 1
+    train(make("shared", epochs=2, pictures=(paths[:2], paths)), resumed=True)
+    assert capsys.readouterr().out.count(line) == 1
+    assert "pictures" not in checkpoints.load_checkpoint(tmp_path / "shared/last.pt")
+    make("as it is", pictures=(paths[:1], [])).save_best()  # what is compared with, untrained
+    assert checkpoints.load_checkpoint(tmp_path / "as it is/best.pt")["pictures"] == digest[:1]
+    make("unknown").save_best()
+    assert "pictures" not in checkpoints.load_checkpoint(tmp_path / "unknown/best.pt")
+
+
+@pytest.mark.parametrize("script", [efficientnet_pretrain, pretrain_qformer, pretrain_stage2, train_blip_caption, train_cir, train_gated])
+def test_every_stage_tells_its_run_which_pictures_it_has(script):
+    calls = [node for node in ast.walk(ast.parse(pathlib.Path(script.__file__).read_text(encoding="utf-8")))
+             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Run"]
+    assert [{"pictures", "workers"} <= {word.arg for word in call.keywords} for call in calls] == [True]
 
 
 # --- a step ------------
