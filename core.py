@@ -21,7 +21,6 @@ space in which images and texts are compared.
 import argparse
 import inspect
 import os
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ from torch import nn
 from data import rows
 from data.rows import BLIP_MEAN, BLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from data.wikiart import WIKIART
-from engine import environment, memory, published, towers
+from engine import environment, given, memory, published, towers
 from engine.checkpoints import load_foreign, load_strictly, load_trainable, stated_net, unwrap_state
 from engine.decoders import decoder_of, refuse_decoder
 from engine.errors import DataError, said
@@ -127,9 +126,9 @@ class EfficientNet28(nn.Module):
         return self.net.get_classifier()(feature)
 
 
-def _check_images(net, given, named):
+def _check_images(net, positional, named):
     """ValueError before a forward whose images are no pixels."""
-    rows.refuse_other_pixels(given[0] if given else named.get("images"), anywhere=False)
+    rows.refuse_other_pixels(positional[0] if positional else named.get("images"), anywhere=False)
 
 
 # --- masks: additive, float, 0 where a row may look and the lowest float where it may not ------------
@@ -640,8 +639,7 @@ class Blip2Retrieval(nn.Module):
 
     def image_features(self, image_embeds):
         """image_embeds [B,P,W] -> unit vectors [B,Q,E]. ValueError: pixels, say."""
-        if image_embeds.ndim != 3:
-            raise ValueError(f"image_embeds must be [B,P,W], as the method of that name gives them, got {_kind(image_embeds)}")
+        given.features(image_embeds, self.qformer.config.encoder_hidden_size)
         states = self.qformer(self.query_tokens.expand(len(image_embeds), -1, -1), image_embeds)
         return F.normalize(self.vision_projection(states), dim=-1)
 
@@ -866,11 +864,10 @@ class Blip2OPTGated(nn.Module):
         lm + hit_weight (1 - hit) on hit_rows + kl_weight (kl + cross-entropy of the style head). A mean over samples, so
         that accumulation and several processes add up to exactly the large batch.
         """
+        given.one_source(images, image_embeds)
         features = {"image_embeds": image_embeds, "style_feature": style_feature}
         if image_embeds is None:
             features = self.image_features(images)
-        elif images is not None:
-            raise ValueError(BOTH)
         visual = self.visual_prompt(**features, input_ids=input_ids, prompt_mask=prompt_mask, gated=gated, blind=blind)
         logits, targets, owner = self.decoder.answer_logits(visual, input_ids, attention_mask, labels)
         rows = F.one_hot(owner, len(labels)).T.float()  # [B,M]
@@ -908,12 +905,9 @@ class Blip2OPTGated(nn.Module):
         """
         if self.training:
             raise RuntimeError("call model.eval() before predict_answers: dropout would change the answers")
-        if method not in ("generate", "rank"):
-            raise ValueError(f"method must be generate or rank, got {method!r}")
-        if images is not None and (image_embeds is not None or style_feature is not None):
-            raise ValueError(BOTH)
         new_tokens = self.max_answer if max_new_tokens is None else max_new_tokens
-        _check_search(method, answers, best, beams=beams, max_new_tokens=new_tokens, batch_size=1 if batch_size == "auto" else batch_size)
+        given.one_source(images, image_embeds, style_feature)
+        given.search(method, answers, best, beams=beams, max_new_tokens=new_tokens, batch_size=1 if batch_size == "auto" else batch_size)
         features = {"image_embeds": image_embeds, "style_feature": style_feature}
         if image_embeds is None:
             rows.refuse_other_pixels(images)
@@ -945,10 +939,10 @@ class Blip2OPTGated(nn.Module):
 
         image_embeds [B,P,W], style_feature [B,F]. Candidates are scored in chunks of `chunk` question-answer pairs.
         """
-        _at_least_one(chunk=chunk)
+        given.whole_from_one(chunk=chunk)
         asked = questions, *_ = self._asked(questions, contexts, image_embeds, style_feature, gated and not blind)
         prompts = self._prompts(*asked, gated, blind)
-        targets = [answer_ids(self.tokenizer, answer) for answer in _texts(answers, "answers")]
+        targets = [answer_ids(self.tokenizer, answer) for answer in given.texts(answers, "answers")]
         pairs = [(b, target) for b in range(len(questions)) for target in targets]
         return self.decoder.log_likelihoods(*prompts, pairs, chunk).view(len(questions), len(answers))
 
@@ -959,9 +953,9 @@ class Blip2OPTGated(nn.Module):
         image_embeds [B,P,W], style_feature [B,F]. The mean and not the sum, so that long answers do not count as doubtful. An
         empty answer is what answer_ids makes of it: a space and the newline, which generation may well give.
         """
-        _at_least_one(chunk=chunk)
+        given.whole_from_one(chunk=chunk)
         asked = questions, *_ = self._asked(questions, contexts, image_embeds, style_feature, gated and not blind)
-        if len(_texts(answers, "answers")) != len(questions):
+        if len(given.texts(answers, "answers")) != len(questions):
             raise ValueError(f"{len(answers)} answers to {len(questions)} questions: one of each is wanted")
         prompts = self._prompts(*asked, gated, blind)
         pairs = list(enumerate(answer_ids(self.tokenizer, answer) for answer in answers))
@@ -972,64 +966,14 @@ class Blip2OPTGated(nn.Module):
         """-> (B questions, B contexts or None, image_embeds [B,P,W], style_feature [B,F] or None): what was given once stands for all.
 
         gated: are gates asked for? ValueError: numbers that do not go together, a thing of another kind."""
-        questions = [questions] if isinstance(questions, str) else _texts(questions, "questions")
-        if contexts is not None:
-            contexts = [contexts] if isinstance(contexts, str) else _texts(contexts, "contexts")
-        if not isinstance(image_embeds, torch.Tensor) or image_embeds.ndim != 3:
-            raise ValueError(f"image_embeds must be [B,P,W], as image_features gives them, got {_kind(image_embeds)}")
-        W = self.qformer.config.encoder_hidden_size
-        if image_embeds.shape[2] != W:
-            raise ValueError(f"image_embeds must be [B,P,{W}], as image_features gives them, got {_kind(image_embeds)}")
-        if gated and self.mapper is not None and style_feature is None:
-            raise ValueError("the gates need style_feature [B,F] too: image_features gives it beside image_embeds")
-        width = self.efficientnet.width if self.efficientnet is not None else None
-        if style_feature is not None and width and tuple(getattr(style_feature, "shape", ())[1:]) != (width,):
-            raise ValueError(f"style_feature must be [B,{width}], as image_features gives it, got {_kind(style_feature)}")
-        counts = {"pictures": len(image_embeds), "questions": len(questions), "contexts": len(contexts or [""])}
-        B = max(counts.values())
-        if set(counts.values()) - {1, B} or (style_feature is not None and len(style_feature) != len(image_embeds)):
-            told = ", ".join(f"{count} {what}" for what, count in counts.items() if what != "contexts" or contexts)
-            raise ValueError(f"{told}: as many of each are wanted, or a single one for all others (of style features as of pictures)")
-        return tuple(x * B if isinstance(x, list) and len(x) == 1 else x.expand(B, *x.shape[1:]) if isinstance(x, torch.Tensor) else x
-                     for x in (questions, contexts, image_embeds, style_feature))
+        widths = self.qformer.config.encoder_hidden_size, self.efficientnet.width if self.efficientnet is not None else None
+        return given.asked(questions, contexts, image_embeds, style_feature, widths, gated and self.mapper is not None)
 
     def _prompts(self, questions, contexts, image_embeds, style_feature, gated, blind):
         """-> what the language model sees of the pictures, [B,Q,D], and the batch of encode_prompts."""
         batch = send_to_device(encode_prompts(self.tokenizer, questions, contexts, self.decoder.left), image_embeds.device,
                                non_blocking=True)
         return self.visual_prompt(image_embeds, style_feature, batch["input_ids"], batch["attention_mask"], gated, blind), batch
-
-
-def _kind(thing):
-    return f"a tensor {list(thing.shape)}" if isinstance(thing, torch.Tensor) else type(thing).__name__
-
-
-def _texts(texts, name):
-    """A list of texts, at least one, checked. A text alone would be taken letter by letter."""
-    if isinstance(texts, (list, tuple)) and texts and all(isinstance(text, str) for text in texts):
-        return list(texts)
-    raise ValueError(f"{name} must be a list of texts, at least one, got {texts!r:.60}")
-
-
-BOTH = "give pictures or what image_features made of them (image_embeds, style_feature), and not both: one would be left out"
-
-
-def _at_least_one(**numbers):
-    """ValueError where one of these is no whole number from 1 on."""
-    for name, number in numbers.items():
-        if not isinstance(number, Integral) or number < 1:
-            raise ValueError(f"{name} must be a whole number from 1 on, got {number!r:.60}")
-
-
-def _check_search(method, answers, best, **numbers):
-    """ValueError where the settings of predict_answers do not go together. numbers: those that are 1 at least."""
-    _at_least_one(**numbers, best=1 if best is None else best)
-    if method == "generate" and answers is not None:
-        raise ValueError('answers are a list to choose from, for method="rank"; method="generate" would not look at them')
-    if method == "rank" and best is not None:
-        raise ValueError('best is of the beams of method="generate": score_answers gives what method="rank" makes of every answer')
-    if best is not None and best > numbers["beams"]:
-        raise ValueError(f"best={best} of beams={numbers['beams']}: as many beams are wanted at least")
 
 
 def _weighed(rows, values):

@@ -4,6 +4,8 @@ Reference-checked: generation against plain generate on the same inputs, scores 
 and without a pad. Behaviour-checked: what the language model is really asked to run, positions, chunks, the kept cache.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -429,5 +431,7 @@ def test_captions_are_one_for_each_picture():
 
 
 def test_retrieval_tells_pixels_from_what_the_tower_sees():
-    with pytest.raises(ValueError, match=r"image_embeds must be .B,P,W.*got a tensor .1, 3, 8, 8."):
-        core.Blip2Retrieval.image_features(None, torch.randn(1, 3, 8, 8))
+    model = SimpleNamespace(qformer=SimpleNamespace(config=SimpleNamespace(encoder_hidden_size=64)))
+    for given in (torch.randn(1, 3, 8, 8), torch.randn(1, 5, 32)):
+        with pytest.raises(ValueError, match=r"image_embeds must be .B,P,64.*got a tensor .1, "):
+            core.Blip2Retrieval.image_features(model, given)
