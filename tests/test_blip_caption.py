@@ -564,7 +564,7 @@ def test_checkpoints_have_the_names_that_earlier_versions_wrote(flags, tmp_path)
     best, last = (checkpoints.load_checkpoint(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
     assert set(last) == {"stage", "state", "open", "frozen", "settings", "optimizer", "scaler", "step", "marks"}
     assert set(best) - {"timm"} == {"stage", "state", "model_args", "open", "generation", "precision", "args", "metric", "value", "epoch",
-                                    "stale", "done", "meteor", "frozen", "torch", "transformers"}
+                                    "stale", "done", "meteor", "frozen", "pictures", "torch", "transformers"}
     assert set(last["marks"]) == {"metric", "value", "epoch", "stale", "done"} and best["stage"] == last["stage"] == "blip"
     assert best["model_args"] == {"blip": flags()[3]} and best["frozen"] == last["frozen"] and len(last["frozen"]) == 3
     assert {group["scale"] for group in last["optimizer"]["param_groups"]} == {1.0}
