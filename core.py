@@ -66,7 +66,6 @@ class EfficientNet28(nn.Module):
         for name, values in (("blip_mean", BLIP_MEAN), ("blip_std", BLIP_STD),
                              ("net_mean", mean), ("net_std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
-        self.register_forward_pre_hook(_check_images, with_kwargs=True)  # a cache's key holds the text of forward
 
     @property
     def width(self):
@@ -117,18 +116,14 @@ class EfficientNet28(nn.Module):
         return [name.replace("_", " ") for name in names]
 
     def forward(self, images):
-        """images [B,3,h,w] in BLIP's normalisation -> pooled feature [B,width]."""
+        """images [B,3,h,w] in BLIP's normalisation -> pooled feature [B,width]. ValueError: no pixels."""
+        rows.refuse_other_pixels(images, anywhere=False)
         pixels = (images.float() * self.blip_std + self.blip_mean).clamp(0, 1)
         return self.net.forward_head(self.net.forward_features((pixels - self.net_mean) / self.net_std), pre_logits=True)
 
     def logits(self, feature):
         """Pooled feature [B,width] -> class scores [B,num_classes]."""
         return self.net.get_classifier()(feature)
-
-
-def _check_images(net, positional, named):
-    """ValueError before a forward whose images are no pixels."""
-    rows.refuse_other_pixels(positional[0] if positional else named.get("images"), anywhere=False)
 
 
 # --- masks: additive, float, 0 where a row may look and the lowest float where it may not ------------
