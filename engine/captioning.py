@@ -93,7 +93,6 @@ class Collate:
 @torch.no_grad()
 def describe(model, tokenizer, pixels, settings):
     """Pixels [B,3,s,s] -> B captions. The one way from a picture to a caption. settings: of generate()."""
-    rows.refuse_other_pixels(pixels)
     ids = model.generate(pixel_values=pixels, **settings)  # [B,up to max_length]
     return texts_of(tokenizer, ids[:, 1:])  # without [DEC], which is no token of the tokenizer
 

@@ -403,7 +403,7 @@ def test_what_is_no_normalised_picture_is_refused_by_all_that_take_pixels(model,
     images, wanted = wrong_pixels(model.image_size)[kind]
     for take in (lambda: model.predict_answers(images, "a"), lambda: model.image_features(images), lambda: model.efficientnet(images),
                  lambda: model.efficientnet(images=images), lambda: core.Blip2Retrieval.image_embeds(None, images),
-                 lambda: captioning.describe(None, None, images, {}), lambda: captioning.confidence(None, None, images, ["a"])):
+                 lambda: captioning.confidence(None, None, images, ["a"])):
         with pytest.raises(ValueError, match=f"images must be pixels .*{wanted}"):
             take()
 
