@@ -38,6 +38,8 @@ def test_a_loader_says_nothing_of_earlier_ones(forker):
     fault of the run ("can only test a child process")."""
     script = textwrap.dedent("""
         import gc
+        import os
+        import sys
         from engine import loaders
 
         class Numbers:
@@ -51,6 +53,8 @@ def test_a_loader_says_nothing_of_earlier_ones(forker):
         left.append(left)  # a cycle, which the collector alone clears
         del left
         print(list(loaders.load_batches(Numbers(), list, [[4], [5]], 1)))
+        sys.stdout.flush()
+        os._exit(0)  # at an exit of its own Python would wait 30 s for the first iterator's loader
     """)
     ended, = forker.run(["-c", script], cwd=ROOT)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[[4], [5]]\n", "")
