@@ -47,7 +47,7 @@ def answers(model, painting, others, questions):
 
     own, net = seen(painting), model.efficientnet
     told = [("gates closed", None, own, False), ("gates open", painting, own, True)]
-    told += [("as if painted like this", path, {**own, "style_feature": seen(path)["style_feature"]}, True) for path in others]
+    told += [("style taken from this", path, {**own, "style_feature": seen(path)["style_feature"]}, True) for path in others]
     columns = []
     for title, picture, features, gated in told:
         found = [model.predict_answers(None, [question], **features, gated=gated)[0] for question in questions]
@@ -83,7 +83,7 @@ def draw(path, painting, questions, columns):
         image, heat, *cards = (line[column] for line in cells)
         image.set_title(title, fontsize=12, fontweight="bold")
         if picture is None:
-            image.text(0.5, 0.5, "nothing:\nit is not heard", ha="center", va="center", fontsize=10.5, color=GREY,
+            image.text(0.5, 0.5, "its input\nis ignored", ha="center", va="center", fontsize=10.5, color=GREY,
                        transform=image.transAxes)
             heat.text(0.5, 0.5, "all 1: BLIP-2 as it is", ha="center", va="center", fontsize=9.5, color=GREY)
         else:
