@@ -165,10 +165,10 @@ def make_rows(entries, root):
     return made
 
 
-def hold_out(read, share, validation, log=print):
+def hold_out(read, share, validation, same):
     """rows.hold_out within each style, so that the rarest have validation pictures too; a style's only picture is trained on. A copy of a
-    picture, be it one of another style, goes where the first of their names goes."""
-    same, firsts, styles = rows.copies((row.image for row in read), log), {}, {}
+    picture, be it one of another style, goes where the first of their names goes. same: rows.copies of them."""
+    firsts, styles = {}, {}
 
     def picture(row):
         return same.get(row.image, row.image) or row.name
@@ -240,7 +240,8 @@ def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0
     root = rows.image_root(table, images, "", found["train"][0][0]) if table else place
     if table is None and not folders["train"]:
         read = make_rows(found["train"], root)
-        splits = {"train": hold_out(read, val_share, False, log), "val": hold_out(read, val_share, True, lambda line: None)}
+        same = rows.copies((row.image for row in read), log)
+        splits = {split: hold_out(read, val_share, split == "val", same) for split in ("train", "val")}
         if not splits["val"]:
             raise DataError(f"{place}: no style has a second picture: nothing can be held out for validation")
     else:
