@@ -3,7 +3,7 @@
 Reading order (building blocks first, the whole last):
   style classifier EfficientNet28
   masks            padding_mask, unimodal_mask, unilm_mask
-  Q-Former         QFormer, TextEmbeddings
+  Q-Former         QFormer, TextEmbeddings, Instruction
   gates            KVGate with its kinds, PromptMapper, GatedFusionModule
   further ways     Way with its kinds: where else style can come in
   style terms      style_vocabulary, style_hit, style_kl
@@ -37,9 +37,11 @@ from engine.checkpoints import load_foreign, load_strictly, load_trainable, stat
 from engine.decoders import decoder_of, refuse_decoder
 from engine.errors import DataError, said
 # all of them: README, and whoever copies a script, has them as core.encode_training and so on
-from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_TEXT, PROMPT, answer_ids, answer_lengths, encode_prompts,  # noqa: F401
-                            encode_training, end_id, inner_ids, newline_id, pad_ids, prompt_ids, stop_ids, text_ids, text_lengths)
-from engine.published import load_blip2, load_published, qformer_weights, read_weights, replace_qformer, stage1_extras
+from engine.prompts import (CONTEXT, MAX_ANSWER, MAX_QUESTION, MAX_TEXT, PROMPT, answer_ids, answer_lengths, encode_prompts,  # noqa: F401
+                            encode_training, end_id, inner_ids, newline_id, pad_ids, prompt_ids, question_of, stop_ids, text_ids,
+                            text_lengths)
+from engine.published import (load_blip2, load_published, load_text_path, qformer_weights, read_weights, replace_qformer,
+                              stage1_extras)
 from engine.saved import PLACES, part_paths, read, refuse_other_base, refuse_other_dtypes, sees_style
 from engine.similarity import cosines, max_similarity, no_rounding  # noqa: F401
 from engine.text import texts_of
@@ -291,6 +293,27 @@ class TextEmbeddings(nn.Module):
         """input_ids [B,L] -> [B,L,H]; positions start at 0 whatever stands before the text."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         return self.word_embeddings(input_ids) + self.position_embeddings(positions)
+
+
+class Instruction(nn.Module):
+    """The question as the Q-Former reads it, beside its queries (InstructBLIP, Dai et al. 2023).
+
+    reader: the TextPath of a stage-1 Q-Former (see published.load_text_path); tokenizer: the language model's, whose prompt the
+    question is taken from again: so what asks the language model asks the Q-Former too, and no caller can forget it.
+    """
+
+    def __init__(self, reader, tokenizer):
+        super().__init__()
+        self.embeddings, self.tokenizer, self.lm_tokenizer = TextEmbeddings(reader.config), reader.tokenizer, tokenizer
+        load_strictly(self.embeddings, reader.embeddings, "embeddings of --instruct")
+
+    def forward(self, input_ids, prompt_mask):
+        """Prompts of the language model, [B,L] -> words of the questions [B,M,H], their mask [B,M]."""
+        prompts = [[i for i, kept in zip(*row) if kept] for row in zip(input_ids.tolist(), prompt_mask.tolist())]
+        longest = min(MAX_QUESTION, self.embeddings.position_embeddings.num_embeddings)
+        words = text_ids(self.tokenizer, [question_of(text) for text in texts_of(self.lm_tokenizer, prompts)], longest)
+        ids, mask = (words[name].to(input_ids.device) for name in ("input_ids", "attention_mask"))
+        return self.embeddings(ids), mask
 
 
 # --- gates ------------
@@ -666,6 +689,7 @@ class Blip2OPTGated(nn.Module):
     blip2: a transformers Blip2ForConditionalGeneration; its parts are taken over, its Q-Former's weights go into core's.
     efficientnet: an EfficientNet28 or None (only with gating "none" and no way). steer: names of WAYS, beside the gates; control_from:
     what the control tokens are made of, "style+question" or "style". styles: the style vocabulary ([] = no style terms).
+    instruct: a published.TextPath, and the Q-Former reads the question beside its queries; None: it never does, as in BLIP-2.
     style_head=False leaves out the head of the KL term: a trained part without a gradient would hang several processes.
     max_answer: tokens of the longest answer with its end of line, to which predict_answers generates; a training sets it from its
     own answers, and it travels with the checkpoint.
@@ -677,7 +701,7 @@ class Blip2OPTGated(nn.Module):
 
     def __init__(self, blip2, tokenizer, efficientnet=None, styles=(), gating="film", per="head", gate_hidden=512,
                  gate_scale=1.0, control_tokens=4, mapper_hidden=1024, train_qformer=False, lora_rank=0, own_kv=False,
-                 style_head=True, max_answer=16, steer=(), control_from="style+question"):
+                 style_head=True, max_answer=16, steer=(), control_from="style+question", instruct=None):
         super().__init__()
         config = blip2.config
         refuse_decoder(config.text_config, "this BLIP-2")
@@ -686,8 +710,9 @@ class Blip2OPTGated(nn.Module):
         self.query_tokens = nn.Parameter(blip2.query_tokens.detach().float())
         self.language_projection = blip2.language_projection.float()
         with torch.device(self.query_tokens.device):
-            self.qformer = QFormer(config.qformer_config)
-        weights = {n: p.float() for n, p in blip2.qformer.state_dict().items()}
+            self.qformer = QFormer(instruct.config if instruct else config.qformer_config)
+            self.instruction = Instruction(instruct, tokenizer) if instruct else None
+        weights = {n: p.float() for n, p in blip2.qformer.state_dict().items()} | (instruct.feed_forwards if instruct else {})
         self.qformer.load_state_dict(weights, strict=True, assign=True)  # assign: works on the meta device as well
         self.efficientnet = efficientnet
         self.gates, self.mapper, self.ways = None, None, nn.ModuleList()
@@ -705,10 +730,11 @@ class Blip2OPTGated(nn.Module):
 
     @classmethod
     def build(cls, blip2, efficientnet, styles, gating="film", qformer=None, dtype=torch.float32, safe=False, lm_precision=None,
-              tower=True, log=print, **settings):
+              tower=True, log=print, instruct=False, **settings):
         """From names and plain values (best.pt's model_args): blip2 an id or folder, efficientnet a checkpoint, qformer the
         folder or file of another Q-Former, whose ln_vision and projection come with it (see towers; without `tower` the norm is in
-        the features already). dtype is that of the frozen towers; lm_precision and tower: see load_blip2."""
+        the features already); instruct: that Q-Former reads the question too, with the text path of its stage 1. dtype is that of the
+        frozen towers; lm_precision and tower: see load_blip2."""
         net = cls.style_tower.from_checkpoint(efficientnet, safe) if sees_style({"gating": gating, **settings}) else None
         if note := getattr(net, "note", ""):
             log(note)
@@ -720,7 +746,7 @@ class Blip2OPTGated(nn.Module):
                 towers.refuse_other_reader(blip2.language_model, qformer, name, log)
             if tower:
                 towers.join(blip2.vision_model, qformer, name, log)
-        return cls(blip2, tokenizer, net, styles, gating, **settings)
+        return cls(blip2, tokenizer, net, styles, gating, instruct=load_text_path(qformer) if instruct else None, **settings)
 
     def _build_mapper(self, width, tokens, hidden, control_from):
         if self.efficientnet is None:
@@ -765,7 +791,7 @@ class Blip2OPTGated(nn.Module):
         self.requires_grad_(False)
         trained = [self.gates, self.ways, self.mapper, self.style_head, self.language_projection]
         if train_qformer:
-            trained.append(self.qformer)
+            trained += [self.qformer, self.instruction]
             self.query_tokens.requires_grad_(True)
         if own_kv:
             trained += [attention[name] for attention in self._cross_attentions() for name in ("key", "value")]
@@ -836,8 +862,12 @@ class Blip2OPTGated(nn.Module):
         patches, queries = image_embeds.to(self.query_tokens.dtype), self.query_tokens.expand(len(image_embeds), -1, -1)  # [B,Q,H]
         for way in ways:
             patches, queries = way.patches(patches, control), way.queries(queries, control)
-        out = self.qformer(queries, patches, gates=gates)[:, :self.query_tokens.shape[1]]
-        visual = self.language_projection(out)  # [B,Q,D]
+        words, mask = [], None
+        if self.instruction is not None:
+            question, question_mask = self.instruction(input_ids, prompt_mask)  # [B,M,H], [B,M]
+            words, mask = [question], padding_mask(question_mask, queries.shape[1])
+        out = self.qformer(torch.cat([queries, *words], 1), patches, mask, queries.shape[1], gates)  # [B,Q or more,H]
+        visual = self.language_projection(out[:, :self.query_tokens.shape[1]])  # [B,Q,D]
         for way in ways:
             visual = way.visual(visual, control)
         return visual

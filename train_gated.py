@@ -89,6 +89,8 @@ def get_parser():
                        help="--steer adds so many; the gates take their mean (default: 4)")
     model.add_argument("--control-from", choices=("style+question", "style"), default="style+question", metavar="SOURCE",
                        help="style+question or style (default: style+question)")
+    model.add_argument("--instruct", action="store_true",
+                       help="the Q-Former reads the question too, as InstructBLIP's does; needs a --qformer of stage 1")
     model.add_argument("--train-qformer", action="store_true", help="train the Q-Former and its queries too")
     model.add_argument("--lora-rank", type=flags.whole, default=0,
                        help="LoRA on the cross-attention's W_K and W_V (default: 0 = off)")
@@ -274,7 +276,8 @@ def model_args(args, train_rows, max_answer):
     return {"blip2": args.blip2, "qformer": args.qformer, "efficientnet": args.efficientnet, "gating": args.gating, "per": args.per,
             "gate_scale": args.gate_scale, "train_qformer": args.train_qformer, "lora_rank": args.lora_rank,
             "style_head": args.kl_weight != 0, "styles": styles, "lm_precision": args.lm_precision, "max_answer": max_answer,
-            "steer": args.steer, "control_tokens": args.control_tokens, "control_from": args.control_from}
+            "steer": args.steer, "control_tokens": args.control_tokens, "control_from": args.control_from,
+            "instruct": args.instruct}
 
 
 def loss_weights(args, model, log):
@@ -431,6 +434,8 @@ def prepare(args, accelerator, command=()):
                                        train_rows + val_rows, accelerator, dtype, args.workers)
     loop.seed_everything(args.seed)
     model = Model.build(**{**built_from, **places}, safe=args.safe_load, dtype=dtype, tower=features is None, log=accelerator.print)
+    if args.instruct:
+        published.refuse_unknown_words(model.instruction.tokenizer, [row.question for row in train_rows + val_rows], args.qformer)
     memory.save_activations(model.language_model, args.activations)
     packing.pack_samples(model.language_model, accelerator.print)
     parts = Parts(Questions(train_rows, model.image_size, features, args.seed), Questions(val_rows, model.image_size, features),

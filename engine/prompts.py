@@ -1,6 +1,7 @@
 """prompts.py: texts as the models read them: what training, evaluation and every page must agree on.
 
     prompt_ids, answer_ids, encode_training, encode_prompts   questions and answers of the language model
+    question_of                                               a prompt's question back
     habits_of, end_id, stop_ids                               what its tokenizer puts around a text, and what ends an answer
     answer_length, log_cut_answers                            how long answers may be, and which are cut
     Collate                                                   samples of questions.Questions -> a batch
@@ -21,6 +22,7 @@ from engine.errors import DataError
 
 PROMPT = "Question: {} Answer:"  # BLIP-2's prompt; training and evaluation share this one line
 CONTEXT = "Context: {} "  # before it, where a data set has text about the picture
+MAX_QUESTION = 128  # tokens of a question in the Q-Former, as InstructBLIP has it
 MAX_TEXT = 32  # tokens of a text in the Q-Former, [CLS] and [SEP] among them
 MAX_ANSWER = 64  # tokens of an answer with its end of line, at most: more than short answers ever have, so that none is cut
 
@@ -79,6 +81,12 @@ def prompt_ids(tokenizer, question, context="", max_tokens=64, max_context=128):
     tail = inner_ids(tokenizer, tail) + after
     asked = inner_ids(tokenizer, head + question.strip())[:max_tokens - len(before) - len(tail)]
     return before + told + asked + tail
+
+
+def question_of(prompt):
+    """The text of a prompt -> its question. Of a context only the last "Question:" counts."""
+    head, tail = PROMPT.split(" {}")
+    return prompt.rpartition(head)[2].strip().removesuffix(tail.strip()).strip()
 
 
 def answer_ids(tokenizer, answer, max_tokens=None):

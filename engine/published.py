@@ -4,6 +4,7 @@
     load_config, load_tokenizer, load_vision, load_bert, image_size_of, local_folder, hub_answers   one part alone
     missing_model, refuse_missing   is it here, or can it be fetched? Else one error that says what is missing, and the ways to it
     read_weights, qformer_weights, replace_qformer   a Q-Former from another folder or from a LAVIS .pth
+    load_text_path                                   and what it reads texts with
 """
 
 import difflib
@@ -15,6 +16,7 @@ import pathlib
 import socket
 import urllib.parse
 import urllib.request
+from typing import NamedTuple
 
 import torch
 
@@ -617,3 +619,28 @@ def replace_qformer(blip2, source, log=print):
     else:
         log(f"Q-Former of {source}: without a projection to a language model, which stays as --blip2 has it")
     return "language_projection" in parts
+
+
+class TextPath(NamedTuple):
+    """What a Q-Former of stage 1 reads texts with."""
+    config: object  # transformers' Blip2QFormerConfig, with use_qformer_text_input
+    feed_forwards: dict  # {name in core.QFormer: tensor}, the text's own
+    embeddings: dict  # state dict of core.TextEmbeddings
+    tokenizer: object
+
+
+def load_text_path(source):
+    """A folder in image-text-retrieval format -> the TextPath of its Q-Former. DataError: there is none in it."""
+    wanted = (f"--instruct needs a --qformer that reads text: a folder in image-text-retrieval format, such as OUT/hf of "
+              f"pretrain_qformer.py or {DEFAULTS['blip2-itm']}")
+    if not source or not pathlib.Path(source).is_dir():
+        raise DataError(f"{source or 'no --qformer'}: {wanted}")
+    config = getattr(load_config(source), "qformer_config", None)
+    if not getattr(config, "use_qformer_text_input", False):
+        raise DataError(f"{source}: its Q-Former has no text path: {wanted}")
+    state, tokenizer = read_weights(source), load_tokenizer(source)
+    refuse_other_tokenizer(tokenizer, config.vocab_size, source)
+    whole, queries = (qformer_weights(state, text_path, source) for text_path in (True, False))
+    own = whole["qformer"].keys() - queries["qformer"].keys()
+    return TextPath(config, {name: whole["qformer"][name].float() for name in own},
+                    {name: tensor.float() for name, tensor in whole["embeddings"].items()}, tokenizer)

@@ -45,7 +45,10 @@ FAIR = {**UNTRAINED, LABEL_ANSWER: [], LABEL: UNTRAINED[LABEL_UNTRAINED],
         "film on K": ["--gating", "film-key"], "film on V": ["--gating", "film-value"],
         "sigmoid per head": ["--gating", "gate", "--per", "head"], "sigmoid per channel": ["--gating", "gate", "--per", "channel"],
         "gates that read no question": ["--control-from", "style"], "gates and soft prompt": ["--steer", "soft-prompt"]}
-FLAGS = {**SYSTEMS, **FAIR}  # of train_gated.py
+# as InstructBLIP's; beside the two of SYSTEMS with a trained Q-Former, all with the same --qformer of stage 1
+INSTRUCT = {"question in the Q-Former": [*UNGATED, "--train-qformer", "--instruct"],
+            "gated, question in the Q-Former": ["--train-qformer", "--instruct"]}
+FLAGS = {**SYSTEMS, **FAIR, **INSTRUCT}  # of train_gated.py
 # of eval_gated
 SEEN = {"": ("gated", "steered", "trained, no gates"), ", gates closed": ("gates closed",), ", another's style": ("another's style",)}
 
@@ -54,7 +57,8 @@ def get_args(argv=None):
     parser = flags.make_parser(__doc__)
     parser.allow_abbrev = False
     parser.add_argument("--systems", nargs="+", choices=(*FLAGS, "fair"), default=list(SYSTEMS), metavar="NAME",
-                        help=f"what is compared (default: the four); others: {'; '.join(FAIR)}; fair: all these others")
+                        help=f"what is compared (default: the four); others: {'; '.join(FAIR)}; fair: all these "
+                             f"others; with --qformer: {'; '.join(INSTRUCT)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(default: 1 2 3)")
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3],
                         help="learning rates that every system may choose from (default: 3e-4 1e-3 3e-3)")
