@@ -138,6 +138,8 @@ def get_args(argv=None):
     if os.path.isfile(args.data) and not args.val_share:
         parser.error(f"--val-share 0 would validate on the rows that are trained on, since {args.data} is one table: hold some out, or "
                      "give --data a folder with train.csv and val.csv")
+    if args.instruct and not args.qformer:
+        parser.error("--instruct needs a --qformer of stage 1, whose text path reads the question: OUT/hf of pretrain_qformer.py")
     return args
 
 

@@ -123,6 +123,12 @@ def test_what_reads_no_text_is_refused(made, tmp_path, source, said):
         made(qformer=source)
 
 
+def test_no_q_former_to_read_with(few, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_gated.get_args(["--data", str(few), "--blip2", "tiny", "--instruct"])
+    assert stopped.value.code == 2 and "--instruct needs a --qformer of stage 1" in capsys.readouterr().err
+
+
 def test_questions_in_a_language_that_it_cannot_read(few, tmp_path):
     data = shutil.copytree(few, tmp_path / "data")
     with (data / "train.csv").open(encoding="utf-8", newline="") as file:
