@@ -108,7 +108,7 @@ def attention_maps(model, features, question, context="", gated=True):
     """Cross-attention for one question -> {layer: [heads,Q,P]}; each row sums to 1, CLS comes first. Of further queries and patches
     (core.WAYS) nothing is told, and with the latter a row sums to less.
 
-    Without gates, or with gated=False, the question changes nothing: BLIP-2's queries never read it, unless it was trained with --instruct."""
+    Without gates, or with gated=False, the question changes nothing: BLIP-2's queries never read it, those of --instruct do."""
     found, Q, P = {}, model.query_tokens.shape[1], features["image_embeds"].shape[1]
 
     def keep(layer, module, given, named):
