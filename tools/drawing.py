@@ -650,8 +650,8 @@ TABLES = ("{}.csv", "{}_captions.json", "style_{}.csv")  # questions; captions; 
 NAME = re.compile(r"\d{4,}_(one|two|three|four)-[a-z]+-[a-z]+\.jpg")
 
 
-def holds_other_data(out):
-    """True if `out` has ArtQuest's own files, or a train.csv whose pictures this script did not name."""
+def holds_other_data(out, name=NAME):
+    """True if `out` has ArtQuest's own files, or a train.csv whose pictures are not named as a drawn set's are."""
     path = out / "train.csv"
     if (out / "artquest_train.csv").exists():
         return True
@@ -659,7 +659,7 @@ def holds_other_data(out):
         return False
     with open(path, newline="", encoding="utf-8") as f:
         row = next(csv.DictReader(f), {})
-    return not NAME.fullmatch(row.get("image") or "")
+    return not name.fullmatch(row.get("image") or "")
 
 
 def is_complete(out, stamp):
@@ -670,6 +670,20 @@ def is_complete(out, stamp):
         return False
     drawn = [p for p in (out / "images").glob("*.jpg") if NAME.fullmatch(p.name)]
     return json.loads(path.read_text()) == stamp and len(drawn) == stamp["pictures"]
+
+
+def make_once(out, stamp, is_complete, holds_other_data, draw, refuse):
+    """Draw the set described by `stamp` into `out` -> what draw() returns; None, and a line, where it is there already. The stamp goes
+    first and comes last, so that an interrupted set is drawn again. refuse: called with a message where other data lies there."""
+    if is_complete(out, stamp):
+        print(f"{out} already holds this set ({stamp['pictures']} pictures, seed {stamp['seed']}).")
+        return None
+    if holds_other_data(out):
+        refuse(f"{out} holds another data set; choose another --out")
+    (out / "sample.json").unlink(missing_ok=True)
+    drawn = draw()
+    write_text(out / "sample.json", json.dumps(stamp) + "\n")
+    return drawn
 
 
 def draw_picture(index, row, seed, images):
@@ -688,7 +702,6 @@ def make_set(out, seed, pictures):
     """Draw the whole set into `out`; returns the number of pictures in each split."""
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
-    (out / "sample.json").unlink(missing_ok=True)
     rows, captions, styles = ({split: [] for split in SPLITS} for _ in range(3))
     design = balanced_design(pictures, np.random.default_rng([seed, 0]))
     for index, row in enumerate(design, start=1):

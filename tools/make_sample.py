@@ -9,7 +9,6 @@ one in which style must change what is seen.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -45,13 +44,10 @@ def main(argv=None):
         (sample_cirr if args.cirr else sample_mixed).make(args.out, args.seed, args.pictures, parser.error)
         return
     stamp = {"version": drawing.VERSION, "seed": args.seed, "pictures": args.pictures}
-    if drawing.is_complete(args.out, stamp):
-        print(f"{args.out} already holds this set ({args.pictures} pictures, seed {args.seed}).")
+    sizes = drawing.make_once(args.out, stamp, drawing.is_complete, drawing.holds_other_data,
+                              lambda: drawing.make_set(args.out, args.seed, args.pictures), parser.error)
+    if sizes is None:
         return
-    if drawing.holds_other_data(args.out):
-        parser.error(f"{args.out} holds another data set; choose another --out")
-    sizes = drawing.make_set(args.out, args.seed, args.pictures)
-    drawing.write_text(args.out / "sample.json", json.dumps(stamp) + "\n")
     counts = ", ".join(f"{split} {sizes[split]}" for split in drawing.SPLITS)
     print(f"{args.pictures} pictures ({counts}), {len(drawing.WORDINGS)} questions each, "
           f"{len(drawing.STYLES)} styles.\nPictures: {args.out / 'images'}\n"

@@ -11,8 +11,8 @@ from itertools import permutations, product
 
 import numpy as np
 
-from tools.drawing import (COLOURS, COUNTS, GROUNDS, KINDS, PLACES, STYLES, TECHNIQUES, draw_scene, fill_scene, plural,
-                           write_text, write_then_rename)
+from tools.drawing import (COLOURS, COUNTS, GROUNDS, KINDS, PLACES, STYLES, TECHNIQUES, draw_scene, fill_scene, make_once,
+                           plural, write_text, write_then_rename)
 
 VERSION = 1  # raise it whenever the same seed would give other pictures or sentences
 SIZE = 112
@@ -166,7 +166,6 @@ def write_json(path, content):
 
 def make_set(out, seed, sizes):
     """Draw sizes = {split: image sets} into `out`; returns {split: (pictures, queries)}."""
-    (out / "sample.json").unlink(missing_ok=True)
     drawn, named = {}, set()
     for split, (sets, rows) in design(sizes, seed).items():
         paths = {}
@@ -198,13 +197,9 @@ def make(out, seed, pictures, refuse):
     sets = pictures // 6
     sizes = {"train": sets, "val": max(1, sets // 4), "test1": max(1, sets // 8)}
     stamp = {"set": "cirr", "version": VERSION, "seed": seed, "pictures": pictures}
-    if is_complete(out, stamp):
-        print(f"{out} already holds this set ({pictures} training pictures, seed {seed}).")
+    drawn = make_once(out, stamp, is_complete, holds_other_data, lambda: make_set(out, seed, sizes), refuse)
+    if drawn is None:
         return
-    if holds_other_data(out):
-        refuse(f"{out} holds another data set; choose another --out")
-    drawn = make_set(out, seed, sizes)
-    write_text(out / "sample.json", json.dumps(stamp) + "\n")
     counts = "; ".join(f"{split} {pictures} pictures, {sizes[split]} image sets, {queries} queries"
                        for split, (pictures, queries) in drawn.items())
     print(f"{counts}.\nPictures: {out / 'img_raw'}\nFiles for each split in {out}: "

@@ -14,8 +14,9 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
+from tools import drawing
 from tools.drawing import (COLOURS, COUNTS, GROUNDS, KINDS, PICTURE_SIZE, SPLITS, STYLES, TECHNIQUES, WORDINGS, draw_scene, fill_scene,
-                           plural, split_pattern, write_csv, write_text, write_then_rename)
+                           make_once, plural, split_pattern, write_csv, write_then_rename)
 
 VERSION = 1  # raise it whenever the same seed would give other pictures or questions
 MARKS = ("Pointillism", "Impressionism", "Expressionism", "Northern Renaissance")  # in these the kind counts, in the others the colour
@@ -83,10 +84,10 @@ def design(pictures, seed):
 
 
 def holds_other_data(out):
-    """True if `out` has a train.csv or annotations that this script did not write."""
+    """True if `out` holds another drawn set, ArtQuest's own files, or a train.csv whose pictures this script did not name."""
     stamp = out / "sample.json"
-    ours = stamp.exists() and json.loads(stamp.read_text()).get("set") == "mixed"
-    return not ours and any((out / name).exists() for name in ("train.csv", "artquest_train.csv", "sample.json"))
+    other = stamp.exists() and json.loads(stamp.read_text()).get("set") != "mixed"
+    return other or drawing.holds_other_data(out, NAME)
 
 
 def is_complete(out, stamp):
@@ -115,13 +116,9 @@ def make_set(out, seed, pictures):
 def make(out, seed, pictures, refuse):
     """What make_sample.py --mixed does."""
     stamp = {"set": "mixed", "version": VERSION, "seed": seed, "pictures": pictures}
-    if is_complete(out, stamp):
-        print(f"{out} already holds this set ({pictures} pictures, seed {seed}).")
+    sizes = make_once(out, stamp, is_complete, holds_other_data, lambda: make_set(out, seed, pictures), refuse)
+    if sizes is None:
         return
-    if holds_other_data(out):
-        refuse(f"{out} holds another data set; choose another --out")
-    sizes = make_set(out, seed, pictures)
-    write_text(out / "sample.json", json.dumps(stamp) + "\n")
     print(f"{pictures} pictures ({', '.join(f'{split} {sizes[split]}' for split in SPLITS)}), two questions each, of the types "
           f"{', '.join(KINDS_OF_QUESTION)}.\nOf `which` and `about`, who sees what is there and no manner is right in 50 %.\n"
           f"Pictures: {out / 'images'}\nTables in {out}: {', '.join(f'{split}.csv' for split in SPLITS)}")

@@ -80,6 +80,13 @@ def test_two_runs_give_the_same_bytes_and_nobody_elses_data_is_touched(drawn, tm
     next((out / "images").iterdir()).unlink()
     sample_mixed.make(out, 3, PICTURES, pytest.fail)  # drawn again, to the bit
     assert digests(out) == before
+    with pytest.MonkeyPatch.context() as patch:  # interrupted while another set is drawn over it
+        patch.setattr(sample_mixed, "draw_picture", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sample_mixed.make(out, 4, PICTURES, pytest.fail)
+    assert not sample_mixed.is_complete(out, {"set": "mixed", "version": sample_mixed.VERSION, "seed": 3, "pictures": PICTURES})
+    sample_mixed.make(out, 3, PICTURES, pytest.fail)
+    assert digests(out) == before
     (tmp_path / "train.csv").write_text("image,question,answer\na.jpg,b,c\n")
     for command in (["--mixed", "--out", str(tmp_path)], ["--mixed", "--cirr"]):
         with pytest.raises(SystemExit):
