@@ -324,10 +324,7 @@ def write_captions(args, split, captions, accelerator):
 def score(args):
     """--checkpoint, --untrained: captions of the validation pictures and their scores, beside both baselines."""
     if args.checkpoint:
-        args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))
-        saved = checkpoints.load_checkpoint(args.checkpoint, ("state", "model_args", "frozen"))
-        if saved.get("stage") != "stage2":
-            raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({saved.get('stage')}) and not of this one")
+        args.checkpoint, saved = checkpoints.load_best(args.checkpoint, "stage2", ("state", "model_args", "frozen"))
         for name, value in saved["model_args"].items():
             setattr(args, name, value)
     accelerator = start(args)

@@ -400,10 +400,8 @@ def ready(args):
     """What generates without training -> (model in eval mode, tokenizer, Accelerator, what best.pt holds, at least "generation")."""
     best = {"generation": GENERATION}
     if args.checkpoint:
-        args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # the report's curves go by its folder
-        best = checkpoints.load_checkpoint(args.checkpoint, ("state", "model_args", "open", "frozen", "generation", "precision"))
-        if best.get("stage") != "blip":
-            raise DataError(f"{args.checkpoint}: a checkpoint of another stage ({best.get('stage')}) and not of this one")
+        needs = ("state", "model_args", "open", "frozen", "generation", "precision")
+        args.checkpoint, best = checkpoints.load_best(args.checkpoint, "blip", needs)  # a file: the report's curves go by its folder
     name = args.blip or best["model_args"]["blip"]
     published.refuse_missing({"BLIP": published.missing_model(name, "blip")})
     if args.checkpoint and args.precision == "auto" and torch.cuda.is_available():
