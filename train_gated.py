@@ -26,6 +26,7 @@ from engine import (checkpoints, compiling, environment, errors, files, flags, g
 from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary, text_length
 from engine.features import cached_features, predicted_styles
+from engine.missing import missing_classifier, missing_tables, shortest_way
 from engine.prompts import Collate, answer_length, log_cut_answers
 from engine.run import Run, resumes
 from engine.saved import sees_style
@@ -147,62 +148,24 @@ def get_args(argv=None):
 
 def missing(args):
     """{thing: lines, see published.missing_model} of all that a training needs and that is not there. Loads nothing."""
-    found = {"data": missing_data(args), "BLIP-2": published.missing_model(args.blip2, "blip2")}
+    found = {"data": missing_tables(args.data, missing_splits(args)), "BLIP-2": published.missing_model(args.blip2, "blip2")}
     means_tiny = args.blip2 == "tiny" or (found["BLIP-2"] and "tiny" in published.alike(args.blip2, "blip2"))
     if args.blip2 == "tiny" and not args.efficientnet:
         found["BLIP-2"] = published.missing_tiny("blip2", "efficientnet-28.pt")
-    elif args.efficientnet or not means_tiny:
-        found["style classifier"] = missing_classifier(args)
+    elif (args.efficientnet or not means_tiny) and (sees_style(vars(args)) or "efficientnet" in (args.style, args.context)):
+        found["style classifier"] = missing_classifier(args.efficientnet)
     if args.qformer and not os.path.exists(files.located(args.qformer)):
         found["Q-Former"] = [f"{args.qformer}: no such file or folder: check --qformer"]
     return {thing: lines for thing, lines in found.items() if lines}
 
+
+# --- data: your own data set goes here ------------
 
 def missing_splits(args):
     """Those of train and val that have no table."""
     return [split for split in ("train", "val") if not os.path.isfile(args.data)
             and not any(os.path.isfile(os.path.join(args.data, name)) for name in rows.table_names(split))]
 
-
-def missing_data(args):
-    """Lines about --data, see `missing`."""
-    lacking = missing_splits(args)
-    if not lacking:
-        return []
-    there = sorted(rows.entries(args.data))
-    fault = f"{args.data}: no such file or folder"
-    if os.path.isdir(args.data):
-        listed = ", ".join(there[:4]) + (f" and {len(there) - 4} more" if len(there) > 4 else "")
-        fault = f"{args.data}: no {' and no '.join(f'{split}.csv' for split in lacking)} in it, only {listed or 'nothing'}"
-    ways = ["python tools/make_sample.py draws a small set into data/artquest",
-            "--data DIR takes your own: train.csv and val.csv with the columns image, question, answer;",
-            "  pictures in DIR/images; other layouts, names and columns: data/README.md"]
-    if lacking == ["val"]:
-        ways.insert(0, "--data FILE takes the training table alone, of which a tenth is held out for validation")
-    return [fault, *ways]
-
-
-def missing_classifier(args):
-    """Lines about a style classifier that is not tiny's own, see `missing`."""
-    place = published.classifier_place(None, args.efficientnet)
-    if os.path.isfile(place) or not (sees_style(vars(args)) or "efficientnet" in (args.style, args.context)):
-        return []
-    return [f"{place}: no such file",
-            "--blip2 tiny has its own",
-            "python efficientnet_pretrain.py --data wikiart --pretrained trains one; its data: data/README.md",
-            "--efficientnet FILE takes one from elsewhere",
-            "--gating none trains without gates and needs none"]
-
-
-def shortest_way(args, missing_parts):
-    """The commands from what `missing` found to a first training, "" where one of its own lines says as much."""
-    if set(missing_parts) <= {"data"} or args.blip2 == "tiny":
-        return ""
-    data, drawn = ("data/artquest", "python tools/make_sample.py, then ") if "data" in missing_parts else (args.data, "")
-    return f"the shortest way: {drawn}python train_gated.py --data {data} --blip2 tiny"
-
-
-# --- data: your own data set goes here ------------
 
 def read_data(args, split, log=print):
     """The rows of a split as the flags about data have it."""
@@ -233,7 +196,7 @@ def check_data(args):
     if "BLIP-2" not in absent:
         check_tokens(args, splits)
     if absent:
-        print(f"error: {published.format_missing(absent, shortest_way(args, absent))}")
+        print(f"error: {published.format_missing(absent, shortest_way(args.data, args.blip2, absent))}")
     print("training would fail" if failed else "training can start")
     return int(failed)
 
@@ -409,7 +372,7 @@ def rehearse(run, parts, args):
 def start(args):
     """Refuse what cannot be trained -> Accelerator."""
     absent = missing(args)
-    published.refuse_missing(absent, shortest_way(args, absent))
+    published.refuse_missing(absent, shortest_way(args.data, args.blip2, absent))
     return loop.make_accelerator(args.precision)
 
 
