@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import functools
+import gc
 import importlib.metadata
 import json
 import logging
@@ -36,6 +37,9 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 # every run asks for the versions of twenty packages, and every answer means reading a file of thousands of lines again
 importlib.metadata.version = functools.cache(importlib.metadata.version)
+
+# each look for cycles goes through what torch and transformers hold, and a run makes enough objects for fifty of them
+gc.set_threshold(20_000, 20, 10)
 
 # files that take long, the longest first: begun last, one of them would keep one process busy while the others have nothing left
 LONG = ("test_scripts.py", "test_retrieval_faults.py", "test_qformer.py", "test_cir.py", "test_kill.py", "test_faults.py",

@@ -39,7 +39,7 @@ from engine import checkpoints, errors, run, runfolder
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc")
 
 KILLS = int(os.environ.get("KILLS", "0"))  # 0: the short form
-EPOCHS, BATCH, TRAIN_ROWS, VAL_ROWS, LOG_EVERY = 3, 4, 24, 6, 2
+EPOCHS, BATCH, TRAIN_ROWS, VAL_ROWS, LOG_EVERY = 3 if KILLS else 2, 4, 24, 6, 2
 MORE = {1: [], 3: ["--train-qformer"]}  # accumulation -> flags; dropout is on in either (PromptMapper, Q-Former)
 
 # (point, file): where a kill can fall, see HOOKS; outside is a time
