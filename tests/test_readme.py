@@ -49,7 +49,8 @@ LEFT_OUT = {"eval_gated.py": ["--checkpoint", "x"], "train_gated.py": ["--data",
             "metrics.py": ["--references", "x", "--predictions", "x"],
             "pretrain_qformer.py": ["--data", "x=y"], "pretrain_stage2.py": ["--data", "x=y"], "tools/make_tiny.py": ["--out", "x"]}
 SHORTER = {**{f"{name}.py": ["--epochs", "1", "--batch-size", size] for name, size in (  # the largest batch is rehearsed first
-               ("train_gated", "4"), ("train_blip_caption", "4"), ("train_cir", "8"), ("pretrain_qformer", "40"), ("pretrain_stage2", "8"))},
+               ("train_gated", "4"), ("train_blip_caption", "4"), ("train_cir", "8"), ("pretrain_qformer", "40"),
+               ("pretrain_stage2", "8"))},
            "efficientnet_pretrain.py": ["--epochs", "1", "--size", "32", "--batch-size", "8"]}
 WRITTEN = ("runs/gated/test.json", "runs/qformer/hf/config.json", "runs/lavis/hf/config.json", "submission/recall_submission.json",
            "runs/blip/test.json", "runs/cir/search.html")
