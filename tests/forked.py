@@ -6,7 +6,6 @@ where a shell starts it: its own working directory, environment, arguments, impo
 
 import contextlib
 import importlib
-import importlib.util
 import json
 import os
 import pathlib
@@ -18,7 +17,7 @@ import sys
 import tempfile
 import time
 
-IMPORTED = ("accelerate", "filelock", "matplotlib.backends.backend_agg", "matplotlib.pyplot", "pandas", "timm", "torch.utils.tensorboard",
+IMPORTED = ("accelerate", "filelock", "matplotlib.backends.backend_agg", "matplotlib.pyplot", "timm", "torch.utils.tensorboard",
             "transformers.models.blip_2.modeling_blip_2", "transformers.models.gpt2.tokenization_gpt2",
             "transformers.models.opt.modeling_opt")  # what a run imports on the way
 
@@ -48,8 +47,7 @@ def prepare():
     """What every fork would do for itself, a second or two of it: import, and the table of names that transformers 5 makes at the first
     loading, a thousand patterns."""
     for name in IMPORTED:
-        if name != "pandas" or importlib.util.find_spec(name):  # which is not in requirements.txt
-            importlib.import_module(name)
+        importlib.import_module(name)
     with contextlib.suppress(ImportError):
         from transformers.conversion_mapping import get_checkpoint_conversion_mapping
         get_checkpoint_conversion_mapping("blip-2")
