@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import functools
+import gc
 import importlib.metadata
 import json
 import logging
@@ -37,11 +38,14 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 # every run asks for the versions of twenty packages, and every answer means reading a file of thousands of lines again
 importlib.metadata.version = functools.cache(importlib.metadata.version)
 
+# each look for cycles goes through what torch and transformers hold, and a run makes enough objects for fifty of them
+gc.set_threshold(20_000, 20, 10)
+
 # files that take long, the longest first: begun last, one of them would keep one process busy while the others have nothing left
-LONG = ("test_scripts.py", "test_retrieval_faults.py", "test_qformer.py", "test_cir.py", "test_kill.py", "test_faults.py",
-        "test_blip_caption.py", "test_readme.py", "test_efficientnet_pretrain.py", "test_demo.py", "test_bench.py", "test_sharing.py",
-        "test_other_faults.py", "test_tiny.py", "test_lean.py", "test_maps.py", "test_core.py", "test_cache.py", "test_towers.py",
-        "test_missing.py", "test_golden.py")
+LONG = ("test_scripts.py", "test_decoders.py", "test_retrieval_faults.py", "test_qformer.py", "test_cir.py", "test_converted_folders.py",
+        "test_kill.py", "test_faults.py", "test_blip_caption.py", "test_readme.py", "test_efficientnet_pretrain.py", "test_demo.py",
+        "test_bench.py", "test_sharing.py", "test_other_faults.py", "test_assemble.py", "test_tiny.py", "test_lean.py", "test_maps.py",
+        "test_core.py", "test_cache.py", "test_towers.py", "test_missing.py", "test_golden.py")
 
 
 def pytest_configure(config):

@@ -4,6 +4,7 @@ One process imports them, and nothing of the project, and forks for every comman
 where a shell starts it: its own working directory, environment, arguments, import path and output, and the interpreter's own end.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -42,6 +43,16 @@ def obey(order):
     sys.exit()
 
 
+def prepare():
+    """What every fork would do for itself, a second or two of it: import, and the table of names that transformers 5 makes at the first
+    loading, a thousand patterns."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+        get_checkpoint_conversion_mapping("blip-2")
+
+
 def serve():
     """A line of stdin is a list of orders (JSON, see Forker.run): fork a process for each, all at once -> a line with their exit codes.
 
@@ -49,8 +60,7 @@ def serve():
     """
     import torch
     torch.set_num_threads(1)
-    for name in IMPORTED:
-        importlib.import_module(name)
+    prepare()
     for line in sys.stdin:
         orders, codes, started = json.loads(line), {}, time.monotonic()
         children = {}

@@ -2,6 +2,7 @@
 
 Reading one takes a quarter of a second, most of it for configs that are checked and written out anew, and half of a short run is
 that. A folder is the same if all files in it are: place, inode, size and time of change. What cannot be loaded is tried every time.
+Kept are those asked for last, as many as fit into KEPT: a hundred random ones, six tiny ones that ship, and no full-sized one.
 """
 
 import collections
@@ -13,7 +14,7 @@ import torch
 
 from engine import published
 
-KEPT = 4  # models
+KEPT = 300e6  # bytes of parameters
 READ = collections.OrderedDict()  # (folder, its files, how it was asked for) -> what load_published returned
 
 
@@ -21,6 +22,11 @@ def files_of(folder):
     """What tells whether anything in a folder was touched: (name, device, inode, size, time) of everything in it."""
     return tuple(sorted((str(path.relative_to(folder)), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
                         for path in folder.rglob("*") for stat in [path.stat()]))
+
+
+def size_of(found):
+    """Bytes of the parameters of what load_published returned."""
+    return sum(p.numel() * p.element_size() for p in found[0].parameters())
 
 
 def once(load):
@@ -37,8 +43,9 @@ def once(load):
             found = load(model_class, kind, name, dtype, trained, tower)
             if not torch.equal(before, torch.get_rng_state()):  # before transformers 5: what follows needs the numbers after it
                 return found
-            READ[key] = copy.deepcopy(found)
-            if len(READ) > KEPT:
+            if size_of(found) <= KEPT:
+                READ[key] = copy.deepcopy(found)
+            while sum(map(size_of, READ.values())) > KEPT:
                 READ.popitem(last=False)
             return found
         READ.move_to_end(key)

@@ -597,17 +597,11 @@ def loader_dies(world, slow):
 
 
 @pytest.mark.parametrize("slow", ["loader", "step"])
-def test_loader_that_dies_is_one_line(world, capsys, slow):
-    """11A."""
+def test_loader_that_dies_is_one_line_and_the_steps_before_are_kept(world, capsys, slow):
+    """11A: one line, and the state is saved."""
     assert loader_dies(world, slow) == 2
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if ERROR.match(line)] == lines[-1:] and "--workers 0" in lines[-1]
-
-
-@pytest.mark.parametrize("slow", ["loader", "step"])
-def test_steps_before_a_loader_died_are_kept(world, slow):
-    """11A: the state is saved."""
-    loader_dies(world, slow)
     assert 2 <= checkpoints.load_checkpoint(world.last)["step"] <= 4  # the loader reads two batches ahead
 
 
@@ -754,7 +748,7 @@ COVERED = {
     "8A": ["test_batched_answers_equal_one_at_a_time", "test_generation_equals_transformers_generate"],
     "9A": ["test_killed_and_resumed_equals_undisturbed", "half of best.pt", "half of last.pt"],
     "10A": ["half of the weights", "LFS pointer as weights", "page as weights", "style classifier is cut", "Q-Former is a page"],
-    "11A": ["loader process is killed", "test_loader_that_dies_is_one_line", "test_steps_before_a_loader_died_are_kept"],
+    "11A": ["loader process is killed", "test_loader_that_dies_is_one_line_and_the_steps_before_are_kept"],
     "12A": ["BLIP-2 that is nowhere"],
     "13A": ["test_modes", "test_lossy_modes", "test_palette", "test_sixteen_bit_is_scaled_not_clipped",
             "test_first_frame_of_an_animation"],

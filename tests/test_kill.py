@@ -13,7 +13,6 @@ Importing torch and transformers takes seconds, so one process (serve, below) im
 import collections
 import contextlib
 import csv
-import importlib
 import io
 import itertools
 import json
@@ -33,13 +32,14 @@ from matplotlib.figure import Figure
 
 import conftest  # noqa: F401  (sets the import path)
 import eval_gated
+import forked
 import train_gated
 from engine import checkpoints, errors, run, runfolder
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at /proc")
 
 KILLS = int(os.environ.get("KILLS", "0"))  # 0: the short form
-EPOCHS, BATCH, TRAIN_ROWS, VAL_ROWS, LOG_EVERY = 3, 4, 24, 6, 2
+EPOCHS, BATCH, TRAIN_ROWS, VAL_ROWS, LOG_EVERY = 3 if KILLS else 2, 4, 24, 6, 2
 MORE = {1: [], 3: ["--train-qformer"]}  # accumulation -> flags; dropout is on in either (PromptMapper, Q-Former)
 
 # (point, file): where a kill can fall, see HOOKS; outside is a time
@@ -141,10 +141,7 @@ def serve():
     Nothing here may compute: a fork of a process whose OpenMP threads run can hang.
     """
     torch.set_num_threads(1)
-    for name in ("filelock", "matplotlib.backends.backend_agg", "matplotlib.pyplot", "timm", "torch.utils.tensorboard",
-                 "transformers.models.blip_2.modeling_blip_2", "transformers.models.gpt2.tokenization_gpt2",
-                 "transformers.models.opt.modeling_opt"):
-        importlib.import_module(name)  # what a run imports on the way: once here, and not in every fork
+    forked.prepare()
     for line in sys.stdin:
         order = json.loads(line)
         started, child = time.monotonic(), os.fork()

@@ -46,3 +46,16 @@ def test_a_folder_is_read_once_and_again_after_any_change(tiny, tmp_path, asked)
         with pytest.raises(DataError):
             published.load_blip2(str(folder))
     assert len(asked) == 5
+
+
+def test_what_was_asked_for_last_is_kept_as_far_as_it_fits(tiny, tmp_path, asked, monkeypatch):
+    one, two = (str(shutil.copytree(tiny[0], tmp_path / name)) for name in ("one", "two"))
+    size, order = loaded.size_of(published.load_blip2(one)), [one, one, two, two, one]
+    for kept, wanted in ((2.5, [one, two]), (1.5, [one, two, one]), (0.5, order)):
+        monkeypatch.setattr(loaded, "KEPT", kept * size)
+        loaded.READ.clear()
+        asked.clear()
+        for folder in order:
+            published.load_blip2(folder)
+        assert asked == wanted
+    assert not loaded.READ

@@ -22,7 +22,7 @@ import pretrain_qformer
 import train_blip_caption
 import train_cir
 import train_gated
-from engine import checkpoints, errors, files, loop, published
+from engine import checkpoints, errors, files, loop, published, runfolder
 from engine.errors import DataError
 from show import sharing
 from tools import faithfulness, make_tiny
@@ -302,6 +302,7 @@ def project(few, tmp_path_factory):
     shutil.move(net, folder / "runs/efficientnet-28/best.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(runfolder, "draw_curves", lambda *args: None)
         for out, more in (("plain", []), ("named", ["--blip2", "models/blip2-opt-2.7b", "--qformer", "models/blip2-opt-2.7b",
                                                     "--efficientnet", "runs/efficientnet-28"])):
             assert not train_gated.main(["--data", str(few), *SHORT, "--out", f"runs/{out}", *more])

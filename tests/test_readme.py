@@ -48,8 +48,9 @@ LEFT_OUT = {"eval_gated.py": ["--checkpoint", "x"], "train_gated.py": ["--data",
             "train_blip_caption.py": ["--data", "x"], "efficientnet_pretrain.py": ["--data", "x"],
             "metrics.py": ["--references", "x", "--predictions", "x"],
             "pretrain_qformer.py": ["--data", "x=y"], "pretrain_stage2.py": ["--data", "x=y"], "tools/make_tiny.py": ["--out", "x"]}
-SHORTER = {**{f"{name}.py": ["--epochs", "1"] for name in ("train_gated", "train_blip_caption", "train_cir", "pretrain_qformer",
-                                                           "pretrain_stage2")},
+SHORTER = {**{f"{name}.py": ["--epochs", "1", "--batch-size", size] for name, size in (  # the largest batch is rehearsed first
+               ("train_gated", "4"), ("train_blip_caption", "4"), ("train_cir", "8"), ("pretrain_qformer", "40"),
+               ("pretrain_stage2", "8"))},
            "efficientnet_pretrain.py": ["--epochs", "1", "--size", "32", "--batch-size", "8"]}
 WRITTEN = ("runs/gated/test.json", "runs/qformer/hf/config.json", "runs/lavis/hf/config.json", "submission/recall_submission.json",
            "runs/blip/test.json", "runs/cir/search.html")
@@ -164,22 +165,23 @@ def test_every_command_of_the_makefile_parses():
 # --- the blocks, run ------------
 
 def save_retrieval(captions, folder):
-    """A random retrieval model with as many queries and as wide heads as the published one, so that a start from BERT fits it."""
+    """A random retrieval model with as many queries and as wide heads as the published one, so that a start from BERT fits it, and
+    one layer: one of its trainings reads 332 tar files."""
     from transformers import Blip2Config, Blip2ForImageTextRetrieval
     shutil.move(make_tiny.save_random_retrieval("models/new", captions), folder)
     config = Blip2Config.from_pretrained(folder)
-    config.num_query_tokens, config.image_text_hidden_size = 32, 256
+    config.num_query_tokens, config.image_text_hidden_size, config.qformer_config.num_hidden_layers = 32, 256, 1
     Blip2ForImageTextRetrieval(config).save_pretrained(folder)
 
 
-def save_bert(retrieval, folder):
+def save_bert(retrieval, folder, layers=3):
     """A random BERT of the sizes of save_random_retrieval's Q-Former, whose words it has but for [DEC], as the published two."""
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
     pathlib.Path(folder).mkdir()
     shutil.copy(pathlib.Path(retrieval, "vocab.txt"), folder)
     tokenizer = BertTokenizerFast.from_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=make_tiny.WIDTH, num_hidden_layers=3, num_attention_heads=8,
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=make_tiny.WIDTH, num_hidden_layers=layers, num_attention_heads=8,
                                intermediate_size=2 * make_tiny.WIDTH, max_position_embeddings=64)).save_pretrained(folder)
 
 
@@ -192,7 +194,7 @@ def published_models(tiny):
     loop.seed_everything(0)
     shutil.move(make_tiny.save_random_captioner("models/new", captions), "models/blip-image-captioning-base")
     save_retrieval(captions, "models/blip2-itm-vit-g")
-    save_bert("models/blip2-itm-vit-g", "models/bert-base-uncased")
+    save_bert("models/blip2-itm-vit-g", "models/bert-base-uncased", layers=1)
     pathlib.Path("models/efficientnet_b3.ra2_in1k").mkdir()
     save_file(timm.create_model("efficientnet_b3").state_dict(), "models/efficientnet_b3.ra2_in1k/model.safetensors")
     classifier(tiny)

@@ -793,7 +793,7 @@ def test_two_processes_equal_one(few, tiny, tmp_path, forker):
 
 # --- gated against ungated ------------
 
-def test_compare_gated(few, tiny, tmp_path, capsys, monkeypatch):
+def test_compare_gated(few, tiny, tmp_path, capsys, monkeypatch, no_curves):
     command = ["--data", str(few), "--blip2", tiny[0], "--efficientnet", tiny[1], "--epochs", "1", "--batch-size", "8",
                "--accumulation", "4", "--precision", "no", "--lrs", "1e-3", "--seeds", "1", "--split", "val", "--out", str(tmp_path / "c")]
     measured = []

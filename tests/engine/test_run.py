@@ -48,7 +48,7 @@ X = torch.randn(12, 3, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def make(tmp_path):
+def make(tmp_path, no_curves):
     """Function: settings of a Run -> a Run of 12 rows in steps of 4, micro-batches of 2."""
     def make_run(out="run", model=None, optimizer=None, batches=None, rate=0.1, **more):
         model = model or Toy()
@@ -263,8 +263,9 @@ def test_where_no_epoch_has_a_number_there_is_no_result(make):
 
 # --- what is logged ------------
 
-def test_the_log_has_the_mean_over_a_step_and_terms_that_nobody_announced(make, monkeypatch):
+def test_the_log_has_the_mean_over_a_step_and_terms_that_nobody_announced(make, monkeypatch, no_curves):
     monkeypatch.setattr(run, "LOG_EVERY", 1)
+    monkeypatch.setattr(runfolder, "draw_curves", no_curves)
     toy = make(columns=("kind", "step", "epoch", "lr", "loss", "grad_norm"), epochs=1)
     groups = [group for group, _ in toy.plan(0)]
     with toy.open(False, {}, __file__):

@@ -20,7 +20,7 @@ from conftest import random_weights
 from engine import files, published, vision
 from engine.errors import DataError
 from show import maps
-from tools import assemble, make_small
+from tools import assemble, make_small, sample_cirr
 
 
 # --- the folder ------------
@@ -122,7 +122,7 @@ def test_what_is_there_or_does_not_fit_is_one_line(assembled, lm_folder, bert_fo
 @pytest.mark.parametrize("arch", ["test_efficientnet", "test_vit"])
 def test_stage_1_stage_2_and_the_gates(assembled, few, tiny, tmp_path, arch, no_curves):
     folder, caches = assembled(arch), ["--cache", str(tmp_path / "cache")]
-    short = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--precision", "no"]
+    short = ["--epochs", "1", "--batch-size", "8", "--workers", "0", "--precision", "no"]
     run = pretrain_qformer.main(["--data", f"drawn={few}", "--blip2", folder, *short, "--max-val", "3", "--out", str(tmp_path / "stage1")])
     assert not run
     args = pretrain_qformer.get_args(["--data", "x=y", "--blip2", folder])
@@ -151,9 +151,8 @@ def test_stage_1_stage_2_and_the_gates(assembled, few, tiny, tmp_path, arch, no_
 
 
 def test_composed_retrieval_takes_it(assembled, tmp_path, no_curves):
-    from tools import make_sample
     data = tmp_path / "cirr"
-    make_sample.main(["--cirr", "--out", str(data), "--pictures", "64"])
+    sample_cirr.make(data, 0, 24, pytest.fail)
     assert not train_cir.main(["--data", str(data), "--blip2", assembled(), "--epochs", "1", "--batch-size", "8", "--workers", "0",
                                "--precision", "no", "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")])
 

@@ -13,6 +13,14 @@ PICTURES = 24
 TECHNIQUE_OF = {technique: style for style, technique in drawing.TECHNIQUES.items()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """Pictures of a seventh of the side; those whose pixels are looked at are drawn by themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample_mixed, "PICTURE_SIZE", 32)
+        yield
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     out = tmp_path_factory.mktemp("mixed") / "set"

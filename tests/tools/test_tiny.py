@@ -70,11 +70,11 @@ def test_a_missing_part_says_how_to_get_it_back(tmp_path, monkeypatch):
 
 # --- the recipe ------------
 
-SMALL = ["--pictures", "40", "--vision-steps", "2", "--language-steps", "2", "--style-steps", "2", "--caption-steps", "2", "2",
+SMALL = ["--pictures", "16", "--vision-steps", "2", "--language-steps", "2", "--style-steps", "2", "--caption-steps", "2", "2",
          "--retrieval-steps", "2", "--sample-pictures", "64", "--gate-epochs", "1", "--cir-pictures", "12", "--cir-epochs", "1"]
 
 
-def test_the_same_recipe_makes_the_same_files(tmp_path, capsys, monkeypatch):
+def test_the_same_recipe_makes_the_same_files(tmp_path, capsys, monkeypatch, no_curves):
     """All parts in small; three of them once more, for their files alone: without figures and the sample that these are taken on."""
     digests = []
     for name, parts in (("first", make_tiny.PARTS), ("again", ("blip2", "blip2-itm", "blip"))):
