@@ -28,6 +28,7 @@ from faults import the_error
 from test_pages import draw_here  # noqa: F401
 from test_report import Page, check_safe
 
+pytestmark = pytest.mark.usefixtures("draw_here")
 COLOURS = {"red": (210, 40, 40), "blue": (40, 80, 210), "green": (40, 160, 60)}
 VAL = {"v0.png": ["a red square", "red all over"], "v1.png": "a blue square", "v2.png": "the green <b>square</b>",
        "v3.png": "a red one"}
@@ -77,11 +78,6 @@ def write(place, **splits):
 @pytest.fixture
 def data(tmp_path):
     return make_data(tmp_path / "data")
-
-
-@pytest.fixture(autouse=True)
-def pages_here(draw_here):  # noqa: F811
-    """What is drawn of what was found counts here, not the process that draws it."""
 
 
 @pytest.fixture

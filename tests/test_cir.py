@@ -29,6 +29,8 @@ from test_cirr import circo
 from test_pages import draw_here  # noqa: F401
 from test_report import Page, check_safe
 
+pytestmark = pytest.mark.usefixtures("draw_here")
+
 
 BATCH = 12
 
@@ -91,11 +93,6 @@ def trained(drawn, folder, tmp_path_factory):
 def no_curves(monkeypatch):
     """They are drawn in `trained` alone, which is made before."""
     monkeypatch.setattr(runfolder, "draw_curves", lambda *args: None)
-
-
-@pytest.fixture(autouse=True)
-def pages_here(draw_here):
-    """What is drawn of what was found counts here, not the process that draws it."""
 
 
 def make_batch(model, count=5, negatives=0):
