@@ -80,11 +80,20 @@ def command(drawn, folder, tmp_path):
 MORE = ("--save-last", "--hard-set", "1", "--hard-batch", "1", "--loss-patch", "0.1", "--spatial-attention")
 
 
+def draw_curves_once(patch):
+    """The first curves.png is drawn, and no other: each takes longer than an epoch here."""
+    def first(*args, draw=runfolder.draw_curves):
+        draw(*args)
+        patch.setattr(runfolder, "draw_curves", lambda *args: None)
+    patch.setattr(runfolder, "draw_curves", first)
+
+
 @pytest.fixture(scope="module")
 def trained(drawn, folder, tmp_path_factory):
     """(run folder of an undisturbed run with MORE, what it printed), not to be written to."""
     out, printed = tmp_path_factory.mktemp("trained") / "run", io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        draw_curves_once(patch)
         assert train_cir.main(flags(drawn, folder, out, *MORE)) is None
     return out, printed.getvalue()
 

@@ -35,6 +35,7 @@ from engine.errors import DataError
 from engine.probe import PENALTIES, best_penalty, fit_logistic
 from engine.run import Step
 from timm.utils import ModelEmaV3
+from test_cir import draw_curves_once
 
 ARCH = "test_efficientnet"
 STYLES = {"Cubism": (200, 40, 40), "Pop_Art": (40, 200, 40), "Ukiyo_e": (40, 40, 200)}  # folder: colour
@@ -101,6 +102,7 @@ def finished(source, tmp_path_factory):
     out, prepare, made = tmp_path_factory.mktemp("runs") / "whole", pretrain.prepare, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "prepare", lambda *args: made.append(prepare(*args)) or made[0])
+        draw_curves_once(patch)
         run = pretrain.train(pretrain.get_args(flags(source, out, "--save-last", "--accumulation", "2", "--mixup", "0.3")))
     assert run is made[0][0] and not run.stop.number
     return *made[0], out
