@@ -368,6 +368,13 @@ def match_entry(folder, part, listings):
     return alike[0] if alike else None
 
 
+def real_root(root, listings):
+    """os.path.realpath of an image root, which asks the disk for every folder on the way, once for all its pictures."""
+    if ("real", root) not in listings:
+        listings["real", root] = os.path.realpath(root)
+    return listings["real", root]
+
+
 def parts_of(name):
     """Folders and file of a path of any system."""
     return [part for part in re.split(r"[\\/]", name) if part not in ("", ".")]
@@ -386,8 +393,7 @@ def resolve_image(root, name, listings=None, nearest=True):
         raise DataError(f"image {excerpt(name)} is a URL or holds a NUL: give a file name relative to --images")
     if re.match(r"\s*([\\/]|[A-Za-z]:[\\/])", name) or ".." in [part.strip() for part in parts]:
         raise DataError(f"image {excerpt(name)} is absolute or holds '..': give a file name relative to --images")
-    root = os.path.realpath(root)
-    path = root
+    path = root = real_root(root, listings)
     for part in parts:
         entry = match_entry(path, part, listings)
         if entry is None:
@@ -448,7 +454,7 @@ def find_picture(root, name, listings, nearest=True, suffixes=(), anywhere=True)
     try:
         return resolve_image(root, name, listings, False), True
     except NotThere:
-        root, parts = os.path.realpath(root), parts_of(name)
+        root, parts = real_root(root, listings), parts_of(name)
     spellings = list(dict.fromkeys([parts[-1], *(os.path.splitext(parts[-1])[0] + suffix for suffix in suffixes)]))
     homes = [parts[dropped:-1] for dropped in range(len(parts) - 1)]
     for home in [parts[:-1], *homes[1:]] + ([] if anywhere else [[]]):

@@ -32,7 +32,7 @@ def draw_confusion(confusion, classes, path, title):
         axis.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
         for i, j in zip(*np.nonzero(share >= 0.005)):
             axis.text(j, i, f"{100 * share[i, j]:.0f}", ha="center", va="center", fontsize=8,
-                      color="white" if share[i, j] > 0.5 else "black")
+                      color="white" if share[i, j] > 0.5 else "black", in_layout=False)  # inside its cell: nothing to make room for
         axis.set_xticks(range(count), classes, rotation=60, ha="right", rotation_mode="anchor")
         axis.set_yticks(range(count), [f"{name} ({n})" for name, n in zip(classes, true)])
         axis.set_xticks(np.arange(count + 1) - 0.5, minor=True)

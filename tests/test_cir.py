@@ -26,21 +26,29 @@ from engine import checkpoints, errors, galleries, loop, pages, published, runfo
 from engine.errors import DataError
 from tools import make_sample, make_tiny
 from test_cirr import circo
+from test_pages import draw_here  # noqa: F401
 from test_report import Page, check_safe
+
+pytestmark = pytest.mark.usefixtures("draw_here")
+
+
+BATCH = 12
 
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A drawn CIRR-like folder: 60 training pictures."""
+    """A drawn CIRR-like folder: 60 training pictures, and a third of their queries, which fill three steps of BATCH."""
     folder = tmp_path_factory.mktemp("cir") / "cirr"
     make_sample.main(["--cirr", "--out", str(folder), "--pictures", "64"])
+    queries = folder / "captions/cap.rc2.train.json"
+    queries.write_text(json.dumps(json.loads(queries.read_text())[:3 * BATCH]))
     return folder
 
 
 def random_retrieval(place):
     """A random tiny BLIP-2 in the image-text-retrieval format."""
     loop.seed_everything(0)
-    return make_tiny.save_random_retrieval(place)
+    return make_tiny.save_random_retrieval(place, width=64)  # half of the tiny one's: a step costs a third
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,7 @@ def build(folder):
 
 
 def flags(data, folder, out, *more):
-    return ["--data", str(data), "--blip2", str(folder), "--epochs", "2", "--batch-size", "32", "--lr", "1e-3", "--workers",
+    return ["--data", str(data), "--blip2", str(folder), "--epochs", "2", "--batch-size", str(BATCH), "--lr", "1e-3", "--workers",
             "0",
             "--precision", "no", "--out", str(out), *more]
 
@@ -72,11 +80,20 @@ def command(drawn, folder, tmp_path):
 MORE = ("--save-last", "--hard-set", "1", "--hard-batch", "1", "--loss-patch", "0.1", "--spatial-attention")
 
 
+def draw_curves_once(patch):
+    """The first curves.png is drawn, and no other: each takes longer than an epoch here."""
+    def first(*args, draw=runfolder.draw_curves):
+        draw(*args)
+        patch.setattr(runfolder, "draw_curves", lambda *args: None)
+    patch.setattr(runfolder, "draw_curves", first)
+
+
 @pytest.fixture(scope="module")
 def trained(drawn, folder, tmp_path_factory):
     """(run folder of an undisturbed run with MORE, what it printed), not to be written to."""
     out, printed = tmp_path_factory.mktemp("trained") / "run", io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        draw_curves_once(patch)
         assert train_cir.main(flags(drawn, folder, out, *MORE)) is None
     return out, printed.getvalue()
 
@@ -309,12 +326,12 @@ def test_two_queries_of_one_target_are_no_negatives(build):
 
 def test_one_batch_is_overfitted(build):
     model = build().train()
-    batch = make_batch(model, negatives=1)
-    optimizer = train_cir.make_optimizer(model, 1e-3, 0.0)
+    batch = make_batch(model, 3, negatives=1)
+    optimizer = train_cir.make_optimizer(model, 2e-3, 0.0)
     before = model(**batch)
-    for _ in range(60):
+    for _ in range(40):
         optimizer.zero_grad()
-        parts = model(**batch)
+        parts = model(**batch, align=3.0)
         parts["loss"].backward()
         optimizer.step()
     parts = model.eval()(**batch)
@@ -556,7 +573,7 @@ def test_a_step_takes_what_the_flags_say(command, monkeypatch):
                                                   "--loss-patch", "0.7")) == 130
     assert {name: seen[name] for name in ("rtc", "align", "patch", "hard_batch", "limit")} == {
         "rtc": 0.5, "align": 0.6, "patch": 0.7, "hard_batch": 3.0, "limit": 1.0}
-    assert seen["negatives"].shape[:2] == (32, 2) and seen["target_ids"].shape == (32,)
+    assert seen["negatives"].shape[:2] == (BATCH, 2) and seen["target_ids"].shape == (BATCH,)
     args = train_cir.get_args(command("--warmup", "0.1", "--lr", "1"))
     run, _ = train_cir.prepare(args, train_cir.start(args))
     run.total = 100
@@ -672,7 +689,8 @@ def test_search_ranks_by_the_fused_query_without_the_picture_itself(checkpoint, 
     assert f"{len(shelf)} of them indexed before" in capsys.readouterr().out
 
 
-def test_gate_maps_show_the_change_of_each_patch_and_what_was_found(checkpoint, drawn, tmp_path):
+def test_gate_maps_show_the_change_of_each_patch_and_what_was_found(checkpoint, drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(galleries, "MAPS", 3)
     folder = tmp_path / "maps"
     train_cir.main(["--data", str(drawn), "--checkpoint", str(checkpoint), "--workers", "0", "--gate-maps", str(folder)])
     content = pages.read_results(folder / "cirr_maps.results.json", ["gate maps"])

@@ -15,8 +15,9 @@ from transformers import Blip2ForConditionalGeneration
 import core
 import eval_gated
 import train_gated
-from engine import checkpoints, compiling, decoders, errors, loop, memory, packing, prompts, published
+from engine import checkpoints, compiling, decoders, errors, loop, memory, packing, prompts, published, runfolder
 from engine.errors import DataError
+from show import maps
 from tests import decoder_kinds
 from tests.decoder_kinds import CAUSAL, KINDS, SIZE, Q, W
 from tests.test_lean import WEIGHTS, gradients
@@ -396,8 +397,11 @@ def trained(folders, few, tiny, tmp_path_factory):
         if kind not in runs:
             place = tmp_path_factory.mktemp("run")
             run, cache = str(place / "run"), str(place / "cache")
-            train_gated.main(["--data", str(few), "--blip2", folders[kind], "--efficientnet", tiny[1], "--epochs", "1", "--batch-size", "8",
-                              "--accumulation", "1", "--lr", "1e-3", "--workers", "0", "--precision", "no", "--cache", cache, "--out", run])
+            with pytest.MonkeyPatch.context() as patch:  # curves.png is the same for all kinds, and takes as long as the run
+                patch.setattr(runfolder, "draw_curves", lambda *args: None)
+                train_gated.main(["--data", str(few), "--blip2", folders[kind], "--efficientnet", tiny[1], "--epochs", "1",
+                                  "--batch-size", "8", "--accumulation", "1", "--lr", "1e-3", "--workers", "0", "--precision", "no",
+                                  "--cache", cache, "--out", run])
             runs[kind] = place / "run", place / "cache"
         return runs[kind]
     return train
@@ -429,7 +433,11 @@ def test_evaluation_and_cache(trained, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", RUN)
-def test_maps_and_export(trained, folders, tiny, kind, tmp_path):
+def test_maps_and_export(trained, folders, tiny, kind, tmp_path, monkeypatch):
+    """The pictures small, and without the GIF, whose frames are gates.png: how they look is no matter of the language model."""
+    save, skyline = maps.save, maps.skyline
+    monkeypatch.setattr(maps, "save", lambda figure, path: save(figure, path, dpi=30))
+    monkeypatch.setattr(maps, "skyline", lambda frames, png, gif: skyline(frames, png))
     run, _ = trained(kind)
     eval_gated.main(["--checkpoint", str(run), "--workers", "0", "--no-baselines", "--beams", "1", "--maps", "1",
                      "--export", str(tmp_path / "shared")])

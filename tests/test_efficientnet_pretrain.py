@@ -25,6 +25,8 @@ from safetensors.torch import save_file
 import conftest  # noqa: F401  (sets the import path)
 import core
 import efficientnet_pretrain as pretrain
+import engine.confusion
+import engine.probe
 import engine.run
 from data import rows, wikiart
 from engine import checkpoints, errors, loaders, loop, runfolder
@@ -33,6 +35,7 @@ from engine.errors import DataError
 from engine.probe import PENALTIES, best_penalty, fit_logistic
 from engine.run import Step
 from timm.utils import ModelEmaV3
+from test_cir import draw_curves_once
 
 ARCH = "test_efficientnet"
 STYLES = {"Cubism": (200, 40, 40), "Pop_Art": (40, 200, 40), "Ukiyo_e": (40, 40, 200)}  # folder: colour
@@ -72,8 +75,9 @@ def make_artgan(folder):
 
 @pytest.fixture(autouse=True)
 def few_pictures(monkeypatch):
-    """curves.png takes longer to draw than such a run to train: only `finished` has it."""
+    """curves.png and confusion.png take longer to draw than such a run to train: only `finished` has them."""
     monkeypatch.setattr(runfolder, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(engine.confusion, "draw_confusion", lambda confusion, classes, path, title: path.write_bytes(b"not drawn here"))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,7 @@ def finished(source, tmp_path_factory):
     out, prepare, made = tmp_path_factory.mktemp("runs") / "whole", pretrain.prepare, []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretrain, "prepare", lambda *args: made.append(prepare(*args)) or made[0])
+        draw_curves_once(patch)
         run = pretrain.train(pretrain.get_args(flags(source, out, "--save-last", "--accumulation", "2", "--mixup", "0.3")))
     assert run is made[0][0] and not run.stop.number
     return *made[0], out
@@ -368,7 +373,7 @@ def test_confusion_picture_of_28_classes(tmp_path, monkeypatch):
     from matplotlib import pyplot as plt
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
-    confusion = np.diag(np.arange(28)) + 1
+    confusion = np.diag(np.arange(28) + 1) + 27 * np.roll(np.eye(28, dtype=int), 1, 1)
     draw_confusion(confusion, wikiart.WIKIART, tmp_path / "confusion.png", "title")
     axis, = drawn[0].axes
     assert [t.get_text() for t in axis.get_xticklabels()] == wikiart.WIKIART
@@ -414,10 +419,10 @@ def step_on(run, parts, args, share):
 
 
 def test_overfits_a_batch(data):
-    run, parts, args = bare_run(data, "--crop", "1", "--epochs", "40", "--lr", "1e-2", "--batch-size", "14", "--ema", "0")
+    run, parts, args = bare_run(data, "--crop", "1", "--epochs", "10", "--lr", "1e-2", "--batch-size", "14", "--ema", "0")
     share = run.plan(0)[0][1]
     assert step_on(run, parts, args, share) == pytest.approx(np.log(3), abs=0.1)
-    for _ in range(40):
+    for _ in range(10):
         run.optimizer.zero_grad()
         last = step_on(run, parts, args, share)
         run.optimizer.step()
@@ -502,15 +507,17 @@ def test_logistic_regression_is_at_its_minimum():
     assert torch.allclose(scaled * 1000, weight, rtol=1e-3, atol=1e-5)
 
 
-def test_penalty_follows_the_features():
+def test_penalty_follows_the_features(monkeypatch):
     """Features of pure noise want the heaviest penalty; a class told by one clear feature wants less."""
+    monkeypatch.setattr(engine.probe, "FOLDS", 3)
     labels = torch.arange(60) % 3
     noise = torch.randn(60, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert best_penalty(noise, labels, 3, 1.0, 42) == max(PENALTIES)
     assert best_penalty(noise + 8 * F.one_hot(labels, 20), labels, 3, 1.0, 42) < max(PENALTIES)
 
 
-def test_probe_trains_the_head_alone(source, tmp_path, capsys):
+def test_probe_trains_the_head_alone(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(engine.probe, "FOLDS", 2)
     torch.manual_seed(1)
     state = timm.create_model(ARCH, num_classes=5).state_dict()
     save_file(state, tmp_path / "first.safetensors")

@@ -13,6 +13,7 @@ import ast
 import builtins
 import csv
 import errno
+import functools
 import io
 import itertools
 import os
@@ -32,7 +33,7 @@ from safetensors import SafetensorError
 import train_gated
 from conftest import ROOT
 from data import rows, wikiart
-from engine import cache, checkpoints, comparison, errors, files, run, runfolder
+from engine import cache, checkpoints, comparison, environment, errors, files, run, runfolder
 from show import report
 from test_run import make, same, train  # noqa: F401
 from tools import compare_gated, drawing
@@ -163,13 +164,16 @@ def check_folder(out, states, leftovers=False):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """curves.png in two writes, a row of the log every step, room for the check of free space."""
+    """curves.png in two writes, a row of the log every step, room for the check of free space. The disk behind `Disk` need not keep
+    anything over a power cut, and the commit is asked for once."""
     def draw(log_path, png_path, *args):
         with files.whole_file(png_path, "wb") as file:
             file.write(b"a pic")
             file.write(b"ture")
     monkeypatch.setattr(runfolder, "draw_curves", draw)
     monkeypatch.setattr(run, "LOG_EVERY", 1)
+    monkeypatch.setattr(os, "fsync", lambda number: None)
+    monkeypatch.setattr(environment, "project_version", functools.cache(environment.project_version))
 
 
 def chosen(writes, fault):

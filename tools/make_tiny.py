@@ -414,14 +414,14 @@ def save_random_captioner(folder, texts=("three red boats on the water", "at nig
 
 # --- the retrieval model ------------
 
-def make_retrieval(tokenizer, vision, layers=6):
+def make_retrieval(tokenizer, vision, width=WIDTH, layers=6):
     """Blip2ForImageTextRetrieval of the tiny sizes with this vision tower (a Blip2VisionModel), else random."""
     from transformers import Blip2Config, Blip2ForImageTextRetrieval, Blip2QFormerConfig
-    qformer = Blip2QFormerConfig(vocab_size=len(tokenizer) + 1, hidden_size=WIDTH, num_hidden_layers=layers, num_attention_heads=8,
-                                 intermediate_size=2 * WIDTH, encoder_hidden_size=vision.config.hidden_size,
+    qformer = Blip2QFormerConfig(vocab_size=len(tokenizer) + 1, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 16,
+                                 intermediate_size=2 * width, encoder_hidden_size=vision.config.hidden_size,
                                  max_position_embeddings=64, use_qformer_text_input=True)
     config = Blip2Config(vision_config=vision.config.to_dict(), qformer_config=qformer.to_dict(), num_query_tokens=QUERIES,
-                         image_text_hidden_size=WIDTH // 2)
+                         image_text_hidden_size=width // 2)
     model = Blip2ForImageTextRetrieval(config)
     model.vision_model.load_state_dict(vision.state_dict())
     for part in (model.qformer, model.vision_projection, model.text_projection):
@@ -476,8 +476,8 @@ def make_retrieval_folder(folder, args):
     save_retrieval(whole.half(), tokenizer, folder)
 
 
-def save_random_retrieval(folder, texts=("three red boats on the water", "show two and paint it in small dots")):
-    """An untrained tiny retrieval model in the published format, for tests -> its folder."""
+def save_random_retrieval(folder, texts=("three red boats on the water", "show two and paint it in small dots"), width=WIDTH):
+    """An untrained tiny retrieval model in the published format, for tests -> its folder. width: of its Q-Former."""
     from transformers import Blip2VisionConfig, Blip2VisionModel
     folder = pathlib.Path(folder) / "blip2-itm"
     folder.mkdir(parents=True)
@@ -487,7 +487,7 @@ def save_random_retrieval(folder, texts=("three red boats on the water", "show t
     for module in vision.modules():  # the library starts a tower so near to zero that all pictures look alike
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
-    save_retrieval(make_retrieval(tokenizer, vision, layers=3), tokenizer, folder)
+    save_retrieval(make_retrieval(tokenizer, vision, width, layers=3), tokenizer, folder)
     return str(folder)
 
 

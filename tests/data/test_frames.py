@@ -2,8 +2,6 @@
 
 import csv
 import io
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -100,7 +98,7 @@ def test_a_table_for_people_is_what_csv_writes(tmp_path):
     assert (tmp_path / "t.csv").read_bytes() == text.getvalue().encode()
 
 
-def test_no_start_pays_for_pandas():
+def test_no_start_pays_for_pandas(forker):
     """What a table is written or read with is imported when that happens."""
     program = "import sys, engine.files, data.questions, data.rows, data.tables; sys.exit('pandas' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=files.PROJECT).returncode == 0
+    assert forker.run(["-c", program], cwd=files.PROJECT)[0].returncode == 0

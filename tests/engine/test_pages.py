@@ -1,10 +1,14 @@
 """pytest tests/engine/test_pages.py: results files and the commands of show/ that draw from them."""
 
+import contextlib
+import importlib
+import io
 import json
 import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +22,20 @@ from show import gallery, report
 
 PANELS = [("loss", [("step", "loss", "training")])]
 MADE = [("checkpoint", "best.pt"), ("date", "today")]
+
+
+@pytest.fixture
+def draw_here(monkeypatch):
+    """For tests of what is drawn: `pages.draw` runs its command in this process, since one of its own imports for seconds. The process
+    itself is tested below."""
+    def run(command, **how):
+        python, module, name, *argv = command
+        assert (python, module) == (sys.executable, "-m") and os.path.isabs(argv[0])  # else its working directory would count
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            code = errors.exit_code(importlib.import_module(name).main, argv)
+        return subprocess.CompletedProcess(command, code, out.getvalue(), err.getvalue())
+
+    monkeypatch.setattr(pages, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture
