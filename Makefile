@@ -53,7 +53,7 @@ lint: setup
 
 # optional packages (see requirements.txt) whose files are tested where they are there: Excel's and Parquet's tables
 .venv/tested: .venv/installed
-	$(PY) -m pip install -q "openpyxl>=3.1,<4" "pandas>=2.2,<4" "pyarrow>=17"
+	$(PY) -m pip install -q "openpyxl>=3.1,<4" "pyarrow>=17"
 	touch $@
 
 # the models, answers, stored outputs of the original code, metrics, rows, the frame of a training, and one training, evaluated;

@@ -167,7 +167,7 @@ def read_sheet(path):
         import pandas
         __import__(SHEETS[ending])
     except ImportError as error:
-        raise DataError(f"{path}: {ending} needs pandas and {SHEETS[ending]} ({error}): pip install pandas {SHEETS[ending]}, or save the "
+        raise DataError(f"{path}: {ending} needs {SHEETS[ending]} ({error}): pip install {SHEETS[ending]}, or save the "
                         "table as CSV in UTF-8") from None
     try:
         if ending == ".parquet":

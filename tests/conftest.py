@@ -40,6 +40,7 @@ importlib.metadata.version = functools.cache(importlib.metadata.version)
 
 # each look for cycles goes through what torch and transformers hold, and a run makes enough objects for fifty of them
 gc.set_threshold(20_000, 20, 10)
+gc.freeze()  # and what is imported by now stays anyway
 
 # files that take long, the longest first: begun last, one of them would keep one process busy while the others have nothing left
 LONG = ("test_scripts.py", "test_decoders.py", "test_retrieval_faults.py", "test_qformer.py", "test_cir.py", "test_converted_folders.py",

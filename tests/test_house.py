@@ -9,6 +9,7 @@ those inside functions. The checker reads source texts alone; each rule is seen 
 import ast
 import functools
 import pathlib
+import re
 import shutil
 import sys
 
@@ -20,6 +21,9 @@ TRAINING = ("train_gated", "efficientnet_pretrain", "train_blip_caption", "train
 FLOORS = (("engine.errors", "engine.files", "engine.text"), ("data.*",), ("metrics",), ("engine.*",), ("core",),
           ("show.*",), (*TRAINING, "eval_gated", "demo", "test_gated_fusion"), ("tools.*",))
 DEMONSTRATES = "demo"  # the one stage that imports training scripts
+PACKAGES = {"PIL": "pillow", "yaml": "pyyaml"}  # names of imports that are not those in requirements.txt
+COME_WITH = {"huggingface_hub": "transformers", "tokenizers": "transformers", "packaging": "transformers"}
+ON_DEMAND = ("gradio", "starlette", "faiss", "gguf", "openpyxl", "pyarrow", "pycocoevalcap")  # a message or the Makefile brings them
 
 
 # --- reading ------------
@@ -134,10 +138,21 @@ def takers(text):
     return lines
 
 
+def packages(root):
+    """Packages of others that are imported and that requirements.txt does not bring: a new user has not got them."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    brought = {re.split("[<>=]", line)[0] for line in lines if line and not line.startswith("#")}
+    inside = {*sys.stdlib_module_names, *ROOMS, *(name.split(".")[0] for name in modules(root)), *ON_DEMAND, ""}
+    for name, path in modules(root).items():
+        for other in sorted({one.split(".")[0] for one in asked_for(path.read_text(encoding="utf-8"), name)} - inside):
+            if COME_WITH.get(other, PACKAGES.get(other, other)) not in brought:
+                yield f"{name} imports the package {other}, which requirements.txt does not bring"
+
+
 def faults(root):
     graph = imports(root)
     rules = (upward, circles, show_in_training, tools_imported, training_imported)
-    return [*(fault for rule in rules for fault in rule(graph)), *namespaces(root)]
+    return [*(fault for rule in rules for fault in rule(graph)), *namespaces(root), *packages(root)]
 
 
 # --- the house, and planted faults ------------
@@ -179,6 +194,7 @@ def copy(tmp_path):
     ("train_cir", "def late():\n    __import__('pretrain_qformer')", "train_cir imports the training script pretrain_qformer"),
     ("show.maps", "def drawn(model, args):\n    return args.maps", "show.maps, line"),
     ("engine.cache", "import argparse\n\n\ndef kept(flags: argparse.Namespace):\n    return flags", "engine.cache, line"),
+    ("engine.files", "def late():\n    import polars", "engine.files imports the package polars"),
     ("another_stage", "import core", "another_stage has no floor")])
 def test_a_planted_fault_is_found(copy, module, text, wanted):
     assert [fault for fault in copy(module, text) if fault.startswith(wanted)], wanted

@@ -231,5 +231,5 @@ def test_a_parquet_table_is_read_as_it_is_written(tmp_path):
 def test_without_its_package_a_table_says_how_to_get_it(tmp_path, ending, package, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     (tmp_path / f"train{ending}").write_bytes(b"x")
-    with pytest.raises(DataError, match=f"train{ending}: .*pip install pandas {package}, or save the table as CSV"):
+    with pytest.raises(DataError, match=f"train{ending}: .*pip install {package}, or save the table as CSV"):
         rows.read_split(tmp_path, "train")
