@@ -49,6 +49,7 @@ FAIR = {**UNTRAINED, LABEL_ANSWER: [], LABEL: UNTRAINED[LABEL_UNTRAINED],
 INSTRUCT = {"question in the Q-Former": [*UNGATED, "--train-qformer", "--instruct"],
             "gated, question in the Q-Former": ["--train-qformer", "--instruct"]}
 FLAGS = {**SYSTEMS, **FAIR, **INSTRUCT}  # of train_gated.py
+NAME = max(map(len, FLAGS)) + 2  # width of a column
 # of eval_gated
 SEEN = {"": ("gated", "steered", "trained, no gates"), ", gates closed": ("gates closed",), ", another's style": ("another's style",)}
 
@@ -253,20 +254,20 @@ def print_differences(args, rates, results, found):
     steps = max(one["steps"] for runs in results.values() for one in runs)
     print(f"\nexact match in % on {args.split} with 95 % intervals over pictures and seeds ({' '.join(map(str, args.seeds))}), and the "
           f"difference to {args.reference} in pairs; {steps} steps at most")
-    print(f"{'system':28}{'lr':>8}{'trained':>12}" + "".join(f"{kind:>20}{'difference':>22}" for kind in next(iter(found.values()))))
+    print(f"{'system':{NAME}}{'lr':>8}{'trained':>12}" + "".join(f"{kind:>20}{'difference':>22}" for kind in next(iter(found.values()))))
     for system, kinds in found.items():
-        print(f"{system:28}{rates[system] or '-':>8}{results[system][0]['trained']:>12,}" + "".join(
+        print(f"{system:{NAME}}{rates[system] or '-':>8}{results[system][0]['trained']:>12,}" + "".join(
             f"{format(one['ours'], '.1f'):>20}{format(one['difference'], '+.1f') if system != args.reference else '-':>22}"
             for one in kinds.values()))
 
 
 def print_probes(results):
-    print(f"\nmean +- standard deviation over the seeds\n{'':28}{'as trained':>26}{'gates closed':>26}{'another style':>26}")
-    print(f"{'system':28}" + f"{'style':>13}{'content':>13}" * len(SEEN))
+    print(f"\nmean +- standard deviation over the seeds\n{'':{NAME}}{'as trained':>26}{'gates closed':>26}{'another style':>26}")
+    print(f"{'system':{NAME}}" + f"{'style':>13}{'content':>13}" * len(SEEN))
     for system, runs in results.items():
         columns = [spread([one[kind + seen] for one in runs]) if runs[0][kind + seen] is not None else "-"
                    for seen in SEEN for kind in ("style", "content")]
-        print(f"{system:28}" + "".join(f"{c:>13}" for c in columns))
+        print(f"{system:{NAME}}" + "".join(f"{c:>13}" for c in columns))
 
 
 def main(argv=None):
