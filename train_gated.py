@@ -71,8 +71,8 @@ def get_parser():
     model.add_argument("--blip2", default=published.DEFAULTS["blip2"], metavar="ID|DIR|tiny",
                        help="HuggingFace id, local folder, or tiny (ships with the project); default Salesforce/blip2-opt-2.7b, "
                             "taken from models/blip2-opt-2.7b where that folder exists")
-    model.add_argument("--qformer", metavar="DIR|FILE", help="Q-Former from elsewhere: an HF BLIP-2 or image-text-retrieval "
-                                                             "folder, or a LAVIS .pth")
+    model.add_argument("--qformer", metavar="DIR|FILE",
+                       help="Q-Former from elsewhere: an HF folder or best.pt, a LAVIS .pth")
     model.add_argument("--efficientnet", metavar="FILE", help="style classifier (default: runs/efficientnet-28/best.pt; "
                                                               "with --blip2 tiny its own)")
     model.add_argument("--safe-load", action="store_true", help="refuse a style checkpoint that only pickle can load")
@@ -90,8 +90,7 @@ def get_parser():
                        help="--steer adds so many; the gates take their mean (default: 4)")
     model.add_argument("--control-from", choices=("style+question", "style"), default="style+question", metavar="SOURCE",
                        help="style+question or style (default: style+question)")
-    model.add_argument("--instruct", action="store_true",
-                       help="the Q-Former reads the question too, as InstructBLIP's does; needs a --qformer of stage 1")
+    model.add_argument("--instruct", action="store_true", help="the Q-Former reads the question too; needs a --qformer")
     model.add_argument("--train-qformer", action="store_true", help="train the Q-Former and its queries too")
     model.add_argument("--lora-rank", type=flags.whole, default=0,
                        help="LoRA on the cross-attention's W_K and W_V (default: 0 = off)")

@@ -222,5 +222,5 @@ def test_every_system_is_compared_with_the_label_as_text(tmp_path):
 
 def test_systems_are_built_by_flags_that_are_there():
     for system, flags in compare_gated.FLAGS.items():
-        settings = train_gated.get_args(["--data", "x", *flags])
+        settings = train_gated.get_args(["--data", "x", *flags, *(["--qformer", "y"] if system in compare_gated.INSTRUCT else [])])
         assert set(settings.steer) <= set(core.WAYS) and settings.gating in (*core.GATES, "none"), system
