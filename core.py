@@ -735,6 +735,7 @@ class Blip2OPTGated(nn.Module):
         folder or file of another Q-Former, whose ln_vision and projection come with it (see towers; without `tower` the norm is in
         the features already); instruct: that Q-Former reads the question too, with the text path of its stage 1. dtype is that of the
         frozen towers; lm_precision and tower: see load_blip2."""
+        reader = load_text_path(qformer) if instruct else None  # first: a Q-Former that reads no text is refused before gigabytes are read
         net = cls.style_tower.from_checkpoint(efficientnet, safe) if sees_style({"gating": gating, **settings}) else None
         if note := getattr(net, "note", ""):
             log(note)
@@ -746,7 +747,7 @@ class Blip2OPTGated(nn.Module):
                 towers.refuse_other_reader(blip2.language_model, qformer, name, log)
             if tower:
                 towers.join(blip2.vision_model, qformer, name, log)
-        return cls(blip2, tokenizer, net, styles, gating, instruct=load_text_path(qformer) if instruct else None, **settings)
+        return cls(blip2, tokenizer, net, styles, gating, instruct=reader, **settings)
 
     def _build_mapper(self, width, tokens, hidden, control_from):
         if self.efficientnet is None:
