@@ -188,12 +188,16 @@ class QFormerAttention(nn.Module):
         source = x if source is None else source
         q, k, v = (self.attention[name](s).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,heads,R or N,H/heads]
                    for name, s in (("query", x), ("key", source), ("value", source)))
+        # a gate does the same to all rows of K and V, so that it can act on the few queries and on what they read instead:
+        # q (g K)' = (g q) K', and a (g V + b) = g (a V) + b, since the rows of a sum to 1. The gate itself is in float32
         if gate is not None:
-            k, v = (k * gate.key).to(k.dtype), (v * gate.value + gate.shift).to(v.dtype)  # the gate itself is in float32
+            q = (q * gate.key).to(q.dtype)
         if mask is not None:
             mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)  # float32's lowest is -inf in half precision
         dropout = self.attention_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)  # [B,heads,R,H/heads]
+        if gate is not None:
+            out = (out * gate.value + gate.shift).to(out.dtype)
         out = out.transpose(1, 2).flatten(2)  # [B,R,H]
         return self.output.LayerNorm(self.dropout(self.output.dense(out)) + x)
 

@@ -4,6 +4,7 @@ Every command parses, the two languages tell the same ones, and those of the ind
 small stand-ins for what a reader would have (data, published weights), only shortened by the flags of SHORTER, and one gate map drawn.
 """
 
+import ast
 import io
 import json
 import pathlib
@@ -60,8 +61,9 @@ MEASURED = {"docs/results.md"}  # its commands take an hour: parsed here, and ru
 
 
 def text_of(page):
-    """A page, or the docstring of a script."""
-    return (ROOT / page).read_text(encoding="utf-8") if page.endswith(".md") else SCRIPTS[page].__doc__
+    """A page, or the docstring of a script, whose indentation Python 3.13 drops from __doc__."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return text if page.endswith(".md") else ast.get_docstring(ast.parse(text), clean=False)
 
 
 def texts_of(page):

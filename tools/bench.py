@@ -33,6 +33,7 @@ import torch
 from accelerate.utils import send_to_device
 from PIL import Image
 from torch import nn
+from torch.utils import flop_counter
 from tqdm import tqdm
 
 import core
@@ -40,7 +41,7 @@ import train_blip_caption
 import train_cir
 import train_gated
 from data import rows
-from engine import answering, checkpoints, compiling, errors, files, flags, loop, memory, packing
+from engine import answering, checkpoints, compiling, errors, files, flags, loop, memory, packing, published
 from engine.evaluation import text_length
 from engine.run import CLIP, Run
 from engine.text import text_of
@@ -125,6 +126,30 @@ def staircase(times):
     names = list(times)
     return [{"name": name, "per_second": 1 / statistics.median(times[name]), "factor": ratio(times[before], times[name]),
              "total": ratio(times[names[0]], times[name])} for before, name in zip([names[0], *names], names)]
+
+
+def with_operations(steps, counted):
+    """Rows of a staircase with what each recipe has to do, {name: operations a sample}: `gflop` a sample, `by_operations`: how many times
+    as fast as the first it would be at the first's rate, and `gflops`: its own rate."""
+    first = counted[steps[0]["name"]]
+    return [{**step, "gflop": counted[step["name"]] / 1e9, "by_operations": first / counted[step["name"]],
+             "gflops": counted[step["name"]] * step["per_second"] / 1e9} for step in steps]
+
+
+def operations(function):
+    """Operations of the matrix products of a function (a multiply-add = 2), attention's too, a sample: it returns their number."""
+    def forward(query, key, value, *args, **kwargs):
+        return flop_counter.sdpa_flop_count(query, key, value)
+
+    def backward(gradient, query, key, value, *args, **kwargs):
+        return flop_counter.sdpa_backward_flop_count(gradient, query, key, value)
+
+    aten, samples = torch.ops.aten, []
+    on_a_cpu = {aten._scaled_dot_product_flash_attention_for_cpu: forward,  # torch counts the kernels of GPUs alone
+                aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=on_a_cpu) as counter:
+        samples.append(function())
+    return counter.get_total_flops() / samples[0]
 
 
 def peak_memory(function):
@@ -388,9 +413,11 @@ def small(folder, batch_size, repeats, answer_batch, pictures=32, questions=3, s
     print(f"{count} questions on {pictures} pictures, {statistics.mean(lengths):.0f} text tokens in the mean, "
           f"{max(lengths)} at most; batch {batch_size} x {lean.args.accumulation}, answers in batches of {answer_batch}, "
           f"{run.accelerator.device}, precision {run.accelerator.mixed_precision}, {torch.get_num_threads()} threads")
-    times = in_turns(training_recipes(lean, plain, losses), repeats)
+    recipes = training_recipes(lean, plain, losses)
+    times = in_turns(recipes, repeats)
     frozen = times.pop(FROZEN)
-    steps, ours = staircase(times), list(times.values())[-1]
+    steps = with_operations(staircase(times), {name: operations(function) for name, function in recipes.items()})
+    ours = list(times.values())[-1]
     answer_times = in_turns(answer_recipes(lean, plain, answers, answer_batch), repeats)
     ranked = answer_times.pop(RANKED)
     answer_steps, ours_answers = staircase(answer_times), list(answer_times.values())[-1]
@@ -403,6 +430,7 @@ def small(folder, batch_size, repeats, answer_batch, pictures=32, questions=3, s
              "answer_seconds": answer_times, "ranked_per_second": 1 / statistics.median(ranked),
              "plain_samples_per_second": steps[0]["per_second"], "lean_samples_per_second": 1 / statistics.median(ours),
              "plain_answers_per_second": answer_steps[0]["per_second"], "lean_answers_per_second": answer_steps[-1]["per_second"],
+             "matrix_product_flops": matrix_product_rate(run.accelerator.device.type, core.DTYPES[run.accelerator.mixed_precision]),
              "plain_loss": losses["plain"], "lean_loss": losses[list(times)[-1]], **kept_bytes(lean, plain),
              "answer_words": statistics.mean(len(answer.split()) for answer in one), "seconds_to_load_and_cache": building}
     report(found, len(one), answer_batch)
@@ -521,11 +549,15 @@ def report(found, asked, answer_batch):
     """The two staircases and what they must not cost."""
     for heading, steps in (("training, samples/s", "training_steps"), (f"answers of 5 beams in batches of {answer_batch}, questions/s",
                                                                        "answer_steps")):
-        print(f"\n{heading:52}{'rate':>9}{'this step':>11}{'together':>10}")
+        counted = "gflop" in found[steps][0]
+        print(f"\n{heading:52}{'rate':>9}{'this step':>11}{'together':>10}"
+              + f"{'GFLOP':>8}{'by operations':>15}{'GFLOP/s':>9}" * counted)
         for step in found[steps]:
-            print(f"{step['name']:52}{step['per_second']:>9.2f}{step['factor']:>11.2f}{step['total']:>10.2f}")
+            print(f"{step['name']:52}{step['per_second']:>9.2f}{step['factor']:>11.2f}{step['total']:>10.2f}"
+                  + (f"{step['gflop']:>8.2f}{step['by_operations']:>15.2f}{step['gflops']:>9.0f}" if counted else ""))
     print(f"\ntraining: {found['train_speedup']:.2f} times plain, the Q-Former trained in both; frozen in ours, the flags' default: "
-          f"{found['frozen_qformer_speedup']:.2f}\n"
+          f"{found['frozen_qformer_speedup']:.2f}; a large matrix product runs at "
+          f"{found['matrix_product_flops'] / 1e9:.0f} GFLOP/s\n"
           f"answers: {found['answer_speedup']:.2f} times one at a time, {found['batched_answer_speedup']:.2f} times plain batches; "
           f"{RANKED}: {found['ranked_per_second']:.1f} questions/s\n"
           f"losses differ by {found['loss_difference']:.1e}; {found['answers_equal']:.1%} of {asked} answers are the same "
@@ -571,6 +603,7 @@ def pack(layers, device, dtype):
                 packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
                 packed.bias = linear.bias
                 setattr(module, name, packed.to(device))
+    published.keep_4bit_layout(layers)
 
 
 def random_batch(model, sizes, batch_size, words=28, labels=4):
@@ -705,10 +738,10 @@ def full_size_row(sizes, model, device, option, batch_size, rate, repeats):
 PRODUCT = {"cuda": 8192, "cpu": 512}  # width of the matrices whose product tells a machine's rate
 
 
-def matrix_product_rate(device):
-    """Operations a second of a large bf16 matrix product: what this card can do at best."""
+def matrix_product_rate(device, dtype=torch.bfloat16):
+    """Operations a second of a large matrix product: what this card can do at best."""
     size = PRODUCT[device]
-    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     a @ b
     return 2 * size ** 3 / statistics.median(seconds(lambda: a @ b) for _ in range(10))
 
