@@ -219,6 +219,23 @@ def test_fresh_gates_are_the_identity_to_the_bit(build, batch, gating, per):
     assert not torch.equal(all_logits(model, batch, True), all_logits(model, batch, False))
 
 
+@pytest.mark.parametrize("per", ["head", "channel"])
+@torch.no_grad()
+def test_an_open_gate_is_key_times_k_and_value_times_v_plus_shift(build, per):
+    """By the definition, each row of K and V by itself, in float64."""
+    model = build(per=per)
+    module = model.qformer.encoder.layer[model.qformer.cross_layers[0]].crossattention.double()
+    heads, H = module.heads, module.attention["query"].in_features
+    x, source = (torch.randn(2, rows, width).double() for rows, width in ((3, H), (7, module.attention["key"].in_features)))
+    key, value, shift = torch.randn(3, 2, heads, 1, H // heads if per == "channel" else 1).double()
+    q, k, v = (module.attention[name](of).unflatten(-1, (heads, -1)).transpose(1, 2)  # [B,heads,rows,H/heads]
+               for name, of in (("query", x), ("key", source), ("value", source)))
+    attention = (q @ (key * k).transpose(2, 3) / (H // heads) ** 0.5).softmax(-1)  # [B,heads,3,7]
+    read = (attention @ (value * v + shift)).transpose(1, 2).flatten(2)  # [B,3,H]
+    wanted = module.output.LayerNorm(module.output.dense(read) + x)
+    assert torch.allclose(module.eval()(x, source, gate=core.Gate(key, value, shift)), wanted, rtol=1e-10, atol=1e-10)
+
+
 @torch.no_grad()
 def test_fresh_gated_model_equals_transformers_blip2(build, batch, tiny):
     model, theirs = build(lora_rank=2), Blip2ForConditionalGeneration.from_pretrained(tiny[0]).eval()

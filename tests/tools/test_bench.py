@@ -59,6 +59,30 @@ def test_staircase_by_hand(monkeypatch):
     assert calls == list("xyxy") and found == {"x": [6.0, 2.0], "y": [3.0, 1.5]}
 
 
+def test_operations_by_hand():
+    layer, q = torch.nn.Linear(6, 5), torch.randn(1, 2, 4, 8, requires_grad=True)
+
+    def function():
+        layer(torch.randn(3, 6)).sum().backward()  # forward and the weights' gradient: the input has none
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+        return 3
+    linear, product = 2 * 3 * 6 * 5, 2 * 2 * 4 * 4 * 8  # of a product in attention: heads, rows, columns, width
+    assert bench.operations(function) == (2 * linear + (2 + 5) * product) / 3  # backward: the scores again, and four gradients
+    steps = [{"name": "plain", "per_second": 4.0}, {"name": "ours", "per_second": 10.0}]
+    assert bench.with_operations(steps, {"plain": 6e9, "ours": 2e9}) == [
+        {"name": "plain", "per_second": 4.0, "gflop": 6, "by_operations": 1, "gflops": 24},
+        {"name": "ours", "per_second": 10.0, "gflop": 2, "by_operations": 3, "gflops": 20}]
+
+
+def test_ours_has_less_to_do_in_every_step_but_that_of_the_gates(task):
+    folder, lean = task
+    recipes = bench.training_recipes(lean, bench.Plain(folder, lean), {})
+    counted = {name: bench.operations(function) for name, function in recipes.items()}
+    assert counted.pop(bench.FROZEN) < counted["+ both style terms: ours"] and counted.pop("+ film gates") > counted["+ no pads"]
+    falling = list(counted.values())[:-1]
+    assert falling == sorted(falling, reverse=True) and len(set(falling)) == len(falling) == 6
+
+
 def test_the_plain_recipe_pays_for_everything(task):
     folder, lean = task
     plain, read = bench.Plain(folder, lean), lean.parts.train.rows
