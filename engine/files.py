@@ -82,10 +82,11 @@ def append_whole(path, data):
 
 
 def write_csv(path, table):
-    """A list of dicts as CSV for people to open: the columns as they come, empty cells where a row lacks one."""
+    """A list of dicts as CSV for people to open: the columns as they come, empty cells where a row lacks one. A NUL, which an untrained
+    model may answer and no table can hold (Python 3.10 does not write it, rows.py does not read it), becomes U+FFFD."""
     import pandas  # not above: it takes a second, which no start has to pay
     with whole_file(path) as file:
-        pandas.DataFrame(table).to_csv(file, index=False, lineterminator="\r\n")
+        pandas.DataFrame(table).replace("\0", "\N{REPLACEMENT CHARACTER}", regex=True).to_csv(file, index=False, lineterminator="\r\n")
 
 
 @contextlib.contextmanager

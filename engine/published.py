@@ -273,6 +273,8 @@ def refuse_other_folder(path, kind, wanted):
         raise DataError(f"{path}: a {kind} {FORMS[other][0]} and not one {what} (its config.json names {other}): give {default} or a "
                         "folder like it")
     refuse_quantised(config.get("quantization_config"), path, kind == "BLIP-2")
+    if wrong := [part for part in ("vision_config", "text_config", "qformer_config") if not isinstance(config.get(part, {}), dict | None)]:
+        raise DataError(f"{path}: {wrong[0]} in its config.json is no list of settings: download it again")
     for file in sorted(path.glob("*.safetensors")):
         refuse_incomplete(file)
 
@@ -305,16 +307,20 @@ def refuse_incomplete(path):
 def load_tokenizer(name):
     """The tokenizer alone, without a weight."""
     from transformers import AutoTokenizer
-    local = pathlib.Path(name).exists() or not hub_answers()
+    folder = pathlib.Path(name)
+    local = folder.exists() or not hub_answers()
+    absent = DataError(f"{name}: no tokenizer files there: give the folder that save_pretrained of model and tokenizer wrote "
+                       "(tokenizer.json; or vocab.json and merges.txt, or vocab.txt)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
     except Exception as error:  # as above
+        if folder.is_dir() and not any(path.match(kind) for path in folder.iterdir() for kind in ("tokenizer*", "vocab*", "*.model")):
+            raise absent from None
         raise DataError(f"{name}: its tokenizer cannot be read ({said(error)})") from None
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:  # Llama's have none; pads are masked
         tokenizer.pad_token = tokenizer.eos_token
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes one without a word where the files are missing
-        raise DataError(f"{name}: no tokenizer files there: give the folder that save_pretrained of model and tokenizer wrote "
-                        "(tokenizer.json; or vocab.json and merges.txt, or vocab.txt)")
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers 5 makes one without a word where the files are missing
+        raise absent
     return tokenizer
 
 

@@ -86,6 +86,9 @@ class Disk:
             self.patch.setattr(module, "open", self.opened)
         for name in self.CHANGES:
             self.patch.setattr(os, name, self.guarded(name, getattr(os, name)))
+        if before_3_11 := getattr(pathlib, "_NormalAccessor", None):  # has them by itself
+            for name in {*self.CHANGES} & {*vars(before_3_11)}:
+                self.patch.setattr(before_3_11, name, staticmethod(self.opened if name == "open" else getattr(os, name)))
         return self
 
     def guarded(self, name, change):

@@ -9,8 +9,11 @@ import torch
 from safetensors.torch import load
 
 import loaded
+import transformers
 from engine import published
 from engine.errors import DataError
+
+pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="before transformers 5 loading draws numbers: nothing is kept")
 
 
 @pytest.fixture

@@ -96,6 +96,8 @@ def test_a_table_for_people_is_what_csv_writes(tmp_path):
     writer.writeheader()
     writer.writerows(table)
     assert (tmp_path / "t.csv").read_bytes() == text.getvalue().encode()
+    files.write_csv(tmp_path / "t.csv", [{"answer": "a\0b", "n": 1}])  # Python 3.10 refuses to write it
+    assert (tmp_path / "t.csv").read_bytes() == "answer,n\r\na\ufffdb,1\r\n".encode()
 
 
 def test_no_start_pays_for_pandas(forker):
