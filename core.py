@@ -726,6 +726,7 @@ class Blip2OPTGated(nn.Module):
             self._build_ways(config, steer)
         self._build_style_terms(styles, style_head)
         if lora_rank:
+            published.quiet_bitsandbytes()
             from peft import LoraConfig, inject_adapter_in_model
             lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank,
                               target_modules=r".*crossattention\.attention\.(key|value)")

@@ -71,17 +71,28 @@ def quantization(lm_precision, dtype):
         raise DataError(f"--lm-precision {lm_precision} needs bitsandbytes: pip install bitsandbytes, or take bf16, fp16 or fp32")
     from transformers import BitsAndBytesConfig
     kept = ["vision_model", "qformer", "language_projection", "query_tokens", "lm_head", "embed_out"]  # GPT-NeoX has the last
+    quiet_bitsandbytes()
     if lm_precision == "int8":
-        logging.getLogger("bitsandbytes.autograd._functions").addFilter(no_word_on_float16)
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=kept)
 
 
+def quiet_bitsandbytes():
+    """Before bitsandbytes is imported, which peft does too: two things that it logs say nothing about a run here."""
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(no_word_on_float16)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(no_word_on_kernels)
+
+
 def no_word_on_float16(record):
-    """Filter of bitsandbytes' log. In every pass of every layer it says that int8 is reached through float16, thousands of lines a
+    """Filter. In every pass of every layer it says that int8 is reached through float16, thousands of lines a
     run. So it is, in this method; giving it float16 would silence it, and would round the gradients that pass through as well."""
     return "will be cast" not in str(record.msg)
+
+
+def no_word_on_kernels(record):
+    """Filter. On a CPU with avx512_bf16 it asks for a package that would fetch a kernel for the layout that keep_4bit_layout refuses."""
+    return "kernels-community" not in str(record.msg)
 
 
 def keep_4bit_layout(model):

@@ -5,7 +5,9 @@ the towers in every step. Behaviour: batches of about equal length, precisions o
 """
 
 import gc
+import importlib.util
 import json
+import logging
 import shlex
 from types import SimpleNamespace
 
@@ -303,6 +305,22 @@ def test_nf4_trains_after_a_pass_without_gradient_on_every_cpu(build, batch, mon
     assert all(torch.equal(grads[name], grad) for name, grad in expected_grads.items())
     for name, value in model.language_model.state_dict().items():  # repacking would round the scales
         assert torch.equal(value, was[name]), name
+
+
+@pytest.mark.parametrize("used", [
+    lambda tiny: published.quantization("nf4", torch.float32), lambda tiny: core.Blip2OPTGated.build(*tiny, [], lora_rank=2)])
+def test_bitsandbytes_asks_nobody_for_a_kernel(tiny, used, monkeypatch, no_warning):
+    """What it logs at its import on a CPU with avx512_bf16, whichever CPU this is; of other things it goes on to speak."""
+    if not importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("needs bitsandbytes")
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    monkeypatch.setattr(log, "filters", [])
+    with pytest.raises(AssertionError, match="logs"):
+        log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "none")
+    used(tiny)
+    log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "none")
+    with pytest.raises(AssertionError, match="logs: no such"):
+        log.warning("no such device")
 
 
 def test_packed_precisions_need_bitsandbytes(flags, monkeypatch, capsys):
