@@ -190,6 +190,7 @@ def no_warning(monkeypatch):
     torch.set_warn_always(True)
     for logger in loggers:
         logger.addHandler(refusing)
+    gc.collect()  # files that earlier tests have left open are told now
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield

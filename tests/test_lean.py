@@ -309,18 +309,16 @@ def test_nf4_trains_after_a_pass_without_gradient_on_every_cpu(build, batch, mon
 
 @pytest.mark.parametrize("used", [
     lambda tiny: published.quantization("nf4", torch.float32), lambda tiny: core.Blip2OPTGated.build(*tiny, [], lora_rank=2)])
-def test_bitsandbytes_asks_nobody_for_a_kernel(tiny, used, monkeypatch, no_warning):
+def test_bitsandbytes_asks_nobody_for_a_kernel(tiny, used, monkeypatch, caplog):
     """What it logs at its import on a CPU with avx512_bf16, whichever CPU this is; of other things it goes on to speak."""
     if not importlib.util.find_spec("bitsandbytes"):
         pytest.skip("needs bitsandbytes")
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     monkeypatch.setattr(log, "filters", [])
-    with pytest.raises(AssertionError, match="logs"):
-        log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "none")
     used(tiny)
     log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "none")
-    with pytest.raises(AssertionError, match="logs: no such"):
-        log.warning("no such device")
+    log.warning("no such device")
+    assert caplog.messages[-1:] == ["no such device"] and not [line for line in caplog.messages if "kernels" in line]
 
 
 def test_packed_precisions_need_bitsandbytes(flags, monkeypatch, capsys):
