@@ -189,7 +189,8 @@ class QFormerAttention(nn.Module):
         q, k, v = (self.attention[name](s).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B,heads,R or N,H/heads]
                    for name, s in (("query", x), ("key", source), ("value", source)))
         # a gate does the same to all rows of K and V, so that it can act on the few queries and on what they read instead:
-        # q (g K)' = (g q) K', and a (g V + b) = g (a V) + b, since the rows of a sum to 1. The gate itself is in float32
+        # q (g K)' = (g q) K', and a (g V + b) = g (a V) + b, since the rows of a sum to 1 (under attention dropout in the mean; b
+        # itself is never dropped). The gate itself is in float32
         if gate is not None:
             q = (q * gate.key).to(q.dtype)
         if mask is not None:
@@ -323,7 +324,8 @@ class Instruction(nn.Module):
 # --- gates ------------
 
 class Gate(NamedTuple):
-    """What one gate does to a cross-attention layer: key * K, value * V + shift; each [B,heads,1,1 or H/heads] or a plain number."""
+    """What one gate does to a cross-attention layer: key * K, value * V + shift; each [B,heads,1,1 or H/heads], the same for all rows of
+    K and V, or a plain number."""
     key: torch.Tensor | float
     value: torch.Tensor | float
     shift: torch.Tensor | float

@@ -237,6 +237,22 @@ def test_an_open_gate_is_key_times_k_and_value_times_v_plus_shift(build, per):
 
 
 @torch.no_grad()
+def test_attention_dropout_spares_the_shift_of_a_gate(build):
+    """In training with a trained Q-Former: what is read, value * D(a) V + shift, for the same draw D."""
+    module, read = build().qformer.encoder.layer[0].crossattention.train(), []
+    module.attention_dropout = 0.5
+    module.output.dense.register_forward_pre_hook(lambda linear, given: read.append(given[0]))
+    heads, H = module.heads, module.attention["query"].in_features
+    x, source = torch.randn(2, 3, H), torch.randn(2, 7, module.attention["key"].in_features)
+    value, shift = torch.randn(2, 2, heads, 1, H // heads)
+    for gate in (None, None, core.Gate(1.0, value, shift)):
+        torch.manual_seed(len(read) == 0)
+        module(x, source, gate=gate)
+    first, plain, gated = (one.unflatten(-1, (heads, -1)).transpose(1, 2) for one in read)  # [B,heads,3,H/heads]
+    assert not torch.allclose(first, plain) and torch.allclose(gated, value * plain + shift, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
 def test_fresh_gated_model_equals_transformers_blip2(build, batch, tiny):
     model, theirs = build(lora_rank=2), Blip2ForConditionalGeneration.from_pretrained(tiny[0]).eval()
     image_ids = torch.full((3, make_tiny.QUERIES), theirs.config.image_token_index)

@@ -416,13 +416,15 @@ def small(folder, batch_size, repeats, answer_batch, pictures=32, questions=3, s
     recipes = training_recipes(lean, plain, losses)
     times = in_turns(recipes, repeats)
     frozen = times.pop(FROZEN)
-    steps = with_operations(staircase(times), {name: operations(function) for name, function in recipes.items()})
+    counted = {name: operations(function) for name, function in recipes.items()}
+    steps = with_operations(staircase(times), counted)
     ours = list(times.values())[-1]
     answer_times = in_turns(answer_recipes(lean, plain, answers, answer_batch), repeats)
     ranked = answer_times.pop(RANKED)
     answer_steps, ours_answers = staircase(answer_times), list(answer_times.values())[-1]
     one, *others = [found for name, found in answers.items() if name != RANKED]
     found = {"train_speedup": steps[-1]["total"], "frozen_qformer_speedup": ratio(times["plain"], frozen),
+             "frozen_qformer_by_operations": counted["plain"] / counted[FROZEN],
              "answer_speedup": answer_steps[-1]["total"], "batched_answer_speedup": ratio(answer_times["plain, in batches"], ours_answers),
              "loss_difference": max(abs(loss - losses["plain"]) for loss in losses.values()),
              "answers_equal": min(sum(map(str.__eq__, one, other[::EVERY])) for other in others) / len(one),
@@ -556,8 +558,8 @@ def report(found, asked, answer_batch):
             print(f"{step['name']:52}{step['per_second']:>9.2f}{step['factor']:>11.2f}{step['total']:>10.2f}"
                   + (f"{step['gflop']:>8.2f}{step['by_operations']:>15.2f}{step['gflops']:>9.0f}" if counted else ""))
     print(f"\ntraining: {found['train_speedup']:.2f} times plain, the Q-Former trained in both; frozen in ours, the flags' default: "
-          f"{found['frozen_qformer_speedup']:.2f}; a large matrix product runs at "
-          f"{found['matrix_product_flops'] / 1e9:.0f} GFLOP/s\n"
+          f"{found['frozen_qformer_speedup']:.2f} ({found['frozen_qformer_by_operations']:.2f} by operations); a large matrix "
+          f"product runs at {found['matrix_product_flops'] / 1e9:.0f} GFLOP/s\n"
           f"answers: {found['answer_speedup']:.2f} times one at a time, {found['batched_answer_speedup']:.2f} times plain batches; "
           f"{RANKED}: {found['ranked_per_second']:.1f} questions/s\n"
           f"losses differ by {found['loss_difference']:.1e}; {found['answers_equal']:.1%} of {asked} answers are the same "
@@ -594,6 +596,7 @@ def random_model(sizes, device, dtype, lm="bf16", train_qformer=True, gating="fi
 
 def pack(layers, device, dtype):
     """Put the linear layers into nf4 with double quantisation, as load_blip2 does."""
+    published.quiet_bitsandbytes()
     from bitsandbytes.nn import Linear4bit, Params4bit
     for module in list(layers.modules()):
         for name, linear in list(module.named_children()):
