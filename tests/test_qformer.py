@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import textwrap
 
 import numpy as np
@@ -845,6 +846,8 @@ def recorded_run(folder):
 def two_processes(folder, sets, tmp_path_factory, forker):
     """(folder, printed) of whole_batch and of recorded_run in two processes, in one go since they start slowly."""
     pytest.importorskip("webdataset")
+    if sys.version_info < (3, 11):
+        pytest.skip("os.fork of Python 3.10 can hang in a process with threads: in its child it waits for a lock that nobody holds")
     place = tmp_path_factory.mktemp("two")
     (place / "two.py").write_text(textwrap.dedent(f"""
         import sys
