@@ -159,6 +159,7 @@ def assembled(lm_folder, bert_folder, tmp_path_factory):
     return make
 
 
+BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5  # the older end of what requirements.txt allows
 BUILT = {}  # arguments of `build` -> (model, torch's random state after building it)
 
 

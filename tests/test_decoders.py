@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Blip2ForConditionalGeneration
 
 import core
+from conftest import BEFORE_5
 import eval_gated
 import train_gated
 from engine import checkpoints, compiling, decoders, errors, loop, memory, packing, prompts, published, runfolder
@@ -297,15 +298,15 @@ def test_without_pads_loss_and_gradients_are_those_of_padded_batches(built, kind
 
 @pytest.mark.parametrize("kind, name", [("opt", "bf16"), ("smollm", "fp16"), ("opt", "int8"), ("smollm", "nf4")])
 def test_without_pads_in_another_precision(built, kind, name):
-    """Ten times as near to the padded pass as that is to float32; Llama's in fp16 twice, whose gradients are rounded otherwise by
-    transformers 4 (0.22 on a CPU with avx512_bf16)."""
+    """Ten times as near to the padded pass as that is to float32; on transformers 4 Llama's in fp16 twice, whose gradients are rounded
+    otherwise there (0.22 on a CPU with avx512_bf16)."""
     if name in ("int8", "nf4"):
         pytest.importorskip("bitsandbytes")
     model = built(kind, opened=True, lm_precision=name)
     batch = training_batch(model)
     (loss, grads), (exact, exact_grads) = gradients(model, batch), gradients(built(kind, opened=True), batch)
     found, packed = gradients(without_pads(model), batch)
-    share = 0.5 if name == "fp16" else 0.1
+    share = 0.5 if BEFORE_5 and name == "fp16" else 0.1
     assert abs(found - loss) < share * abs(loss - exact) and distance(packed, grads) < share * distance(grads, exact_grads)
 
 

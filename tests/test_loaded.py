@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load
 
 import loaded
-import transformers
+from conftest import BEFORE_5
 from engine import published
 from engine.errors import DataError
 
-pytestmark = pytest.mark.skipif(transformers.__version__ < "5", reason="before transformers 5 loading draws numbers: nothing is kept")
+pytestmark = pytest.mark.skipif(BEFORE_5, reason="before transformers 5 loading draws numbers: nothing is kept")
 
 
 @pytest.fixture

@@ -144,12 +144,12 @@ def operations(function):
     def backward(gradient, query, key, value, *args, **kwargs):
         return flop_counter.sdpa_backward_flop_count(gradient, query, key, value)
 
-    aten, samples = torch.ops.aten, []
+    aten = torch.ops.aten
     on_a_cpu = {aten._scaled_dot_product_flash_attention_for_cpu: forward,  # torch counts the kernels of GPUs alone
                 aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
     with flop_counter.FlopCounterMode(display=False, custom_mapping=on_a_cpu) as counter:
-        samples.append(function())
-    return counter.get_total_flops() / samples[0]
+        samples = function()
+    return counter.get_total_flops() / samples
 
 
 def peak_memory(function):
