@@ -10,6 +10,7 @@ N question-answer pairs of a chunk, A tokens of their longest answer.
 """
 
 import inspect
+from importlib.metadata import version
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,10 @@ def refuse_decoder(config, name, *dtypes):
     if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         raise DataError(f"{name}: its text_config names no decoder_start_token_id, the token with which an answer of {config.model_type} "
                         "starts: add it to its config.json (0 in the published Flan-T5)")
+    # as transformers 5 writes a T5 whose head is its own
+    if getattr(config, "scale_decoder_outputs", None) is False and config.tie_word_embeddings and int(version("transformers")[0]) < 5:
+        raise DataError(f"{name}: saved by transformers 5, and the one here ({version('transformers')}) would give {config.model_type} "
+                        "another head: set tie_word_embeddings of text_config in its config.json to false")
     changed = [key for key, plain in LOGIT_CHANGES.items() if getattr(config, key, plain) not in (None, plain)]
     if changed:
         raise DataError(f"{name}: answers with {config.model_type}, which changes its logits after the word head ({', '.join(changed)}): "

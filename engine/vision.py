@@ -102,8 +102,11 @@ def make_tower(arch, weights=None, size=None, log=print):
     net = build_net(arch, size, pretrained=True, **overlay)
     told = timm.data.resolve_model_data_config(net)
     size = size or told["input_size"][-1]
-    with torch.no_grad():
-        found = net.eval().forward_features(torch.zeros(1, 3, size, size))
+    try:
+        with torch.no_grad():
+            found = net.eval().forward_features(torch.zeros(1, 3, size, size))
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"timm:{arch}: takes no pictures of {size} pixels ({said(error)}): another --image-size") from None
     prefix = getattr(net, "num_prefix_tokens", 0) if found.ndim == 3 else 0
     grid = grid_of(net, found, prefix)
     width = as_tokens(net, found).shape[-1]

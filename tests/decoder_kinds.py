@@ -39,6 +39,9 @@ def sentence_pieces(marks, model):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.Replace(Regex(" {2,}"), " ")])
         tokenizer.train_from_iterator(TEXTS, trainers.UnigramTrainer(vocab_size=120, special_tokens=marks, unk_token="<unk>",
                                                                      show_progress=False))
+        # the trainer leaves pieces of the same score in another order each time: other words, with the same random weights
+        pieces = [(piece, round(score, 3)) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
+        tokenizer.model = models.Unigram(pieces[:len(marks)] + sorted(pieces[len(marks):]), unk_id=marks.index("<unk>"))
         return tokenizer
     raw = [f"<0x{byte:02X}>" for byte in range(256)]  # Llama: a line's end is a byte
     texts = [text.replace("\n", " ") for text in TEXTS]
@@ -111,16 +114,22 @@ def make_folder(kind, folder):
                          image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
     torch.manual_seed(0)
     model = Blip2ForConditionalGeneration(config)
+    if kind == "flan-t5":  # whose head has weights of its own; in a fresh model transformers 5 ties them whatever the config says
+        model.language_model.lm_head.weight = nn.Parameter(torch.empty(len(tokenizer), W))
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.5)
     nn.init.normal_(model.query_tokens)
-    model.language_model.tie_weights()
     head = model.language_model.get_output_embeddings()
     if head.weight is not model.language_model.get_input_embeddings().weight:
-        nn.init.normal_(head.weight, std=0.5)
+        nn.init.normal_(head.weight, std=0.1 if kind == "flan-t5" else 0.5)  # T5's attention is sharper, and 4 bits change it more
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if kind == "flan-t5":  # and the published config says so
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        settings["text_config"].pop("scale_decoder_outputs", None)
+        settings["text_config"]["tie_word_embeddings"] = False
+        (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     return str(folder)

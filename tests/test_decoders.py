@@ -5,10 +5,14 @@ against one forward for each pair. Behaviour-checked: pads and batches, gates, p
 """
 
 import json
+import logging
+import pathlib
+import shutil
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Blip2ForConditionalGeneration
 
@@ -22,6 +26,7 @@ from show import maps
 from tests import decoder_kinds
 from tests.decoder_kinds import CAUSAL, KINDS, SIZE, Q, W
 from tests.test_lean import WEIGHTS, gradients
+from tools import assemble
 
 RUN = ("smollm", "qwen", "flan-t5")  # from training to export; OPT's way is every other test's
 QUESTIONS = ["What style is this painting?", "How many?", "What colour are the very many boats on the water?"]
@@ -99,6 +104,71 @@ def test_what_ends_an_answer(folders):
     assert {kind: ends(kind) for kind in KINDS} == {
         "opt": ["\n"], "pythia": ["\n"], "smollm": ["\n", "<|im_end|>"], "qwen": ["\n", "<|im_end|>"], "llama": ["\n", "</s>"],
         "flan-t5": ["</s>"]}
+
+
+# --- folders ------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_has_the_same_tokens_each_time(kind):
+    assert len({decoder_kinds.tokenizer_of(kind)[0].to_str() for _ in range(3)}) == 1
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_flan_t5_keeps_its_own_head_without_a_word_about_it(folders, lm_of_flan, tmp_path, monkeypatch, caplog, whole):
+    """Published Flan-T5 has a head of its own, and transformers 5 ties every T5's by its config at first."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    monkeypatch.setattr(logger, "filters", [])  # of an earlier test
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    if whole:
+        model = published.load_blip2(shutil.copytree(folders["flan-t5"], tmp_path / "whole"))[0].language_model
+    else:
+        model = assemble.load_language_model(lm_of_flan)[0]
+    state = load_file(f"{folders['flan-t5']}/model.safetensors")
+    assert torch.equal(model.lm_head.weight, state["language_model.lm_head.weight"])
+    assert torch.equal(model.shared.weight, state["language_model.shared.weight"])
+    assert not [line for line in caplog.messages if "tie" in line]
+
+
+@pytest.fixture
+def lm_of_flan(folders, tmp_path):
+    """Flan-T5 by itself."""
+    source, folder = pathlib.Path(folders["flan-t5"]), tmp_path / "flan"
+    folder.mkdir()
+    inner = {name.removeprefix("language_model."): tensor for name, tensor in load_file(source / "model.safetensors").items()
+             if name.startswith("language_model.")}
+    save_file(inner, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())["text_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for file in source.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return str(folder)
+
+
+def test_an_assembled_flan_t5_is_the_same_for_both_versions_of_transformers(folders, lm_of_flan, tmp_path):
+    """Its config says of the head what the published one says: transformers 5 would write that it is tied, and 4 would tie it."""
+    out, source = tmp_path / "out", load_file(f"{folders['flan-t5']}/model.safetensors")
+    assemble.main(["--vision", folders["opt"], "--lm", lm_of_flan, "--qformer", "fresh", "--width", "64", "--layers", "2", "--queries",
+                   "4", "--out", str(out)])
+    text, state = json.loads((out / "config.json").read_text())["text_config"], load_file(out / "model.safetensors")
+    assert text["tie_word_embeddings"] is False and "scale_decoder_outputs" not in text
+    for name in ("lm_head.weight", "shared.weight"):
+        assert torch.equal(state[f"language_model.{name}"], source[f"language_model.{name}"])
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        found, expected = (published.load_blip2(place)[0].language_model(input_ids=ids, decoder_input_ids=ids).logits
+                           for place in (str(out), folders["flan-t5"]))
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(not BEFORE_5, reason="transformers 5 reads what it wrote")
+def test_a_flan_t5_that_transformers_5_saved_is_refused_by_4(folders, tmp_path):
+    shutil.copytree(folders["flan-t5"], tmp_path / "saved")
+    file = tmp_path / "saved/config.json"
+    config = json.loads(file.read_text())
+    config["text_config"] |= {"tie_word_embeddings": True, "scale_decoder_outputs": False}
+    file.write_text(json.dumps(config))
+    with pytest.raises(DataError, match="saved by transformers 5, .* set tie_word_embeddings of text_config in its config.json to false"):
+        published.load_blip2(str(tmp_path / "saved"))
 
 
 # --- against transformers, and against itself ------------

@@ -75,6 +75,7 @@ def load_language_model(name):
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     config = published.load_config(name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    published.quiet_own_head()
     try:
         model, found = kind.from_pretrained(name, dtype="auto", output_loading_info=True, local_files_only=not published.hub_answers())
     except Exception as error:  # a damaged folder raises anything, from four libraries
@@ -165,11 +166,24 @@ def save_tokenizer(tokenizer, folder):
             json.dump({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}, out, indent=1)
 
 
+def save_head_setting(model, folder):
+    """A T5 whose head has weights of its own says so in its config as the published ones do. transformers 5 writes that it is tied,
+    and transformers 4 would then tie it."""
+    language_model, file = model.language_model, pathlib.Path(folder) / "config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    text, head = settings["text_config"], language_model.get_output_embeddings()
+    if "scale_decoder_outputs" in text and head.weight is not language_model.get_input_embeddings().weight:
+        text["tie_word_embeddings"] = text.pop("scale_decoder_outputs")
+        with files.whole_file(file) as out:
+            json.dump(settings, out, indent=2)
+
+
 def save_gated(model, tokenizer, folder):
     """Weights, tokenizer and the settings of pictures, as transformers publishes a BLIP-2."""
     from transformers import BlipImageProcessor
     size = model.config.vision_config.image_size
     model.save_pretrained(folder)
+    save_head_setting(model, folder)
     save_tokenizer(tokenizer, folder)
     BlipImageProcessor(size={"height": size, "width": size}, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD).save_pretrained(folder)
 

@@ -114,6 +114,9 @@ def test_what_is_there_or_does_not_fit_is_one_line(assembled, lm_folder, bert_fo
         assemble.main([*weights, "--lm", lm_folder, "--qformer", lm_folder, "--out", str(tmp_path / "out")])
     with pytest.raises(DataError, match="no-such"):
         assemble.main([*weights, "--lm", str(tmp_path / "no-such"), "--qformer", bert_folder, "--out", str(tmp_path / "out")])
+    weights = ["--vision", "timm:test_vit", "--vision-weights", str(random_weights("test_vit", tmp_path)), "--image-size", "40"]
+    with pytest.raises(DataError, match="timm:test_vit: takes no pictures of 40 pixels .*16.*: another --image-size"):
+        assemble.main([*weights, "--lm", lm_folder, "--qformer", "fresh", "--out", str(tmp_path / "out")])
     assert not list(tmp_path.glob("out*"))
 
 
