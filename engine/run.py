@@ -102,6 +102,7 @@ class Run:
         self.pace, self.profile = loop.Pace(self, unit), Profile(profile)
         self.progress = {"metric": metric, "value": None, "epoch": None, "stale": 0, "done": 0}  # done: epochs validated
         self.step, self.log, self.stop, self.group = 0, None, loop.StopSignal(), ()
+        self.feed = (batch for batch in ())  # the batches of an epoch; a generator, since that can be closed
 
     def lr(self, step):
         """Learning rate of an optimizer step of this run."""
@@ -120,6 +121,8 @@ class Run:
                 runfolder.refuse_overwrite(self.out, resumed)  # once more: another run may have ended meanwhile
             first_decides(self.accelerator, take)
             self._begin(resumed, flags, script)
+            # cleared later, among other garbage, loaders no longer hear that they are to end, and each is waited for
+            stack.callback(lambda: self.feed.close())
             try:
                 yield self
             except Stopped:
@@ -248,7 +251,7 @@ class Run:
     def steps(self, epoch):
         """The optimizer steps of an epoch that are left, each a Step. Raises Stopped after the step in which a signal came."""
         left = self.plan(epoch)[self.step - epoch * self.per_epoch:]
-        batches = iter(self.batches(epoch, left))
+        self.feed = batches = (batch for batch in self.batches(epoch, left))
         bar = tqdm(left, desc=f"steps from {self.step}", mininterval=1, disable=None if self.log else True)  # None: on a terminal
         for group, share in bar:
             rate = self.lr(self.step)

@@ -5,6 +5,7 @@ strike every stage, so each promise of engine/run.py has a test named for it.
 """
 
 import ast
+import contextlib
 import csv
 import hashlib
 import math
@@ -220,6 +221,29 @@ def test_the_loaders_of_an_epoch_end_before_its_validation(make):
                 held += [step, *step]
             assert ended[-1:] == [epoch]
             toy.skip_validation()
+
+
+@pytest.mark.parametrize("ends", ["stopped", "failed"])
+def test_the_loaders_of_a_run_that_does_not_finish_end_with_it(make, ends):
+    """Though the script, or the traceback, still holds the last step."""
+    class Batches:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return {"x": X[:2]}
+
+        def __del__(self):
+            ended.append(True)
+
+    def on_step(step):
+        held.append(step)
+        os.kill(os.getpid(), signal.SIGINT) if ends == "stopped" else spoilt.pop()
+
+    toy, held, ended, spoilt = make(batches=lambda epoch, left: Batches()), [], [], []
+    with contextlib.nullcontext() if ends == "stopped" else pytest.raises(IndexError):
+        train(toy, on_step=on_step)
+    assert len(held) == 1 and ended == [True]
 
 
 def test_a_rehearsal_leaves_nothing(make):
