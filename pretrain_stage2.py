@@ -156,7 +156,9 @@ def describe(model, image_embeds):
 
 
 def cider(captions, references):
-    """CIDEr-D of raw captions and lists of raw references."""
+    """CIDEr-D of raw captions and lists of raw references; None of one picture, whose words are all that there are."""
+    if len(captions) == 1:
+        return None
     references = [[metrics.tokenize(text) for text in refs] for refs in references]
     return metrics.cider_d([metrics.tokenize(text) for text in captions], references)[0]
 
@@ -172,8 +174,13 @@ def best_constant(train, split, seed, candidates=50, judges=500):
     order = np.random.default_rng(seed).permutation(len(train))
     texts = [train[n].text for n in order]
     judged = [[text] for text in texts[-judges:]]
-    best = max(dict.fromkeys(texts[:candidates]), key=lambda text: cider([text] * len(judged), judged))
+    best = max(dict.fromkeys(texts[:candidates]), key=lambda text: cider([text] * len(judged), judged) or 0.0)
     return best, cider([best] * len(split.references), split.references)
+
+
+def known(numbers):
+    """Those that are there: one picture has no CIDEr-D."""
+    return {name: value for name, value in numbers.items() if value is not None}
 
 
 def format_metrics(numbers):
@@ -224,7 +231,7 @@ def train(args):
     with run.open(resumed, vars(args), __file__):
         accelerator.print(f"{len(parts.train)} training pairs, {len(parts.val.rows)} validation pictures; {run.total} steps of "
                           f"{len(run.plan(0)[0][0])} pairs, lr {args.lr:g}, precision {accelerator.mixed_precision}, {accelerator.device}")
-        accelerator.print(f"{CONSTANT}: {parts.constant[0]!r}, CIDEr-D {parts.constant[1]:.3f}")
+        accelerator.print(f"{CONSTANT}: {parts.constant[0]!r} {format_metrics(known({'CIDEr-D': parts.constant[1]}))}")
         rehearse(run, parts, args)
         for epoch in run.epochs(args.patience):
             run.wrapped.train()
@@ -232,7 +239,7 @@ def train(args):
                 train_step(run, step)
                 step.update()
             numbers, captions = evaluate(run.model, parts.val, accelerator, args.batch_size, args.workers)
-            if run.end_epoch({**numbers, CONSTANT: parts.constant[1]}):
+            if run.end_epoch(known({**numbers, CONSTANT: parts.constant[1]})):
                 run.save_best()
                 write_captions(args, parts.val, captions, accelerator)
     return run
@@ -337,7 +344,7 @@ def score(args):
         checkpoints.load_trainable(model, saved["state"], args.checkpoint)
         seen.tell("val", saved, [[pair.image] for pair in val.rows], args.workers, accelerator.print)
     numbers, captions = evaluate(model.to(accelerator.device), val, accelerator, args.batch_size, args.workers)
-    accelerator.print(format_metrics({**numbers, CONSTANT: best_constant(train_pairs, val, args.seed)[1]}))
+    accelerator.print(format_metrics(known({**numbers, CONSTANT: best_constant(train_pairs, val, args.seed)[1]})))
     write_captions(args, val, captions, accelerator)
 
 

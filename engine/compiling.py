@@ -43,6 +43,6 @@ def _try_out(language_model, accelerator):
         embeds = words.new_ones(*mask.shape, words.shape[1]).requires_grad_()  # [B,S,D]
         for grad in (True, False):
             with torch.set_grad_enabled(grad), accelerator.autocast():
-                states = packing.Packing.of(mask).run(language_model.base_model, embeds)
+                states = packing.Packing.of(mask).run(packing.body_of(language_model), embeds)
             if grad:
                 states.float().sum().backward()

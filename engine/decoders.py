@@ -21,6 +21,8 @@ from engine.errors import DataError
 from engine.memory import cache_rows
 from engine.prompts import pad_ids, stop_ids
 
+BEFORE_5 = int(version("transformers").split(".")[0]) < 5
+NEEDS_5 = ("xglm",)  # before, its code takes no mask of four axes
 ENCODER_DECODERS = ("t5", "mt5")
 # what a config names where the model's own forward does something to the logits after its head, which answer positions alone would miss
 LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
@@ -33,6 +35,7 @@ def decoder_of(language_model, tokenizer):
 
 def refuse_decoder(config, name, *dtypes):
     """DataError for a language model, by its config, that is not built in here, or not in one of these dtypes."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     if config.is_encoder_decoder and config.model_type not in ENCODER_DECODERS:
         raise DataError(f"{name}: answers with {config.model_type}, an encoder-decoder that is not built in here; of these "
                         f"{' and '.join(ENCODER_DECODERS)} are, and every causal decoder (OPT, Llama, Qwen, ...)")
@@ -40,9 +43,22 @@ def refuse_decoder(config, name, *dtypes):
         raise DataError(f"{name}: its text_config names no decoder_start_token_id, the token with which an answer of {config.model_type} "
                         "starts: add it to its config.json (0 in the published Flan-T5)")
     # as transformers 5 writes a T5 whose head is its own
-    if getattr(config, "scale_decoder_outputs", None) is False and config.tie_word_embeddings and int(version("transformers")[0]) < 5:
+    if getattr(config, "scale_decoder_outputs", None) is False and config.tie_word_embeddings and BEFORE_5:
         raise DataError(f"{name}: saved by transformers 5, and the one here ({version('transformers')}) would give {config.model_type} "
                         "another head: set tie_word_embeddings of text_config in its config.json to false")
+    unread = _unread(config) if BEFORE_5 else ()
+    if unread:
+        raise DataError(f"{name}: saved by transformers 5, and the one here ({version('transformers')}) does not read its rope_parameters: "
+                        f"write {', '.join(unread)} beside them in its config.json, as tools/assemble.py does, or install transformers 5")
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others or getattr(MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None), "_is_stateful", False):
+        raise DataError(f"{name}: answers with {config.model_type}, whose layers do not all remember by attention "
+                        f"({', '.join(sorted(others)) or 'they have a state'}): not built in here")
+    if BEFORE_5 and config.model_type in NEEDS_5:
+        raise DataError(f"{name}: answers with {config.model_type}, which works from transformers 5 on; here is {version('transformers')}")
+    if (narrow := getattr(config, "word_embed_proj_dim", None)) and narrow != config.hidden_size:
+        raise DataError(f"{name}: answers with {config.model_type} whose words are {narrow} wide and its layers "
+                        f"{config.hidden_size}: not built in here")
     changed = [key for key, plain in LOGIT_CHANGES.items() if getattr(config, key, plain) not in (None, plain)]
     if changed:
         raise DataError(f"{name}: answers with {config.model_type}, which changes its logits after the word head ({', '.join(changed)}): "
@@ -50,6 +66,32 @@ def refuse_decoder(config, name, *dtypes):
     if config.model_type in ENCODER_DECODERS and torch.float16 in dtypes:
         raise DataError(f"{name}: answers with {config.model_type}, whose activations overflow in float16, and it answers \"ssss\": "
                         "take --precision bf16 or no (and --lm-precision bf16, fp32, int8 or nf4)")
+
+
+def positions_for_4(settings):
+    """rope_parameters of a language model's config, as transformers 5 writes them -> {name: value} of the settings that transformers 4
+    reads in their place, without which it would take its defaults."""
+    rope = settings.get("rope_parameters") or {}
+    near = rope.get("sliding_attention", {})  # Gemma 3 has angles for each kind of layer
+    rope, found = rope.get("full_attention", rope), {}
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            found["rope_scaling"] = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
+        if "partial_rotary_factor" in rope:
+            found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+        if settings["model_type"] == "gpt_neox":
+            found |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope.get("partial_rotary_factor", 0.25)}
+    if "rope_theta" in near:
+        found["rope_local_base_freq"] = near["rope_theta"]
+    return found
+
+
+def _unread(config):
+    """Names of positions_for_4 whose value this config, as transformers 4 has read it, does not have."""
+    def same(value, wanted):
+        return all(value.get(name) == one for name, one in wanted.items()) if isinstance(wanted, dict) and value else value == wanted
+    return [name for name, wanted in positions_for_4(config.to_dict()).items() if not same(getattr(config, name, None), wanted)]
 
 
 class Decoder:
@@ -118,7 +160,7 @@ class Causal(Decoder):
     @property
     def body(self):
         """The layers without the word head."""
-        return self.language_model.base_model
+        return packing.body_of(self.language_model)
 
     def head(self, states):
         """States [...,D] -> logits [...,V]."""
@@ -135,9 +177,17 @@ class Causal(Decoder):
         before = visual.shape[1] + position - 1  # the state before each token predicts it
         return self.head(states[owner, before]), labels[owner, position], owner
 
+    def asked(self, visual, input_ids, attention_mask):
+        """`inputs` of prompts with their pads before the picture, where nothing stands between picture and question: of some (MPT)
+        columns are positions."""
+        inputs = self.inputs(visual, input_ids, attention_mask)
+        order = inputs["attention_mask"].argsort(dim=1, stable=True)  # [B,Q+L]
+        return {"inputs_embeds": inputs["inputs_embeds"].gather(1, order[..., None].expand_as(inputs["inputs_embeds"])),
+                "attention_mask": inputs["attention_mask"].gather(1, order)}
+
     def prefill(self, visual, input_ids, attention_mask):
         """-> (cache of all positions but the last, mask [B,Q+L], last token [B,1], never a pad, whose state predicts the answer)."""
-        inputs = self.inputs(visual, input_ids, attention_mask)
+        inputs = self.asked(visual, input_ids, attention_mask)
         return self._cached(inputs), inputs["attention_mask"], input_ids[:, -1:]
 
     def scores(self, prefilled, rows, targets):
@@ -152,12 +202,20 @@ class Causal(Decoder):
 
     def generate(self, visual, prompts, beams, new_tokens, length_penalty, best=1):
         """See Decoder."""
-        if "position_ids" in inspect.signature(type(self.body).forward).parameters:
+        if self._takes_tree(visual.shape[1] + prompts["input_ids"].shape[1] + beams * new_tokens):
             return super().generate(visual, prompts, beams, new_tokens, length_penalty, best)
-        settings = {"length_penalty": length_penalty} if beams > 1 else {}  # Bloom, MPT: where a key stands is its position
+        settings = {"length_penalty": length_penalty} if beams > 1 else {}
         return self.language_model.generate(
-            **self.inputs(visual, **prompts), **settings, num_beams=beams, num_return_sequences=best, do_sample=False,
+            **self.asked(visual, **prompts), **settings, num_beams=beams, num_return_sequences=best, do_sample=False,
             max_new_tokens=new_tokens, min_new_tokens=1, eos_token_id=stop_ids(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id)
+
+    def _takes_tree(self, places):
+        """May keys stand in another order than their positions, at so many places? Not where the place is the position (Bloom, MPT,
+        Falcon's biases), nor where a layer looks back on fewer of them."""
+        config = self.language_model.config
+        windows = [w for name in ("sliding_window", "window_size") if (w := getattr(config, name, None)) is not None]
+        takes_positions = "position_ids" in inspect.signature(type(self.body).forward).parameters and not getattr(config, "alibi", False)
+        return takes_positions and places <= min(windows, default=places)
 
     def _state(self, visual, prompts, beams, new_tokens):
         return Tree(self, self.inputs(visual, **prompts), beams, new_tokens)

@@ -2,6 +2,7 @@
 
     pack_samples       makes a language model run so, where it can
     Packing            where the real tokens of a padded batch stand: to the row, and back
+    body_of            its layers without the word head
     packed_attention   the only part in which tokens meet: here each sample is by itself
 
 Linear layers, norms and activations take a token at a time and need no samples.
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from engine.errors import DataError
+from engine.errors import DataError, said
 
 NAME = "packed"  # among transformers' kinds of attention; language_model.set_attn_implementation("sdpa") gives the padded pass back
 
@@ -87,11 +88,18 @@ def packed_attention(module, query, key, value, attention_mask, packing=None, **
 
     def attend(*rows):
         apart = (packing.unpack(x.transpose(1, 2)).transpose(1, 2) for x in rows)  # [B,heads,S,D/heads]
-        return packing.pack(sdpa_attention_forward(module, *apart, None, **kwargs)[0])
+        # causal whatever the model says: it may believe in the mask that Packing.run gave it (GPT-2 before transformers 5)
+        return packing.pack(sdpa_attention_forward(module, *apart, None, **{**kwargs, "is_causal": True})[0])
 
     if not (saves_memory(query) and torch.is_grad_enabled()):
         return attend(query, key, value), None
     return checkpoint(attend, query, key, value, use_reentrant=False, preserve_rng_state=False), None
+
+
+def body_of(language_model):
+    """The layers of a causal language model without its word head."""
+    body = language_model.base_model
+    return language_model.get_decoder() if body is language_model else body  # Gemma 3 before transformers 5
 
 
 def saves_memory(x):
@@ -109,7 +117,21 @@ def pack_samples(language_model, log=print):
         return
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    before = language_model.config._attn_implementation
     language_model.set_attn_implementation(NAME)
+    try:
+        _try_out(language_model)
+    except Exception as error:  # whatever another model's own code makes of a mask that is none
+        language_model.set_attn_implementation(before)
+        log(f"{language_model.config.model_type} is trained on padded batches: {said(error)}")
+
+
+@torch.no_grad()
+def _try_out(language_model):
+    """A pass over two samples of two tokens and one."""
+    words = language_model.get_input_embeddings().weight
+    mask = torch.tensor([[1, 1], [1, 0]], device=words.device)
+    Packing.of(mask).run(body_of(language_model), words[:1].expand(2, 2, -1))
 
 
 def _needs_pads(language_model):
@@ -119,7 +141,7 @@ def _needs_pads(language_model):
         return "an encoder-decoder, whose attention has biases of its own"
     if not language_model._supports_attention_backend or config._attn_implementation not in ("sdpa", NAME):
         return "its attention cannot be replaced"
-    if "position_ids" not in inspect.signature(type(language_model.base_model).forward).parameters:
+    if "position_ids" not in inspect.signature(type(body_of(language_model)).forward).parameters:
         return "it counts positions by itself"
     if language_model._is_stateful or set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         return "its tokens meet outside of attention too"

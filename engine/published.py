@@ -60,7 +60,8 @@ def load_blip2(name, dtype=torch.float32, lm_precision=None, tower=True):
     keep_4bit_layout(model)
     model.vision_model.to(dtype)
     if "quantization_config" not in options:
-        model.language_model.to(lm_dtype)
+        for weight in model.language_model.parameters():  # and no buffer: angles of positions stay float32, as transformers keeps them
+            weight.data = weight.data.to(lm_dtype)
     refuse_more_tokens(tokenizer, model.config.text_config.vocab_size, "the language model", name)
     return model, tokenizer
 
@@ -195,7 +196,7 @@ def load_vision(name, dtype=torch.float32):
     with torch.device("meta"):
         model = vision.build_tower(settings)
     load_strictly(model, state, f"vision tower of {name}", assign=True)
-    return model, config
+    return model if dtype is None else model.to(dtype), config  # what no file holds too: tables that timm makes for positions
 
 
 # tools/make_tiny.py is the recipe; {part}.json beside each is its record

@@ -146,6 +146,14 @@ def test_train_gated_goes_on_from_it(flags, few, tiny, tmp_path):
     train_gated.dry_run(args)
 
 
+def test_one_validation_picture_has_no_cider_and_the_run_goes_on(flags, tmp_path, capsys):
+    assert pretrain_stage2.main(flags("--max-val", "1", "--epochs", "1")) is None and (tmp_path / "run/best.pt").exists()
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch 1"))
+    assert "ROUGE-L" in line and "CIDEr-D" not in line and "another picture's" not in line
+    pretrain_stage2.main(flags("--max-val", "1", "--checkpoint", str(tmp_path / "run")))
+    assert "ROUGE-L" in capsys.readouterr().out
+
+
 def test_baselines_by_hand():
     """Of three pictures with captions of their own: right captions score, the next picture's do not."""
     split = pretrain_stage2.Split([], [["a red boat"], ["two blue stars"], ["one tall tree"]])

