@@ -32,7 +32,7 @@ from engine import answering, checkpoints, comparison, errors, files, flags, fol
 from engine.errors import DataError
 from engine.evaluation import PANELS, coverage, evaluate, print_table, score_table, write_table
 from engine.features import cached_features, likeliest_styles, predicted_styles
-from engine.prompts import Collate, log_cut_answers
+from engine.prompts import Collate, log_cut_answers, log_cut_questions
 from engine.saved import sees_style
 from show import maps, report, sharing
 
@@ -168,9 +168,13 @@ def map_folder(args):
 def read_data(args, trained_with, log):
     """The rows of --split. A flag about data that is not given is that of the training, and stands in args from here on."""
     args.val_share = 0.0  # of a table given here, all rows
+    was = trained_with["data"]
     if args.data is None:
-        args.data, args.images = trained_with["data"], args.images or trained_with["images"]
-    if os.path.isfile(args.data) and os.path.isfile(trained_with["data"]) and os.path.samefile(args.data, trained_with["data"]):
+        args.data, args.images = was, args.images or trained_with["images"]
+    moved = not os.path.exists(was) and os.path.isfile(args.data) and os.path.basename(args.data) == os.path.basename(was)
+    if moved:
+        log(f"{args.data}: taken as the table of the training, {was}, which is no longer there: --split val is what was held out of it")
+    if moved or os.path.isfile(args.data) and os.path.isfile(was) and os.path.samefile(args.data, was):
         args.val_share = trained_with["val_share"]
         if not args.val_share and args.split != "train":
             raise DataError(f"{args.data}: all of this table was trained on (--val-share 0): nothing in it was held out: give --data "
@@ -240,6 +244,7 @@ def prepare(args, checkpoint, accelerator):
     args.batch_size = questions_at_once(args, model)
     published.refuse_unknown_words(model.tokenizer, [row.question for row in questions], places["blip2"])
     log_cut_answers(model.tokenizer, {args.split: questions}, model.max_answer, accelerator.print)
+    log_cut_questions(model.tokenizer, [row.question for row in questions], args.split, accelerator.print)
     for field in (name for name in ("style", "context") if getattr(args, name) == "efficientnet"):
         questions, = predicted_styles(load_style(args, places).to(accelerator.device), published.image_size_of(places["blip2"]),
                                       places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print, field)
@@ -388,6 +393,7 @@ def ask(args, checkpoint, accelerator):
             return
         model = load_model(args, checkpoint, core.DTYPES[accelerator.mixed_precision]).to(accelerator.device).eval()
         checkpoints.load_trainable(model, checkpoint["state"], args.checkpoint)
+        log_cut_questions(model.tokenizer, args.ask, "--ask")
         args.batch_size = questions_at_once(args, model)
         context, net = checkpoint["args"].get("context"), None
         if context == "efficientnet":
@@ -406,6 +412,8 @@ def ask(args, checkpoint, accelerator):
 def main(argv=None):
     args = get_args(argv)
     theirs = comparison.read_other(args.against)  # of a file; a run is asked afterwards
+    if args.against and not theirs:
+        checkpoints.load_checkpoint(checkpoints.checkpoint_file(args.against), NEEDED)  # refused before the first question
     if not args.checkpoint:
         return compare(args, comparison.read_predictions(args.predictions), theirs)
     args.checkpoint = str(checkpoints.checkpoint_file(args.checkpoint))  # maps/ and the report's curves go by its folder

@@ -613,10 +613,14 @@ def retrieval_scores(t2i, i2t, owner):
     return scores | {"mean": float(np.mean(list(scores.values())))}
 
 
-def retrieval_chance(texts, images):
-    """The retrieval_scores of a random ranking of that many texts and images (where images have several texts: nearly)."""
-    scores = {f"{side} R@{k}": 100 * min(1.0, k / count * more) for side, count, more in
-              (("i2t", texts, texts / images), ("t2i", images, 1)) for k in (1, 5, 10)}
+def retrieval_chance(owner):
+    """The retrieval_scores that a random ranking is expected to have. owner [T] = the image of each text.
+
+    Of an image with m of the T texts none is among the first k with probability C(T-m,k) / C(T,k)."""
+    owned, T = np.unique(np.asarray(owner), return_counts=True)[1], len(owner)
+    scores = {f"i2t R@{k}": 100 * float(np.mean([1 - math.comb(T - m, k) / math.comb(T, k) for m in owned.tolist()])) if k < T else 100.0
+              for k in (1, 5, 10)}
+    scores |= {f"t2i R@{k}": 100 * min(1.0, k / len(owned)) for k in (1, 5, 10)}
     return scores | {"mean": float(np.mean(list(scores.values())))}
 
 

@@ -138,7 +138,8 @@ def read_data(args, log=print):
 def check_data(args):
     """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
     files, tars = data_places(args)
-    failed = pairs.check(files, args.images, args.skip_bad, args.val_share, args.encoding, args.workers)
+    absent = published.format_missing({"BLIP-2": published.missing_model(args.blip2, "blip2-itm")})
+    failed = pairs.check(files, args.images, args.skip_bad, args.val_share, args.encoding, args.workers, absent)
     if shards.check(tars, args.skip_broken):
         print("training would fail at the tar files")
         failed = 1
@@ -412,8 +413,8 @@ def print_start(run, parts, args, by_chance):
                           f"precision {run.accelerator.mixed_precision}, {run.accelerator.device}")
     if streamed:
         run.accelerator.print("the pictures of the tar files are not among those that best.pt knows, nor looked for in the validation")
-    run.accelerator.print(f"a model that knows nothing: {format_metrics(by_chance)}; "
-                          f"recall of a random order: {format_metrics(metrics.retrieval_chance(len(parts.val), images))}")
+    by_luck = metrics.retrieval_chance([pair.image_id for pair in parts.val.rows])
+    run.accelerator.print(f"a model that knows nothing: {format_metrics(by_chance)}; recall of a random order: {format_metrics(by_luck)}")
 
 
 def start(args):

@@ -48,6 +48,7 @@ def get_args(argv=None):
                                                                              "validation file (default: 0.1)")
     data.add_argument("--skip-bad", type=flags.share, nargs="?", const=0.01, default=0.0, metavar="SHARE",
                       help="leave missing or broken pictures out and list them, up to this share (0.01 where no number is given)")
+    data.add_argument("--check-data", action="store_true", help="decode every picture, say what is there, and stop")
     data.add_argument("--dry-run", action="store_true", help="show what the model reads and the memory it takes, rehearse the "
                                                              "longest batch, and stop; nothing is written")
     data.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
@@ -198,7 +199,7 @@ def best_of(args, model, frozen, precision):
 
 def settings(args, parts, accelerator):
     """What must be the same on --resume: the flags that change the result, the data, the number of processes."""
-    free = ("out", "resume", "save_last", "profile", "config", "images", "data", "dry_run", "skip_bad", "workers", "patience",
+    free = ("out", "resume", "save_last", "profile", "config", "images", "data", "check_data", "dry_run", "skip_bad", "workers", "patience",
             "activations", "checkpoint", "untrained", "captions")
     return {**runfolder.settings_of(vars(args), free, precision=accelerator.mixed_precision),
             "pictures (sizes)": rows.sizes_hash(row.image for row in [*parts.train.rows, *parts.val.rows]),
@@ -352,6 +353,9 @@ def main(argv=None):
     args = get_args(argv)
     for note in environment.note_versions():
         print(note, file=sys.stderr)
+    if args.check_data:
+        return pairs.check(pairs.named_places(args.data), args.images, args.skip_bad, args.val_share, args.encoding, args.workers,
+                           published.format_missing({"BLIP-2": published.missing_model(args.blip2, "blip2")}))
     if args.captions:
         files.refuse_unwritable(args.captions)
     if args.checkpoint or args.untrained:

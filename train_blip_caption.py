@@ -519,8 +519,9 @@ def main(argv=None):
     for note in environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
+        absent = {} if args.checkpoint else {"BLIP": published.missing_model(args.blip, "blip")}
         return captions.check_data(args.data, lambda: published.load_tokenizer(published.in_models(args.blip, "blip")),
-                                   workers=args.workers, **reading(args))
+                                   published.format_missing(absent), workers=args.workers, **reading(args))
     if args.captions:
         return caption_folder(args)
     if args.caption or args.zero_shot or args.checkpoint:

@@ -570,7 +570,10 @@ def main(argv=None):
     for note in environment.note_versions():
         print(note, file=sys.stderr)
     if args.check_data:
-        return cirr.check(args.data, args.format, chance_text, args.images, workers=max(1, args.workers))
+        trains = not args.checkpoint and args.format != "circo"
+        absent = {"BLIP-2": published.missing_model(args.blip2 or DEFAULT, "blip2-itm")} if trains else {}
+        return cirr.check(args.data, args.format, chance_text, args.images, workers=max(1, args.workers),
+                          absent=published.format_missing(absent))
     with errors.batch_size_in_memory_errors(args.batch_size, "the --batch-size"):  # there is no --accumulation here
         if args.search is not None:
             return search(args)

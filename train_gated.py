@@ -27,7 +27,7 @@ from engine.errors import DataError
 from engine.evaluation import PANELS, evaluate, loss_summary, text_length
 from engine.features import cached_features, predicted_styles
 from engine.missing import missing_classifier, missing_tables, shortest_way
-from engine.prompts import Collate, answer_length, log_cut_answers
+from engine.prompts import Collate, answer_length, log_cut_answers, log_cut_questions
 from engine.run import Run, resumes
 from engine.saved import sees_style
 from engine.text import text_of
@@ -211,6 +211,8 @@ def check_tokens(args, splits):
     if "train" in splits:
         longest = answer_length(tokenizer, splits["train"], args.max_answer)
         log_cut_answers(tokenizer, splits, longest)
+        for split, read in splits.items():
+            log_cut_questions(tokenizer, [row.question for row in read], split)
         show_rows(tokenizer, splits["train"][:3], longest)
 
 
@@ -393,6 +395,8 @@ def prepare(args, accelerator, command=()):
     published.refuse_unknown_words(tokenizer, texts, places["blip2"])
     built_from = model_args(args, train_rows, answer_length(tokenizer, train_rows, args.max_answer))
     log_cut_answers(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)
+    for split, read in (("train", train_rows), ("val", val_rows)):
+        log_cut_questions(tokenizer, [row.question for row in read], split, accelerator.print)
     dtype = core.DTYPES[accelerator.mixed_precision]  # of the frozen towers; everything that is trained is in float32
     features, towers = cached_features(args.cache, places["blip2"], places["qformer"], load_style if sees_style(built_from) else None,
                                        train_rows + val_rows, accelerator, dtype, args.workers)

@@ -439,10 +439,11 @@ class Captions(Dataset):
 
 # --- --check-data ------------
 
-def check_data(data, load_tokenizer, skip_bad=0.0, workers=2, **reading):
+def check_data(data, load_tokenizer, absent="", skip_bad=0.0, workers=2, **reading):
     """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded.
 
-    load_tokenizer: function that gives the tokenizer, which says what is cut, or raises DataError; reading: as for read_data."""
+    load_tokenizer: function that gives the tokenizer, which says what is cut; absent: what else is missing, and the ways to it, "" where
+    nothing is; reading: as for read_data."""
     splits, failed = {}, False
     for split in [s for s in ("train", "val", "test") if s != "test" or split_file(data, s).is_file()]:
         try:
@@ -463,7 +464,11 @@ def check_data(data, load_tokenizer, skip_bad=0.0, workers=2, **reading):
         print(f"in {' and '.join(homes)}: {image}")
     if len(shared) > 10:
         print(f"... {len(shared)} pictures stand in more than one split")
-    check_tokens(load_tokenizer, splits)
+    if absent:
+        print(f"error: {absent}")
+    else:
+        check_tokens(load_tokenizer, splits)
+    failed = failed or bool(absent)
     print("training would fail" if failed else "training can start")
     return int(failed)
 

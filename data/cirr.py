@@ -345,15 +345,15 @@ def fingerprint(queries):
 
 # --- --check-data ------------
 
-def check(data, format, chance_text, images=None, category="all", splits=None, workers=2, log=print):
+def check(data, format, chance_text, images=None, category="all", splits=None, workers=2, absent="", log=print):
     """--check-data: say what is there and decode every picture; exit code 1 where a run would fail, 0 where not.
 
-    chance_text: Pool -> what a random ranking scores in it. splits: which; default those of SPLITS, test1 only where there is a
-    file of it."""
+    chance_text: Pool -> what a random ranking scores in it. absent: what else is missing, and the ways to it. splits: which; default
+    those of SPLITS, test1 only where there is a file of it."""
     if splits is None:
         there = rows.entries(os.path.join(annotation_folder(data, format), "captions"))
         splits = [split for split in SPLITS[format] if split != "test1" or "cap.rc2.test1.json" in there]
-    failed, homes = False, {}
+    failed, homes = bool(absent), {}
     for split in splits:
         try:
             pools = annotations(data, format, split, category)
@@ -371,6 +371,8 @@ def check(data, format, chance_text, images=None, category="all", splits=None, w
         log(f"in {' and '.join(names)}: {image}")
     if len(shared) > 10:
         log(f"... {len(shared)} pictures stand in more than one split")
+    if absent:
+        log(f"error: {absent}")
     log("training would fail" if failed else "training can start")
     return int(failed)
 

@@ -68,7 +68,8 @@ class Row:
     line: int  # line of the file on which the row starts, 1 = the header; in a .json file the row's number
     file: str
     fault: str = ""
-    question_id: str = ""  # as VQA evaluators know it; "" = the row's number
+    question_id: str = ""  # as VQA evaluators know it; "" = `number`
+    number: int | None = None  # of the row in its table from 0, whatever is left out or held out
     context: str = ""  # text that goes before the question
     answers: tuple = ()  # of all people who were asked, where there are several; `answer` is the commonest
 
@@ -224,6 +225,9 @@ def read_cells(path, kind, table, columns):
         if "answer_type" in table[0][2]:  # yes/no, number, other: by which VQAv2's tables are divided
             columns = {"question_type": "answer_type", **columns}
     mapped = map_columns(path, dict.fromkeys(key for _, _, cells in table for key in cells), columns)
+    empty = {column for column in mapped.values() if column is not None}
+    table = [(where, line, {**cells, **{key: "" for key in empty & cells.keys() if cells[key] is None}})  # null, as pandas writes them
+             for where, line, cells in table]
     filled = [(line, {name: cell(where, cells, column, name, needed=name not in OPTIONAL)
                       for name, column in mapped.items()} | {"answers": answers})
               for (where, line, cells), answers in zip(table, people)]
@@ -256,7 +260,7 @@ def read_layout(source, split, columns=None, images=None, encoding="utf-8", sepa
     for line, values in table:
         name = values.pop("image")
         image, fault = found[name]
-        rows.append(Row(image=image, name=name, line=line, file=path, fault=fault, **values))
+        rows.append(Row(image=image, name=name, line=line, file=path, fault=fault, number=len(rows), **values))
     return rows, f"{path}: {kind}, {len(rows)} rows{said}, images in {root}"
 
 

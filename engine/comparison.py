@@ -30,9 +30,9 @@ QUESTION = ("image", "question", "answer", "question_type")  # must be the same 
 # --- rows ------------
 
 def question_ids(questions):
-    """The table's question_id as it is written, else the number of the row from 0; the plain spelling of a whole number, such as 1827492
-    and not 01827492, is that number, as VQAv2's evaluator takes it. DataError: one twice."""
-    ids = [int(r.question_id) if re.fullmatch("0|[1-9][0-9]*", r.question_id) else r.question_id or i for i, r in enumerate(questions)]
+    """The table's question_id as it is written, else the number of the row in the table from 0; the plain spelling of a whole number,
+    such as 1827492 and not 01827492, is that number, as VQAv2's evaluator takes it. DataError: one twice."""
+    ids = [int(r.question_id) if re.fullmatch("0|[1-9][0-9]*", r.question_id) else r.question_id or r.number for r in questions]
     seen = {}
     for i, r in zip(ids, questions):
         if i in seen:

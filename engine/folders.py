@@ -153,7 +153,8 @@ def pictures_in(folder, log=print):
     root, names, left_out = os.path.realpath(folder), [], []
     known = {ending for ending, kind in Image.registered_extensions().items() if kind in rows.FORMATS}
     if not os.path.isdir(root):
-        raise DataError(f"{folder}: there is no such folder of pictures")
+        raise DataError(f"{folder}: there is no such folder of pictures" if not os.path.exists(root) else
+                        f"{folder}: a file and no folder of pictures: give the folder that it is in")
     for place, inner, found in os.walk(root, onerror=lambda error: left_out.append(error.filename)):
         for path in (os.path.join(place, name) for name in inner + found):
             if os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root:

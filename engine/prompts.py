@@ -3,7 +3,7 @@
     prompt_ids, answer_ids, encode_training, encode_prompts   questions and answers of the language model
     question_of                                               a prompt's question back
     habits_of, end_id, stop_ids                               what its tokenizer puts around a text, and what ends an answer
-    answer_length, log_cut_answers                            how long answers may be, and which are cut
+    answer_length, log_cut_answers, log_cut_questions         how long answers and questions may be, and which are cut
     Collate                                                   samples of questions.Questions -> a batch
     encode_captions, caption_prompts                          captions of the language model
     text_ids                                                  texts of the Q-Former
@@ -12,16 +12,19 @@ Capitals in shape comments as in core.py: B batch, L text tokens, P image patche
 """
 
 import functools
+import sys
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import default_collate
 
+from data.tables import excerpt
 from engine import loaders
 from engine.errors import DataError
 
 PROMPT = "Question: {} Answer:"  # BLIP-2's prompt; training and evaluation share this one line
 CONTEXT = "Context: {} "  # before it, where a data set has text about the picture
+MAX_PROMPT = 64  # tokens of "Question: ... Answer:"
 MAX_QUESTION = 128  # tokens of a question in the Q-Former, as InstructBLIP has it
 MAX_TEXT = 32  # tokens of a text in the Q-Former, [CLS] and [SEP] among them
 MAX_ANSWER = 64  # tokens of an answer with its end of line, at most: more than short answers ever have, so that none is cut
@@ -69,7 +72,7 @@ def stop_ids(tokenizer):
     return list(dict.fromkeys([end_id(tokenizer)] + [i for i in [tokenizer.eos_token_id] if i not in (None, tokenizer.bos_token_id)]))
 
 
-def prompt_ids(tokenizer, question, context="", max_tokens=64, max_context=128):
+def prompt_ids(tokenizer, question, context="", max_tokens=MAX_PROMPT, max_context=128):
     """Token ids of the context where there is one and the prompt, with what the tokenizer puts before and behind a text.
 
     A long question is cut so that "Answer:" always stands at the end; a context is cut to max_context tokens of its own.
@@ -194,6 +197,15 @@ class Collate:
 def answer_length(tokenizer, train_rows, limit):
     """Tokens of the longest training answer with its end of line, `limit` at most: what is trained and what is generated."""
     return min(limit, max(answer_lengths(tokenizer, [answer for r in train_rows for answer in r.trained_on])))
+
+
+def log_cut_questions(tokenizer, questions, what, log=print):
+    """Say how many different questions (texts) are longer than prompt_ids has them, where any is. what: the word before the line."""
+    asked = list(dict.fromkeys(questions))
+    cut = [text for text in asked if len(prompt_ids(tokenizer, text, max_tokens=sys.maxsize)) > MAX_PROMPT]
+    if cut:
+        log(f"{what}: {len(cut)} of {len(asked)} different questions are cut at {MAX_PROMPT} tokens with \"Question:\" and \"Answer:\", "
+            f"first {excerpt(cut[0])}: what stands behind is never read; put long texts into a context (--context)")
 
 
 def log_cut_answers(tokenizer, splits, longest, log=print):

@@ -116,7 +116,9 @@ def folder_lock(out):
 
 
 def start_run(out, settings, script):
-    """Write args.yaml: the settings, and above them as remarks the script and the commit. script: its __file__."""
+    """Write args.yaml: the settings that would make the run again, so without --resume and --config, and above them as remarks the
+    script and the commit. script: its __file__."""
+    settings = {name: value for name, value in settings.items() if name not in ("resume", "config")}
     try:
         with files.whole_file(pathlib.Path(out) / "args.yaml") as file:
             file.write(f"# script: {script_name(script)}\n# commit: {environment.project_version()}\n")

@@ -316,6 +316,31 @@ def test_training_rows_are_never_scored_as_held_out_ones(few, one_table, tmp_pat
     assert f"{count} of 10 rows" in (tmp_path / "page.html").read_text()
 
 
+def test_a_table_that_has_moved_is_still_divided_as_it_was(few, flags, tmp_path, capsys):
+    """And a question's number is that of its row in the table, whatever is held out or left out."""
+    data = shutil.copytree(few, tmp_path / "data")
+    train_gated.main(flags("--data", str(data / "train.csv"), "--val-share", "0.2", "--epochs", "1"))
+    data.rename(tmp_path / "moved")
+    capsys.readouterr()
+    eval_gated.main(["--checkpoint", str(tmp_path / "run"), "--data", str(tmp_path / "moved/train.csv"), "--no-baselines", "--workers",
+                     "0", "--beams", "1", "--predictions", str(tmp_path / "p.json")])
+    printed = capsys.readouterr().out
+    assert "taken as the table of the training" in printed and "pictures that training saw: 0 of 10 rows\n" in printed
+    table = list(csv.DictReader((few / "train.csv").open(encoding="utf-8")))
+    for row in csv.DictReader((tmp_path / "p.csv").open(encoding="utf-8")):
+        asked = table[int(row["question_id"])]
+        assert (asked["image"], asked["question"], asked["answer"]) == (row["image"], row["question"], row["answer"])
+    assert len(json.loads((tmp_path / "p.json").read_text())) == 10
+
+
+def test_a_row_that_is_left_out_moves_no_number(sample, tmp_path):
+    lines = (sample / "val.csv").read_text(encoding="utf-8").splitlines()
+    image, question, _, *rest = next(csv.reader([lines[1]]))
+    (tmp_path / "val.csv").write_text("\n".join([lines[0], ",".join([image, question, "", *rest]), *lines[2:]]) + "\n", encoding="utf-8")
+    found = read_questions(str(tmp_path), "val", images=str(sample / "images"), skip_bad=0.5, workers=1, log=lambda line: None)
+    assert comparison.question_ids(found)[:3] == [1, 2, 3]
+
+
 def test_a_checkpoint_that_does_not_know_its_pictures_says_so(one_table, tmp_path):
     best = torch.load(tmp_path / "run/best.pt", weights_only=True)
     del best["pictures"]

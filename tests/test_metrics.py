@@ -192,6 +192,18 @@ def test_best_ranks_refuses_what_has_no_right_answer(scores, right):
         metrics.best_ranks(scores, right)
 
 
+def test_the_recall_of_a_random_order_is_what_random_orders_have():
+    owner, generator = [0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 4, 5], np.random.default_rng(0)
+    found = metrics.retrieval_chance(owner)
+    drawn = [metrics.retrieval_scores(scores, scores.T, owner) for scores in generator.random((3000, 12, 6))]
+    assert found.keys() == drawn[0].keys()
+    for name in found:
+        values = [one[name] for one in drawn]
+        assert abs(found[name] - np.mean(values)) < 4 * np.std(values) / 3000 ** 0.5 + 1e-9, name
+    by_hand = metrics.retrieval_chance([0, 0, 1])  # the first of three texts is one of two with 2/3, the one of one with 1/3
+    assert by_hand["i2t R@1"] == pytest.approx(50) and by_hand["i2t R@5"] == 100 and by_hand["t2i R@1"] == 50
+
+
 def test_retrieval_scores_take_lists():
     assert metrics.retrieval_scores(np.eye(2), np.eye(2), [0, 1])["mean"] == 100
 

@@ -790,6 +790,10 @@ def test_check_data_says_whether_training_can_start(folder, sets, tmp_path, caps
     pytest.importorskip("webdataset")
     data, tars = (shutil.copytree(place, tmp_path / place.name) for place in sets)
     check = ["--data", f"drawn={data}", "--data", f"cc={tars}", "--check-data", "--workers", "0"]
+    assert pretrain_qformer.main(check) == 1
+    told = capsys.readouterr().out
+    assert "error: BLIP-2:" in told and "training would fail" in told
+    check += ["--blip2", folder]
     assert pretrain_qformer.main(check) == 0
     told = capsys.readouterr().out
     assert "training can start" in told and "24 captions of 12 pictures" in told and "16 of 16 samples" in told

@@ -22,10 +22,10 @@ import metrics
 import train_gated
 from data import rows
 from data.questions import OtherStyle
-from engine import checkpoints, errors, evaluation, loaders, loop, run, runfolder
+from engine import checkpoints, errors, evaluation, loaders, loop, published, run, runfolder
 from engine.run import Step
 from faults import the_error
-from tools import compare_gated, make_tiny
+from tools import compare_gated, faithfulness, make_tiny
 import conftest
 from test_report import Page, check_safe
 
@@ -692,10 +692,18 @@ def test_wrong_flags_are_refused_by_argparse(flags, capsys, more):
     assert stop.value.code == 2 and more[0].lstrip("-") in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_another_stage_is_refused_before_a_question_is_asked(trained, monkeypatch, capsys):
+    monkeypatch.setattr(eval_gated, "prepare", lambda *args: pytest.fail("too late"))
+    assert errors.exit_code(eval_gated.main, ["--checkpoint", str(trained), "--against", published.tiny("cir")]) == 2
+    assert "not a checkpoint of this stage" in capsys.readouterr().err
+    with pytest.raises(errors.DataError, match="a checkpoint of another stage .cir. and not of this one"):
+        faithfulness.load(published.tiny("cir"))
+
+
 def test_args_yaml_serves_as_config(trained):
     args = train_gated.get_args(["--config", str(trained / "args.yaml")])
     saved = yaml.safe_load((trained / "args.yaml").read_text())
-    assert {k: v for k, v in vars(args).items() if k != "config"} == {k: v for k, v in saved.items() if k != "config"}
+    assert {k: v for k, v in vars(args).items() if k not in ("config", "resume")} == saved  # a run that is made again begins anew
 
 
 def test_log_drops_the_rows_that_will_be_trained_again(tmp_path):

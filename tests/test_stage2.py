@@ -180,6 +180,12 @@ def test_what_is_wrong_costs_one_line_and_leaves_nothing(flags, tmp_path, capsys
     assert message in capsys.readouterr().err and not (tmp_path / "run/best.pt").exists()
 
 
+def test_check_data_says_what_is_there_and_what_is_not(flags, tmp_path, capsys):
+    assert pretrain_stage2.main(flags("--check-data")) == 0 and "training can start" in capsys.readouterr().out
+    assert pretrain_stage2.main(flags("--check-data", "--blip2", "tinny")) == 1
+    assert "did you mean tiny" in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
 def test_a_broken_picture_is_named(flags, few, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(few, data)

@@ -99,6 +99,29 @@ def test_the_length_follows_from_the_training_answers_and_travels(few, flags, tm
     assert "val: 1 of 15 answers are cut" in capsys.readouterr().out
 
 
+def test_a_question_that_is_cut_is_said_wherever_it_is_asked(few, flags, tmp_path, capsys):
+    """Of one that is not, nothing."""
+    data, long = shutil.copytree(few, tmp_path / "data"), "Is it red or blue? " * 30
+    with (data / "train.csv").open(encoding="utf-8", newline="") as file:
+        read = list(csv.DictReader(file))
+    read[0]["question"] = read[1]["question"] = long
+    with (data / "train.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, read[0])
+        writer.writeheader()
+        writer.writerows(read)
+    count = len({row["question"] for row in read})
+    line = f"train: 1 of {count} different questions are cut at 64 tokens"
+    for more in ("--check-data",), ("--epochs", "1", "--gating", "none"):
+        train_gated.main(flags("--data", str(data), *more))
+        printed = capsys.readouterr().out
+        assert line in printed and "val: 1 of" not in printed.replace("answers", "")
+    shared = ["--checkpoint", str(tmp_path / "run"), "--workers", "0", "--beams", "1", "--precision", "no"]
+    eval_gated.main([*shared, "--split", "train", "--no-baselines"])
+    assert line in capsys.readouterr().out
+    eval_gated.main([*shared, "--images", str(few / "images"), "--answers", str(tmp_path / "a.csv"), "--ask", long, "How many?"])
+    assert "--ask: 1 of 2 different questions are cut" in capsys.readouterr().out
+
+
 def test_what_the_limit_cuts_is_said(few, flags, tmp_path, capsys):
     data = with_long_answers(few, tmp_path / "data", "one " * 90, "red")
     assert train_gated.main(flags("--data", str(data), "--check-data")) == 0

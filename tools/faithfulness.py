@@ -123,8 +123,7 @@ def load(path):
     """The model of a best.pt, or without one the tiny BLIP-2, ungated and as it is."""
     if path is None:
         return core.Blip2OPTGated.build(published.tiny("blip2"), None, [], gating="none").eval()
-    path = str(checkpoints.checkpoint_file(path))
-    checkpoint = checkpoints.load_checkpoint(path, ("model_args", "state", "frozen"))
+    path, checkpoint = checkpoints.load_best(path, "gated", ("model_args", "state", "frozen"))
     model = eval_gated.load_model(eval_gated.get_args(["--checkpoint", path]), checkpoint, torch.float32)
     checkpoints.load_trainable(model, checkpoint["state"], path)
     return model.eval()

@@ -160,7 +160,7 @@ def test_bad_encoding_or_separator_argument_or_place(tmp_path):
 def test_split_rows(data):
     first, second = read_split(data, "train")
     assert first == rows.Row(str(data / "images/a.jpg"), "a.jpg", "Which style?", "Baroque", "style", "Baroque", 2,
-                             str(data / "train.csv"))
+                             str(data / "train.csv"), number=0)
     assert second.image == str(data / "images/sub/b.png") and second.line == 3 and second.fault == ""
     assert pickle.loads(pickle.dumps(first)) == first  # loaders' workers may be spawned
     with pytest.raises(AttributeError):
