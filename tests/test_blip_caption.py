@@ -821,6 +821,9 @@ def test_check_data(flags, data, capsys):
     assert blip.main(flags("--check-data")) == 0
     out = capsys.readouterr().out
     assert "9 pictures, 10 captions" in out and "4 say left or right" in out and "[DEC] a red square [SEP]" in out
+    assert blip.main(flags("--check-data", "--blip", "tinny")) == 1  # the data is fine, and there is no such model
+    out = capsys.readouterr().out
+    assert "error: BLIP:" in out and "did you mean tiny" in out and out.splitlines()[-1] == "training would fail"
     (data / "images/t1.png").write_bytes(b"x")
     write(data, val={"t2.png": "a green square"})
     assert blip.main(flags("--check-data")) == 1

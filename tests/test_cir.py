@@ -515,6 +515,14 @@ def test_circo_is_scored_by_a_checkpoint_and_submitted(trained, tmp_path, capsys
             train_cir.main(["--data", str(data), "--format", "circo", *more])
 
 
+def test_check_data_knows_whether_the_model_is_there(drawn, capsys):
+    check = ["--data", str(drawn), "--check-data", "--workers", "0", "--blip2"]
+    assert train_cir.main([*check, "tiny"]) == 0 and "training can start" in capsys.readouterr().out
+    assert train_cir.main([*check, "tinny"]) == 1
+    out = capsys.readouterr().out
+    assert "error: BLIP-2:" in out and "did you mean tiny" in out and out.splitlines()[-1] == "training would fail"
+
+
 def test_report_of_an_evaluation(trained, drawn, tmp_path, capsys):
     path = tmp_path / "new/report.html"
     train_cir.main(["--data", str(drawn), "--checkpoint", str(trained[0] / "best.pt"), "--workers", "0", "--report", str(path)])
