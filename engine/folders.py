@@ -66,6 +66,8 @@ def open_table(path, columns, keys, made_with):
     columns: its head; keys: how many of them make a key; made_with: {name: plain value}, what its rows depend on. DataError: it was
     made with something else, is no such table, is damaged, or another process writes it."""
     path = pathlib.Path(path)
+    if path.suffix.lower() != ".csv":
+        raise DataError(f"{path}: a table is written as CSV: let its name end in .csv")
     with _lock(path):
         made_with = json.loads(json.dumps(made_with))  # as it comes back: lists, no tuples
         if path.exists():

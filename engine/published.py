@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from data import rows
 from data.tables import excerpt
 from engine import vision
 from engine.checkpoints import load_foreign, load_strictly, unwrap_state
@@ -173,6 +174,9 @@ def load_config(name):
     return config
 
 
+NO_BIN = "; where there is a pytorch_model.bin, load the folder with transformers and save it again with save_pretrained"
+
+
 def load_vision(name, dtype=torch.float32):
     """The vision tower alone -> (Blip2VisionModel or vision.TimmTower, config of the whole). name: any BLIP-2 in HuggingFace's format,
     or a folder that holds its vision part alone. The language model beside it is never read. dtype None: as each tensor is kept."""
@@ -192,7 +196,7 @@ def load_vision(name, dtype=torch.float32):
             # a batch norm counts in whole numbers
             state |= {n: t.to(dtype=dtype) if t.is_floating_point() else t for n, t in found.items()}
     if not state:
-        raise DataError(f"{name}: no vision tower in its .safetensors files (model_type {config.model_type})")
+        raise DataError(f"{name}: no vision tower in its .safetensors files (model_type {config.model_type}){NO_BIN}")
     with torch.device("meta"):
         model = vision.build_tower(settings)
     load_strictly(model, state, f"vision tower of {name}", assign=True)
@@ -301,8 +305,25 @@ def refuse_other_folder(path, kind, wanted):
     refuse_quantised(config.get("quantization_config"), path, kind == "BLIP-2")
     if wrong := [part for part in ("vision_config", "text_config", "qformer_config") if not isinstance(config.get(part, {}), dict | None)]:
         raise DataError(f"{path}: {wrong[0]} in its config.json is no list of settings: download it again")
+    refuse_other_pixels(path)
     for file in sorted(path.glob("*.safetensors")):
         refuse_incomplete(file)
+
+
+def refuse_other_pixels(path):
+    """DataError where a folder's model was trained on pixels of another mean or deviation than BLIP's, which every picture has here (a
+    timm tower turns them into its own)."""
+    for name in ("preprocessor_config.json", "processor_config.json"):  # of transformers 4, and of 5
+        try:
+            told = json.loads((path / name).read_text(encoding="utf-8"))
+            told = told.get("image_processor", told)
+            pairs = [(told.get(key, ours), ours) for key, ours in (("image_mean", rows.BLIP_MEAN), ("image_std", rows.BLIP_STD))]
+            same = all(abs(a - b) < 1e-3 for values, ours in pairs for a, b in zip(values, ours, strict=True))
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue  # none, or none that could be read: nothing is known, as of the hub's older ones
+        if not same:
+            raise DataError(f"{path / name}: pictures of image_mean {pairs[0][0]} and image_std {pairs[1][0]}, and here they have BLIP's "
+                            f"({rows.BLIP_MEAN}, {rows.BLIP_STD}): this model would see other colours than in its training")
 
 
 def refuse_quantised(settings, name, at_load=False):
@@ -602,7 +623,7 @@ def read_weights(source):
         with safe_open(file, "pt") as tensors:
             state |= {n: tensors.get_tensor(n) for n in tensors.keys() if not n.startswith(("vision_model.", "language_model."))}
     if not state:
-        raise DataError(f"{path}: no .safetensors file with a Q-Former in this folder")
+        raise DataError(f"{path}: no .safetensors file with a Q-Former in this folder{NO_BIN}")
     return state
 
 

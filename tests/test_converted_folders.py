@@ -231,6 +231,20 @@ def test_a_folder_that_was_saved_quantised_is_told_so(rehearse, places, tmp_path
     assert code == 2 and f"{place}: saved quantised (bitsandbytes)" in err and "give the folder that it was made from" in err, err[-3000:]
 
 
+@pytest.mark.parametrize("name, form", [("preprocessor_config.json", lambda told: told),
+                                        ("processor_config.json", lambda told: {"image_processor": told})])
+def test_a_folder_of_other_colours_is_refused(tmp_path, name, form):
+    """Every picture has BLIP's mean and deviation here, whatever a folder asks for."""
+    folder = pathlib.Path(shutil.copytree(published.tiny("blip2"), tmp_path / "blip2"))
+    told = {"image_mean": list(rows.BLIP_MEAN), "image_std": list(rows.BLIP_STD)}
+    for present in (told, {}, {**told, "image_std": [0.2686295, 0.2613026, 0.2757771]}):  # what is not there is not known; rounded
+        (folder / name).write_text(json.dumps(form(present)))
+        published.load_blip2(str(folder))
+    (folder / name).write_text(json.dumps(form({**told, "image_mean": [0.5, 0.5, 0.5]})))
+    with pytest.raises(DataError, match=r"image_mean \[0.5, 0.5, 0.5\] and image_std .* here they have BLIP's .*other colours"):
+        published.load_blip2(str(folder))
+
+
 def test_a_qformer_of_t5_goes_behind_t5(places):
     model = core.Blip2OPTGated.build(places[T5], None, [], gating="none", qformer=places[T5])
     assert model.language_projection.weight.shape == (32, 64)

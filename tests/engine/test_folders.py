@@ -36,6 +36,12 @@ def written(path, keys):
     return path.read_bytes()
 
 
+def test_a_table_is_a_csv_and_its_name_says_so(tmp_path):
+    with pytest.raises(DataError, match="a.xlsx: a table is written as CSV: let its name end in .csv"), opened(tmp_path / "a.xlsx"):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def cells(path):
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.reader(file))
