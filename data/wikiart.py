@@ -223,8 +223,8 @@ def read_lists(place, images=None, encoding="utf-8", separator=None, val_share=0
     elif table := table_of(place):
         layout, (classes, found) = "a table of subsets", read_subsets(table, encoding, separator, log)
     else:
-        folders = {split: next((name for name in names if os.path.isdir(os.path.join(place, name))), "")
-                   for split, names in SPLITS.items()}
+        there = {name.lower(): name for name in rows.entries(place) if os.path.isdir(os.path.join(place, name))}  # Train/, too
+        folders = {split: next((there[name] for name in names if name in there), "") for split, names in SPLITS.items()}
         if bool(folders["train"]) != bool(folders["val"]):
             raise DataError(f"{place}: only one of train/ and val/ is there")
         layout, table = "a folder per style", None

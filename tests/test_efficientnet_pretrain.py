@@ -167,6 +167,16 @@ def test_folders_with_train_and_val(tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.parametrize("train, val", [("train", "val"), ("Train", "Val"), ("TRAIN", "Validation"), ("Train", "test")])
+def test_folders_of_splits_in_any_case(tmp_path, train, val):
+    for n, folder in enumerate((train, val)):
+        for style in ("A", "B"):
+            picture(tmp_path / folder / style / "1.png", seed=10 * n + (style == "B"))
+    _, splits, _ = read(tmp_path)
+    assert {side: sorted(r.name for r in found) for side, found in splits.items()} == {
+        "train": [f"{train}/A/1.png", f"{train}/B/1.png"], "val": [f"{val}/A/1.png", f"{val}/B/1.png"]}
+
+
 def test_plain_folders_are_split_by_hash_within_each_style(tmp_path):
     for style, count in (("Big", 20), ("Pair", 2), ("Single", 1)):
         for n in range(count):
