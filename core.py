@@ -21,6 +21,7 @@ space in which images and texts are compared.
 import argparse
 import inspect
 import os
+import sys
 from typing import NamedTuple
 
 import torch
@@ -1082,6 +1083,10 @@ def load_gated(folder, blip2=None, efficientnet=None, device="cpu", dtype=torch.
     refuse_other_base(saved, places, model)
     refuse_other_dtypes(saved, model)
     load_trainable(model, saved.state, saved.source)
+    if saved.context:
+        what = "the label that its style classifier finds likeliest" if saved.context == "efficientnet" else "a text about the picture"
+        print(f"note: {saved.source} was trained with {what} before each question (--context {saved.context}); without it, "
+              "contexts=[...] of predict_answers, it answers worse than eval_gated.py says", file=sys.stderr)
     return model.eval().to(device), Processor(model)
 
 

@@ -156,6 +156,8 @@ def get_args(argv=None):
     for path in (args.report, args.gallery, args.retrieval):
         if path and not os.path.exists(path):
             raise DataError(f"{path}: no such file or folder")
+    if args.report and os.path.isdir(args.report):
+        raise DataError(f"--report {args.report}: a folder: give the page in it")
     return args
 
 

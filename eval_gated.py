@@ -144,9 +144,17 @@ def refuse_places(args):
     """DataError where something that the flags ask for cannot be written, before anything is loaded."""
     if args.predictions and not args.predictions.endswith(".json"):
         raise DataError(f"--predictions {args.predictions}: must end in .json (the readable .csv is written beside it)")
-    for path in filter(None, (args.predictions, args.against and against_place(args), args.table, args.report, args.answers,
-                              args.merge_lora, args.maps and map_folder(args) / "001.png")):
-        files.refuse_unwritable(path)
+    written = {"--predictions": [args.predictions, args.predictions and f"{os.path.splitext(args.predictions)[0]}.csv"],
+               "--against": [f"{against_place(args)}.{ending}" for ending in ("json", "csv") if args.against],
+               "--table": [args.table], "--report": [args.report], "--answers": [args.answers], "--merge-lora": [args.merge_lora],
+               "--maps": [args.maps and map_folder(args) / "001.png"]}
+    taken = {os.path.realpath(args.checkpoint): "--checkpoint"}
+    for flag, paths in written.items():
+        for path in filter(None, paths):
+            other = taken.setdefault(os.path.realpath(path), flag)
+            if other != flag:
+                raise DataError(f"{flag} would write {path}, which is the file of {other}: give it another name")
+            files.refuse_unwritable(path)
     if args.export:
         if args.merge_lora:
             raise DataError("--export goes with an evaluation, not with --merge-lora")
@@ -213,6 +221,10 @@ def load_model(args, checkpoint, dtype, towers=None):
         model = model_class(args.script).build(**places, safe=args.safe_load, dtype=dtype, tower=not towers)
     except TypeError as error:  # a setting that this version does not know
         raise DataError(f"{args.checkpoint}: written by another version of this project ({error})") from None
+    trained_by = os.path.basename((checkpoint.get("command") or ["train_gated.py"])[0])
+    if not args.script and trained_by not in ("train_gated.py", "compare_gated.py", "make_tiny.py"):
+        print(f"note: {args.checkpoint} was trained by {trained_by}, and core's own Model answers: if that script has another, "
+              f"pass --script {trained_by}", file=sys.stderr)
     packing.pack_samples(model.language_model)
     others = checkpoints.other_parts({**checkpoints.fingerprint(model), **(towers or {})}, checkpoint["frozen"])
     if others:
@@ -385,7 +397,7 @@ def ask(args, checkpoint, accelerator):
     search = {"beams": args.beams, "max-new-tokens": args.max_new_tokens} if args.method == "generate" else {}
     made_with = {"checkpoint (sha256)": files.digest(args.checkpoint), "--images": os.path.realpath(args.images),
                  "--method": args.method, **search, "--abstain-below": args.abstain_below, "precision": accelerator.mixed_precision,
-                 "--lm-precision": places.get("lm_precision")}
+                 "--lm-precision": places.get("lm_precision"), **({"--script (sha256)": files.digest(args.script)} if args.script else {})}
     with folders.open_table(args.answers, folders.ANSWERS, 2, made_with) as table, errors.batch_size_in_memory_errors(args.batch_size):
         todo = table.missing(names, asked)
         if not todo:

@@ -126,7 +126,7 @@ def read_data(args, log=print):
     files, tars = data_places(args)
     train, val = (pairs.read_sets(files, split, args.images, args.skip_bad, args.val_share, args.encoding, args.workers, log)
                   for split in ("train", "val"))
-    shown = sorted({pair.image_id for pair in val})[:args.max_val]  # by their hash
+    shown = pairs.first_pictures(val, args.max_val)
     if len(shown) < len({pair.image_id for pair in val}):
         log(f"val: {len(shown)} of its pictures are scored (--max-val)")
     streamed = [shard for name, place in tars.items() for shard in
@@ -370,7 +370,7 @@ def train(args):
     resumed = resumes(accelerator, args.out, args.resume)
     run, parts = prepare(args, accelerator)
     with run.open(resumed, vars(args), __file__):
-        by_chance = chance_losses(run.model, args.batch_size * accelerator.num_processes)
+        by_chance = chance_losses(run.model, len(run.plan(0)[0][0]))
         print_start(run, parts, args, by_chance)
         rehearse(run, parts, args)
         for epoch in run.epochs():

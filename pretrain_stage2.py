@@ -53,7 +53,7 @@ def get_args(argv=None):
                                                              "longest batch, and stop; nothing is written")
     data.add_argument("--workers", type=flags.whole, default=2, help="loader processes (default: 2)")
     model = parser.add_argument_group("model")
-    model.add_argument("--blip2", default=DEFAULT, metavar="ID|DIR|tiny",
+    model.add_argument("--blip2", metavar="ID|DIR|tiny",
                        help=f"vision tower and language model, and the Q-Former's start without --qformer (default: {DEFAULT})")
     model.add_argument("--qformer", metavar="DIR|FILE", help="the Q-Former of stage 1: OUT/hf of pretrain_qformer.py, or a LAVIS .pth")
     model.add_argument("--lm-precision", choices=tuple(published.LM_PRECISIONS), help="of the frozen language model (default: --precision)")
@@ -86,6 +86,8 @@ def get_args(argv=None):
     args = flags.parse_args(parser, argv)
     if not args.data:
         parser.error("--data NAME=PLACE is needed")
+    if not args.checkpoint:
+        args.blip2 = args.blip2 or DEFAULT
     if args.untrained and args.checkpoint:
         parser.error("--untrained is without --checkpoint")
     return args
@@ -107,7 +109,7 @@ def read_data(args, log=print):
     by_picture = {}
     for pair in val:
         by_picture.setdefault(pair.image_id, []).append(pair)
-    shown = sorted(by_picture)[:args.max_val]  # by their hash
+    shown = pairs.first_pictures(val, args.max_val)
     if len(shown) < len(by_picture):
         log(f"val: {len(shown)} of its {len(by_picture)} pictures are captioned (--max-val)")
     references = [[pair.text for pair in by_picture[i]] for i in shown]
@@ -323,18 +325,20 @@ def dry_run(args):
 # --- without training ------------
 
 def write_captions(args, split, captions, accelerator):
-    """--captions: {file: caption} as metrics.py reads it."""
+    """--captions: {file: caption} as metrics.py reads it, {set/file: caption} of several sets."""
     if args.captions and accelerator.is_main_process:
+        several = len({pair.source for pair in split.rows}) > 1  # sets may have pictures of the same name
+        names = [f"{pair.source}/{pair.name}" if several else pair.name for pair in split.rows]
         with files.whole_file(args.captions) as file:
-            json.dump({pair.name: caption for pair, caption in zip(split.rows, captions)}, file, indent=1, ensure_ascii=False)
+            json.dump(dict(zip(names, captions)), file, indent=1, ensure_ascii=False)
 
 
 def score(args):
     """--checkpoint, --untrained: captions of the validation pictures and their scores, beside both baselines."""
     if args.checkpoint:
         args.checkpoint, saved = checkpoints.load_best(args.checkpoint, "stage2", ("state", "model_args", "frozen"))
-        for name, value in saved["model_args"].items():
-            setattr(args, name, value)
+        for name, value in saved["model_args"].items():  # what is given now wins: things move
+            setattr(args, name, getattr(args, name) or value)
     accelerator = start(args)
     train_pairs, val = read_data(args, accelerator.print)
     model = build(args, accelerator)

@@ -12,6 +12,7 @@ Trained: the text decoder and the last layers of the vision tower (--unfreeze, -
 """
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -325,7 +326,7 @@ def rehearse(run, parts, args):
     """The longest training batch with all layers open that ever will be, and a validation batch, before anything is trained:
     memory that runs out, or a score that fails, shows now and not in the night."""
     picked = sorted(range(len(parts.train)), key=lambda n: len(parts.train.ids[n]))[-args.batch_size:]
-    open_layers(run.model, layers_at(args, args.epochs))
+    open_layers(run.model, layers_at(args, args.epochs - 1))
     train_mode(run)
     step = run.rehearsal(parts.collate([parts.train[n] for n in picked]), picked)
     train_step(run, step)
@@ -359,10 +360,12 @@ def prepare(args, accelerator):
 
 def make_run(args, accelerator, model, parts):
     """The Run of a model on its Parts."""
-    open_layers(model, layers_at(args, args.epochs))  # all that will ever be trained
+    open_layers(model, layers_at(args, math.inf))  # those of the whole schedule, so that a longer run may go on from this one
+    groups = parameter_groups(model, args)
+    open_layers(model, layers_at(args, args.epochs - 1))  # all that this run will ever train
     if accelerator.is_main_process:
         checkpoints.print_parts(model)
-    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(parameter_groups(model, args), lr=args.lr))
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=args.lr))
 
     def plan(epoch):
         return loop.epoch_plan(len(parts.train), args.batch_size, args.accumulation, args.seed, epoch, accelerator.process_index,

@@ -127,6 +127,11 @@ def get_args(argv=None):
         parser.error("--hard-set is at most 4, the other members of CIRR's image sets; FashionIQ has none, nor has CIRCO")
     if args.spatial_attention and args.no_gate:
         parser.error("--spatial-attention weighs the gated fusion: leave --no-gate out")
+    trains = not args.checkpoint and not args.check_data
+    if trains and args.batch_size == 1 and not args.hard_set:
+        parser.error("--batch-size 1 has no negatives, since the queries of a batch are each other's: 2 or more, or --hard-set")
+    if trains and not args.loss_rtc and args.loss_align:
+        parser.error("--loss-rtc 0 leaves the prompts untrained, and --loss-align would pull towards nothing: add --loss-align 0")
     if args.target_ratio < 1:
         parser.error("--target-ratio is the longer side over the shorter one: 1 or more")
     return args

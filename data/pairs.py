@@ -111,6 +111,12 @@ def image_number(text):
     return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "big") >> 1
 
 
+def first_pictures(found, count):
+    """The image_id of `count` of the pictures of Pairs, and their order: by a hash of set and name, so the same wherever the data lies."""
+    order = {pair.image_id: image_number(f"{pair.source}\0{pair.name}") for pair in reversed(found)}
+    return sorted(order, key=order.get)[:count]
+
+
 def read_set(name, place, split, images=None, encoding="utf-8", log=print):
     """The Pairs of a split, those that cannot be used with their fault; [] where the set has no validation file.
 

@@ -259,7 +259,7 @@ class ShardStream(IterableDataset):
             return sample, Pair("", os.path.basename(shard.path), "", 0, shard.source, shard.path, 0, str(sample))
         key = sample["__key__"]
         where = f"{shard.path}, sample {excerpt(key)}"
-        pair = Pair("", key, "", pairs.image_number(f"{shard.path}\0{key}"), shard.source, shard.path, 0)
+        pair = Pair("", key, "", pairs.image_number(f"{shard.source}\0{os.path.basename(shard.path)}\0{key}"), shard.source, shard.path, 0)
         try:
             suffix = next((suffix for suffix in PICTURES if suffix in sample), None)
             if suffix is None:

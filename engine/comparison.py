@@ -169,6 +169,9 @@ def report(ours, theirs, us, them, place, log=print):
 
     ours, theirs: rows, in any order; us, them: what they are called. DataError: see in_order."""
     theirs = in_order(ours, theirs, us, them)
+    ours = [{**other, **row} for row, other in zip(ours, theirs)]  # right answers may stand on one side alone
+    if not all("answer" in row for row in ours):
+        raise DataError(f"{us} and {them} have no right answers: keep the FILE.csv that --predictions writes beside one of them")
     found, table, place = compare(ours, hits(ours), hits(theirs, ours)), side_by_side(ours, theirs), pathlib.Path(place)
     log(f"\n{us} against {them}: exact match in %, the same questions in pairs; 95 % intervals over pictures, which do not cover what "
         "another seed of training would change")

@@ -199,10 +199,11 @@ def write_gate_maps(page, checkpoint, model, pool, scores, opener, preparation):
         embeds = model.image_embeds(opener(path)[None].to(model.query_tokens.device))  # [1,P,W]
         change = patch_change(model, embeds, read_texts(model, [text]))[0]  # [P]
         side = vision.patch_grid(len(change))[1]
-        best = [name for name in next(cirr.ranking(scores[[number]], names)) if name != query.reference][:5]
+        left_out = query.reference if query.members else None  # in CIRR alone it is no candidate
+        best = [name for name in next(cirr.ranking(scores[[number]], names)) if name != left_out][:5]
         maps.append({"file": f"{query.pairid}.png", "reference": path, "heat": change[-side * side:].view(side, side).tolist(),
                      "text": text, "target": pool.gallery[query.target],
-                     "found": [(pool.gallery[name], name == query.target) for name in best]})
+                     "found": [(pool.gallery[name], name in (query.answers or (query.target,))) for name in best]})
     pages.write_results(page, "gate maps", checkpoint, preparation=preparation, maps=maps)
     return [os.path.abspath(pathlib.Path(page).with_name(one["file"])) for one in maps]
 

@@ -44,6 +44,7 @@ class Saved(NamedTuple):
     frozen: dict  # fingerprints
     state: dict  # {name: tensor}, see checkpoints.trainable_state
     config: dict  # of an exported folder, {} of a best.pt
+    context: str | None = None  # --context of the training: the text that it put before each question
 
 
 def read(folder, known):
@@ -58,7 +59,7 @@ def read(folder, known):
     if best.get("stage", "gated") != "gated":
         raise DataError(f"{path}: a checkpoint of another stage ({best['stage']}), not of train_gated.py")
     refuse_unknown(path, best["model_args"].keys() - known)
-    return Saved(str(path), best["model_args"], best["frozen"], best["state"], {})
+    return Saved(str(path), best["model_args"], best["frozen"], best["state"], {}, best.get("args", {}).get("context"))
 
 
 def _read_export(folder, known):
@@ -72,7 +73,7 @@ def _read_export(folder, known):
         raise DataError(f"{folder}: {min(gates.keys() & adapter.keys())} stands in both {GATES} and {ADAPTER}")
     settings = {name: config[name] for name in config.keys() & known} | {
         "blip2": config["base_model"]["name"], "efficientnet": config["style_classifier"], "styles": config["style_vocabulary"]}
-    return Saved(str(folder), settings, config["fingerprints"], {**gates, **adapter}, config)
+    return Saved(str(folder), settings, config["fingerprints"], {**gates, **adapter}, config, config.get("context"))
 
 
 def _read_config(path, known):
@@ -85,7 +86,7 @@ def _read_config(path, known):
         raise DataError(f"{path}: not written by eval_gated.py --export (no number under \"format\")")
     if config["format"] > FORMAT:
         raise DataError(f"{path}: format {config['format']}, of a newer version of this project; this one reads up to {FORMAT}")
-    refuse_unknown(path, config.keys() - FIELDS.keys() - known)
+    refuse_unknown(path, config.keys() - FIELDS.keys() - known - {"context"})
     for name, kind in FIELDS.items():
         if name not in config:
             raise DataError(f"{path}: no {name!r} in it: export once more")

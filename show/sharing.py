@@ -124,6 +124,7 @@ def _write_tensors(folder, checkpoint, model, blip2):
         adapter.save_pretrained(folder)
     written = [*parts, *([ADAPTER_CONFIG] if lora else [])]
     return {"format": FORMAT, "base_model": base, **_described(settings, model),
+            **({"context": context} if (context := checkpoint["args"].get("context")) else {}),
             "loss_weights": checkpoint["loss_weights"], "precision": checkpoint["args"].get("precision"),
             "fingerprints": checkpoint["frozen"], "sha256": {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
                                                              for name in written},
@@ -266,6 +267,8 @@ def _facts(config, checkpoint):
              *([("further ways for style to come in", ", ".join(steer))] if steer else []),
              ("trained", ", ".join(name for name, there in parts.items() if there)), ("trained parameters", f"{trained:,}"),
              ("style vocabulary", plain(", ".join(config["style_vocabulary"]), 2000) or "none"),
+             *([("before each question", f"a text, --context {plain(context)}: give predict_answers contexts=[...]")]
+               if (context := config.get("context")) else []),
              ("loss", weights), ("precision", f"{config['precision']}, language model {config['lm_precision'] or 'the same'}"),
              ("fingerprints of the frozen parts", "; ".join(f"{name}: {value}" for name, value in config["fingerprints"].items()))]
     return [fact for fact in facts if config["gating"] != "none" or steer or fact[0] != "style classifier"]

@@ -532,6 +532,19 @@ def test_interrupted_and_resumed_equals_undisturbed(flags, tmp_path, monkeypatch
     assert {"curves.png", "args.yaml"} <= {p.name for p in (tmp_path / "cut").iterdir()}
 
 
+def test_a_run_may_be_made_longer_where_the_schedule_goes_on(flags, tmp_path, capsys):
+    """The layers that are opened later have their place in the optimizer from the start; what is not opened is not called trained."""
+    more = ("--unfreeze", "0", "--unfreeze-schedule", "2:2", "--save-last")
+    blip.main(flags(*more, "--epochs", "1"))
+    said = capsys.readouterr().out
+    blip.main(flags("--unfreeze", "0", "--epochs", "1", out="none"))
+    without = capsys.readouterr().out
+    lines = [next(line for line in text.splitlines() if line.startswith("vision_model")) for text in (said, without)]
+    assert lines[0] == lines[1] and lines[0].split()[1] == "0"  # trainable
+    blip.main(flags(*more, "--epochs", "2", "--resume"))
+    assert checkpoints.load_checkpoint(tmp_path / "run/last.pt")["marks"]["done"] == 2
+
+
 def test_a_run_that_is_killed_before_best_pt_is_made_up_for_with_its_captions(flags, data, tmp_path, monkeypatch):
     """last.pt of the epoch is just there and best.pt is not yet: val.json must be of that epoch already."""
     write(data, test={"t1.png": "a blue square"})

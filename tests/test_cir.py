@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import shutil
+from dataclasses import replace
 import signal
 from types import SimpleNamespace
 
@@ -723,8 +724,33 @@ def test_gate_maps_show_the_change_of_each_patch_and_what_was_found(checkpoint, 
         assert one["found"] == [[pool.gallery[n], n == query.target] for n in best]
 
 
+@pytest.mark.parametrize("more, message", [(("--batch-size", "1"), "no negatives"), (("--loss-rtc", "0"), "add --loss-align 0")])
+def test_a_training_without_a_negative_or_towards_nothing_is_refused(command, capsys, more, message):
+    with pytest.raises(SystemExit):
+        train_cir.get_args(command(*more))
+    assert message in capsys.readouterr().err
+    assert train_cir.get_args(command("--batch-size", "1", "--hard-set", "2")).batch_size == 1
+
+
+def test_every_right_answer_of_a_query_is_one_in_its_map(checkpoint, drawn, tmp_path):
+    """CIRCO has several, and ranks the reference too."""
+    pool, = cirr.read_split(drawn, "cirr", "val", log=lambda *words: None)
+    model, opener = loaded(checkpoint)
+    names, query = list(pool.gallery), pool.queries[0]
+    best = [query.reference, *[name for name in names if name not in (query.reference, query.target)][:2]]
+    scores = torch.zeros(1, len(names))
+    scores[0, [names.index(name) for name in best]] = torch.tensor([3.0, 2.0, 1.0])
+    for answers, members, expected in (((best[2], query.target), (), [False, False, True]), ((), query.members, [False, False])):
+        one = replace(query, answers=answers, members=members)
+        galleries.write_gate_maps(str(tmp_path / "page.html"), str(checkpoint), model, replace(pool, queries=[one]), scores, opener,
+                                  [model.image_size, "targetpad", 1.25])
+        found = pages.read_results(tmp_path / "page.results.json", ["gate maps"])["maps"][0]["found"]
+        assert [right for _, right in found][:len(expected)] == expected
+        assert (found[0][0] == pool.gallery[query.reference]) is not members
+
+
 def test_losses_of_weight_zero_leave_no_parameter_without_a_gradient(command, folder):
-    for more in (("--loss-rtc", "0"), ("--loss-align", "0"), ("--no-gate",), ()):
+    for more in (("--loss-rtc", "0", "--loss-align", "0"), ("--loss-align", "0"), ("--no-gate",), ()):
         args = train_cir.get_args(command(*more))
         model = train_cir.load_model(args, torch.float32).train()
         for _ in range(2):  # a fresh fusion passes nothing on before its first step

@@ -576,6 +576,16 @@ def test_the_tower_is_in_eval_mode_without_gradient_and_dropout_is_on_in_steps_a
                for name, p in run.model.vision_model.named_parameters())
 
 
+def test_chance_is_that_of_the_pairs_of_a_step(prepare, monkeypatch):
+    """Of which there may be fewer than --batch-size."""
+    _, parts, args = prepare("--batch-size", "100", "--epochs", "1")
+    asked, losses = [], pretrain_qformer.chance_losses
+    monkeypatch.setattr(pretrain_qformer, "chance_losses", lambda model, pairs_of_step: asked.append(pairs_of_step) or losses(
+        model, pairs_of_step))
+    pretrain_qformer.train(args)
+    assert asked == [len(parts.train)] and asked[0] < 100
+
+
 def test_the_rehearsal_leaves_no_gradient_and_no_changed_weight(prepare, monkeypatch):
     run, parts, args = prepare()
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}

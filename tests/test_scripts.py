@@ -17,6 +17,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+import core
 import eval_gated
 import metrics
 import train_gated
@@ -698,6 +699,35 @@ def test_a_checkpoint_of_another_stage_is_refused_before_a_question_is_asked(tra
     assert "not a checkpoint of this stage" in capsys.readouterr().err
     with pytest.raises(errors.DataError, match="a checkpoint of another stage .cir. and not of this one"):
         faithfulness.load(published.tiny("cir"))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--predictions", "p.json", "--table", "p.csv"), "--table would write .*p.csv, which is the file of --predictions"),
+    (("--predictions", "p.json", "--table", "./p.json"), "--table would write .*p.json, which is the file of --predictions"),
+    (("--report", "RUN/best.pt"), "--report would write .*best.pt, which is the file of --checkpoint"),
+    (("--merge-lora", "RUN/best.pt"), "--merge-lora would write .*best.pt, which is the file of --checkpoint"),
+    (("--predictions", "z.json", "--against", "RUN", "--report", "z.against.json"), "--report would write .* the file of --against")])
+def test_no_output_takes_the_place_of_another(trained, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(eval_gated, "prepare", lambda *args: pytest.fail("too late"))
+    monkeypatch.chdir(tmp_path)
+    before = (trained / "best.pt").read_bytes()
+    with pytest.raises(errors.DataError, match=message):
+        eval_gated.main(["--checkpoint", str(trained), *(flag.replace("RUN", str(trained)) for flag in flags)])
+    assert (trained / "best.pt").read_bytes() == before and not list(tmp_path.iterdir())
+
+
+def test_a_run_of_another_script_and_one_with_a_context_say_so(trained, tmp_path, capsys, monkeypatch):
+    content = checkpoints.load_checkpoint(trained / "best.pt")
+    args = {**content["args"], "context": "caption"}
+    checkpoints.save_checkpoint(tmp_path / "best.pt", {**content, "args": args, "command": ["my_gates.py", *content["command"][1:]]})
+    core.load_gated(tmp_path / "best.pt")
+    assert "trained with a text about the picture before each question (--context caption)" in capsys.readouterr().err
+    eval_gated.load_model(eval_gated.get_args(["--checkpoint", str(tmp_path / "best.pt")]), checkpoints.load_checkpoint(
+        tmp_path / "best.pt"), torch.float32)
+    assert "was trained by my_gates.py, and core's own Model answers" in capsys.readouterr().err
+    core.load_gated(trained)
+    eval_gated.load_model(eval_gated.get_args(["--checkpoint", str(trained / "best.pt")]), content, torch.float32)
+    assert "note: " not in capsys.readouterr().err
 
 
 def test_args_yaml_serves_as_config(trained):

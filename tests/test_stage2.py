@@ -180,6 +180,23 @@ def test_what_is_wrong_costs_one_line_and_leaves_nothing(flags, tmp_path, capsys
     assert message in capsys.readouterr().err and not (tmp_path / "run/best.pt").exists()
 
 
+def test_two_sets_with_pictures_of_the_same_names_keep_both_captions(flags, few, tmp_path):
+    again = shutil.copytree(few, tmp_path / "again")
+    pretrain_stage2.main(flags("--data", f"other={again}", "--max-val", "9", "--untrained", "--captions", str(tmp_path / "c.json")))
+    said = json.loads((tmp_path / "c.json").read_text())
+    assert len(said) == 6 and {name.split("/")[0] for name in said} == {"drawn", "other"}
+
+
+def test_what_is_given_beside_a_checkpoint_wins(flags, tiny, tmp_path, capsys):
+    pretrain_stage2.main(flags("--epochs", "1"))
+    moved = shutil.copytree(tiny[0], tmp_path / "moved")
+    capsys.readouterr()
+    pretrain_stage2.main(flags("--checkpoint", str(tmp_path / "run"), "--blip2", str(moved)))
+    assert "ROUGE-L" in capsys.readouterr().out
+    assert errors.exit_code(pretrain_stage2.main, flags("--checkpoint", str(tmp_path / "run"), "--blip2", "tinny")) == 2
+    assert "did you mean tiny" in capsys.readouterr().err
+
+
 def test_check_data_says_what_is_there_and_what_is_not(flags, tmp_path, capsys):
     assert pretrain_stage2.main(flags("--check-data")) == 0 and "training can start" in capsys.readouterr().out
     assert pretrain_stage2.main(flags("--check-data", "--blip2", "tinny")) == 1

@@ -20,6 +20,7 @@ import core
 import eval_gated
 from data import rows
 from engine import checkpoints, errors, flags, published, vision
+from engine.errors import DataError
 from show import maps
 from tools import drawing
 
@@ -131,7 +132,11 @@ def load(path):
 
 def main(argv=None):
     args = get_args(argv)
-    print_faithfulness(faithfulness(load(args.checkpoint), args.pictures, args.windows, args.seed))
+    model = load(args.checkpoint)
+    side = vision.patch_grid(vision.token_count(model.vision_model))[1]
+    if max(args.windows) > side:
+        raise DataError(f"--windows {max(args.windows)}: this model has {side} patches on a side")
+    print_faithfulness(faithfulness(model, args.pictures, args.windows, args.seed))
 
 
 if __name__ == "__main__":

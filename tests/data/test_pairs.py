@@ -5,10 +5,12 @@ refused and how, views, and streams of tar files: each sample once over processe
 """
 
 import io
+import itertools
 import json
 import os
 import pathlib
 import pickle
+import shutil
 import sys
 import tarfile
 from collections import Counter
@@ -178,6 +180,26 @@ def test_image_numbers_are_one_for_all_captions_of_a_picture_over_all_sets(coco,
     assert again.image_id == next(p.image_id for p in found if p.name == "train2014/1.jpg") and again.name != "train2014/1.jpg"
     assert 0 <= min(p.image_id for p in found) and torch.tensor([p.image_id for p in found]).dtype == torch.int64
     assert {p.image_id for p in read(places, "val")}.isdisjoint(p.image_id for p in found)
+
+
+def test_the_first_pictures_are_the_same_wherever_a_set_lies(coco, tmp_path):
+    moved = shutil.copytree(coco, tmp_path / "elsewhere" / "coco")
+    chosen = []
+    for place in (coco, moved):
+        found = read({"coco": str(place)})
+        numbers = {pair.image_id: pair.name for pair in found}
+        chosen.append([numbers[number] for number in pairs.first_pictures(found, 2)])
+        assert sorted(numbers[number] for number in pairs.first_pictures(found, 99)) == sorted(set(numbers.values()))
+    assert chosen[0] == chosen[1] and len(set(chosen[0])) == 2
+
+
+def test_a_view_of_a_tar_s_sample_is_the_same_wherever_the_tar_lies(twenty, tmp_path):
+    moved, sums = shutil.copytree(twenty[0], tmp_path / "moved"), []
+    for place in (twenty[0], moved):
+        stream, = streams(counted(place), processes=1)
+        stream.set_epoch(0)
+        sums.append([image.sum().item() for image, _ in itertools.islice(stream, 20)])
+    assert sums[0] == sums[1] and len(set(sums[0])) > 10
 
 
 def test_a_set_without_a_validation_file_is_for_training_alone(coco, vg):

@@ -1,6 +1,7 @@
 """pytest tests/engine/test_comparison.py: two evaluations of the same questions, compared in pairs."""
 
 import json
+import shutil
 
 import pytest
 
@@ -61,6 +62,10 @@ def test_files_are_read_whatever_their_order_and_other_questions_are_refused_in_
         assert not errors.exit_code(eval_gated.main, ["--predictions", one, "--against", theirs])
         assert "2 of 5 answers differ: 2 gained, 0 lost" in capsys.readouterr().out
     assert (tmp_path / "a.against.csv").is_file()
+    assert not errors.exit_code(eval_gated.main, ["--predictions", bare, "--against", one])  # right answers on the other side alone
+    assert "2 of 5 answers differ: 0 gained, 2 lost" in capsys.readouterr().out
+    assert errors.exit_code(eval_gated.main, ["--predictions", bare, "--against", str(shutil.copy(bare, tmp_path / "c.json"))]) == 2
+    assert "have no right answers: keep the FILE.csv" in capsys.readouterr().err
     spoilt = {"question_id 4 is not: compare": ROWS[:4],
               "question_id 2: question is": [*ROWS[:2], {**ROWS[2], "question": "who?"}, *ROWS[3:]],
               "question_id 0: image is": [{**ROWS[0], "image": "z.jpg"}, *ROWS[1:]],
