@@ -42,6 +42,7 @@ OTHERS, ASKED, SHOWN = 4, 80, 840  # styles to try at once, questions of the rep
 UNREAD, SPELLED = 0.2, 0.6  # share of a question's letters, of a word's letters that are tokens of their own: from there on it is said
 QUESTION = "Which style is this painting?"
 FIGURE = pathlib.Path(__file__).resolve().parent / "data/maps.png"
+DATA = "data/artquest"
 CHECKPOINTS = ("runs/demo/best.pt", "runs/gated/best.pt")  # the first that is there is the default, else the gates that ship
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; base-uri 'self'; form-action 'self'"
 WORDS = {  # English, Chinese
@@ -143,14 +144,16 @@ def get_args(argv=None):
     parser.add_argument("--gallery", metavar="DIR", help="folder of pictures that tab Find looks through (default: drawn ones that ship)")
     parser.add_argument("--report", metavar="FILE.html", help="what tab Errors shows (default: the example pictures' questions, answered "
                                                               "when the tab is opened)")
-    parser.add_argument("--data", default="data/artquest", metavar="DIR",
-                        help="training data with styles, for examples and for the styles to try "
-                             "(default: data/artquest where it is)")
+    parser.add_argument("--data", metavar="DIR", help="training data with styles, for examples and for the styles to try "
+                                                      f"(default: {DATA} where it is)")
     parser.add_argument("--port", type=flags.positive, default=7860, help="(default: 7860)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     parser.add_argument("--lang", choices=("auto", "en", "zh"), default="auto",
                         help="language of the page; it has a switch (default: auto, as the browser asks for)")
     args = flags.parse_args(parser, argv)
+    if args.data and not os.path.isdir(args.data):
+        raise DataError(f"--data {args.data}: no such folder: give the one with the tables train and val")
+    args.data = args.data or default_data()
     args.checkpoint = args.checkpoint or next((path for path in CHECKPOINTS if os.path.isfile(path)), "tiny")
     args.captioner = args.captioner or published.tiny("blip")
     for path in (args.report, args.gallery, args.retrieval):
@@ -298,6 +301,18 @@ def unread(tokenizer, text):
 
 
 # --- loading: each model once, when its tab first needs it ------------
+
+def default_data():
+    """The folder DATA where its tables are there, else "", and what ships is shown."""
+    if os.path.isdir(DATA):
+        try:
+            for split in ("train", "val"):
+                rows.find_table(DATA, split)
+            return DATA
+        except DataError as error:
+            print(f"note: {error}; what ships is shown", file=sys.stderr)
+    return ""
+
 
 def load_session(checkpoint, data, blip2=None, efficientnet=None):
     """--checkpoint, and the pictures by style of --data where that is there -> Session. DataError: as core.load_gated."""

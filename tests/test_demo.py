@@ -360,6 +360,19 @@ def test_without_data_styles_come_from_the_weights_and_the_page_says_so(run, tmp
     assert len(asked.styles) == 28 and "classifier's weights" in demo.status(asked, demo.words_of("en"))
 
 
+def test_data_that_is_not_there_or_not_whole(tmp_path, monkeypatch, capsys):
+    """What was asked for is refused, what was not is said and left."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.csv").write_text("image,question,answer\n")
+    for place in ("nowhere", "one.csv"):
+        with pytest.raises(DataError, match=f"--data {place}: no such folder"):
+            demo.get_args(["--data", place])
+    (tmp_path / "data/artquest/images").mkdir(parents=True)
+    args = demo.get_args([])
+    assert "note: data/artquest: none of train.csv" in capsys.readouterr().err
+    assert len(demo.example_rows(args.data)) == 40
+
+
 def test_what_ships_is_the_default_and_its_answers_are_right(tmp_path, monkeypatch):
     """The gates that ship tell the manner of the test pictures beside them; closed, they do not. Tab Errors makes its page of them."""
     monkeypatch.chdir(tmp_path)
