@@ -236,6 +236,7 @@ def train(args):
                           f"{len(run.plan(0)[0][0])} pairs, lr {args.lr:g}, precision {accelerator.mixed_precision}, {accelerator.device}")
         accelerator.print(f"{CONSTANT}: {parts.constant[0]!r} {format_metrics(known({'CIDEr-D': parts.constant[1]}))}")
         rehearse(run, parts, args)
+        written = False
         for epoch in run.epochs(args.patience):
             run.wrapped.train()
             for step in run.steps(epoch):
@@ -245,6 +246,9 @@ def train(args):
             if run.end_epoch(known({**numbers, CONSTANT: parts.constant[1]})):
                 run.save_best()
                 write_captions(args, parts.val, captions, accelerator)
+                written = True
+    if args.captions and not written and not run.stop.number:
+        raise DataError(f"{args.captions} is not written: no epoch was the best since it is asked for; --checkpoint {run.out} writes it")
     return run
 
 

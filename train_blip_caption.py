@@ -469,12 +469,12 @@ def case_results(args, data, texts, title):
     write_results(cases_page(args), title, data.rows, {"the model": [{"caption": text} for text in texts]}, args.cases)
 
 
-def draw_pages(args, splits, log=print):
-    """The pages of --cases and --report whose results are written. splits: those that were scored."""
+def draw_pages(args, splits, log=print, of=None):
+    """The pages of --cases and --report whose results are written. splits: those that were scored; of: see pages.draw."""
     if args.cases:
         pages.draw("report", cases_page(args), f"{cases_page(args)}: {args.cases} worst and best", log)
     for split in splits if args.report else ():
-        pages.draw("report", report_page(args, split), log=log)
+        pages.draw("report", report_page(args, split), log=log, of=of)
 
 
 def caption_folder(args):
@@ -535,7 +535,7 @@ def main(argv=None):
         run = train(args)
     code = run.result("score", __file__, argv)
     if run.accelerator.is_main_process and not code:  # an interrupted run draws when it has been resumed
-        draw_pages(args, splits(args))
+        draw_pages(args, splits(args), of=run.out / "best.pt")
     return code
 
 

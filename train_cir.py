@@ -589,7 +589,7 @@ def main(argv=None):
         run = train(args)
     code = run.result("mean recall", __file__, argv)
     if args.report and run.accelerator.is_main_process and not code:  # an interrupted run draws when it has been resumed
-        pages.draw("report", args.report)
+        pages.draw("report", args.report, of=run.out / "best.pt")
     return code
 
 

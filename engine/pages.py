@@ -41,11 +41,15 @@ def read_results(path, kinds):
     raise DataError(f"{path}: results of kind {content['kind']!r}: this command draws {', '.join(kinds)}")
 
 
-def draw(room, page, done=None, log=print):
+def draw(room, page, done=None, log=print, of=None):
     """Draw a page whose results are written, by `python -m show.ROOM PAGE.results.json`.
 
-    done: the line where it goes well ("report: PAGE"). DataError: why not, with the command that draws it later."""
-    if not results_file(page).is_file():
+    done: the line where it goes well ("report: PAGE"). of: the best.pt that the results must be of; None: of any. DataError: why not,
+    with the command that draws it later."""
+    there = results_file(page).is_file()
+    if there and of:
+        there = json.loads(results_file(page).read_text(encoding="utf-8")).get("title", "").startswith(f"{of}: ")
+    if not there:
         raise DataError(f"{page} is not drawn: no epoch was the best since it is asked for; --checkpoint evaluates best.pt and draws it")
     command = ["-m", f"show.{room}", os.path.abspath(results_file(page))]
     process = subprocess.run([sys.executable, *command], cwd=files.PROJECT, capture_output=True, text=True, errors="replace")

@@ -180,6 +180,13 @@ def test_what_is_wrong_costs_one_line_and_leaves_nothing(flags, tmp_path, capsys
     assert message in capsys.readouterr().err and not (tmp_path / "run/best.pt").exists()
 
 
+def test_captions_that_no_epoch_wrote_are_said(flags, tmp_path, capsys):
+    pretrain_stage2.main(flags("--save-last"))
+    again = flags("--save-last", "--resume", "--captions", str(tmp_path / "late.json"))
+    assert errors.exit_code(pretrain_stage2.main, again) == 2
+    assert "late.json is not written: no epoch was the best" in capsys.readouterr().err and not (tmp_path / "late.json").exists()
+
+
 def test_two_sets_with_pictures_of_the_same_names_keep_both_captions(flags, few, tmp_path):
     again = shutil.copytree(few, tmp_path / "again")
     pretrain_stage2.main(flags("--data", f"other={again}", "--max-val", "9", "--untrained", "--captions", str(tmp_path / "c.json")))

@@ -137,6 +137,9 @@ def test_a_page_that_fails_is_one_error_with_the_command_and_keeps_the_results(t
         pages.draw("report", page)
     with pytest.raises(DataError, match="none.html is not drawn: no epoch"):
         pages.draw("report", tmp_path / "none.html")
+    pages.write_results(page, "retrieval", "runs/a/best.pt: val", pools=[])
+    with pytest.raises(DataError, match="is not drawn: no epoch was the best since"):  # what lies there is of another run
+        pages.draw("report", page, of="runs/b/best.pt")
 
 
 @pytest.mark.parametrize("text, reason", [
