@@ -256,7 +256,7 @@ def prepare(args, checkpoint, accelerator):
     args.batch_size = questions_at_once(args, model)
     published.refuse_unknown_words(model.tokenizer, [row.question for row in questions], places["blip2"])
     log_cut_answers(model.tokenizer, {args.split: questions}, model.max_answer, accelerator.print)
-    log_cut_questions(model.tokenizer, [row.question for row in questions], args.split, accelerator.print)
+    log_cut_questions(model.tokenizer, {args.split: [row.question for row in questions]}, accelerator.print)
     for field in (name for name in ("style", "context") if getattr(args, name) == "efficientnet"):
         questions, = predicted_styles(load_style(args, places).to(accelerator.device), published.image_size_of(places["blip2"]),
                                       places["efficientnet"], [questions], args.workers, accelerator.device, accelerator.print, field)
@@ -405,7 +405,7 @@ def ask(args, checkpoint, accelerator):
             return
         model = load_model(args, checkpoint, core.DTYPES[accelerator.mixed_precision]).to(accelerator.device).eval()
         checkpoints.load_trainable(model, checkpoint["state"], args.checkpoint)
-        log_cut_questions(model.tokenizer, args.ask, "--ask")
+        log_cut_questions(model.tokenizer, {"--ask": args.ask})
         args.batch_size = questions_at_once(args, model)
         context, net = checkpoint["args"].get("context"), None
         if context == "efficientnet":

@@ -126,13 +126,13 @@ def read_data(args, log=print):
     files, tars = data_places(args)
     train, val = (pairs.read_sets(files, split, args.images, args.skip_bad, args.val_share, args.encoding, args.workers, log)
                   for split in ("train", "val"))
-    shown = pairs.first_pictures(val, args.max_val)
+    shown = set(pairs.first_pictures(val, args.max_val))
     if len(shown) < len({pair.image_id for pair in val}):
         log(f"val: {len(shown)} of its pictures are scored (--max-val)")
     streamed = [shard for name, place in tars.items() for shard in
                 shards.count_samples(shards.shard_files(place), name, pathlib.Path(args.out) / "shards.json", args.skip_broken,
                                      log)]
-    return train, [pair for pair in val if pair.image_id in set(shown)], streamed
+    return train, [pair for pair in val if pair.image_id in shown], streamed
 
 
 def check_data(args):

@@ -175,7 +175,7 @@ def read_data(args, split, log=print):
 def check_data(args):
     """--check-data: print what is there; exit code 1 when training would fail. No weight is loaded."""
     absent = missing(args)
-    splits, failed = {}, bool(absent)
+    splits, failed = {}, False
     for split in sorted({"train", "val"} - set(missing_splits(args))):
         try:
             splits[split] = read_data(args, split)
@@ -194,10 +194,7 @@ def check_data(args):
         print(f"... {len(shared)} pictures stand in more than one split")
     if "BLIP-2" not in absent:
         check_tokens(args, splits)
-    if absent:
-        print(f"error: {published.format_missing(absent, shortest_way(args.data, args.blip2, absent))}")
-    print("training would fail" if failed else "training can start")
-    return int(failed)
+    return rows.verdict(failed, absent and published.format_missing(absent, shortest_way(args.data, args.blip2, absent)))
 
 
 def check_tokens(args, splits):
@@ -211,8 +208,7 @@ def check_tokens(args, splits):
     if "train" in splits:
         longest = answer_length(tokenizer, splits["train"], args.max_answer)
         log_cut_answers(tokenizer, splits, longest)
-        for split, read in splits.items():
-            log_cut_questions(tokenizer, [row.question for row in read], split)
+        log_cut_questions(tokenizer, {split: [row.question for row in read] for split, read in splits.items()})
         show_rows(tokenizer, splits["train"][:3], longest)
 
 
@@ -395,8 +391,7 @@ def prepare(args, accelerator, command=()):
     published.refuse_unknown_words(tokenizer, texts, places["blip2"])
     built_from = model_args(args, train_rows, answer_length(tokenizer, train_rows, args.max_answer))
     log_cut_answers(tokenizer, {"train": train_rows, "val": val_rows}, built_from["max_answer"], accelerator.print)
-    for split, read in (("train", train_rows), ("val", val_rows)):
-        log_cut_questions(tokenizer, [row.question for row in read], split, accelerator.print)
+    log_cut_questions(tokenizer, {"train": [r.question for r in train_rows], "val": [r.question for r in val_rows]}, accelerator.print)
     dtype = core.DTYPES[accelerator.mixed_precision]  # of the frozen towers; everything that is trained is in float32
     features, towers = cached_features(args.cache, places["blip2"], places["qformer"], load_style if sees_style(built_from) else None,
                                        train_rows + val_rows, accelerator, dtype, args.workers)

@@ -464,13 +464,9 @@ def check_data(data, load_tokenizer, absent="", skip_bad=0.0, workers=2, **readi
         print(f"in {' and '.join(homes)}: {image}")
     if len(shared) > 10:
         print(f"... {len(shared)} pictures stand in more than one split")
-    if absent:
-        print(f"error: {absent}")
-    else:
+    if not absent:
         check_tokens(load_tokenizer, splits)
-    failed = failed or bool(absent)
-    print("training would fail" if failed else "training can start")
-    return int(failed)
+    return rows.verdict(failed, absent)
 
 
 def check_tokens(load_tokenizer, splits):

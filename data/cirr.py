@@ -353,7 +353,7 @@ def check(data, format, chance_text, images=None, category="all", splits=None, w
     if splits is None:
         there = rows.entries(os.path.join(annotation_folder(data, format), "captions"))
         splits = [split for split in SPLITS[format] if split != "test1" or "cap.rc2.test1.json" in there]
-    failed, homes = bool(absent), {}
+    failed, homes = False, {}
     for split in splits:
         try:
             pools = annotations(data, format, split, category)
@@ -371,10 +371,7 @@ def check(data, format, chance_text, images=None, category="all", splits=None, w
         log(f"in {' and '.join(names)}: {image}")
     if len(shared) > 10:
         log(f"... {len(shared)} pictures stand in more than one split")
-    if absent:
-        log(f"error: {absent}")
-    log("training would fail" if failed else "training can start")
-    return int(failed)
+    return rows.verdict(failed, absent, log)
 
 
 def check_pool(pool, root, chance_text, workers, log):

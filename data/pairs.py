@@ -291,7 +291,7 @@ class Captioned(Dataset):
 def check(places, images=None, skip_bad=0.0, val_share=0.1, encoding="utf-8", workers=2, absent="", log=print):
     """--check-data: say what is there and decode every picture; exit code 1 where training would fail, 0 where not. absent: what else
     is missing, and the ways to it."""
-    splits, failed = {}, bool(absent)
+    splits, failed = {}, False
     for split in FILES:
         try:
             found = with_broken(of_split(places, split, images, val_share, encoding, log), workers)
@@ -307,10 +307,7 @@ def check(places, images=None, skip_bad=0.0, val_share=0.1, encoding="utf-8", wo
         log(f"in {' and '.join(homes)}: {image}")
     if shared:
         log(f"{len(shared)} pictures stand in more than one split: recall on them is no measure")
-    if absent:
-        log(f"error: {absent}")
-    log("training would fail" if failed else "training can start")
-    return int(failed)
+    return rows.verdict(failed, absent, log)
 
 
 def describe(pairs, label, log):

@@ -225,10 +225,7 @@ def read_cells(path, kind, table, columns):
         if "answer_type" in table[0][2]:  # yes/no, number, other: by which VQAv2's tables are divided
             columns = {"question_type": "answer_type", **columns}
     mapped = map_columns(path, dict.fromkeys(key for _, _, cells in table for key in cells), columns)
-    empty = {column for column in mapped.values() if column is not None}
-    table = [(where, line, {**cells, **{key: "" for key in empty & cells.keys() if cells[key] is None}})  # null, as pandas writes them
-             for where, line, cells in table]
-    filled = [(line, {name: cell(where, cells, column, name, needed=name not in OPTIONAL)
+    filled = [(line, {name: cell(where, cells, column, name, needed=name not in OPTIONAL, null="")
                       for name, column in mapped.items()} | {"answers": answers})
               for (where, line, cells), answers in zip(table, people)]
     said = "".join(f", no {name}" for name in ("question_type", "style") if mapped[name] is None)
@@ -776,6 +773,16 @@ def summary(rows):
     styles = {row.style for row in rows}
     counted = f"{len(styles)} styles: {histogram((row.style for row in rows), 30)}"
     return lines + ["no style column" if styles == {""} else counted]
+
+
+def verdict(failed, absent="", log=print):
+    """The end of every --check-data -> its exit code: 1 where training would fail. absent: what is missing beside the data, and the ways
+    to it, "" where nothing is."""
+    if absent:
+        log(f"error: {absent}")
+    failed = failed or bool(absent)
+    log("training would fail" if failed else "training can start")
+    return int(failed)
 
 
 def shared_images(splits):

@@ -266,13 +266,14 @@ def read_json(path, encoding="utf-8", unpack=None):
     return kind, table
 
 
-def cell(where, cells, column, name, needed=True):
-    """The text of `column`, our `name`, in a row; "" where it is absent and not needed. DataError: absent, not text."""
+def cell(where, cells, column, name, needed=True, null=None):
+    """The text of `column`, our `name`, in a row; "" where it is absent and not needed. null: what stands for JSON's null, as which
+    pandas writes what is missing; None: nothing does. DataError: absent, not text."""
     if column not in cells and not needed:
         return ""
     if column not in cells:
         raise DataError(f"{where}: no {excerpt(column)} for the {name}: add it or leave the row out")
-    value = cells[column]
+    value = null if cells[column] is None else cells[column]
     if isinstance(value, bool):
         return "true" if value else "false"
     if not isinstance(value, str):

@@ -21,7 +21,7 @@ from engine.errors import DataError
 from engine.memory import cache_rows
 from engine.prompts import pad_ids, stop_ids
 
-BEFORE_5 = int(version("transformers").split(".")[0]) < 5
+BEFORE_5 = int(version("transformers").split(".")[0]) < 5  # the older end of what requirements.txt allows
 NEEDS_5 = ("xglm",)  # before, its code takes no mask of four axes
 ENCODER_DECODERS = ("t5", "mt5")
 # what a config names where the model's own forward does something to the logits after its head, which answer positions alone would miss

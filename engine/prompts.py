@@ -199,13 +199,14 @@ def answer_length(tokenizer, train_rows, limit):
     return min(limit, max(answer_lengths(tokenizer, [answer for r in train_rows for answer in r.trained_on])))
 
 
-def log_cut_questions(tokenizer, questions, what, log=print):
-    """Say how many different questions (texts) are longer than prompt_ids has them, where any is. what: the word before the line."""
-    asked = list(dict.fromkeys(questions))
-    cut = [text for text in asked if len(prompt_ids(tokenizer, text, max_tokens=sys.maxsize)) > MAX_PROMPT]
-    if cut:
-        log(f"{what}: {len(cut)} of {len(asked)} different questions are cut at {MAX_PROMPT} tokens with \"Question:\" and \"Answer:\", "
-            f"first {excerpt(cut[0])}: what stands behind is never read; put long texts into a context (--context)")
+def log_cut_questions(tokenizer, texts, log=print):
+    """Say of {word before the line: questions} how many different ones are longer than prompt_ids has them, where any is."""
+    for what, questions in texts.items():
+        asked = list(dict.fromkeys(questions))
+        cut = [text for text in asked if len(prompt_ids(tokenizer, text, max_tokens=sys.maxsize)) > MAX_PROMPT]
+        if cut:
+            log(f"{what}: {len(cut)} of {len(asked)} different questions are cut at {MAX_PROMPT} tokens with \"Question:\" and "
+                f"\"Answer:\", first {excerpt(cut[0])}: what stands behind is never read; put long texts into a context (--context)")
 
 
 def log_cut_answers(tokenizer, splits, longest, log=print):

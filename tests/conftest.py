@@ -30,7 +30,7 @@ pytest.register_assert_rewrite("faults")
 import loaded  # noqa: E402, F401  (before core, which takes load_published by its name)
 import core  # noqa: E402
 import forked  # noqa: E402
-from engine import loop, published, runfolder  # noqa: E402
+from engine import decoders, loop, published, runfolder  # noqa: E402
 from tools import assemble, make_sample, make_tiny  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
@@ -159,7 +159,7 @@ def assembled(lm_folder, bert_folder, tmp_path_factory):
     return make
 
 
-BEFORE_5 = int(transformers.__version__.split(".")[0]) < 5  # the older end of what requirements.txt allows
+BEFORE_5 = decoders.BEFORE_5
 BUILT = {}  # arguments of `build` -> (model, torch's random state after building it)
 
 
